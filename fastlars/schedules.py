@@ -1,0 +1,239 @@
+"""Learning-rate schedules of the large-batch papers, as functions that return torch schedulers.
+
+Every schedule is called once per iteration (``scheduler.step()`` after ``optimizer.step()``), and
+every parameter group's own learning rate is the peak of its schedule.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+__all__ = ["linear_scaling", "polynomial", "step_decay"]
+
+
+def linear_scaling(base_lr: float, batch_size: int, base_batch_size: int = 256) -> float:
+    """Learning rate for a batch, by the linear scaling rule.
+
+    lr = base_lr * batch_size / base_batch_size (Goyal et al. 2017, arXiv:1706.02677, section 2.1).
+
+    Args:
+        base_lr: the learning rate that suits ``base_batch_size``; at least 0.
+        batch_size: the global batch, over all workers and accumulated micro-batches; at least 1.
+        base_batch_size: the batch ``base_lr`` was found for; at least 1, default 256.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Example:
+        >>> linear_scaling(0.1, 8192)
+        3.2
+    """
+    _check_rate("base_lr", base_lr)
+    batch_size = _check_count("batch_size", batch_size, minimum=1)
+    base_batch_size = _check_count("base_batch_size", base_batch_size, minimum=1)
+    return base_lr * batch_size / base_batch_size
+
+
+def polynomial(
+    optimizer: Optimizer,
+    *,
+    steps: int,
+    power: float = 2.0,
+    end_lr: float = 0.0,
+    warmup_steps: int = 0,
+    warmup_from: float = 0.0,
+) -> LambdaLR:
+    """Linear warm-up, then polynomial decay.
+
+    With W = warmup_steps, T = steps and p = power, iteration t runs at
+
+    * t < W:       lr(t) = warmup_from + (peak - warmup_from) * t / W
+    * W <= t <= T: lr(t) = end_lr + (peak - end_lr) * (1 - (t - W) / (T - W))^p
+    * t > T:       lr(t) = end_lr
+
+    ``power=2`` is LARS's schedule (You et al. 2017, arXiv:1708.03888, Algorithm 1), ``power=1``
+    LAMB's (You et al. 2019, arXiv:1904.00962). MLPerf's ResNet reference divides by one iteration
+    more, so that its last iteration stays above ``end_lr``: pass ``steps + 1`` for its numbers.
+
+    Args:
+        optimizer: each of its groups' learning rate, a number or a tensor, is that group's peak.
+        steps: iterations from the first to the one at which ``end_lr`` is reached, warm-up
+            included; more than ``warmup_steps``.
+        power: exponent of the decay; above 0, default 2.
+        end_lr: the rate at the end; from 0 to the smallest peak, default 0.
+        warmup_steps: iterations of warm-up; at least 0, default 0 (none).
+        warmup_from: the rate at iteration 0, from 0 to the smallest peak. Default 0 (MLPerf); the
+            unscaled base rate for Goyal et al. (2017), section 2.2. Unused without warm-up.
+
+    Raises:
+        ValueError: an argument is out of its range, or exceeds a group's peak.
+
+    Example:
+        >>> import torch
+        >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=8.0)
+        >>> schedule = polynomial(sgd, steps=6, warmup_steps=2)
+        >>> rates = []
+        >>> for _ in range(7):
+        ...     rates.append(schedule.get_last_lr()[0])
+        ...     sgd.step()
+        ...     schedule.step()
+        >>> rates
+        [0.0, 4.0, 8.0, 4.5, 2.0, 0.5, 0.0]
+    """
+    warmup_steps = _check_count("warmup_steps", warmup_steps, minimum=0)
+    steps = _check_count("steps", steps, minimum=1)
+    if steps <= warmup_steps:
+        raise ValueError(f"steps must exceed warmup_steps ({warmup_steps}), got {steps}")
+    if not (math.isfinite(power) and power > 0):
+        raise ValueError(f"power must be finite and above 0, got {power}")
+    _check_rate("end_lr", end_lr)
+    _check_rate("warmup_from", warmup_from)
+
+    def factor(peak: float) -> _Polynomial:
+        return _Polynomial(peak, warmup_steps, warmup_from, steps, power, end_lr)
+
+    bounds = {"end_lr": end_lr, "warmup_from": warmup_from if warmup_steps else 0.0}
+    return _schedule(optimizer, factor, bounds)
+
+
+def step_decay(
+    optimizer: Optimizer,
+    *,
+    milestones: Sequence[int],
+    gamma: float = 0.1,
+    warmup_steps: int = 0,
+    warmup_from: float = 0.0,
+) -> LambdaLR:
+    """Linear warm-up, then a constant rate that is cut at given iterations.
+
+    With W = warmup_steps, iteration t runs at
+
+    * t < W:  lr(t) = warmup_from + (peak - warmup_from) * t / W
+    * t >= W: lr(t) = peak * gamma^k, k the number of milestones that are <= t
+
+    Goyal et al. 2017 (arXiv:1706.02677): W = 5 epochs, warm-up from the unscaled base rate, and a
+    tenth at epochs 30, 60 and 80 of 90.
+
+    Args:
+        optimizer: each of its groups' learning rate, a number or a tensor, is that group's peak.
+        milestones: iterations at which the rate is multiplied by ``gamma``; increasing, the first
+            not before the warm-up's end. May be empty.
+        gamma: the factor; above 0, at most 1, default 0.1.
+        warmup_steps: iterations of warm-up; at least 0, default 0 (none).
+        warmup_from: the rate at iteration 0, from 0 to the smallest peak. Default 0 (MLPerf); the
+            unscaled base rate for Goyal et al. Unused without warm-up.
+
+    Raises:
+        ValueError: an argument is out of its range, or exceeds a group's peak.
+
+    Example:
+        >>> import torch
+        >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        >>> schedule = step_decay(sgd, milestones=[3, 5], gamma=0.5, warmup_steps=2,
+        ...                       warmup_from=0.5)
+        >>> rates = []
+        >>> for _ in range(6):
+        ...     rates.append(schedule.get_last_lr()[0])
+        ...     sgd.step()
+        ...     schedule.step()
+        >>> rates
+        [0.5, 0.75, 1.0, 0.5, 0.5, 0.25]
+    """
+    warmup_steps = _check_count("warmup_steps", warmup_steps, minimum=0)
+    cuts = [_check_count("milestones", at, minimum=1) for at in milestones]
+    if any(later <= earlier for earlier, later in pairwise(cuts)):
+        raise ValueError(f"milestones must increase, got {cuts}")
+    if cuts and cuts[0] < warmup_steps:
+        raise ValueError(f"milestone {cuts[0]} lies within the warm-up of {warmup_steps} steps")
+    if not 0 < gamma <= 1:
+        raise ValueError(f"gamma must lie in (0, 1], got {gamma}")
+    _check_rate("warmup_from", warmup_from)
+
+    def factor(peak: float) -> _StepDecay:
+        return _StepDecay(peak, warmup_steps, warmup_from, cuts, gamma)
+
+    return _schedule(optimizer, factor, {"warmup_from": warmup_from if warmup_steps else 0.0})
+
+
+# The factors are dataclasses and not lambdas because LambdaLR.state_dict() saves their __dict__:
+# a resumed run then follows the schedule it was started with.
+
+
+@dataclass
+class _Factor:
+    """What LambdaLR multiplies one group's peak with at an iteration."""
+
+    peak: float
+    warmup_steps: int
+    warmup_from: float
+
+    def __call__(self, step: int) -> float:
+        if self.peak == 0:
+            return 1.0  # a group frozen by a rate of 0 stays frozen
+        if step < self.warmup_steps:
+            start = self.warmup_from / self.peak
+            return start + (1.0 - start) * step / self.warmup_steps
+        return self.after_warmup(step)
+
+    def after_warmup(self, step: int) -> float:
+        raise NotImplementedError
+
+
+@dataclass
+class _Polynomial(_Factor):
+    steps: int
+    power: float
+    end_lr: float
+
+    def after_warmup(self, step: int) -> float:
+        end = self.end_lr / self.peak
+        left = max(self.steps - step, 0) / (self.steps - self.warmup_steps)
+        return end + (1.0 - end) * left**self.power
+
+
+@dataclass
+class _StepDecay(_Factor):
+    milestones: list[int]
+    gamma: float
+
+    def after_warmup(self, step: int) -> float:
+        return self.gamma ** bisect_right(self.milestones, step)
+
+
+def _schedule(
+    optimizer: Optimizer, factor: Callable[[float], _Factor], bounds: dict[str, float]
+) -> LambdaLR:
+    """LambdaLR with one factor a group; `bounds` are rates that no peak may lie below."""
+    factors: list[Callable[[int], float]] = []
+    for index, group in enumerate(optimizer.param_groups):
+        # An optimizer whose state was loaded before holds the decayed rate in "lr"; LambdaLR
+        # goes by "initial_lr" then, and so must the factor.
+        peak = float(group.get("initial_lr", group["lr"]))
+        for name, rate in bounds.items():
+            if rate > peak and peak != 0:
+                raise ValueError(f"{name} {rate} exceeds the learning rate {peak} of group {index}")
+        factors.append(factor(peak))
+    return LambdaLR(optimizer, factors)
+
+
+def _check_rate(name: str, rate: float) -> None:
+    if not (math.isfinite(rate) and rate >= 0):
+        raise ValueError(f"{name} must be finite and at least 0, got {rate}")
+
+
+def _check_count(name: str, count: int, *, minimum: int) -> int:
+    try:
+        value = operator.index(count)
+    except TypeError:
+        raise ValueError(f"{name} must be whole numbers of iterations, got {count!r}") from None
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return value
