@@ -1,0 +1,250 @@
+// fastlars._C: the only file that knows Python. Tensors are looked at through DLPack's C function
+// table, which costs about 20 ns a tensor; torch itself is needed neither to build nor to link.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "core/api.h"
+#include "layout.h"
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+
+namespace fastlars {
+namespace {
+
+// A tensor that cannot be paired with its weight: args are (list, index, what differs).
+struct Mismatch : std::exception {
+  Mismatch(std::string list, std::size_t index, std::string what)
+      : list(std::move(list)), index(index), what_differs(std::move(what)) {}
+  std::string list;
+  std::size_t index;
+  std::string what_differs;
+};
+
+// Looks at tensors of the types it was given, and at no others: a subclass may keep its elements
+// elsewhere.
+class Viewer {
+ public:
+  Viewer(py::type tensor_type, const std::vector<py::type>& accepted) {
+    const py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
+    auto* api = static_cast<dlpack::ExchangeApi*>(
+        PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (api == nullptr) throw py::error_already_set();
+    while (api != nullptr && api->major != dlpack::kMajor) api = api->previous;
+    if (api == nullptr || api->view_object == nullptr) {
+      throw std::runtime_error("this torch publishes no DLPack 1.x table to look at tensors");
+    }
+    view_ = api->view_object;
+    for (const auto& type : accepted) accept(type);
+  }
+
+  void accept(const py::type& type) {
+    types_.insert(reinterpret_cast<PyTypeObject*>(type.ptr()));
+    kept_alive_.push_back(type);
+  }
+
+  bool accepts(py::handle object) const { return types_.count(Py_TYPE(object.ptr())) > 0; }
+
+  dlpack::Tensor view(py::handle object) const {
+    dlpack::Tensor tensor;
+    if (view_(object.ptr(), &tensor) != 0) throw py::error_already_set();
+    return tensor;
+  }
+
+ private:
+  int (*view_)(void*, dlpack::Tensor*);
+  std::set<PyTypeObject*> types_;
+  std::vector<py::type> kept_alive_;
+};
+
+struct BoundLayout : Layout {
+  std::shared_ptr<Viewer> viewer;
+};
+
+std::unique_ptr<BoundLayout> make_layout(std::shared_ptr<Viewer> viewer, const py::list& weights) {
+  auto layout = std::make_unique<BoundLayout>();
+  for (const auto& weight : weights) layout->add(viewer->view(weight));
+  layout->viewer = std::move(viewer);
+  return layout;
+}
+
+// The addresses of a list's tensors, once every one of them was compared with the layout.
+std::vector<std::uintptr_t> addresses(const BoundLayout& layout, const py::list& tensors,
+                                      Dtype dtype, const char* name) {
+  if (tensors.size() != layout.size()) throw Mismatch(name, 0, "length");
+  std::vector<std::uintptr_t> out;
+  out.reserve(layout.size());
+  for (std::size_t i = 0; i < layout.size(); ++i) {
+    const py::handle object = PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
+    if (!layout.viewer->accepts(object)) throw Mismatch(name, i, "type");
+    const dlpack::Tensor tensor = layout.viewer->view(object);
+    std::string what = layout.difference(i, tensor, dtype);
+    if (!what.empty()) throw Mismatch(name, i, std::move(what));
+    out.push_back(reinterpret_cast<std::uintptr_t>(tensor.data) + tensor.byte_offset);
+  }
+  return out;
+}
+
+// Counters are single floats, of no layout that the weights know.
+std::vector<std::uintptr_t> counter_addresses(const BoundLayout& layout, const py::list& counters) {
+  if (counters.size() != layout.size()) throw Mismatch("counters", 0, "length");
+  std::vector<std::uintptr_t> out;
+  out.reserve(counters.size());
+  for (std::size_t i = 0; i < counters.size(); ++i) {
+    const py::handle object = PyList_GET_ITEM(counters.ptr(), static_cast<Py_ssize_t>(i));
+    if (!layout.viewer->accepts(object)) throw Mismatch("counters", i, "type");
+    const dlpack::Tensor tensor = layout.viewer->view(object);
+    if (dtype_of(tensor.dtype) != Dtype::float32) throw Mismatch("counters", i, "dtype");
+    if (tensor.ndim != 0) throw Mismatch("counters", i, "shape");
+    out.push_back(reinterpret_cast<std::uintptr_t>(tensor.data) + tensor.byte_offset);
+  }
+  return out;
+}
+
+TensorList bind(const BoundLayout& layout, const py::list& weights, const py::list& grads,
+                const std::vector<py::list>& states, const py::object& copies,
+                const py::object& counters, int weight_dtype, int grad_dtype, int state_dtype,
+                int copy_dtype) {
+  TensorList list;
+  list.numel = layout.numel();
+  list.weight_dtype = static_cast<Dtype>(weight_dtype);
+  list.grad_dtype = static_cast<Dtype>(grad_dtype);
+  list.state_dtype = static_cast<Dtype>(state_dtype);
+  list.copy_dtype = static_cast<Dtype>(copy_dtype);
+  list.weight = addresses(layout, weights, list.weight_dtype, "weights");
+  list.grad = addresses(layout, grads, list.grad_dtype, "grads");
+  for (std::size_t i = 0; i < states.size() && i < 2; ++i) {
+    list.state[i] = addresses(layout, states[i], list.state_dtype, "states");
+  }
+  if (!copies.is_none()) {
+    list.copy = addresses(layout, copies.cast<py::list>(), list.copy_dtype, "copies");
+  }
+  if (!counters.is_none()) list.counter = counter_addresses(layout, counters.cast<py::list>());
+  return list;
+}
+
+void set_seed(TensorList& list, std::optional<std::uint64_t> seed) {
+  list.stochastic_rounding = seed.has_value();
+  list.seed = seed.value_or(0);
+}
+
+// Without the interpreter lock, so that other Python threads run on beside the kernels.
+template <class Rule>
+void define_rule_calls(py::module_& m) {
+  m.def(
+      "cpu_measure",
+      [](const Rule& rule, TensorList& list, double lr, double gradient_scale,
+         std::uintptr_t sums) {
+        py::gil_scoped_release release;
+        cpu::measure(rule, {lr, gradient_scale}, list, reinterpret_cast<Sums*>(sums));
+      },
+      "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "sums"_a);
+  m.def(
+      "cpu_apply",
+      [](const Rule& rule, TensorList& list, double lr, double gradient_scale,
+         std::optional<std::uint64_t> seed, std::uintptr_t sums, std::uintptr_t ratios) {
+        py::gil_scoped_release release;
+        set_seed(list, seed);
+        cpu::apply(rule, {lr, gradient_scale}, list, reinterpret_cast<const Sums*>(sums),
+                   reinterpret_cast<float*>(ratios));
+      },
+      "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "seed"_a, "sums"_a, "ratios"_a);
+  m.def(
+      "cpu_step",
+      [](const Rule& rule, TensorList& list, double lr, double gradient_scale,
+         std::optional<std::uint64_t> seed, std::uintptr_t ratios) {
+        py::gil_scoped_release release;
+        set_seed(list, seed);
+        cpu::step(rule, {lr, gradient_scale}, list, reinterpret_cast<float*>(ratios));
+      },
+      "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "seed"_a, "ratios"_a);
+}
+
+py::dict build_info() {
+  return py::dict("version"_a = FASTLARS_VERSION, "build_type"_a = FASTLARS_BUILD_TYPE,
+                  "compiler"_a = FASTLARS_BUILD_COMPILER, "openmp"_a = FASTLARS_BUILD_OPENMP,
+                  "cuda"_a = FASTLARS_BUILD_CUDA != 0, "cuda_reason"_a = FASTLARS_BUILD_CUDA_REASON,
+                  "cuda_version"_a = FASTLARS_BUILD_CUDA_VERSION,
+                  "cuda_archs"_a = FASTLARS_BUILD_CUDA_ARCHS);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of fastlars. Use the optimizers in fastlars instead.";
+
+  // Python has no args for C++ exceptions: the translator builds them.
+  static py::exception<Mismatch> mismatch(m, "Mismatch", PyExc_ValueError);
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const Mismatch& error) {
+      const py::tuple args = py::make_tuple(error.list, error.index, error.what_differs);
+      PyErr_SetObject(mismatch.ptr(), args.ptr());
+    }
+  });
+
+  py::class_<Viewer, std::shared_ptr<Viewer>>(m, "Viewer")
+      .def(py::init<py::type, const std::vector<py::type>&>(), "tensor_type"_a, "accepted"_a)
+      .def("accept", &Viewer::accept, "type"_a);
+  py::class_<BoundLayout>(m, "Layout").def(py::init(&make_layout), "viewer"_a, "weights"_a);
+  py::class_<TensorList>(m, "TensorList");
+  m.def("bind", &bind, "layout"_a, "weights"_a, "grads"_a, "states"_a, "copies"_a, "counters"_a,
+        "weight_dtype"_a, "grad_dtype"_a, "state_dtype"_a, "copy_dtype"_a);
+
+  py::class_<GradientNorm>(m, "GradientNorm").def(py::init<>());
+  m.def(
+      "cpu_measure",
+      [](const GradientNorm& rule, TensorList& list, double lr, double gradient_scale,
+         std::uintptr_t sums) {
+        py::gil_scoped_release release;
+        cpu::measure(rule, {lr, gradient_scale}, list, reinterpret_cast<Sums*>(sums));
+      },
+      "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "sums"_a);
+
+  py::class_<LarsRule>(m, "LarsRule")
+      .def(py::init([](double momentum, double dampening, double weight_decay,
+                       double trust_coefficient, double eps, int buffer, bool combined,
+                       bool nesterov, bool momentum_correction, bool trust_clip, bool adapt) {
+             return LarsRule{momentum,          dampening, weight_decay,
+                             trust_coefficient, eps,       static_cast<Buffer>(buffer),
+                             combined,          nesterov,  momentum_correction,
+                             trust_clip,        adapt};
+           }),
+           py::kw_only(), "momentum"_a, "dampening"_a, "weight_decay"_a, "trust_coefficient"_a,
+           "eps"_a, "buffer"_a, "combined"_a, "nesterov"_a, "momentum_correction"_a, "trust_clip"_a,
+           "adapt"_a);
+  define_rule_calls<LarsRule>(m);
+
+  py::class_<LambRule>(m, "LambRule")
+      .def(py::init([](double beta1, double beta2, double eps, double weight_decay, double lower,
+                       double upper, double ratio_eps, int decay, int correction,
+                       bool gradient_averaging, bool trust_clip, bool adapt) {
+             return LambRule{beta1,
+                             beta2,
+                             eps,
+                             weight_decay,
+                             lower,
+                             upper,
+                             ratio_eps,
+                             static_cast<Decay>(decay),
+                             static_cast<Correction>(correction),
+                             gradient_averaging,
+                             trust_clip,
+                             adapt};
+           }),
+           py::kw_only(), "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "lower"_a, "upper"_a,
+           "ratio_eps"_a, "decay"_a, "correction"_a, "gradient_averaging"_a, "trust_clip"_a,
+           "adapt"_a);
+  define_rule_calls<LambRule>(m);
+
+  m.def("instruction_set", &cpu::instruction_set);
+  m.def("build_info", &build_info);
+}
+
+}  // namespace fastlars

@@ -1,0 +1,58 @@
+// Cuts a TensorList into chunks, and groups chunks into blocks. Pure host code. A sum of squares is
+// taken in float32 within a chunk and in double across chunks, in chunk order: the cut alone
+// decides the bits, so it depends on the sizes of the tensors and on nothing else.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace fastlars {
+
+// 64 KB of float32: three arrays of it fit a core's second-level cache.
+constexpr std::int64_t kChunk = 16384;
+
+struct Chunk {
+  int tensor;
+  std::int64_t begin;
+  int size;
+};
+
+struct Chunks {
+  std::vector<Chunk> chunk;
+  std::vector<int> first;  // chunks of tensor t: [first[t], first[t + 1])
+};
+
+inline Chunks cut(const std::vector<std::int64_t>& numel) {
+  Chunks chunks;
+  chunks.first.reserve(numel.size() + 1);
+  for (std::size_t tensor = 0; tensor < numel.size(); ++tensor) {
+    chunks.first.push_back(static_cast<int>(chunks.chunk.size()));
+    for (std::int64_t begin = 0; begin < numel[tensor]; begin += kChunk) {
+      const auto size = static_cast<int>(std::min(kChunk, numel[tensor] - begin));
+      chunks.chunk.push_back({static_cast<int>(tensor), begin, size});
+    }
+  }
+  chunks.first.push_back(static_cast<int>(chunks.chunk.size()));
+  return chunks;
+}
+
+// Ends of blocks of whole tensors, in chunks, of at least `target` elements each but for the last.
+// A block is measured, then applied while it is still in cache; small tensors share a block because
+// each costs a barrier.
+inline std::vector<int> block_ends(const Chunks& chunks, const std::vector<std::int64_t>& numel,
+                                   std::int64_t target) {
+  std::vector<int> ends;
+  std::int64_t elements = 0;
+  for (std::size_t tensor = 0; tensor < numel.size(); ++tensor) {
+    elements += numel[tensor];
+    const bool last = tensor + 1 == numel.size();
+    if (elements >= target || last) {
+      ends.push_back(chunks.first[tensor + 1]);
+      elements = 0;
+    }
+  }
+  return ends;
+}
+
+}  // namespace fastlars

@@ -1,0 +1,182 @@
+// LARS and LAMB: the update arithmetic, once, for host and device. A back end derives a tensor's
+// coefficients, then calls these functions element by element; it adds loops and nothing else.
+#pragma once
+
+#include <cmath>
+
+#include "core/dtype.h"
+#include "core/trust.h"
+
+namespace fastlars {
+
+// What changes from step to step.
+struct Scalars {
+  double lr;
+  double gradient_scale;  // unscaling, global clip and the sign of `maximize`, in one factor
+};
+
+// What the momentum buffer b holds (d is the decayed gradient, q the trust ratio):
+//   step:      b = mu b + lr q d,  w -= b           Algorithm 1 of the paper
+//   scaled:    b = mu b + q d,     w -= lr b        ports over torch.optim.SGD
+//   gradient:  b = mu b + d,       w -= lr q b
+enum class Buffer : int { step = 0, scaled = 1, gradient = 2 };
+
+struct LarsRule {
+  double momentum, dampening, weight_decay, trust_coefficient, eps;
+  Buffer buffer;
+  bool combined, nesterov, momentum_correction, trust_clip, adapt;
+};
+
+struct LarsCoefficients {
+  float gradient_scale, weight_decay;
+  float decay;     // of the buffer: momentum, corrected for a changed learning rate
+  float undamped;  // 1 - dampening
+  float inner;     // what d is multiplied with before it enters the buffer
+  float outer;     // what the buffer is multiplied with before it leaves the weight
+  float momentum;
+  bool nesterov, combined;
+};
+
+// The state `last_lr` of a tensor that was never stepped.
+constexpr float kNeverStepped = -1.0f;
+
+FASTLARS_HD double trust_ratio(const LarsRule& rule, const Scalars& now, const Sums& sums) {
+  if (!rule.adapt) return 1.0;
+  const double q =
+      lars_ratio(sums, rule.trust_coefficient, rule.weight_decay, rule.eps, rule.combined);
+  if (!rule.trust_clip) return q;
+  const double clipped = q / now.lr;  // LARC: the local rate lr q never exceeds lr
+  return clipped > 1.0 ? 1.0 : clipped;
+}
+
+FASTLARS_HD void set_trust(const LarsRule& rule, const Scalars& now, double trust,
+                           LarsCoefficients& c) {
+  const bool lr_inside = rule.buffer == Buffer::step;
+  const bool trust_inside = rule.buffer != Buffer::gradient;
+  c.inner = static_cast<float>((lr_inside ? now.lr : 1.0) * (trust_inside ? trust : 1.0));
+  c.outer = static_cast<float>((lr_inside ? 1.0 : now.lr) * (trust_inside ? 1.0 : trust));
+}
+
+// Coefficients for a trust ratio of 1.
+FASTLARS_HD LarsCoefficients coefficients(const LarsRule& rule, const Scalars& now, float last_lr) {
+  // Goyal et al., remark 2: a buffer that holds lr times a gradient is rescaled when lr changes.
+  const bool stepped_before = last_lr != kNeverStepped;
+  const bool corrects = rule.momentum_correction && stepped_before && last_lr != 0.0f;
+  const float correction = corrects ? static_cast<float>(now.lr) / last_lr : 1.0f;
+  LarsCoefficients c;
+  c.gradient_scale = static_cast<float>(now.gradient_scale);
+  c.weight_decay = static_cast<float>(rule.weight_decay);
+  c.momentum = static_cast<float>(rule.momentum);
+  c.decay = static_cast<float>(rule.momentum) * correction;
+  c.undamped = stepped_before ? static_cast<float>(1.0 - rule.dampening) : 1.0f;
+  c.nesterov = rule.nesterov;
+  c.combined = rule.combined;
+  set_trust(rule, now, 1.0, c);
+  return c;
+}
+
+// What |.| is taken of beside the weight: g, or g + wd w.
+FASTLARS_HD float lars_measured(const LarsCoefficients& c, float w, float g) {
+  const float scaled = c.gradient_scale * g;
+  return c.combined ? scaled + c.weight_decay * w : scaled;
+}
+
+// Returns the new weight, advances the buffer.
+FASTLARS_HD float lars_update(const LarsCoefficients& c, float w, float g, float& buffer) {
+  const float d = c.gradient_scale * g + c.weight_decay * w;
+  const float scaled = c.inner * d;
+  buffer = c.decay * buffer + c.undamped * scaled;
+  const float direction = c.nesterov ? scaled + c.momentum * buffer : buffer;
+  return w - c.outer * direction;
+}
+
+// Without momentum there is no buffer to read or write.
+FASTLARS_HD float lars_update(const LarsCoefficients& c, float w, float g) {
+  const float d = c.gradient_scale * g + c.weight_decay * w;
+  return w - c.outer * (c.inner * d);
+}
+
+// Where LAMB's weight decay enters:
+//   update:     u = r + wd w, inside the ratio      the paper, apex, timm, optax
+//   decoupled:  w = (1 - lr wd) w before all else   pytorch_optimizer
+//   gradient:   g = g + wd w, before the moments    apex without adam_w_mode
+enum class Decay : int { update = 0, decoupled = 1, gradient = 2 };
+
+// Where its bias correction enters: the moments, nowhere, or the learning rate (lr / (1 -
+// beta1^t)).
+enum class Correction : int { moments = 0, none = 1, rate = 2 };
+
+struct LambRule {
+  double beta1, beta2, eps, weight_decay, lower, upper, ratio_eps;
+  Decay decay;
+  Correction correction;
+  bool gradient_averaging, trust_clip, adapt;
+};
+
+struct LambCoefficients {
+  float gradient_scale, gradient_decay;
+  float beta1, gradient_weight;
+  float beta2, square_weight;
+  float correction1, correction2;
+  float eps, update_decay;
+  float shrink;  // 1 - lr wd when the decay is decoupled, else 1
+  double lr;
+  float rate;  // lr q
+};
+
+FASTLARS_HD double lamb_shrink(const LambRule& rule, const Scalars& now) {
+  return rule.decay == Decay::decoupled ? 1.0 - now.lr * rule.weight_decay : 1.0;
+}
+
+FASTLARS_HD double trust_ratio(const LambRule& rule, const Scalars& now, const Sums& sums) {
+  if (!rule.adapt) return 1.0;
+  const double shrink = lamb_shrink(rule, now);
+  const Sums shrunk = {sums.weight * shrink * shrink, sums.update};
+  const double q = lamb_ratio(shrunk, rule.lower, rule.upper, rule.ratio_eps);
+  return (rule.trust_clip && q > 1.0) ? 1.0 : q;
+}
+
+FASTLARS_HD void set_trust(const LambRule&, const Scalars&, double trust, LambCoefficients& c) {
+  c.rate = static_cast<float>(c.lr * trust);
+}
+
+// Coefficients for a trust ratio of 1. `step` counts from 1.
+FASTLARS_HD LambCoefficients coefficients(const LambRule& rule, const Scalars& now, float step) {
+  const double correction1 = 1.0 - std::pow(rule.beta1, static_cast<double>(step));
+  const double correction2 = 1.0 - std::pow(rule.beta2, static_cast<double>(step));
+  const bool moments = rule.correction == Correction::moments;
+  const double decay = rule.weight_decay;
+  LambCoefficients c;
+  c.gradient_scale = static_cast<float>(now.gradient_scale);
+  c.gradient_decay = static_cast<float>(rule.decay == Decay::gradient ? decay : 0.0);
+  c.beta1 = static_cast<float>(rule.beta1);
+  c.gradient_weight = static_cast<float>(rule.gradient_averaging ? 1.0 - rule.beta1 : 1.0);
+  c.beta2 = static_cast<float>(rule.beta2);
+  c.square_weight = static_cast<float>(1.0 - rule.beta2);
+  c.correction1 = static_cast<float>(moments ? 1.0 / correction1 : 1.0);
+  c.correction2 = static_cast<float>(moments ? 1.0 / correction2 : 1.0);
+  c.eps = static_cast<float>(rule.eps);
+  c.update_decay = static_cast<float>(rule.decay == Decay::update ? decay : 0.0);
+  c.shrink = static_cast<float>(lamb_shrink(rule, now));
+  c.lr = rule.correction == Correction::rate ? now.lr / correction1 : now.lr;
+  set_trust(rule, now, 1.0, c);
+  return c;
+}
+
+FASTLARS_HD void lamb_moments(const LambCoefficients& c, float w, float g, float& m, float& v) {
+  const float d = c.gradient_scale * g + c.gradient_decay * w;
+  m = c.beta1 * m + c.gradient_weight * d;
+  v = c.beta2 * v + c.square_weight * (d * d);
+}
+
+// u, whose norm the ratio divides by.
+FASTLARS_HD float lamb_direction(const LambCoefficients& c, float w, float m, float v) {
+  const float r = (c.correction1 * m) / (std::sqrt(c.correction2 * v) + c.eps);
+  return r + c.update_decay * w;
+}
+
+FASTLARS_HD float lamb_update(const LambCoefficients& c, float w, float u) {
+  return c.shrink * w - c.rate * u;
+}
+
+}  // namespace fastlars

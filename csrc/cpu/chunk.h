@@ -1,0 +1,19 @@
+// One chunk of one tensor, measured or applied. Implemented per rule in lars.cpp and lamb.cpp.
+#pragma once
+
+#include "core/api.h"
+#include "core/chunks.h"
+
+namespace fastlars::cpu {
+
+Sums measure_chunk(const TensorList& list, const Chunk& chunk, float gradient_scale);
+Sums measure_chunk(const TensorList& list, const Chunk& chunk, const LarsCoefficients& c);
+Sums measure_chunk(const TensorList& list, const Chunk& chunk, const LambCoefficients& c);
+
+void apply_chunk(const TensorList& list, const Chunk& chunk, const LarsCoefficients& c,
+                 bool measured);
+// `measured`: the moments have advanced already; otherwise they advance here, in the same pass.
+void apply_chunk(const TensorList& list, const Chunk& chunk, const LambCoefficients& c,
+                 bool measured);
+
+}  // namespace fastlars::cpu

@@ -1,0 +1,27 @@
+// Which instruction set the loops run with. FASTLARS_CPU=baseline forces the fallback, for tests
+// and for doubts: the results are the same bits.
+#include "cpu/isa.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "core/api.h"
+
+namespace fastlars::cpu {
+
+bool has_avx2() {
+  static const bool chosen = [] {
+    const char* forced = std::getenv("FASTLARS_CPU");
+    if (forced != nullptr && std::strcmp(forced, "baseline") == 0) return false;
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+#else
+    return false;
+#endif
+  }();
+  return chosen;
+}
+
+const char* instruction_set() { return has_avx2() ? "avx2" : "baseline"; }
+
+}  // namespace fastlars::cpu

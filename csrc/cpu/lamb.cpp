@@ -1,0 +1,133 @@
+// LAMB over one chunk.
+#include "cpu/chunk.h"
+#include "cpu/isa.h"
+#include "cpu/storage.h"
+#include "cpu/sums.h"
+
+namespace fastlars::cpu {
+namespace {
+
+template <class W, class G, class S>
+struct Measure {
+  const W* weight;
+  const G* grad;
+  S* moment1;
+  S* moment2;
+  int size;
+  LambCoefficients c;
+  Sums* sums;
+
+  // The direction is taken from the moments as they are stored, because that is what apply reads.
+  FASTLARS_HD float direction(float w, int i) const {
+    const float m = to_float(moment1[i]);
+    const float v = to_float(moment2[i]);
+    return lamb_direction(c, w, m, v);
+  }
+
+  FASTLARS_HD void operator()() const {
+    const auto advance = [this](int i, float& x, float& y) __attribute__((always_inline)) {
+      x = to_float(weight[i]);
+      float m = to_float(moment1[i]);
+      float v = to_float(moment2[i]);
+      lamb_moments(c, x, to_float(grad[i]), m, v);
+      const S stored_m = from_float<S>(m);
+      const S stored_v = from_float<S>(v);
+      moment1[i] = stored_m;
+      moment2[i] = stored_v;
+      y = lamb_direction(c, x, to_float(stored_m), to_float(stored_v));
+    };
+    *sums = sum_squares<float>(size, advance);
+    if (!needs_double(*sums)) return;
+    const auto read = [this](int i, float& x, float& y) __attribute__((always_inline)) {
+      x = to_float(weight[i]);
+      y = direction(x, i);
+    };
+    *sums = sum_squares<double>(size, read);
+  }
+};
+
+template <class Weights, class S>
+struct Apply {
+  Weights weights;
+  const S* moment1;
+  const S* moment2;
+  int size;
+  LambCoefficients c;
+
+  FASTLARS_HD void operator()() const {
+#pragma GCC ivdep
+    for (int i = 0; i < size; ++i) {
+      const float w = weights.load(i);
+      const float u = lamb_direction(c, w, to_float(moment1[i]), to_float(moment2[i]));
+      weights.store(i, lamb_update(c, w, u));
+    }
+  }
+};
+
+template <class Weights, class G, class S>
+struct AdvanceAndApply {
+  Weights weights;
+  const G* grad;
+  S* moment1;
+  S* moment2;
+  int size;
+  LambCoefficients c;
+
+  FASTLARS_HD void operator()() const {
+#pragma GCC ivdep
+    for (int i = 0; i < size; ++i) {
+      const float w = weights.load(i);
+      float m = to_float(moment1[i]);
+      float v = to_float(moment2[i]);
+      lamb_moments(c, w, to_float(grad[i]), m, v);
+      const S stored_m = from_float<S>(m);
+      const S stored_v = from_float<S>(v);
+      moment1[i] = stored_m;
+      moment2[i] = stored_v;
+      const float u = lamb_direction(c, w, to_float(stored_m), to_float(stored_v));
+      weights.store(i, lamb_update(c, w, u));
+    }
+  }
+};
+
+}  // namespace
+
+Sums measure_chunk(const TensorList& list, const Chunk& chunk, const LambCoefficients& c) {
+  Sums sums;
+  visit(list.weight_dtype, [&](auto w) {
+    visit(list.grad_dtype, [&](auto g) {
+      with_state_type(list, [&](auto s) {
+        using W = decltype(w);
+        using G = decltype(g);
+        using S = decltype(s);
+        run(Measure<W, G, S>{at<W>(list.weight, chunk), at<G>(list.grad, chunk),
+                             at<S>(list.state[0], chunk), at<S>(list.state[1], chunk), chunk.size,
+                             c, &sums});
+      });
+    });
+  });
+  return sums;
+}
+
+void apply_chunk(const TensorList& list, const Chunk& chunk, const LambCoefficients& c,
+                 bool measured) {
+  with_weights(list, chunk, [&](auto weights) {
+    with_state_type(list, [&](auto s) {
+      using Weights = decltype(weights);
+      using S = decltype(s);
+      S* moment1 = at<S>(list.state[0], chunk);
+      S* moment2 = at<S>(list.state[1], chunk);
+      if (measured) {
+        run(Apply<Weights, S>{weights, moment1, moment2, chunk.size, c});
+        return;
+      }
+      visit(list.grad_dtype, [&](auto g) {
+        using G = decltype(g);
+        run(AdvanceAndApply<Weights, G, S>{weights, at<G>(list.grad, chunk), moment1, moment2,
+                                           chunk.size, c});
+      });
+    });
+  });
+}
+
+}  // namespace fastlars::cpu

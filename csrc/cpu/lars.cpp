@@ -1,0 +1,121 @@
+// LARS over one chunk, and the norm of gradients alone.
+#include "cpu/chunk.h"
+#include "cpu/isa.h"
+#include "cpu/storage.h"
+#include "cpu/sums.h"
+
+namespace fastlars::cpu {
+namespace {
+
+template <class G>
+struct MeasureGradient {
+  const G* grad;
+  int size;
+  float scale;
+  Sums* sums;
+
+  FASTLARS_HD void operator()() const {
+    const auto each = [this](int i, float& x, float& y) __attribute__((always_inline)) {
+      x = 0.0f;
+      y = scale * to_float(grad[i]);
+    };
+    *sums = sum_squares<float>(size, each);
+    if (leaves_float_range(sums->update)) *sums = sum_squares<double>(size, each);
+  }
+};
+
+template <class W, class G>
+struct Measure {
+  const W* weight;
+  const G* grad;
+  int size;
+  LarsCoefficients c;
+  Sums* sums;
+
+  FASTLARS_HD void operator()() const {
+    const auto each = [this](int i, float& x, float& y) __attribute__((always_inline)) {
+      x = to_float(weight[i]);
+      y = lars_measured(c, x, to_float(grad[i]));
+    };
+    *sums = sum_squares<float>(size, each);
+    if (needs_double(*sums)) *sums = sum_squares<double>(size, each);
+  }
+};
+
+template <class Weights, class G, class S>
+struct Apply {
+  Weights weights;
+  const G* grad;
+  S* buffer;
+  int size;
+  LarsCoefficients c;
+
+  FASTLARS_HD void operator()() const {
+#pragma GCC ivdep
+    for (int i = 0; i < size; ++i) {
+      float b = to_float(buffer[i]);
+      const float w = lars_update(c, weights.load(i), to_float(grad[i]), b);
+      buffer[i] = from_float<S>(b);
+      weights.store(i, w);
+    }
+  }
+};
+
+template <class Weights, class G>
+struct ApplyWithoutMomentum {
+  Weights weights;
+  const G* grad;
+  int size;
+  LarsCoefficients c;
+
+  FASTLARS_HD void operator()() const {
+#pragma GCC ivdep
+    for (int i = 0; i < size; ++i) {
+      weights.store(i, lars_update(c, weights.load(i), to_float(grad[i])));
+    }
+  }
+};
+
+}  // namespace
+
+Sums measure_chunk(const TensorList& list, const Chunk& chunk, float gradient_scale) {
+  Sums sums;
+  visit(list.grad_dtype, [&](auto g) {
+    using G = decltype(g);
+    run(MeasureGradient<G>{at<G>(list.grad, chunk), chunk.size, gradient_scale, &sums});
+  });
+  return sums;
+}
+
+Sums measure_chunk(const TensorList& list, const Chunk& chunk, const LarsCoefficients& c) {
+  Sums sums;
+  visit(list.weight_dtype, [&](auto w) {
+    visit(list.grad_dtype, [&](auto g) {
+      using W = decltype(w);
+      using G = decltype(g);
+      run(Measure<W, G>{at<W>(list.weight, chunk), at<G>(list.grad, chunk), chunk.size, c, &sums});
+    });
+  });
+  return sums;
+}
+
+void apply_chunk(const TensorList& list, const Chunk& chunk, const LarsCoefficients& c, bool) {
+  with_weights(list, chunk, [&](auto weights) {
+    using Weights = decltype(weights);
+    visit(list.grad_dtype, [&](auto g) {
+      using G = decltype(g);
+      const G* grad = at<G>(list.grad, chunk);
+      if (list.state[0].empty()) {
+        run(ApplyWithoutMomentum<Weights, G>{weights, grad, chunk.size, c});
+        return;
+      }
+      with_state_type(list, [&](auto s) {
+        using S = decltype(s);
+        S* buffer = at<S>(list.state[0], chunk);
+        run(Apply<Weights, G, S>{weights, grad, buffer, chunk.size, c});
+      });
+    });
+  });
+}
+
+}  // namespace fastlars::cpu
