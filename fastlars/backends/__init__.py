@@ -1,0 +1,1 @@
+"""Back ends: measure and apply a rule over lists of tensors."""

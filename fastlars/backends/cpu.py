@@ -1,0 +1,131 @@
+"""The compiled CPU back end: csrc/cpu through fastlars._C."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlars import _C
+from fastlars.backends.base import Scalars, Tensors
+from fastlars.rules import GradientNorm, LambRule, LarsRule, Rule
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+STATE_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@cache
+def native(rule: Rule | GradientNorm) -> Any:
+    """The rule as a C++ struct."""
+    if isinstance(rule, LarsRule):
+        return _C.LarsRule(
+            momentum=rule.momentum,
+            dampening=rule.dampening,
+            weight_decay=rule.weight_decay,
+            trust_coefficient=rule.trust_coefficient,
+            eps=rule.eps,
+            buffer=rule.BUFFERS.index(rule.buffer),
+            combined=rule.ratio == "combined",
+            nesterov=rule.nesterov,
+            momentum_correction=rule.momentum_correction,
+            trust_clip=rule.trust_clip,
+            adapt=rule.adapt,
+        )
+    if isinstance(rule, LambRule):
+        return _C.LambRule(
+            beta1=rule.beta1,
+            beta2=rule.beta2,
+            eps=rule.eps,
+            weight_decay=rule.weight_decay,
+            lower=rule.lower,
+            upper=rule.upper,
+            ratio_eps=rule.ratio_eps,
+            decay=rule.DECAYS.index(rule.decay),
+            correction=rule.CORRECTIONS.index(rule.bias_correction),
+            gradient_averaging=rule.grad_averaging,
+            trust_clip=rule.trust_clip,
+            adapt=rule.adapt,
+        )
+    return _C.GradientNorm()
+
+
+@cache
+def viewer() -> Any:
+    """Looks at tensors of torch's own two types; a subclass is accepted once a layout holds it."""
+    return _C.Viewer(Tensor, [Tensor, torch.nn.Parameter])
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Addresses, and the tensors that own them."""
+
+    native: Any
+    tensors: Tensors
+
+
+class Cpu:
+    """float32, bfloat16 and float16 weights and gradients in any mix; float32 or bfloat16 states.
+
+    Sums of squares have the same bits for any number of threads, and from run to run.
+    """
+
+    name = "cpu"
+
+    def layout(self, weights: list[Tensor]) -> Any:
+        for weight in weights:
+            viewer().accept(type(weight))
+        return _C.Layout(viewer(), weights)
+
+    def bind(self, tensors: Tensors, layout: Any) -> Bound:
+        kinds = tensors.kinds
+        bound = _C.bind(
+            layout,
+            tensors.weights,
+            tensors.grads,
+            tensors.states,
+            tensors.copies,
+            tensors.counters,
+            DTYPES[kinds.weight],
+            DTYPES[kinds.grad],
+            DTYPES[kinds.state],
+            DTYPES[kinds.copy] if kinds.copy is not None else 0,
+        )
+        return Bound(bound, tensors)
+
+    def measure(self, rule: Rule | GradientNorm, bound: Bound, now: Scalars) -> Tensor:
+        sums = torch.empty(len(bound.tensors.weights), 2, dtype=torch.float64)
+        _C.cpu_measure(native(rule), bound.native, now.lr, now.gradient_scale, sums.data_ptr())
+        return sums
+
+    def apply(self, rule: Rule, bound: Bound, now: Scalars, sums: Tensor | None) -> Tensor:
+        ratios = torch.empty(len(bound.tensors.weights), dtype=torch.float32)
+        address = 0
+        if rule.adapt:
+            if sums is None or sums.shape != (len(ratios), 2) or sums.dtype != torch.float64:
+                raise ValueError(f"apply needs float64 sums of shape [{len(ratios)}, 2]")
+            sums = sums.contiguous()
+            address = sums.data_ptr()
+        _C.cpu_apply(
+            native(rule),
+            bound.native,
+            now.lr,
+            now.gradient_scale,
+            now.seed,
+            address,
+            ratios.data_ptr(),
+        )
+        return ratios
+
+    def step(self, rule: Rule, bound: Bound, now: Scalars) -> Tensor:
+        ratios = torch.empty(len(bound.tensors.weights), dtype=torch.float32)
+        _C.cpu_step(
+            native(rule), bound.native, now.lr, now.gradient_scale, now.seed, ratios.data_ptr()
+        )
+        return ratios
+
+
+instruction_set: Callable[[], str] = _C.instruction_set

@@ -1,0 +1,1 @@
+"""Optimizers: thin subclasses of torch.optim.Optimizer over the back ends."""

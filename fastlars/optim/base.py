@@ -1,0 +1,233 @@
+"""FusedOptimizer: what LARS and LAMB share, which is everything but their rule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor
+
+from fastlars.backends.base import Backend, Mismatch, Scalars
+from fastlars.optim import checkpoint
+from fastlars.optim.checks import check_lr, check_options, check_overlap
+from fastlars.optim.plan import Plan, Sublist, location
+from fastlars.rules import GradientNorm, Rule
+
+Params = Iterable[Any]
+# Options that every optimizer has beside its rule.
+OPTIONS: dict[str, Any] = {
+    "always_adapt": True,
+    "maximize": False,
+    "max_grad_norm": None,
+    "master_weights": False,
+    "stochastic_rounding": False,
+    "state_dtype": torch.float32,
+    "capturable": False,
+}
+
+
+@dataclass
+class Work:
+    """One sublist, ready to be stepped."""
+
+    group: dict[str, Any]
+    rule: Rule
+    sublist: Sublist
+    bound: Any
+    scale: float  # of the gradients: unscaling and the sign of maximize
+
+    @property
+    def backend(self) -> Backend:
+        return self.sublist.backend
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """Steps all parameters of a group in one call of a compiled back end.
+
+    A subclass gives its rule. A step first checks everything, and takes the addresses of every
+    tensor of every group; an error leaves parameters and states as they were.
+    """
+
+    # GradScaler hands over its scale and its verdict, instead of a pass of its own over the
+    # gradients; a skipped step changes nothing.
+    _step_supports_amp_scaling = True
+
+    # What every group of a state_dict of this class has, and of no other.
+    marks: ClassVar[frozenset[str]] = frozenset()
+    # Optimizers of torch whose states mean the same.
+    loads_from: ClassVar[tuple[checkpoint.Source, ...]] = ()
+
+    @staticmethod
+    def rule_of(group: dict[str, Any]) -> Rule:
+        """The rule that a group's hyper-parameters make. ValueError or TypeError if they do not."""
+        raise NotImplementedError
+
+    def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
+        check_lr(defaults["lr"])
+        defaults = OPTIONS | defaults
+        self._forget()
+        super().__init__(params, defaults)
+
+    def _forget(self) -> None:
+        self._plans: list[Plan | None] = []
+        self._rules: list[tuple[tuple[Any, ...], Rule] | None] = []
+        self._last: list[tuple[list[Tensor], Tensor]] = []
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; ValueError or TypeError if its values are out of range."""
+        super().add_param_group(param_group)
+        number = len(self.param_groups) - 1
+        group = self.param_groups[number]
+        try:
+            try:
+                check_lr(group["lr"])
+                check_options(group)
+                self.rule_of(group)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"group {number}: {error}") from None
+            everything = [
+                (p, location(g, i))
+                for g, other in enumerate(self.param_groups)
+                for i, p in enumerate(other["params"])
+            ]
+            check_overlap(everything)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+        for group in self.param_groups:
+            for name, value in (OPTIONS | self.defaults).items():
+                group.setdefault(name, value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict()`` gave, from this class or one whose state means the same.
+
+        States keep their own types (float32 momentum of bfloat16 weights stays float32), and take
+        the device and the memory layout of their parameters.
+
+        Raises:
+            ValueError: the dict is of another optimizer, or its tensors do not fit the parameters.
+                Nothing is loaded then.
+        """
+        checkpoint.load(self, super().load_state_dict, state_dict)
+        self._forget()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step; ``closure`` re-evaluates the model and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and float(found_inf) != 0.0:
+            return loss
+        works = self._prepare()
+        clip = self._global_norm(works)
+        self._last = []
+        for work in works:
+            factor = 1.0
+            limit = work.group["max_grad_norm"]
+            if limit is not None and clip > limit:
+                factor = limit / clip
+            now = self._scalars(work, work.scale * factor)
+            ratios = work.backend.step(work.rule, work.bound, now)
+            self._last.append((work.sublist.weights, ratios))
+        for work in works:
+            # Autograd compares versions to notice that a saved tensor was overwritten; a write
+            # through an address does not move them.
+            torch.autograd.graph.increment_version(work.sublist.weights)
+        return loss
+
+    def trust_ratios(self) -> dict[Tensor, float]:
+        """The last step's trust ratio of every parameter that it changed; 1 where not adapted.
+
+        Example:
+            >>> w = torch.nn.Parameter(torch.ones(4))
+            >>> optimizer = LARS([w], lr=1.0)
+            >>> w.sum().backward()
+            >>> optimizer.step()
+            >>> [round(q, 6) for q in optimizer.trust_ratios().values()]
+            [0.001]
+        """
+        return {
+            p: q
+            for params, ratios in self._last
+            for p, q in zip(params, ratios.tolist(), strict=True)
+        }
+
+    def _rule(self, number: int, group: dict[str, Any]) -> Rule:
+        """The group's rule; made anew, and so checked, only when a value has changed."""
+        check_lr(group["lr"])
+        values = tuple(group[name] for name in self.defaults if name != "lr")
+        known = self._rules[number]
+        if known is not None and known[0] == values:
+            return known[1]
+        check_options(group)
+        rule = self.rule_of(group)
+        self._rules[number] = (values, rule)
+        return rule
+
+    def _prepare(self) -> list[Work]:
+        groups = self.param_groups
+        if len(self._plans) != len(groups):
+            self._plans, self._rules = [None] * len(groups), [None] * len(groups)
+        scaler = getattr(self, "grad_scale", None)
+        unscale = 1.0 if scaler is None else 1.0 / float(scaler)
+        works = []
+        for number, group in enumerate(groups):
+            try:
+                rule = self._rule(number, group)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"group {number}: {error}") from None
+            scale = -unscale if group["maximize"] else unscale
+            for sublist, bound in self._bind(number, group, rule):
+                works.append(Work(group, rule, sublist, bound, scale))
+        return works
+
+    def _bind(self, number: int, group: dict[str, Any], rule: Rule) -> list[tuple[Sublist, Any]]:
+        params = group["params"]
+        grads = [p.grad for p in params]
+        plan = self._plans[number]
+        if plan is not None and plan.state is self.state and plan.fits(params, grads, rule):
+            try:
+                return plan.bind(grads)
+            except (Mismatch, KeyError):
+                pass  # a parameter or a state was replaced: plan again, with all checks
+        plan = Plan(group, number, rule, self.state)
+        if group["capturable"] and plan.sublists:
+            raise RuntimeError(
+                f"group {number}: capturable=True needs a back end that reads lr and step on the "
+                f"device, but {plan.sublists[0].backend.name} serves these parameters"
+            )
+        self._plans[number] = plan
+        return plan.bind(grads)
+
+    def _global_norm(self, works: list[Work]) -> float:
+        """The norm of all gradients together, unscaled; 0 if no group asks for it."""
+        if all(work.group["max_grad_norm"] is None for work in works):
+            return 0.0
+        squares: list[float] = []
+        for work in works:
+            now = Scalars(lr=0.0, gradient_scale=work.scale)
+            sums = work.backend.measure(GradientNorm(), work.bound, now)
+            squares += sums[:, 1].tolist()
+        return math.sqrt(sum(squares))
+
+    def _scalars(self, work: Work, gradient_scale: float) -> Scalars:
+        seed = None
+        if work.group["stochastic_rounding"] and work.sublist.kinds.weight == torch.bfloat16:
+            # From torch's own generator: torch.manual_seed makes it reproducible, and a saved
+            # generator state resumes it.
+            seed = int(torch.randint(2**62, ()))
+        return Scalars(float(work.group["lr"]), gradient_scale, seed)

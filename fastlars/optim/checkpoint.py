@@ -1,0 +1,143 @@
+"""Loading optimizer states: their types, their layouts, and states of torch's own optimizers.
+
+torch casts every state to the type of its parameter, keeps whatever strides the checkpoint had, and
+loads shapes that do not fit without a word. Here a state keeps its own type, takes its parameter's
+strides, and a dict that does not fit is refused before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastlars.optim.plan import like, location, wanted
+
+if TYPE_CHECKING:
+    from fastlars.optim.base import FusedOptimizer
+
+Dict = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A torch optimizer whose state may be loaded.
+
+    Attributes:
+        keys: what its parameter groups have, and those of no relative of it.
+        states: the names of its states that are taken over, which mean the same here.
+        refused: states that have no counterpart.
+        obstacle: why a group of ours cannot take them exactly; empty where it can.
+    """
+
+    keys: frozenset[str]
+    states: tuple[str, ...]
+    refused: tuple[str, ...]
+    obstacle: Callable[[Dict], str]
+
+    def matches(self, group: Dict) -> bool:
+        return self.keys <= group.keys()
+
+
+def load(optimizer: FusedOptimizer, load_base: Callable[[Dict], None], state_dict: Dict) -> None:
+    """Load through ``load_base``, torch's method, and mend what it does to the states."""
+    loaded: Dict = {}
+
+    def check(_: Any, incoming: Dict) -> Dict:
+        loaded.update(_translated(optimizer, incoming))
+        _check(optimizer, loaded)
+        return loaded
+
+    def mend(_: Any) -> None:
+        for p, group, state in _pairs(optimizer, loaded):
+            optimizer.state[p] = _state_of(optimizer, p, group, state)
+
+    # The user's own hooks come first before loading and last after it, and so see what counts.
+    before = optimizer.register_load_state_dict_pre_hook(check)
+    after = optimizer.register_load_state_dict_post_hook(mend, prepend=True)
+    try:
+        load_base(state_dict)
+    finally:
+        before.remove()
+        after.remove()
+
+
+def _pairs(optimizer: FusedOptimizer, loaded: Dict) -> Iterator[tuple[Tensor, Dict, Dict]]:
+    """Parameters with a state in the dict, their loaded group, that state."""
+    for ours, theirs in zip(optimizer.param_groups, loaded["param_groups"], strict=True):
+        for p, index in zip(ours["params"], theirs["params"], strict=True):
+            if index in loaded["state"]:
+                yield p, {**ours, **theirs}, loaded["state"][index]
+
+
+def _state_of(optimizer: FusedOptimizer, p: Tensor, group: Dict, state: Dict) -> Dict:
+    rule = optimizer.rule_of(group)
+    types = wanted(p, rule, group)
+    out: Dict = {}
+    for name, value in state.items():
+        if name in types:
+            out[name] = like(p, value, types[name])
+        elif name == rule.counter:
+            out[name] = torch.tensor(float(value), dtype=torch.float32)
+        else:
+            out[name] = value
+    return out
+
+
+def _translated(optimizer: FusedOptimizer, incoming: Dict) -> Dict:
+    """The dict itself, or what another optimizer's dict comes to with our hyper-parameters."""
+    kind = type(optimizer).__name__
+    groups = incoming["param_groups"]
+    if all(group.keys() >= optimizer.marks for group in groups):
+        return incoming
+    sources = [s for s in optimizer.loads_from if all(s.matches(group) for group in groups)]
+    if not sources or len(groups) != len(optimizer.param_groups):
+        missing = sorted(optimizer.marks - set.intersection(*(set(g) for g in groups)))
+        raise ValueError(f"this state_dict is not of {kind}: its groups have no {missing}")
+    source = sources[0]
+    translated: Dict = {"state": {}, "param_groups": []}
+    for number, (ours, theirs) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
+        obstacle = source.obstacle(ours)
+        if obstacle:
+            raise ValueError(f"group {number}: {obstacle}")
+        own = {k: v for k, v in ours.items() if k not in ("params", "param_names")}
+        translated["param_groups"].append({**own, "params": theirs["params"]})
+        for i, index in enumerate(theirs["params"]):
+            state = incoming["state"].get(index, {})
+            bad = [name for name in source.refused if state.get(name) is not None]
+            if bad:
+                raise ValueError(f"{location(number, i)}: {kind} has no use for its {bad[0]}")
+            taken = {k: v for k, v in state.items() if k in source.states and v is not None}
+            if taken:
+                if optimizer.rule_of(ours).counter == "last_lr":
+                    taken["last_lr"] = theirs["lr"]
+                translated["state"][index] = taken
+    return translated
+
+
+def _check(optimizer: FusedOptimizer, loaded: Dict) -> None:
+    sizes = [len(group["params"]) for group in loaded["param_groups"]]
+    if sizes != [len(group["params"]) for group in optimizer.param_groups]:
+        return  # torch's own check follows, with its own message
+    for number, (ours, theirs) in enumerate(
+        zip(optimizer.param_groups, loaded["param_groups"], strict=True)
+    ):
+        group = {**ours, **theirs}
+        try:
+            rule = optimizer.rule_of(group)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"state_dict, group {number}: {error}") from None
+        for i, (p, index) in enumerate(zip(ours["params"], theirs["params"], strict=True)):
+            state = loaded["state"].get(index, {})
+            for name in wanted(p, rule, group):
+                value = state.get(name)
+                if value is None and state:
+                    raise ValueError(f"state_dict, {location(number, i)}: no {name}")
+                if value is not None and value.shape != p.shape:
+                    raise ValueError(
+                        f"state_dict, {location(number, i)}: {name} has shape "
+                        f"{tuple(value.shape)}, the parameter {tuple(p.shape)}"
+                    )

@@ -1,0 +1,152 @@
+"""What an optimizer refuses, with the place: every message names the group and the parameter."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlars.backends.choose import is_dense
+
+FLAGS = frozenset(
+    {"adapt", "always_adapt", "maximize", "master_weights", "stochastic_rounding", "capturable"}
+)
+
+
+def check_lr(lr: Any) -> None:
+    """Raise unless ``lr`` is a finite number of at least 0, or a tensor of one element."""
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        if lr.device.type != "cpu":
+            return  # its value is the device's business: looking would wait for the device
+        lr = lr.item()
+    elif isinstance(lr, bool) or not isinstance(lr, (int, float)):
+        raise TypeError(f"lr must be a number or a 1-element tensor, got {type(lr).__name__}")
+    if not 0.0 <= lr < math.inf:
+        raise ValueError(f"lr must be finite and at least 0, got {lr}")
+
+
+def check_options(group: dict[str, Any]) -> None:
+    """Raise unless a group's options beside its rule are in range."""
+    norm = group["max_grad_norm"]
+    if norm is not None:
+        if isinstance(norm, bool) or not isinstance(norm, (int, float)):
+            raise TypeError(f"max_grad_norm must be a number or None, got {type(norm).__name__}")
+        if not norm > 0.0:
+            raise ValueError(f"max_grad_norm must be positive, or None for no clip, got {norm}")
+    for name, value in group.items():
+        if name in FLAGS and not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+    if group["state_dtype"] not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"state_dtype must be torch.float32 or torch.bfloat16, got {group['state_dtype']}"
+        )
+    if group["master_weights"] and group["stochastic_rounding"]:
+        raise ValueError(
+            "stochastic_rounding is for weights without masters: choose one of the two"
+        )
+
+
+def check_parameter(weight: Tensor, where: str) -> None:
+    """Raise unless ``weight`` is a floating-point tensor with memory of its own."""
+    kind = type(weight).__name__
+    if weight.is_complex():
+        raise TypeError(f"{where} is complex: step torch.view_as_real of it instead")
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        raise TypeError(f"{where} is {weight.dtype}: only floating-point parameters are stepped")
+    if weight.layout != torch.strided:
+        raise TypeError(
+            f"{where} is a sparse tensor ({weight.layout}): only dense ones are stepped"
+        )
+    if weight.is_meta:
+        raise TypeError(f"{where} is on the meta device, which has no memory to write")
+    if type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise TypeError(f"{where} is a {kind}: plain tensors are stepped, not such subclasses")
+    if any(
+        size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True)
+    ):
+        raise ValueError(f"{where} is expanded: several of its elements share one memory cell")
+
+
+def check_gradient(weight: Tensor, grad: Tensor, where: str) -> None:
+    """Raise unless ``grad`` can be held against ``weight`` element by element."""
+    if grad.layout != torch.strided:
+        raise TypeError(f"{where} has a sparse gradient ({grad.layout}): only dense ones are taken")
+    if not grad.is_floating_point():
+        raise TypeError(f"{where} has a gradient of {grad.dtype}")
+    if type(grad).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise TypeError(f"{where} has a gradient of type {type(grad).__name__}")
+    if grad.shape != weight.shape:
+        raise ValueError(
+            f"{where} has shape {tuple(weight.shape)}, its gradient {tuple(grad.shape)}"
+        )
+    if grad.device != weight.device:
+        raise ValueError(f"{where} is on {weight.device}, its gradient on {grad.device}")
+
+
+def check_state(weight: Tensor, name: str, value: Any, dtype: torch.dtype, where: str) -> None:
+    """Raise unless a state tensor belongs to ``weight`` as it is now."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where}: its {name} is a {type(value).__name__}, not a tensor")
+    if value.shape != weight.shape:
+        raise ValueError(
+            f"{where} has shape {tuple(weight.shape)}, its {name} {tuple(value.shape)}: "
+            "the parameter was replaced after its state was made"
+        )
+    if value.dtype != dtype:
+        raise ValueError(
+            f"{where} is {weight.dtype} and needs a {name} of {dtype}, but that is {value.dtype}: "
+            "a type was changed after the state was made"
+        )
+    if value.device != weight.device:
+        raise ValueError(
+            f"{where} is on {weight.device}, its {name} on {value.device}: "
+            "the model was moved after the optimizer took its first step"
+        )
+
+
+def _byte_range(tensor: Tensor) -> tuple[int, int]:
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((int(size) - 1) * int(stride) for size, stride in strides)
+    begin = int(tensor.storage_offset()) * tensor.itemsize
+    return begin, begin + (last + 1) * tensor.itemsize
+
+
+def check_overlap(parameters: list[tuple[Tensor, str]]) -> None:
+    """Raise if two parameters share memory, or one shares it with itself.
+
+    Stepped one after the other they would take two steps; stepped in one launch, an undefined one.
+    """
+    by_storage: dict[int, list[tuple[Tensor, str]]] = defaultdict(list)
+    for parameter, where in parameters:
+        if parameter.layout == torch.strided and not parameter.is_meta and parameter.numel() > 0:
+            by_storage[parameter.untyped_storage()._cdata].append((parameter, where))
+    for sharers in by_storage.values():
+        if len(sharers) == 1 and is_dense(sharers[0][0]):
+            continue
+        ranges = sorted((*_byte_range(p), i) for i, (p, _) in enumerate(sharers))
+        apart = all(a[1] <= b[0] for a, b in pairwise(ranges))
+        if not (apart and all(is_dense(p) for p, _ in sharers)):
+            _check_elements(sharers)
+
+
+def _check_elements(sharers: list[tuple[Tensor, str]]) -> None:
+    """The slow, exact answer for strided views: mark every byte's first owner."""
+    nbytes = sharers[0][0].untyped_storage().nbytes()
+    owner = torch.full((nbytes,), -1, dtype=torch.int32)
+    for i, (parameter, where) in enumerate(sharers):
+        width = parameter.itemsize
+        strides = [stride * width for stride in parameter.stride()]
+        offset = parameter.storage_offset() * width
+        mine = owner.as_strided(parameter.shape, strides, offset)
+        others = mine[mine >= 0]
+        if others.numel() > 0:
+            raise ValueError(f"{where} shares memory with {sharers[int(others[0])][1]}")
+        mine.fill_(i)
+        if int((owner == i).sum()) != parameter.numel():
+            raise ValueError(f"{where} is a view whose elements overlap in memory")

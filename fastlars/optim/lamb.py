@@ -1,0 +1,155 @@
+"""LAMB: layer-wise adaptive moments."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastlars.optim.base import FusedOptimizer, Params
+from fastlars.optim.checkpoint import Source
+from fastlars.rules import LambRule
+
+
+def _adam_obstacle(group: dict[str, Any]) -> str:
+    if group["grad_averaging"]:
+        return ""
+    return "torch.optim.Adam averages gradients: its moments do not fit grad_averaging=False"
+
+
+class LAMB(FusedOptimizer):
+    r"""LAMB: Adam's direction, every layer's step in proportion to the norm of its weights.
+
+    .. math::
+        m &= \beta_1 m + (1 - \beta_1) g, \quad v = \beta_2 v + (1 - \beta_2) g^2 \\
+        r &= \frac{m}{1 - \beta_1^t} \Big/
+             \Big(\sqrt{\frac{v}{1 - \beta_2^t}} + \epsilon\Big), \quad u = r + \lambda w \\
+        w &= w - \gamma \frac{\phi(|w|)}{|u|} u
+
+    You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", ICLR 2020
+    (`arXiv:1904.00962 <https://arxiv.org/abs/1904.00962>`_). Norms are of one parameter tensor
+    each. Where |w| or |u| is 0, the ratio is 1. t counts the steps of each parameter by itself.
+    Other libraries' forms are in :mod:`fastlars.conventions`.
+
+    Args:
+        params: parameters or parameter groups; see :func:`fastlars.parameter_groups`.
+        lr: learning rate :math:`\gamma \ge 0`, a number or a 1-element tensor.
+        betas: :math:`(\beta_1, \beta_2)`, each in [0, 1).
+        eps: :math:`\epsilon \ge 0`, outside the square root.
+        weight_decay: :math:`\lambda \ge 0`.
+        bias_correction: True as above; False leaves the two corrections out; ``"rate"`` divides
+            the learning rate by :math:`1 - \beta_1^t` instead (pytorch_optimizer).
+        grad_averaging: False lets :math:`g` enter m with weight 1 instead of :math:`1 - \beta_1`.
+        decay: where :math:`\lambda` enters: ``"update"`` as above; ``"decoupled"``:
+            :math:`w = (1 - \gamma \lambda) w` before all else and u = r; ``"gradient"``:
+            :math:`g + \lambda w` in place of g (apex with ``adam_w_mode=False``).
+        phi: (lower, upper): :math:`\phi(z) = \min(\max(z, lower), upper)`.
+        ratio_eps: :math:`\ge 0`, added to :math:`|u|` in the ratio.
+        trust_clip: LAMBC: no ratio above 1.
+        adapt: False sets the ratio to 1: AdamW.
+        always_adapt: False sets the ratio to 1 in groups without weight decay, as apex and timm do.
+            NVLAMB is ``always_adapt=True, max_grad_norm=1.0``.
+        maximize: ascend.
+        max_grad_norm: clip the norm of all gradients together to this, positive, or None.
+        master_weights: keep a float32 master of float16 and bfloat16 parameters in the state, step
+            that, and write its rounding in the same pass.
+        stochastic_rounding: round bfloat16 parameters up or down at random, without bias; seeded
+            by ``torch.manual_seed``. Not with ``master_weights``.
+        state_dtype: of both moments, ``torch.float32`` or ``torch.bfloat16``.
+        capturable: read ``lr`` and the step on the device, so that a step can stand in a CUDA
+            graph. Needs a back end for such a device.
+
+    Raises:
+        ValueError, TypeError: a value is out of range, parameters share memory, or a tensor cannot
+            be stepped. Messages name the group and the parameter, and nothing is changed.
+
+    Example:
+        >>> import torch, fastlars
+        >>> model = torch.nn.Linear(4, 2)
+        >>> groups = fastlars.parameter_groups(model, weight_decay=0.01)
+        >>> optimizer = fastlars.LAMB(groups, lr=2e-3)
+        >>> model(torch.randn(8, 4)).square().mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.zero_grad()
+    """
+
+    marks = frozenset({"betas", "phi", "ratio_eps"})
+    loads_from = (
+        Source(
+            keys=frozenset({"betas", "amsgrad", "differentiable"}),
+            states=("exp_avg", "exp_avg_sq", "step"),
+            refused=("max_exp_avg_sq",),
+            obstacle=_adam_obstacle,
+        ),
+    )
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        bias_correction: bool | Literal["rate"] = True,
+        grad_averaging: bool = True,
+        decay: Literal["update", "decoupled", "gradient"] = "update",
+        phi: tuple[float, float] = (0.0, math.inf),
+        ratio_eps: float = 0.0,
+        trust_clip: bool = False,
+        adapt: bool = True,
+        always_adapt: bool = True,
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        state_dtype: torch.dtype = torch.float32,
+        capturable: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "bias_correction": bias_correction,
+            "grad_averaging": grad_averaging,
+            "decay": decay,
+            "phi": phi,
+            "ratio_eps": ratio_eps,
+            "trust_clip": trust_clip,
+            "adapt": adapt,
+            "always_adapt": always_adapt,
+            "maximize": maximize,
+            "max_grad_norm": max_grad_norm,
+            "master_weights": master_weights,
+            "stochastic_rounding": stochastic_rounding,
+            "state_dtype": state_dtype,
+            "capturable": capturable,
+        }
+        super().__init__(params, defaults)
+
+    @staticmethod
+    def rule_of(group: dict[str, Any]) -> LambRule:
+        corrections: dict[Any, Any] = {True: "moments", False: "none", "rate": "rate"}
+        correction = group["bias_correction"]
+        if correction not in corrections:
+            raise ValueError(f'bias_correction must be True, False or "rate", got {correction!r}')
+        for name in ("betas", "phi"):
+            if not isinstance(group[name], (tuple, list)) or len(group[name]) != 2:
+                raise TypeError(f"{name} must be a pair of numbers, got {group[name]!r}")
+        return LambRule(
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            decay=group["decay"],
+            bias_correction=corrections[correction],
+            grad_averaging=group["grad_averaging"],
+            lower=group["phi"][0],
+            upper=group["phi"][1],
+            ratio_eps=group["ratio_eps"],
+            trust_clip=group["trust_clip"],
+            adapt=group["adapt"] and (group["always_adapt"] or group["weight_decay"] != 0.0),
+        )

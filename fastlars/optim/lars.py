@@ -1,0 +1,155 @@
+"""LARS: layer-wise adaptive rate scaling."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastlars.optim.base import FusedOptimizer, Params
+from fastlars.optim.checkpoint import Source
+from fastlars.rules import LarsRule
+
+
+def _sgd_obstacle(group: dict[str, Any]) -> str:
+    exact = group["buffer"] == "gradient" or (group["buffer"] == "scaled" and not group["adapt"])
+    if exact:
+        return ""
+    return (
+        "a torch.optim.SGD momentum buffer sums plain gradients, which is what LARS's holds with "
+        'buffer="gradient", or with buffer="scaled" and adapt=False, but not with '
+        f"buffer={group['buffer']!r}, adapt={group['adapt']}"
+    )
+
+
+class LARS(FusedOptimizer):
+    r"""LARS: every layer takes a step in proportion to the norm of its weights.
+
+    .. math::
+        q &= \eta \, |w| / (|g| + \lambda |w| + \epsilon) \\
+        v &= \mu v + \gamma q (g + \lambda w) \\
+        w &= w - v
+
+    You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks", 2017
+    (`arXiv:1708.03888 <https://arxiv.org/abs/1708.03888>`_), Algorithm 1 with the coefficient of
+    eq. 6. Norms are of one parameter tensor each. Where |w| or |g| is 0, q is 1. Other libraries'
+    forms are in :mod:`fastlars.conventions`.
+
+    Args:
+        params: parameters or parameter groups; see :func:`fastlars.parameter_groups`.
+        lr: learning rate :math:`\gamma \ge 0`, a number or a 1-element tensor. Large: 5 to 30 is
+            usual with the default trust coefficient.
+        momentum: :math:`\mu`, in [0, 1). Without momentum there is no buffer.
+        dampening: in [0, 1]; what enters the buffer is multiplied by ``1 - dampening``, from the
+            second step on, as in :class:`torch.optim.SGD`.
+        weight_decay: :math:`\lambda \ge 0`.
+        nesterov: step along :math:`\gamma q d + \mu v` instead of :math:`v`.
+        trust_coefficient: :math:`\eta \ge 0`.
+        eps: :math:`\epsilon \ge 0`, added to the denominator of q.
+        ratio: ``"separate"`` as above, or ``"combined"``:
+            :math:`q = \eta |w| / (|g + \lambda w| + \epsilon)`.
+        buffer: what the momentum buffer holds, with d the decayed gradient: ``"step"``
+            (:math:`\gamma q d`, as above), ``"scaled"`` (:math:`q d`, the learning rate outside),
+            or ``"gradient"`` (:math:`d`, both outside).
+        momentum_correction: multiply a ``"step"`` buffer by :math:`\gamma_t / \gamma_{t-1}` when
+            the learning rate changes (Goyal et al. 2017, remark 2). Equal to ``"scaled"`` then.
+        trust_clip: LARC: :math:`q = \min(q / \gamma, 1)`, so that no layer exceeds the global rate.
+        adapt: False sets q = 1: stochastic gradient descent with momentum.
+        always_adapt: False sets q = 1 in groups without weight decay, as timm does.
+        maximize: ascend.
+        max_grad_norm: clip the norm of all gradients together to this, positive, or None.
+        master_weights: keep a float32 master of float16 and bfloat16 parameters in the state, step
+            that, and write its rounding in the same pass.
+        stochastic_rounding: round bfloat16 parameters up or down at random, without bias; seeded
+            by ``torch.manual_seed``. Not with ``master_weights``.
+        state_dtype: of the momentum buffer, ``torch.float32`` or ``torch.bfloat16``.
+        capturable: read ``lr`` on the device, so that a step can stand in a CUDA graph. Needs a
+            back end for such a device.
+
+    Raises:
+        ValueError, TypeError: a value is out of range, parameters share memory, or a tensor cannot
+            be stepped. Messages name the group and the parameter, and nothing is changed.
+
+    Example:
+        >>> import torch, fastlars
+        >>> model = torch.nn.Linear(4, 2)
+        >>> groups = fastlars.parameter_groups(model, weight_decay=1e-4)
+        >>> optimizer = fastlars.LARS(groups, lr=5.0)
+        >>> model(torch.randn(8, 4)).square().mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.zero_grad()
+    """
+
+    marks = frozenset({"trust_coefficient", "buffer", "ratio"})
+    loads_from = (
+        Source(
+            keys=frozenset({"momentum", "dampening", "nesterov", "differentiable"}),
+            states=("momentum_buffer",),
+            refused=(),
+            obstacle=_sgd_obstacle,
+        ),
+    )
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor,
+        momentum: float = 0.9,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        trust_coefficient: float = 1e-3,
+        eps: float = 0.0,
+        ratio: Literal["separate", "combined"] = "separate",
+        buffer: Literal["step", "scaled", "gradient"] = "step",
+        momentum_correction: bool = False,
+        trust_clip: bool = False,
+        adapt: bool = True,
+        always_adapt: bool = True,
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        state_dtype: torch.dtype = torch.float32,
+        capturable: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "trust_coefficient": trust_coefficient,
+            "eps": eps,
+            "ratio": ratio,
+            "buffer": buffer,
+            "momentum_correction": momentum_correction,
+            "trust_clip": trust_clip,
+            "adapt": adapt,
+            "always_adapt": always_adapt,
+            "maximize": maximize,
+            "max_grad_norm": max_grad_norm,
+            "master_weights": master_weights,
+            "stochastic_rounding": stochastic_rounding,
+            "state_dtype": state_dtype,
+            "capturable": capturable,
+        }
+        super().__init__(params, defaults)
+
+    @staticmethod
+    def rule_of(group: dict[str, Any]) -> LarsRule:
+        return LarsRule(
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            trust_coefficient=group["trust_coefficient"],
+            eps=group["eps"],
+            ratio=group["ratio"],
+            buffer=group["buffer"],
+            momentum_correction=group["momentum_correction"],
+            trust_clip=group["trust_clip"],
+            adapt=group["adapt"] and (group["always_adapt"] or group["weight_decay"] != 0.0),
+        )

@@ -1,0 +1,175 @@
+"""Plan: a parameter group cut into lists that one call of one back end can step.
+
+Everything that costs time is done when the plan is made: the checks, with their messages, and the
+states. A step then only gathers the tensors of the day; the back end holds them against the layout,
+and a plan that no longer fits is made anew.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlars.backends.base import Backend, Kinds, Mismatch, Tensors
+from fastlars.backends.choose import choose
+from fastlars.optim.checks import check_gradient, check_parameter, check_state
+from fastlars.rules import Rule
+
+State = dict[Tensor, dict[str, Any]]
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def location(group: int, index: int, name: str | None = None) -> str:
+    """How messages call a parameter."""
+    return f"group {group}, parameter {index}" + (f" ({name})" if name else "")
+
+
+def state_dtype(weight: Tensor, group: dict[str, Any]) -> torch.dtype:
+    """Momentum and moments are float64 for float64 weights, else what the group asks for."""
+    dtype: torch.dtype = group["state_dtype"]
+    return torch.float64 if weight.dtype == torch.float64 else dtype
+
+
+def has_master(weight: Tensor, group: dict[str, Any]) -> bool:
+    """Whether ``weight`` is stepped through a float32 master."""
+    return bool(group["master_weights"]) and weight.dtype in LOW_PRECISION
+
+
+def like(weight: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """``value`` with the device and the strides of ``weight``."""
+    # empty_like keeps the strides of a weight without gaps, which is all that a kernel pairs by.
+    out = torch.empty_like(weight, dtype=dtype, requires_grad=False)
+    return out.copy_(value)
+
+
+def wanted(weight: Tensor, rule: Rule, group: dict[str, Any]) -> dict[str, torch.dtype]:
+    """Names and types of the states of ``weight`` that are shaped like it."""
+    names = dict.fromkeys(rule.states, state_dtype(weight, group))
+    if has_master(weight, group):
+        names["master"] = torch.float32
+    return names
+
+
+@dataclass
+class Sublist:
+    """Parameters of a group that agree in device, types and back end."""
+
+    indices: list[int]
+    weights: list[Tensor]
+    kinds: Kinds
+    backend: Backend
+    layout: Any = None
+
+
+class Plan:
+    """The sublists of one group, for one set of parameters with gradients."""
+
+    def __init__(self, group: dict[str, Any], number: int, rule: Rule, state: State) -> None:
+        self.params: list[Tensor] = list(group["params"])
+        grads = [p.grad for p in self.params]
+        self.grad_types = list(map(type, grads))
+        self.rule = rule
+        self.state = state
+        names = group.get("param_names") or [None] * len(grads)
+        self.places = [location(number, i, name) for i, name in enumerate(names)]
+        for place, p, g in zip(self.places, self.params, grads, strict=True):
+            if g is not None:
+                self._check(place, p, g, group)
+        for p, g in zip(self.params, grads, strict=True):
+            if g is not None:
+                self._make_states(p, group)
+        self.sublists = self._cut(grads, group)
+        self.whole = len(self.sublists) == 1 and len(self.sublists[0].indices) == len(grads)
+
+    def fits(self, params: list[Tensor], grads: list[Tensor | None], rule: Rule) -> bool:
+        """Whether the plan was made for these parameters, gradients and this rule."""
+        return (
+            rule == self.rule
+            and list(map(type, grads)) == self.grad_types
+            and list(map(id, params)) == list(map(id, self.params))
+        )
+
+    def _check(self, place: str, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
+        check_parameter(p, place)
+        check_gradient(p, g, place)
+        states = self.state.get(p, {})
+        for name, dtype in wanted(p, self.rule, group).items():
+            if name in states:
+                check_state(p, name, states[name], dtype, place)
+
+    def _make_states(self, p: Tensor, group: dict[str, Any]) -> None:
+        states = self.state[p]
+        for name, dtype in wanted(p, self.rule, group).items():
+            if name not in states:
+                start = p.detach() if name == "master" else torch.zeros((), dtype=dtype)
+                states[name] = like(p, start, dtype)
+            elif states[name].stride() != p.stride():
+                states[name] = like(p, states[name], dtype)
+        counter = self.rule.counter
+        if counter is not None and counter not in states:
+            # A 0-dim float32 tensor, as in torch.optim: it survives checkpoints, and a device can
+            # advance it by itself.
+            states[counter] = torch.tensor(self.rule.NEVER_STEPPED, dtype=torch.float32)
+
+    def _cut(self, grads: list[Tensor | None], group: dict[str, Any]) -> list[Sublist]:
+        by_kind: dict[Any, list[int]] = defaultdict(list)
+        for i, (p, g) in enumerate(zip(self.params, grads, strict=True)):
+            if g is None:
+                continue
+            kinds = Kinds(p.dtype, g.dtype, state_dtype(p, group))
+            if has_master(p, group):
+                kinds = Kinds(torch.float32, g.dtype, state_dtype(p, group), copy=p.dtype)
+            by_kind[p.device, kinds, choose(p, g.dtype, kinds.state)].append(i)
+        sublists = []
+        for (_, kinds, backend), indices in by_kind.items():
+            weights = [self.params[i] for i in indices]
+            layout = backend.layout(weights)
+            sublists.append(Sublist(indices, weights, kinds, backend, layout))
+        return sublists
+
+    def gather(self, sublist: Sublist, grads: list[Any]) -> Tensors:
+        """The tensors of the day. KeyError where a state is gone."""
+        if not self.whole:
+            grads = [grads[i] for i in sublist.indices]
+        states = list(map(self.state.__getitem__, sublist.weights))
+        counter = self.rule.counter
+        weights, copies = sublist.weights, None
+        if sublist.kinds.copy is not None:
+            weights, copies = [s["master"] for s in states], weights
+        return Tensors(
+            weights=weights,
+            grads=grads,
+            states=tuple([s[name] for s in states] for name in self.rule.states),
+            counters=[s[counter] for s in states] if counter is not None else None,
+            copies=copies,
+            kinds=sublist.kinds,
+        )
+
+    def bind(self, grads: list[Any]) -> list[tuple[Sublist, Any]]:
+        """Every sublist's tensors, checked by its back end; nothing is written.
+
+        Raises:
+            Mismatch: the plan no longer fits what it was made for.
+            KeyError: a state is gone.
+        """
+        bound = []
+        for sublist in self.sublists:
+            tensors = self.gather(sublist, grads)
+            if any(map(Tensor.is_neg, tensors.grads)):
+                tensors.grads = [g.resolve_neg() for g in tensors.grads]
+            try:
+                bound.append((sublist, sublist.backend.bind(tensors, sublist.layout)))
+            except Mismatch as mismatch:
+                if mismatch.args[0] != "grads" or mismatch.args[2] != "strides":
+                    raise
+                # Such as a contiguous gradient of a channels_last weight.
+                tensors.grads = [
+                    g if g.stride() == w.stride() else like(w, g, g.dtype)
+                    for w, g in zip(sublist.weights, tensors.grads, strict=True)
+                ]
+                bound.append((sublist, sublist.backend.bind(tensors, sublist.layout)))
+        return bound
