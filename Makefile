@@ -1,0 +1,101 @@
+# Sets up .venv, trains, tests, measures. `make help` lists the targets.
+#
+# PYTHON       the interpreter that .venv is made from
+# TRAIN_ARGS   what `make train` trains
+# PYTEST_ARGS  more arguments for pytest in `make test` and `make bench`, such as PYTEST_ARGS="-k lamb"
+
+PYTHON ?= python3
+TRAIN_ARGS ?= --recipe lars --data digits --epochs 10 --batch-size 128 --output runs/digits
+PYTEST_ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
+
+# What is installed only grows: training needs the fewest packages, tests more, style checks the most.
+# The stamp's name says how far it went, so that one build of the extension serves all targets.
+EXTRAS_trainer := trainer
+EXTRAS_test := test
+EXTRAS_dev := test,dev
+WANTED := $(patsubst $(VENV)/.installed-%,%,$(wildcard $(VENV)/.installed-*)) \
+    $(if $(filter test bench,$(MAKECMDGOALS)),test) $(if $(filter lint format,$(MAKECMDGOALS)),dev)
+LEVEL := $(firstword $(filter dev,$(WANTED)) $(filter test,$(WANTED)) trainer)
+STAMP := $(VENV)/.installed-$(LEVEL)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test bench lint format clean
+.NOTPARALLEL:
+
+help:
+	@echo 'make train   train ResNet-50 with LARS on handwritten digits, into runs/digits'
+	@echo 'make test    run the tests'
+	@echo 'make bench   time the optimizers beside others, and print one table'
+	@echo 'make lint    check style and types'
+	@echo 'make format  bring the sources into style'
+	@echo 'make setup   set up $(VENV), and nothing else'
+	@echo 'make clean   remove what was built and cached; $(VENV) and runs stay'
+	@echo
+	@echo 'The first run sets up $(VENV); choose its Python with make PYTHON=/path/to/python3.'
+
+setup: $(STAMP)
+
+train: $(STAMP)
+	$(RUN) -m fastlars.trainer $(TRAIN_ARGS)
+
+test: $(STAMP)
+	$(RUN) -m pytest -n 2 --benchmark-disable $(PYTEST_ARGS)
+
+bench: $(STAMP)
+	$(RUN) -m pytest benchmarks $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: $(STAMP)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+
+clean:
+	rm -rf build dist *.egg-info fastlars/*.so $(VENV)/.installed-*
+	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find fastlars tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Says in one line what is missing, before anything is downloaded. Runs on old Pythons too.
+define CHECK
+import os, shutil, subprocess, sys, sysconfig
+
+def stop(text):
+    sys.exit("fastlars: " + text)
+
+if sys.version_info < (3, 10):
+    stop("Python 3.10 or newer is needed, %s is %d.%d; choose another with make PYTHON=/path/to/python3"
+         % ((sys.executable,) + tuple(sys.version_info[:2])))
+try:
+    import ensurepip, venv
+except ImportError as error:
+    stop("%s cannot make virtual environments (%s); on Debian and Ubuntu: apt install python3-venv"
+         % (sys.executable, error))
+if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+    stop("%s has no C headers (Python.h); on Debian and Ubuntu: apt install python3-dev" % sys.executable)
+names = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+compilers = [name for name in names if shutil.which(name)]
+if not compilers:
+    stop("no C++ compiler was found (looked for %s); on Debian and Ubuntu: apt install g++" % ", ".join(names))
+probe = [compilers[0], "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+if subprocess.run(probe, input=b"#include <optional>\n", stderr=subprocess.DEVNULL).returncode:
+    stop("the C++ compiler %s does not compile C++17; choose another with CXX=/path/to/c++" % compilers[0])
+endef
+export CHECK
+
+$(STAMP): $(SOURCES)
+	@command -v $(PYTHON) >/dev/null || \
+	    { echo 'fastlars: $(PYTHON) was not found; choose a Python with make PYTHON=/path/to/python3' >&2; exit 1; }
+	@$(PYTHON) -c "$$CHECK"
+	@$(RUN) -c '' 2>/dev/null || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
+	$(RUN) -m pip install --disable-pip-version-check -e '.[$(EXTRAS_$(LEVEL))]'
+	@touch $@
