@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 
 #include <memory>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -44,11 +43,12 @@ class Viewer {
   }
 
   void accept(const py::type& type) {
-    types_.insert(reinterpret_cast<PyTypeObject*>(type.ptr()));
-    kept_alive_.push_back(type);
+    if (!contains(type.ptr())) types_.push_back(type);
   }
 
-  bool accepts(py::handle object) const { return types_.count(Py_TYPE(object.ptr())) > 0; }
+  bool accepts(py::handle object) const {
+    return contains(reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())));
+  }
 
   dlpack::Tensor view(py::handle object) const {
     dlpack::Tensor tensor;
@@ -57,9 +57,16 @@ class Viewer {
   }
 
  private:
+  // A handful at most: nearly always torch's own two.
+  bool contains(const PyObject* type) const {
+    for (const auto& accepted : types_) {
+      if (accepted.ptr() == type) return true;
+    }
+    return false;
+  }
+
   int (*view_)(void*, dlpack::Tensor*);
-  std::set<PyTypeObject*> types_;
-  std::vector<py::type> kept_alive_;
+  std::vector<py::type> types_;
 };
 
 struct BoundLayout : Layout {
@@ -83,8 +90,8 @@ std::vector<std::uintptr_t> addresses(const BoundLayout& layout, const py::list&
     const py::handle object = PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
     if (!layout.viewer->accepts(object)) throw Mismatch(name, i, "type");
     const dlpack::Tensor tensor = layout.viewer->view(object);
-    std::string what = layout.difference(i, tensor, dtype);
-    if (!what.empty()) throw Mismatch(name, i, std::move(what));
+    const char* what = layout.difference(i, tensor, dtype);
+    if (what != nullptr) throw Mismatch(name, i, what);
     out.push_back(reinterpret_cast<std::uintptr_t>(tensor.data) + tensor.byte_offset);
   }
   return out;

@@ -4,9 +4,9 @@
 // difference that goes unnoticed here writes to the wrong elements. Part of the Python binding.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
-#include <string>
 #include <vector>
 
 #include "core/dtype.h"
@@ -27,31 +27,31 @@ class Layout {
   void add(const dlpack::Tensor& tensor) {
     Entry entry;
     entry.device = tensor.device;
-    entry.shape.assign(tensor.shape, tensor.shape + tensor.ndim);
-    entry.strides.assign(tensor.strides, tensor.strides + tensor.ndim);
+    entry.ndim = tensor.ndim;
+    entry.extents = extents_.size();
+    extents_.insert(extents_.end(), tensor.shape, tensor.shape + tensor.ndim);
+    extents_.insert(extents_.end(), tensor.strides, tensor.strides + tensor.ndim);
     numel_.push_back(1);
-    for (const auto size : entry.shape) numel_.back() *= size;
-    entries_.push_back(std::move(entry));
+    for (int d = 0; d < tensor.ndim; ++d) numel_.back() *= tensor.shape[d];
+    entries_.push_back(entry);
   }
 
-  // Empty where the tensor pairs up with entry i; else what differs.
-  std::string difference(std::size_t i, const dlpack::Tensor& tensor, Dtype dtype) const {
+  // Null where the tensor pairs up with entry i; else what differs.
+  const char* difference(std::size_t i, const dlpack::Tensor& tensor, Dtype dtype) const {
     const Entry& entry = entries_[i];
+    const std::int64_t* shape = extents_.data() + entry.extents;
+    const std::int64_t* strides = shape + entry.ndim;
     if (dtype_of(tensor.dtype) != dtype) return "dtype";
     if (tensor.device.type != entry.device.type || tensor.device.id != entry.device.id) {
       return "device";
     }
-    if (tensor.ndim != static_cast<std::int32_t>(entry.shape.size())) return "shape";
-    for (int d = 0; d < tensor.ndim; ++d) {
-      if (tensor.shape[d] != entry.shape[d]) return "shape";
-    }
+    if (tensor.ndim != entry.ndim) return "shape";
+    if (!std::equal(shape, strides, tensor.shape)) return "shape";
     // The stride of a dimension of size 1 is never used; an empty tensor has no elements to pair.
     for (int d = 0; d < tensor.ndim; ++d) {
-      if (tensor.shape[d] > 1 && tensor.strides[d] != entry.strides[d] && numel_[i] > 0) {
-        return "strides";
-      }
+      if (tensor.strides[d] != strides[d] && shape[d] > 1 && numel_[i] > 0) return "strides";
     }
-    return "";
+    return nullptr;
   }
 
   const std::vector<std::int64_t>& numel() const { return numel_; }
@@ -60,9 +60,11 @@ class Layout {
  private:
   struct Entry {
     dlpack::Device device;
-    std::vector<std::int64_t> shape, strides;
+    std::int32_t ndim;
+    std::size_t extents;  // where its shape begins, and behind it its strides
   };
   std::vector<Entry> entries_;
+  std::vector<std::int64_t> extents_;
   std::vector<std::int64_t> numel_;
 };
 

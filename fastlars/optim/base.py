@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import is_
 from typing import Any, ClassVar, overload
 
 import torch
@@ -75,6 +76,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._plans: list[Plan | None] = []
         self._rules: list[tuple[tuple[Any, ...], Rule] | None] = []
         self._last: list[tuple[list[Tensor], Tensor]] = []
+        self._planned_states: list[dict[str, Any]] = []
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; ValueError or TypeError if its values are out of range."""
@@ -180,7 +182,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _prepare(self) -> list[Work]:
         groups = self.param_groups
-        if len(self._plans) != len(groups):
+        if len(self._plans) != len(groups) or not self._states_are_planned():
             self._plans, self._rules = [None] * len(groups), [None] * len(groups)
         scaler = getattr(self, "grad_scale", None)
         unscale = 1.0 if scaler is None else 1.0 / float(scaler)
@@ -195,11 +197,16 @@ class FusedOptimizer(torch.optim.Optimizer):
                 works.append(Work(group, rule, sublist, bound, scale))
         return works
 
+    def _states_are_planned(self) -> bool:
+        """Whether nobody has cleared ``state`` or put another dict into it."""
+        known = self._planned_states
+        return len(self.state) == len(known) and all(map(is_, self.state.values(), known))
+
     def _bind(self, number: int, group: dict[str, Any], rule: Rule) -> list[tuple[Sublist, Any]]:
         params = group["params"]
         grads = [p.grad for p in params]
         plan = self._plans[number]
-        if plan is not None and plan.state is self.state and plan.fits(params, grads, rule):
+        if plan is not None and plan.fits(params, grads, rule):
             try:
                 return plan.bind(grads)
             except (Mismatch, KeyError):
@@ -211,6 +218,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"device, but {plan.sublists[0].backend.name} serves these parameters"
             )
         self._plans[number] = plan
+        self._planned_states = list(self.state.values())
         return plan.bind(grads)
 
     def _global_norm(self, works: list[Work]) -> float:

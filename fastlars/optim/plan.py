@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -62,7 +63,9 @@ class Sublist:
     weights: list[Tensor]
     kinds: Kinds
     backend: Backend
-    layout: Any = None
+    layout: Any
+    single: list[int]  # weights of one element
+    states: list[dict[str, Any]]
 
 
 class Plan:
@@ -90,7 +93,8 @@ class Plan:
         return (
             rule == self.rule
             and list(map(type, grads)) == self.grad_types
-            and list(map(id, params)) == list(map(id, self.params))
+            and len(params) == len(self.params)
+            and all(map(is_, params, self.params))
         )
 
     def _check(self, place: str, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
@@ -128,14 +132,16 @@ class Plan:
         for (_, kinds, backend), indices in by_kind.items():
             weights = [self.params[i] for i in indices]
             layout = backend.layout(weights)
-            sublists.append(Sublist(indices, weights, kinds, backend, layout))
+            single = [i for i, w in enumerate(weights) if w.numel() == 1]
+            states = [self.state[w] for w in weights]
+            sublists.append(Sublist(indices, weights, kinds, backend, layout, single, states))
         return sublists
 
     def gather(self, sublist: Sublist, grads: list[Any]) -> Tensors:
         """The tensors of the day. KeyError where a state is gone."""
         if not self.whole:
             grads = [grads[i] for i in sublist.indices]
-        states = list(map(self.state.__getitem__, sublist.weights))
+        states = sublist.states
         counter = self.rule.counter
         weights, copies = sublist.weights, None
         if sublist.kinds.copy is not None:
@@ -159,8 +165,11 @@ class Plan:
         bound = []
         for sublist in self.sublists:
             tensors = self.gather(sublist, grads)
-            if any(map(Tensor.is_neg, tensors.grads)):
-                tensors.grads = [g.resolve_neg() for g in tensors.grads]
+            for i in sublist.single:
+                # A lazy negation lies behind strides of 2, which no layout accepts, but for
+                # tensors of one element.
+                if tensors.grads[i].is_neg():
+                    tensors.grads = [g.resolve_neg() for g in tensors.grads]
             try:
                 bound.append((sublist, sublist.backend.bind(tensors, sublist.layout)))
             except Mismatch as mismatch:
