@@ -1,0 +1,83 @@
+"""Checkpoints that a kill or a full disk cannot destroy, and that load without running code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastlars.trainer.errors import TrainerError
+
+NAME = "checkpoint.pt"
+_FORMAT = "fastlars.trainer checkpoint 1"
+
+
+class NotSavedError(Exception):
+    """The checkpoint could not be written; the previous one is as it was."""
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Replace the checkpoint at `path` by `state`, whole or not at all.
+
+    The new one is written beside it and is on the disk before it takes the name; the folder is
+    synced too, or a power cut could undo the renaming.
+    """
+    partial = path.with_name(f".{path.name}.partial")  # one name: leftovers do not pile up
+    try:
+        with open(partial, "wb") as file:
+            torch.save({"format": _FORMAT} | state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, (OSError, RuntimeError)):  # torch's writer raises the latter
+            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+            raise NotSavedError(f"cannot write {path}: {reason}") from error
+        raise
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state saved at `path`; TrainerError where there is none."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise TrainerError(f"--resume: cannot read {path}: {error.strerror}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
+        state = None
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        raise TrainerError(f"--resume: {path} is damaged or not a checkpoint of this trainer")
+    return state
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every generator that code of this process may draw from."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    version, numbers, normal = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": (kind, [int(key) for key in keys], *rest),
+        "python": (version, list(numbers), normal),
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Set every generator to what `random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    version, numbers, normal = state["python"]
+    random.setstate((version, tuple(numbers), normal))

@@ -1,0 +1,40 @@
+"""What the trainer asks of images, and the choice between the two kinds it knows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import torch
+
+from fastlars.trainer.config import Config
+
+Batch = tuple[torch.Tensor, torch.Tensor]  # normalised images in channels_last, class indices
+
+
+class Data(Protocol):
+    """Training and test images of known classes."""
+
+    name: str
+    classes: tuple[str, ...]
+    train_size: int
+    test_size: int
+    image_size: int
+    stem: str  # the model's first layers that suit the images
+
+    def train(self, batches: Iterable[tuple[int, torch.Tensor]]) -> Iterator[Batch]:
+        """Augmented training images, for each (epoch, indices)."""
+
+    def test(self, batches: Iterable[torch.Tensor]) -> Iterator[Batch]:
+        """Test images as they are, for each tensor of indices."""
+
+
+def load(config: Config, device: torch.device) -> Data:
+    """The images that --data names; raises TrainerError where they cannot be used."""
+    if config.data == "digits":
+        from fastlars.trainer.digits import Digits
+
+        return Digits(config.seed, device)
+    from fastlars.trainer.folder import Folder
+
+    return Folder(config.data, config.image_size, config.seed, config.workers, device)

@@ -1,0 +1,159 @@
+"""The processes of a run: one, or those that torchrun started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from fastlars.trainer.errors import TrainerError
+
+_TIMEOUT = timedelta(minutes=30)  # saving to a slow disk, or the slowest reader at the start
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run, and the few exchanges the trainer needs."""
+
+    rank: int
+    size: int
+    device: torch.device
+    host_group: Any = None  # gloo, also beside NCCL: host messages must not wait for the GPU
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and speaks to the user."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every process, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
+    def total(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Sum over all processes; a new tensor on the host."""
+        numbers = numbers.detach().to("cpu", copy=True)
+        if self.size > 1:
+            dist.all_reduce(numbers, group=self.host_group)
+        return numbers
+
+    def share_buffers(self, model: torch.nn.Module) -> None:
+        """Give every process the first one's batch-norm statistics."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What goes wrong for the user in one process is raised in all: none is left waiting."""
+        mine = None
+        try:
+            yield
+        except TrainerError as error:
+            mine = str(error)
+        first = next((text for text in self.gather(mine) if text is not None), None)
+        if first is not None:
+            raise TrainerError(first, everywhere=True)
+
+
+class Ballot:
+    """Whether any process wants to stop, in the same step for all.
+
+    The answer to one call's question arrives during the step and is read by the next call, so
+    that asking costs no waiting.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._pending: tuple[torch.Tensor, Any] | None = None
+
+    def any(self, mine: bool) -> bool:
+        """True in all processes at the first call after one of them said True."""
+        if self._world.size == 1:
+            return mine
+        if self.close():
+            return True
+        vote = torch.tensor([int(mine)])
+        work = dist.all_reduce(
+            vote, op=dist.ReduceOp.MAX, group=self._world.host_group, async_op=True
+        )
+        self._pending = (vote, work)
+        return False
+
+    def close(self) -> bool:
+        """Read the last answer, so that none is under way when the processes part."""
+        if self._pending is None:
+            return False
+        vote, work = self._pending
+        self._pending = None
+        work.wait()
+        return bool(vote.item())
+
+
+def restarted() -> bool:
+    """Whether torchrun started this process again after another one had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def may_restart() -> bool:
+    """Whether torchrun was told to start processes again."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+
+
+@contextmanager
+def world(device: str) -> Iterator[World]:
+    """The processes of this run, connected for as long as the context lasts."""
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    place = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if size == 1:
+        yield World(0, 1, place)
+        return
+    cuda = place.type == "cuda"
+    dist.init_process_group(
+        "nccl" if cuda else "gloo", store=_store(rank, size), rank=rank, world_size=size,
+        timeout=_TIMEOUT, device_id=place if cuda else None,
+    )  # fmt: skip
+    try:
+        yield World(rank, size, place, dist.new_group(backend="gloo", timeout=_TIMEOUT))
+    finally:
+        dist.destroy_process_group()
+
+
+def _store(rank: int, size: int) -> Store:
+    """Where the processes find each other.
+
+    torchrun keeps one store over restarts, with the addresses of the processes that died still
+    in it, and gloo would try those (pytorch#135712): hence a prefix for each attempt.
+    """
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        size,
+        is_master=rank == 0 and not agents,
+        timeout=_TIMEOUT,
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"fastlars/attempt-{attempt}", store)
+
+
+def _device(wanted: str, local_rank: int) -> torch.device:
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise TrainerError("--device cuda: PyTorch sees no GPU on this machine", everywhere=True)
+    if local_rank >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise TrainerError(f"process {local_rank} has no GPU: this machine has {count}")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

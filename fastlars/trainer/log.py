@@ -1,0 +1,107 @@
+"""What a run tells: metrics.jsonl for programs, a progress bar and lines for people."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+
+class MetricsLog:
+    """A file of one JSON object a line, of kind start, train, trust or test.
+
+    Args:
+        path: the file.
+        keep: lines of `source` to keep, those written before the checkpoint; 0 for a new run.
+        source: where those lines are; the same file, or that of the run to go on from.
+    """
+
+    def __init__(self, path: Path, keep: int = 0, source: Path | None = None) -> None:
+        kept: list[str] = []
+        if keep and source is not None and source.exists():
+            with open(source, encoding="utf-8") as old:
+                kept = [line for line, _ in zip(old, range(keep), strict=False)]
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, path)
+        self.lines = keep
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record, at once."""
+        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+        self._file.flush()
+        self.lines += 1
+
+    def sync(self) -> None:
+        """Have all lines on the disk, before a checkpoint that counts on them."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """No more records."""
+        self._file.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All records of a log; a line that a kill cut short is left out."""
+    records = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return records
+
+
+class Display:
+    """Progress for people: a bar on a terminal, and lines that also a file of output gets."""
+
+    def __init__(self, total: int, done: int, *, shown: bool) -> None:
+        self._shown = shown
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            unit="img",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=None if shown else True,  # None: where stderr is no terminal
+        )
+
+    def advance(self, images: int) -> None:
+        """So many images were trained on."""
+        self._bar.update(images)
+
+    def figures(self, loss: float, accuracy: float) -> None:
+        """The latest loss and accuracy, beside the bar."""
+        self._bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1%}", refresh=False)
+
+    def say(self, text: str, *, error: bool = False) -> None:
+        """A line above the bar."""
+        if self._shown:
+            tqdm.write(text, file=sys.stderr if error else sys.stdout)
+            sys.stdout.flush()
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no inf or nan: null says that there is no number."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

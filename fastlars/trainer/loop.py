@@ -1,0 +1,274 @@
+"""The training loop: steps, evaluations, checkpoints, and an end that can come at any step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from fastlars.trainer import checkpoint, plots
+from fastlars.trainer.config import Config
+from fastlars.trainer.data import Batch, Data
+from fastlars.trainer.distributed import Ballot, World
+from fastlars.trainer.errors import TrainerError
+from fastlars.trainer.log import Display, MetricsLog, read
+from fastlars.trainer.meter import Figures, Meter, figures
+from fastlars.trainer.optimizer import adapted_ratios
+from fastlars.trainer.plan import Plan, test_batches
+from fastlars.trainer.rundir import RunDirectory
+from fastlars.trainer.signals import StopSignals
+
+_PICTURE_EVERY = 30.0  # seconds; drawing takes about one
+_RATIO_POINTS = 200  # of a run, for each layer
+
+
+@dataclass
+class Progress:
+    """How far the run is; all a checkpoint needs beside tensors."""
+
+    step: int = 0
+    evaluated: int = 0  # epochs
+    last_accuracy: float = 0.0
+    best_accuracy: float = 0.0
+    best_epoch: int = 0
+
+
+@dataclass
+class Parts:
+    """What the loop works with."""
+
+    config: Config
+    world: World
+    data: Data
+    plan: Plan
+    model: nn.Module
+    optimizer: Optimizer
+    schedule: LambdaLR
+    run: RunDirectory
+    log: MetricsLog | None  # of the first process
+    display: Display
+
+
+class Loop:
+    """Trains `parts.model` from `progress` on."""
+
+    def __init__(self, parts: Parts, progress: Progress) -> None:
+        self.parts, self.progress = parts, progress
+        self.window = Meter(parts.world.device)
+        self.total_steps = parts.config.epochs * parts.plan.steps_per_epoch
+        self.log_every = parts.config.log_every or min(parts.plan.steps_per_epoch // 10 or 1, 50)
+        self._wrapped = _wrapped(parts.model, parts.world)
+        self._lr = 0.0  # of the last step
+        self._saved: tuple[int, int] | None = None
+        self._clock, self._clock_step = time.perf_counter(), progress.step
+        self._drawn = time.perf_counter()
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether there is an epoch left to train or to evaluate."""
+        return self.progress.evaluated < self.parts.config.epochs
+
+    def run(self, stop: StopSignals) -> bool:
+        """Train to the end (True), or until `stop` or --max-steps; a checkpoint either way."""
+        batches = self.parts.data.train(self.parts.plan.from_step(self.progress.step))
+        ballot = Ballot(self.parts.world)
+        limit = self.parts.config.max_steps or math.inf
+        while self.unfinished:
+            at_limit = self.progress.step >= limit
+            if ballot.any(stop.received is not None) or at_limit:
+                break
+            if self.progress.evaluated < self.progress.step // self.parts.plan.steps_per_epoch:
+                self._finish_epoch()
+            else:
+                self._train(batches)
+        ballot.close()
+        self._save(final=True)
+        self._draw()
+        return not self.unfinished
+
+    def _train(self, batches: Iterator[Batch]) -> None:
+        config, progress, plan = self.parts.config, self.progress, self.parts.plan
+        self._step(batches)
+        progress.step += 1
+        self.parts.display.advance(config.batch_size)
+        if self.parts.world.device.type == "cpu":
+            seen = figures(self.window.sums)
+            self.parts.display.figures(seen.loss, seen.accuracy)
+        epoch_ends = progress.step % plan.steps_per_epoch == 0
+        if progress.step % self.log_every == 0 or epoch_ends:
+            self._log_window()
+        if (progress.step - 1) % max(self.total_steps // _RATIO_POINTS, 1) == 0:
+            ratios = adapted_ratios(self.parts.optimizer, self.parts.model)
+            if ratios:
+                self._write("trust", ratios=ratios)
+        every = config.checkpoint_every
+        if every and progress.step % every == 0 and not epoch_ends:
+            self._save()
+
+    def _step(self, batches: Iterator[Batch]) -> None:
+        """One optimizer step over --batch-size images, some of them in each process."""
+        config, world, count = self.parts.config, self.parts.world, self.parts.plan.micro_batches
+        self._wrapped.train()
+        self.parts.optimizer.zero_grad(set_to_none=True)
+        for number in range(count):
+            images, labels = next(batches)
+            last = number == count - 1
+            # Gradients travel once a step, with the last micro-batch.
+            quiet = isinstance(self._wrapped, DistributedDataParallel) and not last
+            with self._wrapped.no_sync() if quiet else nullcontext():  # type: ignore[operator]
+                with self._autocast():
+                    logits = self._wrapped(images)
+                loss = functional.cross_entropy(
+                    logits.float(), labels, label_smoothing=config.label_smoothing, reduction="sum"
+                )
+                # Goyal et al. 2017, remark 3: the gradient is divided by the global batch. DDP
+                # divides by the number of processes already.
+                (loss * (world.size / config.batch_size)).backward()
+            self.window.add(loss, logits, labels)
+        self._lr = float(self.parts.schedule.get_last_lr()[0])
+        self.parts.optimizer.step()
+        self.parts.schedule.step()
+
+    def evaluate(self) -> Figures:
+        """Loss and accuracy on every test image, once."""
+        world, data = self.parts.world, self.parts.data
+        world.share_buffers(self.parts.model)
+        self.parts.model.eval()
+        meter = Meter(world.device)
+        mine = test_batches(data.test_size, self.parts.plan.micro_batch, world.rank, world.size)
+        with torch.inference_mode():
+            for images, labels in data.test(mine):
+                with self._autocast():
+                    logits = self.parts.model(images)
+                loss = functional.cross_entropy(logits.float(), labels, reduction="sum")
+                meter.add(loss, logits, labels)
+        return figures(world.total(meter.sums))
+
+    def _finish_epoch(self) -> None:
+        progress = self.progress
+        test = self.evaluate()
+        progress.evaluated += 1
+        progress.last_accuracy = test.accuracy
+        if test.accuracy > progress.best_accuracy:
+            progress.best_accuracy, progress.best_epoch = test.accuracy, progress.evaluated
+        self._write("test", **asdict(test), best_accuracy=progress.best_accuracy)
+        self.parts.display.say(
+            f"epoch {progress.evaluated}/{self.parts.config.epochs}: test accuracy "
+            f"{test.accuracy:.2%}, test loss {test.loss:.4f} ({test.images} images)"
+        )
+        self._save()
+        if time.perf_counter() - self._drawn > _PICTURE_EVERY:
+            self._draw()
+        self._clock, self._clock_step = time.perf_counter(), progress.step
+
+    def _log_window(self) -> None:
+        """Write the means since the last line; a loss that is no number ends the run."""
+        sums, step = self.parts.world.total(self.window.sums), self.progress.step
+        self._check(sums)
+        self.window.reset()
+        seen, now = figures(sums), time.perf_counter()
+        images = (step - self._clock_step) * self.parts.config.batch_size
+        rate = images / (now - self._clock)
+        self._clock, self._clock_step = now, step
+        self._write("train", **asdict(seen), lr=self._lr, images_per_second=round(rate, 1))
+        self.parts.display.figures(seen.loss, seen.accuracy)
+
+    def _check(self, sums: torch.Tensor) -> None:
+        if not math.isfinite(sums[0].item()):
+            raise TrainerError(
+                f"the loss is no finite number at step {self.progress.step}: try a lower --lr or "
+                "a longer --warmup-epochs",
+                everywhere=True,
+            )
+
+    def _write(self, kind: str, **values: Any) -> None:
+        if self.parts.log is not None:
+            step = self.progress.step
+            epoch = step / self.parts.plan.steps_per_epoch
+            self.parts.log.write({"kind": kind, "step": step, "epoch": round(epoch, 4)} | values)
+
+    def _save(self, *, final: bool = False) -> None:
+        """Write a checkpoint, unless this very state is saved already."""
+        at = (self.progress.step, self.progress.evaluated)
+        if at == self._saved:
+            return
+        world = self.parts.world
+        window = world.total(self.window.sums)
+        self._check(window)
+        states = world.gather(checkpoint.random_state())
+        if self.parts.log is not None:
+            try:
+                self.parts.log.sync()
+                checkpoint.save(self.parts.run.checkpoint, self._state(window, states))
+            except (checkpoint.NotSavedError, OSError) as error:
+                if final:
+                    raise TrainerError(f"{error}; the previous checkpoint is untouched") from error
+                self.parts.display.say(f"warning: {error}; training goes on", error=True)
+                return
+        self._saved = at
+
+    def _state(self, window: torch.Tensor, random_states: list[Any]) -> dict[str, Any]:
+        parts = self.parts
+        return {
+            "config": parts.config.shaping(),
+            "data": fingerprint(parts.data),
+            "model": parts.model.state_dict(),
+            "optimizer": parts.optimizer.state_dict(),
+            "schedule": parts.schedule.state_dict(),
+            "progress": asdict(self.progress),
+            "window": window,
+            "random": random_states,
+            "log_lines": parts.log.lines if parts.log is not None else 0,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state that `_state` made."""
+        parts = self.parts
+        parts.model.load_state_dict(state["model"])
+        parts.optimizer.load_state_dict(state["optimizer"])
+        parts.schedule.load_state_dict(state["schedule"])
+        if parts.world.first:  # sums of all processes; the others' are in it
+            self.window.sums.copy_(state["window"])
+        if parts.world.rank < len(state["random"]):
+            checkpoint.restore_random_state(state["random"][parts.world.rank])
+
+    def _draw(self) -> None:
+        if self.parts.log is not None:
+            plots.draw(read(self.parts.run.log), self.parts.run.picture)
+        self._drawn = time.perf_counter()
+
+    def _autocast(self) -> Any:
+        device, precision = self.parts.world.device.type, self.parts.config.precision
+        bf16 = precision == "bf16" or (
+            precision == "auto" and device == "cuda" and torch.cuda.is_bf16_supported()
+        )
+        return torch.autocast(device, dtype=torch.bfloat16) if bf16 else nullcontext()
+
+
+def fingerprint(data: Data) -> dict[str, Any]:
+    """What must be the same about the images when a run is resumed."""
+    return {
+        "classes": list(data.classes),
+        "train_size": data.train_size,
+        "test_size": data.test_size,
+        "image_size": data.image_size,
+    }
+
+
+def _wrapped(model: nn.Module, world: World) -> nn.Module:
+    if world.size == 1:
+        return model
+    # The first process's batch-norm statistics are the ones that count; they are shared before
+    # an evaluation instead of in every step.
+    devices = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)

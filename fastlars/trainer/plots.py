@@ -1,0 +1,90 @@
+"""The curves of a run, drawn from its log."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+Records = list[dict[str, Any]]
+
+
+def draw(records: Records, path: Path) -> None:
+    """Write loss, accuracy, learning rate and trust ratios over the epochs to a PNG."""
+    train = [record for record in records if record["kind"] == "train"]
+    test = [record for record in records if record["kind"] == "test"]
+    trust = [record for record in records if record["kind"] == "trust"]
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2)
+    figure.suptitle(_title(records, test))
+
+    _curves(axes[0, 0], train, test, "loss")
+    axes[0, 0].set(title="Loss", ylabel="cross-entropy per image")
+    axes[0, 0].set_ylim(bottom=0)
+
+    _curves(axes[0, 1], train, test, "accuracy")
+    axes[0, 1].set(title="Accuracy", ylabel="images classified correctly")
+    axes[0, 1].yaxis.set_major_formatter(PercentFormatter(1.0))
+
+    axes[1, 0].plot(*_series(train, "lr"), color="tab:green")
+    axes[1, 0].set(title="Learning rate", ylabel="learning rate")
+    axes[1, 0].set_ylim(bottom=0)
+
+    _ratios(figure, axes[1, 1], trust)
+    for axis in axes.flat:
+        axis.set_xlabel("epoch")
+        axis.grid(alpha=0.3)
+
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        figure.savefig(partial, format="png", dpi=110)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _title(records: Records, test: Records) -> str:
+    title = next((record["title"] for record in records if record["kind"] == "start"), "")
+    return f"{title}: {test[-1]['accuracy']:.2%} test accuracy" if test else title
+
+
+def _series(records: Records, key: str) -> tuple[list[float], list[float]]:
+    points = [(r["epoch"], r[key]) for r in records if r[key] is not None]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _curves(axis: Axes, train: Records, test: Records, key: str) -> None:
+    axis.plot(*_series(train, key), label="training, augmented", alpha=0.8)
+    axis.plot(*_series(test, key), label="test", marker="o", markersize=4)
+    axis.legend()
+
+
+def _ratios(figure: Figure, axis: Axes, trust: Records) -> None:
+    axis.set(title="Trust ratio of each layer", ylabel="trust ratio")
+    if not trust:
+        axis.text(0.5, 0.5, "this optimizer has none", ha="center", transform=axis.transAxes)
+        return
+    layers = list(trust[0]["ratios"])
+    colours, scale = colormaps["viridis"], Normalize(1, max(len(layers), 2))
+    for depth, layer in enumerate(layers, start=1):
+        points = [(r["epoch"], r["ratios"].get(layer)) for r in trust]
+        points = [(x, y) for x, y in points if y is not None and y > 0]
+        axis.plot(
+            [x for x, _ in points], [y for _, y in points], color=colours(scale(depth)), lw=0.9
+        )
+    axis.set_yscale("log")
+    figure.colorbar(
+        ScalarMappable(scale, colours),
+        ax=axis,
+        label="layer, from the input to the classifier",
+        ticks=MaxNLocator(integer=True),
+    )

@@ -1,0 +1,88 @@
+"""The directory of a run: which one, whether it can be written, and what to take back."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from fastlars.trainer import checkpoint
+from fastlars.trainer.distributed import may_restart, restarted
+from fastlars.trainer.errors import TrainerError
+
+_DEFAULT = Path("runs")
+
+
+class RunDirectory:
+    """Paths of a run's files. Nothing is created before `claim`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoint = path / checkpoint.NAME
+        self.log = path / "metrics.jsonl"
+        self.picture = path / "curves.png"
+        self._made: list[Path] = []
+
+    def claim(self) -> None:
+        """Create the directory; TrainerError where no file can be written in it."""
+        missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
+        try:
+            for folder in reversed(missing):
+                folder.mkdir()
+                self._made.insert(0, folder)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            self.discard()
+            raise TrainerError(f"--output: cannot write in {self.path}: {error.strerror}") from None
+
+    def discard(self) -> None:
+        """Without a checkpoint a run is worth nothing: take back what it wrote."""
+        if self.checkpoint.exists():
+            return
+        for file in (self.log, self.picture):
+            file.unlink(missing_ok=True)
+        for folder in self._made:
+            try:
+                folder.rmdir()
+            except OSError:  # somebody else's files are in it
+                return
+        self._made = []
+
+
+def new(output: str, data: str, recipe: str) -> RunDirectory:
+    """Where a new run writes: `output`, or the next free name under runs/."""
+    if output:
+        run = RunDirectory(Path(output))
+        if run.checkpoint.exists():
+            raise TrainerError(
+                f"--output: {output} holds a run already: add --resume to go on with it, "
+                "or name another directory"
+            )
+        return run
+    if may_restart():
+        raise TrainerError("--max-restarts needs --output, for a restarted run to find itself")
+    name = f"{Path(data).resolve().name if data != 'digits' else data}-{recipe}"
+    number = 1
+    while (_DEFAULT / f"{name}-{number}").exists():
+        number += 1
+    return RunDirectory(_DEFAULT / f"{name}-{number}")
+
+
+def to_resume(resume: str | None, output: str) -> Path | None:
+    """The checkpoint to go on from, if any.
+
+    Args:
+        resume: what --resume names: a file, a run directory, "" for the one in `output`, or None.
+        output: what --output names, "" for nothing.
+    """
+    if resume:
+        path = Path(resume)
+        return path / checkpoint.NAME if path.is_dir() else path
+    in_output = Path(output) / checkpoint.NAME if output else None
+    if resume is None:
+        # torchrun repeats the command line as it was: a restart means going on.
+        again = restarted() and in_output is not None and in_output.exists()
+        return in_output if again else None
+    if in_output is None:
+        raise TrainerError("--resume needs the PATH of a checkpoint, or --output with one in it")
+    return in_output
