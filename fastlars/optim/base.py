@@ -15,6 +15,7 @@ from fastlars.backends.base import Backend, Mismatch, Scalars
 from fastlars.optim import checkpoint
 from fastlars.optim.checks import check_lr, check_options, check_overlap
 from fastlars.optim.plan import Plan, Sublist, location
+from fastlars.optim.traced import TracedStep
 from fastlars.rules import GradientNorm, Rule
 
 Params = Iterable[Any]
@@ -45,7 +46,7 @@ class Work:
         return self.sublist.backend
 
 
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(TracedStep, torch.optim.Optimizer):
     """Steps all parameters of a group in one call of a compiled back end.
 
     A subclass gives its rule. A step first checks everything, and takes the addresses of every
@@ -60,11 +61,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     marks: ClassVar[frozenset[str]] = frozenset()
     # Optimizers of torch whose states mean the same.
     loads_from: ClassVar[tuple[checkpoint.Source, ...]] = ()
-
-    @staticmethod
-    def rule_of(group: dict[str, Any]) -> Rule:
-        """The rule that a group's hyper-parameters make. ValueError or TypeError if they do not."""
-        raise NotImplementedError
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         check_lr(defaults["lr"])
@@ -132,6 +128,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found_inf = getattr(self, "found_inf", None)
+        if torch.compiler.is_compiling() and found_inf is None:
+            self._last = []
+            self._step_traced()
+            return loss
         if found_inf is not None and float(found_inf) != 0.0:
             return loss
         works = self._prepare()
@@ -153,6 +153,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def trust_ratios(self) -> dict[Tensor, float]:
         """The last step's trust ratio of every parameter that it changed; 1 where not adapted.
+
+        Empty before the first step, and after a step inside ``torch.compile``.
 
         Example:
             >>> w = torch.nn.Parameter(torch.ones(4))

@@ -1,0 +1,130 @@
+"""The step as one opaque operator, for torch.compile.
+
+Addresses cannot be traced. Inside a compiled region an optimizer therefore calls
+``torch.ops.fastlars.step``, which mutates what its schema says; outside it calls the back end
+directly, because the dispatcher costs several times what the addresses do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import defaultdict
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlars.backends.base import Backend, Kinds, Scalars, Tensors
+from fastlars.backends.choose import choose
+from fastlars.optim.checks import check_lr
+from fastlars.optim.plan import LOW_PRECISION, like
+from fastlars.rules import GradientNorm, LambRule, LarsRule, Rule
+
+_RULES: dict[str, type[LarsRule] | type[LambRule]] = {"LarsRule": LarsRule, "LambRule": LambRule}
+
+
+def encode(rule: Rule) -> str:
+    """A rule as a constant that a graph can hold."""
+    return json.dumps([type(rule).__name__, dataclasses.asdict(rule)])
+
+
+@cache
+def decode(text: str) -> Rule:
+    """The rule that :func:`encode` wrote."""
+    name, values = json.loads(text)
+    return _RULES[name](**values)
+
+
+def _lists(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    states: tuple[list[Tensor], ...],
+    counters: list[Tensor],
+    masters: list[Tensor],
+) -> list[tuple[Backend, Tensors]]:
+    """The operator's flat lists, cut as a plan cuts a group. Masters stand for those weights that
+    have low precision, in their order."""
+    remaining = iter(masters)
+    by_kind: dict[Any, list[tuple[int, Tensor | None]]] = defaultdict(list)
+    for i, (w, g) in enumerate(zip(weights, grads, strict=True)):
+        master = next(remaining, None) if w.dtype in LOW_PRECISION else None
+        state_dtype = states[0][i].dtype if states else torch.float32
+        kinds = Kinds(w.dtype, g.dtype, state_dtype)
+        if master is not None:
+            kinds = Kinds(master.dtype, g.dtype, state_dtype, copy=w.dtype)
+        by_kind[w.device, kinds, choose(w, g.dtype, state_dtype)].append((i, master))
+    lists = []
+    for (_, kinds, backend), members in by_kind.items():
+        chosen = [weights[i] for i, _ in members]
+        tensors = Tensors(
+            weights=chosen,
+            grads=[
+                g if g.stride() == w.stride() else like(w, g, g.dtype)
+                for w, g in ((weights[i], grads[i]) for i, _ in members)
+            ],
+            states=tuple([state[i] for i, _ in members] for state in states),
+            counters=[counters[i] for i, _ in members] if counters else None,
+            copies=None,
+            kinds=kinds,
+        )
+        if kinds.copy is not None:
+            tensors.weights = [master for _, master in members if master is not None]
+            tensors.copies = chosen
+        lists.append((backend, tensors))
+    return lists
+
+
+def _step(
+    rule: str,
+    weights: list[Tensor],
+    grads: list[Tensor],
+    first: list[Tensor],
+    second: list[Tensor],
+    counters: list[Tensor],
+    masters: list[Tensor],
+    lr: float | None,
+    lr_tensor: Tensor | None,
+    scale: float,
+    square_norm: Tensor | None,
+    max_grad_norm: float | None,
+    stochastic_rounding: bool,
+) -> None:
+    check_lr(lr if lr_tensor is None else lr_tensor)
+    rate = float(lr_tensor) if lr_tensor is not None else float(lr or 0.0)
+    if square_norm is not None and max_grad_norm is not None:
+        norm = float(square_norm) ** 0.5
+        scale = scale * max_grad_norm / norm if norm > max_grad_norm else scale
+    states = tuple(state for state in (first, second) if state)
+    for backend, tensors in _lists(weights, grads, states, counters, masters):
+        seed = None
+        if stochastic_rounding and tensors.kinds.weight == torch.bfloat16:
+            seed = int(torch.randint(2**62, ()))
+        bound = backend.bind(tensors, backend.layout(tensors.weights))
+        backend.step(decode(rule), bound, Scalars(rate, scale, seed))
+
+
+def _square_norm(grads: list[Tensor]) -> Tensor:
+    total = 0.0
+    for backend, tensors in _lists(grads, grads, (), [], []):
+        bound = backend.bind(tensors, backend.layout(tensors.weights))
+        sums = backend.measure(GradientNorm(), bound, Scalars(0.0))
+        total += sum(sums[:, 1].tolist())
+    return torch.tensor(total, dtype=torch.float64)
+
+
+_library = torch.library.Library("fastlars", "DEF")
+_library.define(
+    "step(str rule, Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] first, Tensor(c!)[] second, "
+    "Tensor(d!)[] counters, Tensor(e!)[] masters, float? lr, Tensor? lr_tensor, float scale, "
+    "Tensor? square_norm, float? max_grad_norm, bool stochastic_rounding) -> ()"
+)
+_library.define("square_norm(Tensor[] grads) -> Tensor")
+# define and impl, not custom_op, which costs three times as much host time a call.
+_library.impl("step", _step, "CompositeExplicitAutograd")
+_library.impl("square_norm", _square_norm, "CompositeExplicitAutograd")
+torch.library.register_fake("fastlars::step", lambda *args: None, lib=_library)
+torch.library.register_fake(
+    "fastlars::square_norm", lambda grads: torch.empty((), dtype=torch.float64), lib=_library
+)

@@ -1,0 +1,90 @@
+"""The step as torch.compile traces it: gathering tensors for one operator a group, no more."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastlars.optim.compiled as compiled
+from fastlars.optim.plan import Plan
+from fastlars.rules import Rule
+
+
+class TracedStep:
+    """What :class:`FusedOptimizer` does inside a compiled region."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+    @staticmethod
+    @abstractmethod
+    def rule_of(group: dict[str, Any]) -> Rule:
+        """The rule that a group's hyper-parameters make. ValueError or TypeError if they do not."""
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        weights: list[Tensor],
+        grads: list[Tensor],
+        first: list[Tensor],
+        second: list[Tensor],
+        counters: list[Tensor],
+        masters: list[Tensor],
+    ) -> str:
+        """Fill the lists and return the rule as text.
+
+        The name is torch.compile's: it runs this method instead of tracing it, guards what it read,
+        and takes the tensors in the lists for inputs of its graph.
+        """
+        number = next(i for i, other in enumerate(self.param_groups) if other is group)
+        rule = self.rule_of(group)
+        for sublist in Plan(group, number, rule, self.state).sublists:
+            params = [group["params"][i] for i in sublist.indices]
+            states = [self.state[p] for p in params]
+            weights += params
+            grads += [p.grad for p in params]
+            for filled, name in zip((first, second), rule.states, strict=False):
+                filled += [s[name] for s in states]
+            if rule.counter is not None:
+                counters += [s[rule.counter] for s in states]
+            if sublist.kinds.copy is not None:
+                masters += [s["master"] for s in states]
+        return compiled.encode(rule)
+
+    def _step_traced(self) -> None:
+        gathered = []
+        norm = None
+        for group in self.param_groups:
+            weights: list[Tensor] = []
+            grads: list[Tensor] = []
+            first: list[Tensor] = []
+            second: list[Tensor] = []
+            counters: list[Tensor] = []
+            masters: list[Tensor] = []
+            rule = self._init_group(group, weights, grads, first, second, counters, masters)
+            if len(weights) > 0:
+                gathered.append((group, rule, weights, grads, first, second, counters, masters))
+        if any(group["max_grad_norm"] is not None for group, *_ in gathered):
+            everything = [g for _, _, _, grads, *_ in gathered for g in grads]
+            norm = torch.ops.fastlars.square_norm(everything)
+        for group, rule, weights, grads, first, second, counters, masters in gathered:
+            lr = group["lr"]
+            is_tensor = isinstance(lr, Tensor)
+            torch.ops.fastlars.step(
+                rule,
+                weights,
+                grads,
+                first,
+                second,
+                counters,
+                masters,
+                None if is_tensor else lr,
+                lr if is_tensor else None,
+                -1.0 if group["maximize"] else 1.0,
+                norm,
+                group["max_grad_norm"],
+                group["stochastic_rounding"],
+            )

@@ -1,0 +1,82 @@
+"""torch.compile: the compiled step gives the bits of the eager one, in one graph."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fastlars
+
+CASES = {
+    "lars": (fastlars.LARS, {"lr": 1.0}),
+    "lars-correction": (fastlars.LARS, {"lr": 1.0, "momentum_correction": True, "dampening": 0.5}),
+    "lars-plain": (fastlars.LARS, {"lr": 1.0, "momentum": 0.0, "maximize": True}),
+    "lars-clip": (fastlars.LARS, {"lr": 1.0, "max_grad_norm": 0.1}),
+    "lamb": (fastlars.LAMB, {"lr": 0.01}),
+    "lamb-clip": (fastlars.LAMB, {"lr": 0.01, "max_grad_norm": 0.1}),
+    "lamb-masters": (fastlars.LAMB, {"lr": 0.01, "master_weights": True}),
+}
+
+
+def pair(dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).to(dtype)
+    return model, copy.deepcopy(model)
+
+
+def train(model: nn.Module, step, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        x = torch.randn(5, 8, generator=generator).to(next(model.parameters()).dtype)
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        step()
+        for group in optimizer.param_groups:
+            group["lr"].mul_(0.9)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_step_equals_eager(name: str) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    kind, options = CASES[name]
+    models = pair(torch.bfloat16 if options.get("master_weights") else torch.float32)
+    optimizers = []
+    for model in models:
+        groups = fastlars.parameter_groups(model, weight_decay=0.01)
+        # A tensor: a float would be a constant of the graph, compiled again at each change.
+        lr = torch.tensor(options["lr"])
+        optimizers.append(kind(groups, **(options | {"lr": lr})))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled_step() -> None:
+        optimizers[1].step()
+
+    train(models[0], optimizers[0].step, optimizers[0], steps=4)
+    train(models[1], compiled_step, optimizers[1], steps=4)
+    for eager, compiled in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(eager, compiled)
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        for key, value in optimizers[0].state[p].items():
+            assert torch.equal(value, optimizers[1].state[q][key]), key
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_operator_passes_opcheck() -> None:
+    w = [torch.randn(3, 4), torch.randn(5)]
+    g = [torch.randn(3, 4), torch.randn(5)]
+    b = [torch.zeros(3, 4), torch.zeros(5)]
+    rule = fastlars.LARS.rule_of(fastlars.LARS([torch.nn.Parameter(w[0])], lr=1.0).param_groups[0])
+    text = fastlars.optim.compiled.encode(rule)
+    arguments = (text, w, g, b, [], [], [], 1.0, None, 1.0, None, None, False)
+    torch.library.opcheck(torch.ops.fastlars.step.default, arguments)
+    torch.library.opcheck(torch.ops.fastlars.square_norm.default, (g,))
+
+
+def test_rule_survives_as_text() -> None:
+    group = fastlars.LAMB([nn.Parameter(torch.ones(2))], phi=(0.5, float("inf"))).param_groups[0]
+    rule = fastlars.LAMB.rule_of(group)
+    assert fastlars.optim.compiled.decode(fastlars.optim.compiled.encode(rule)) == rule
