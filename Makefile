@@ -44,7 +44,7 @@ train: $(STAMP)
 	$(RUN) -m fastlars.trainer $(TRAIN_ARGS)
 
 test: $(STAMP)
-	$(RUN) -m pytest -n 2 --benchmark-disable $(PYTEST_ARGS)
+	$(RUN) -m pytest -n 2 --dist loadgroup --benchmark-disable $(PYTEST_ARGS)
 
 bench: $(STAMP)
 	$(RUN) -m pytest benchmarks $(PYTEST_ARGS)

@@ -1,0 +1,29 @@
+"""What every test starts from: seeds, two threads, and a reason where a GPU is missing."""
+
+from __future__ import annotations
+
+import os
+import random
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: a thread that spins while it waits would slow down the others.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import pytest
+import torch
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips tests marked gpu where there is no CUDA device."""
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip(f"needs a CUDA device, and torch {torch.__version__} sees none here")
+
+
+@pytest.fixture(autouse=True)
+def same_start() -> None:
+    """Every test starts from the same random state, and with threads to get wrong."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    torch.set_num_threads(2)

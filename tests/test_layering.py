@@ -1,0 +1,111 @@
+"""Who may use whom, and how large a file may grow: the rules of docs/architecture.md."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import pytest
+
+from sources import CXX, ROOT, files
+
+PYTHON = files("fastlars", suffixes=(".py",))
+LINES = 300
+# file: why it may be longer
+LONGER: dict[str, str] = {}
+
+# package: the modules of fastlars that it must not import
+FORBIDDEN = {
+    "fastlars.backends": ("fastlars.optim", "fastlars.distributed", "fastlars.trainer"),
+    "fastlars.optim": ("fastlars.distributed", "fastlars.trainer"),
+    "fastlars.distributed": ("fastlars.trainer",),
+    # The trainer is a user: it imports what any user could.
+    "fastlars.trainer": ("fastlars._C", "fastlars.backends", "fastlars.rules", "fastlars.optim"),
+}
+# Where an address leaves Python: behind one check of layout and device.
+ADDRESSES = ("fastlars/backends/cpu.py", "fastlars/backends/cuda.py", "fastlars/backends/triton/")
+# folder of csrc: the folders that it may include
+INCLUDES = {"core": {"core"}, "cpu": {"core", "cpu"}, "cuda": {"core", "cuda"}}
+FOREIGN = re.compile(r"^(torch|ATen|c10|pybind11|Python\.h|pytypedefs\.h)\b")
+
+
+def module_name(path: str) -> str:
+    parts = path.removesuffix(".py").split("/")
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(path: str) -> set[str]:
+    """All modules of fastlars that a file imports, at any depth of its code."""
+    package = path.split("/")[:-1]
+    names: set[str] = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            names.update(f"{origin}.{alias.name}" for alias in node.names)
+    return {name for name in names if name.split(".")[0] == "fastlars"}
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def includes(path: str) -> list[str]:
+    pattern = r"^\s*#\s*include\s*[<\"]([^>\"]+)[>\"]"
+    return re.findall(pattern, (ROOT / path).read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", PYTHON)
+def test_packages_import_only_what_lies_below_them(path: str) -> None:
+    banned = [names for user, names in FORBIDDEN.items() if within(module_name(path), user)]
+    wrong = [n for n in imported(path) for bans in banned for ban in bans if within(n, ban)]
+    assert not wrong, f"{path} imports {wrong}"
+
+
+@pytest.mark.parametrize("path", [path for path in PYTHON if not path.startswith(ADDRESSES)])
+def test_addresses_leave_python_in_the_back_ends_alone(path: str) -> None:
+    nodes = ast.walk(ast.parse((ROOT / path).read_text()))
+    lines = [n.lineno for n in nodes if isinstance(n, ast.Attribute) and n.attr == "data_ptr"]
+    assert not lines, f"{path} uses data_ptr in lines {lines}"
+
+
+@pytest.mark.parametrize("path", files("csrc", suffixes=CXX))
+def test_cxx_includes_only_what_lies_below_it(path: str) -> None:
+    names = includes(path)
+    folder = path.split("/")[1]
+    if folder in INCLUDES:
+        ours = [name for name in names if (ROOT / "csrc" / name).exists() or ".." in name]
+        wrong = [name for name in ours if name.split("/")[0] not in INCLUDES[folder]]
+        assert not wrong, f"{path} includes {wrong}"
+    if path != "csrc/bindings.cpp":
+        foreign = [name for name in names if FOREIGN.match(name)]
+        assert not foreign, f"{path} includes {foreign}; csrc/bindings.cpp alone knows Python"
+
+
+@pytest.mark.parametrize("path", files("csrc/core", "csrc/cpu", suffixes=CXX))
+def test_threads_are_torchs_own(path: str) -> None:
+    text = (ROOT / path).read_text()
+    assert not re.search(r"num_threads\s*\(|omp_set_|std::j?thread\b", text), path
+
+
+@pytest.mark.parametrize(
+    "path", files("fastlars", "csrc", "tests", "benchmarks", suffixes=(".py", ".pyi", *CXX))
+)
+def test_files_stay_short(path: str) -> None:
+    lines = len((ROOT / path).read_text().splitlines())
+    if path in LONGER:
+        assert lines >= LINES, f"{path} has {lines} lines: take it off the list of longer files"
+    else:
+        assert lines < LINES, f"{path} has {lines} lines: split it"
+
+
+def test_the_list_of_longer_files_names_files_that_exist() -> None:
+    assert not [path for path in LONGER if not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize("command", ["make train", "make test"])
+def test_readme_names_the_command(command: str) -> None:
+    assert command in (ROOT / "README.md").read_text()
+    assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
