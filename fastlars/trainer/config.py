@@ -193,7 +193,7 @@ def resumed(given: Mapping[str, Any], saved: Mapping[str, Any], path: str) -> Co
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise TrainerError(message)
+        raise TrainerError(message, everywhere=True)
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[dict[str, Any], str | None]:

@@ -12,6 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fastlars.trainer.errors import TrainerError
+
 
 class MetricsLog:
     """A file of one JSON object a line, of kind start, train, trust or test.
@@ -35,8 +37,11 @@ class MetricsLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record, at once."""
-        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise TrainerError(f"cannot write {self._file.name}: {error.strerror}") from None
         self.lines += 1
 
     def sync(self) -> None:

@@ -244,7 +244,10 @@ class Loop:
 
     def _draw(self) -> None:
         if self.parts.log is not None:
-            plots.draw(read(self.parts.run.log), self.parts.run.picture)
+            try:
+                plots.draw(read(self.parts.run.log), self.parts.run.picture)
+            except OSError as error:
+                self.parts.display.say(f"warning: no picture: {error}", error=True)
         self._drawn = time.perf_counter()
 
     def _autocast(self) -> Any:

@@ -18,7 +18,18 @@ Records = list[dict[str, Any]]
 
 
 def draw(records: Records, path: Path) -> None:
-    """Write loss, accuracy, learning rate and trust ratios over the epochs to a PNG."""
+    """Write the curves of a log's records to a PNG, whole or not at all."""
+    figure = curves(records)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        figure.savefig(partial, format="png", dpi=110)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def curves(records: Records) -> Figure:
+    """Loss, accuracy, learning rate and trust ratios over the epochs."""
     train = [record for record in records if record["kind"] == "train"]
     test = [record for record in records if record["kind"] == "test"]
     trust = [record for record in records if record["kind"] == "trust"]
@@ -27,11 +38,11 @@ def draw(records: Records, path: Path) -> None:
     axes = figure.subplots(2, 2)
     figure.suptitle(_title(records, test))
 
-    _curves(axes[0, 0], train, test, "loss")
+    _training_and_test(axes[0, 0], train, test, "loss")
     axes[0, 0].set(title="Loss", ylabel="cross-entropy per image")
     axes[0, 0].set_ylim(bottom=0)
 
-    _curves(axes[0, 1], train, test, "accuracy")
+    _training_and_test(axes[0, 1], train, test, "accuracy")
     axes[0, 1].set(title="Accuracy", ylabel="images classified correctly")
     axes[0, 1].yaxis.set_major_formatter(PercentFormatter(1.0))
 
@@ -43,13 +54,7 @@ def draw(records: Records, path: Path) -> None:
     for axis in axes.flat:
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
-
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        figure.savefig(partial, format="png", dpi=110)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    return figure
 
 
 def _title(records: Records, test: Records) -> str:
@@ -62,7 +67,7 @@ def _series(records: Records, key: str) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _curves(axis: Axes, train: Records, test: Records, key: str) -> None:
+def _training_and_test(axis: Axes, train: Records, test: Records, key: str) -> None:
     axis.plot(*_series(train, key), label="training, augmented", alpha=0.8)
     axis.plot(*_series(test, key), label="test", marker="o", markersize=4)
     axis.legend()

@@ -40,11 +40,13 @@ def run(given: dict[str, Any], resume: str | None) -> int:
             directory = _directory(settings, source, here)
         with _directory_for(directory, here), StopSignals() as stop:
             loop = _loop(settings, images, directory, source, state, here)
-            with loop.parts.display:
-                _introduce(loop, state)
-                finished = loop.run(stop)
-            if loop.parts.log is not None:
-                loop.parts.log.close()
+            try:
+                with loop.parts.display:
+                    _introduce(loop, state)
+                    finished = loop.run(stop)
+            finally:
+                if loop.parts.log is not None:
+                    loop.parts.log.close()
         _conclude(loop, finished, stop, time.perf_counter() - started)
         if finished or stop.received is None:
             return 0

@@ -1,0 +1,93 @@
+"""A tiny model, tiny image folders and comparisons, for all tests of the trainer."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run returned and printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+def tiny_net(_name: str, classes: int, _stem: str, seed: int) -> nn.Module:
+    """Convolution, batch norm and classifier: what a ResNet is made of, in 2,000 weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = nn.Sequential(
+            nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(3),
+            nn.Flatten(),
+            nn.Linear(144, classes),
+        )
+    return net.to(memory_format=torch.channels_last)
+
+
+def write_images(folder: Path, count: int, seed: int, side: int = 16) -> None:
+    """Noise, its brightness the folder's own, so that there is something to learn."""
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(seed)
+    for number in range(count):
+        pixels = draw.integers(0, 128, (side, side, 3)) + 40 * (seed % 4)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number:03}.png")
+
+
+def files_below(folder: Path) -> list[str]:
+    """Every file and folder in `folder`."""
+    return sorted(os.path.relpath(path, folder) for path in folder.rglob("*"))
+
+
+def load(run: Path) -> dict[str, Any]:
+    """The checkpoint of a run directory."""
+    state: dict[str, Any] = torch.load(run / "checkpoint.pt", weights_only=True)
+    for group in state["optimizer"]["param_groups"]:
+        group.pop("differentiable", None)  # torch's Optimizer adds it to what it loads
+    return state
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """The log of a run directory, without what no two runs share: speed."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    parsed = [json.loads(line) for line in lines]
+    for record in parsed:
+        record.pop("images_per_second", None)
+    return parsed
+
+
+def assert_same(one: Any, other: Any, where: str = "state") -> None:
+    """Equal to the bit, and for tensors in layout too; says where the first difference is."""
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert sorted(one, key=str) == sorted(other, key=str), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{where}[{index}]")
+    elif isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype, where
+        assert one.stride() == other.stride(), where
+        assert (
+            one.contiguous()
+            .flatten()
+            .view(torch.uint8)
+            .equal(other.contiguous().flatten().view(torch.uint8))
+        ), where
+    else:
+        assert one == other, where
