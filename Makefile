@@ -2,11 +2,13 @@
 #
 # PYTHON       the interpreter that .venv is made from
 # TRAIN_ARGS   what `make train` trains
+# BENCH_CSV    where `make bench` writes its figures
 # PYTEST_ARGS  more arguments for pytest in `make test` and `make bench`, such as PYTEST_ARGS="-k lamb"
 
 PYTHON ?= python3
 TRAIN_ARGS ?= --recipe lars --data digits --epochs 10 --batch-size 128 --output runs/digits
 PYTEST_ARGS ?=
+BENCH_CSV ?= .benchmarks/run.csv
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -47,7 +49,9 @@ test: $(STAMP)
 	$(RUN) -m pytest -n 2 --dist loadgroup --benchmark-disable $(PYTEST_ARGS)
 
 bench: $(STAMP)
-	$(RUN) -m pytest benchmarks $(PYTEST_ARGS)
+	@mkdir -p .benchmarks
+	$(RUN) -m pytest benchmarks --benchmark-json .benchmarks/run.json $(PYTEST_ARGS)
+	@$(RUN) benchmarks/report.py .benchmarks/run.json --csv $(BENCH_CSV)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

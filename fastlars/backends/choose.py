@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from functools import cache
 
 import torch
@@ -70,4 +71,15 @@ def choose(weight: Tensor, grad_dtype: torch.dtype, state_dtype: torch.dtype) ->
     name = forced()
     if name == "cpu" and reason:
         raise RuntimeError(f"FASTLARS_BACKEND=cpu, but {reason}")
+    if reason and name is None and weight.device.type != "cpu":
+        _warn_once(weight.device.type, reason)
     return instance(name or ("reference" if reason else "cpu"))
+
+
+@cache
+def _warn_once(device_type: str, reason: str) -> None:
+    warnings.warn(
+        f"fastlars steps {device_type} parameters with plain torch operations: {reason}. "
+        "`python -m fastlars` says more.",
+        stacklevel=2,
+    )
