@@ -100,6 +100,25 @@ FASTLARS_HD bfloat16 round_stochastically(float value, std::uint32_t random) {
   return {finite ? stochastic : nearest.bits};
 }
 
+// Compilers vectorise a store of bits; of a struct, some do not.
+FASTLARS_HD void store(float& place, float value) { place = value; }
+
+template <class T>
+FASTLARS_HD void store(T& place, T value) {
+  place.bits = value.bits;
+}
+
+template <class T>
+FASTLARS_HD void store(T& place, float value) {
+  place.bits = from_float<T>(value).bits;
+}
+
+// What a later load of the stored value gives.
+template <class T>
+FASTLARS_HD float stored(float value) {
+  return to_float(from_float<T>(value));
+}
+
 // Calls f with a value of the C++ type that `dtype` names: f(float{}), f(bfloat16{}), ...
 template <class F>
 auto visit(Dtype dtype, F&& f) {

@@ -30,11 +30,9 @@ struct Measure {
       float m = to_float(moment1[i]);
       float v = to_float(moment2[i]);
       lamb_moments(c, x, to_float(grad[i]), m, v);
-      const S stored_m = from_float<S>(m);
-      const S stored_v = from_float<S>(v);
-      moment1[i] = stored_m;
-      moment2[i] = stored_v;
-      y = lamb_direction(c, x, to_float(stored_m), to_float(stored_v));
+      store(moment1[i], m);
+      store(moment2[i], v);
+      y = lamb_direction(c, x, stored<S>(m), stored<S>(v));
     };
     *sums = sum_squares<float>(size, advance);
     if (!needs_double(*sums)) return;
@@ -80,11 +78,9 @@ struct AdvanceAndApply {
       float m = to_float(moment1[i]);
       float v = to_float(moment2[i]);
       lamb_moments(c, w, to_float(grad[i]), m, v);
-      const S stored_m = from_float<S>(m);
-      const S stored_v = from_float<S>(v);
-      moment1[i] = stored_m;
-      moment2[i] = stored_v;
-      const float u = lamb_direction(c, w, to_float(stored_m), to_float(stored_v));
+      store(moment1[i], m);
+      store(moment2[i], v);
+      const float u = lamb_direction(c, w, stored<S>(m), stored<S>(v));
       weights.store(i, lamb_update(c, w, u));
     }
   }

@@ -50,13 +50,24 @@ struct Apply {
   int size;
   LarsCoefficients c;
 
-  FASTLARS_HD void operator()() const {
+  // A constant in each copy of the loop: a branch inside would keep compilers from vectorising it.
+  FASTLARS_HD void loop(bool nesterov) const {
+    LarsCoefficients k = c;
+    k.nesterov = nesterov;
 #pragma GCC ivdep
     for (int i = 0; i < size; ++i) {
       float b = to_float(buffer[i]);
-      const float w = lars_update(c, weights.load(i), to_float(grad[i]), b);
-      buffer[i] = from_float<S>(b);
+      const float w = lars_update(k, weights.load(i), to_float(grad[i]), b);
+      store(buffer[i], b);
       weights.store(i, w);
+    }
+  }
+
+  FASTLARS_HD void operator()() const {
+    if (c.nesterov) {
+      loop(true);
+    } else {
+      loop(false);
     }
   }
 };

@@ -19,7 +19,7 @@ template <class W>
 struct Plain {
   W* weight;
   FASTLARS_HD float load(int i) const { return to_float(weight[i]); }
-  FASTLARS_HD void store(int i, float value) const { weight[i] = from_float<W>(value); }
+  FASTLARS_HD void store(int i, float value) const { fastlars::store(weight[i], value); }
 };
 
 template <class C>
@@ -29,7 +29,7 @@ struct WithCopy {
   FASTLARS_HD float load(int i) const { return weight[i]; }
   FASTLARS_HD void store(int i, float value) const {
     weight[i] = value;
-    copy[i] = from_float<C>(value);
+    fastlars::store(copy[i], value);
   }
 };
 
@@ -38,7 +38,7 @@ struct Stochastic {
   const std::uint16_t* random;
   FASTLARS_HD float load(int i) const { return to_float(weight[i]); }
   FASTLARS_HD void store(int i, float value) const {
-    weight[i] = round_stochastically(value, random[i]);
+    fastlars::store(weight[i], round_stochastically(value, random[i]));
   }
 };
 
