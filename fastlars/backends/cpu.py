@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 
 
-@cache
+@lru_cache(maxsize=1024)  # a schedule of momentum or weight decay makes a new rule every step
 def native(rule: Rule | GradientNorm) -> Any:
     """The rule as a C++ struct."""
     if isinstance(rule, LarsRule):

@@ -52,6 +52,11 @@ def trust_ratio(rule: Rule, now: Scalars, weight: float, update: float) -> float
     return min(q / now.lr, 1.0) if now.lr > 0.0 else 1.0
 
 
+def _coefficient(value: float) -> float:
+    """A ratio that a float32 just holds does not when the learning rate is in it."""
+    return LARGEST_FLOAT if LARGEST_FLOAT < value < math.inf else value
+
+
 def _lars_apply(
     rule: LarsRule,
     now: Scalars,
@@ -63,15 +68,16 @@ def _lars_apply(
 ) -> Tensor:
     lr, mu = now.lr, rule.momentum
     d = g + rule.weight_decay * w
-    inner = {"step": lr * q, "scaled": q, "gradient": 1.0}[rule.buffer]
-    outer = {"step": 1.0, "scaled": lr, "gradient": lr * q}[rule.buffer]
+    inner = _coefficient({"step": lr * q, "scaled": q, "gradient": 1.0}[rule.buffer])
+    outer = _coefficient({"step": 1.0, "scaled": lr, "gradient": lr * q}[rule.buffer])
     s = inner * d
     if not state:
         return w - outer * s
     stepped_before = last_lr != rule.NEVER_STEPPED
     correction = 1.0
     if rule.momentum_correction and stepped_before and last_lr != 0.0:
-        correction = lr / last_lr
+        # last_lr went through float32: lr must too, or a constant rate would not give exactly 1.
+        correction = float(torch.tensor(lr, dtype=torch.float32)) / last_lr
     undamped = 1.0 - rule.dampening if stepped_before else 1.0
     b = mu * correction * state[0].to(w.dtype) + undamped * s
     state[0].copy_(b)
@@ -80,7 +86,7 @@ def _lars_apply(
 
 def _lamb_moments(rule: LambRule, w: Tensor, g: Tensor, state: list[Tensor]) -> None:
     m, v = (x.to(w.dtype) for x in state)
-    d = g + rule.weight_decay * w if rule.decay == "gradient" else g
+    d = g + rule.weight_decay * w if rule.decay == "gradient" and rule.weight_decay else g
     m = rule.beta1 * m + (1.0 - rule.beta1 if rule.grad_averaging else 1.0) * d
     v = rule.beta2 * v + (1.0 - rule.beta2) * d.square()
     state[0].copy_(m)
@@ -93,7 +99,7 @@ def _lamb_direction(rule: LambRule, step: float, w: Tensor, state: list[Tensor])
         m = m / (1.0 - rule.beta1**step)
         v = v / (1.0 - rule.beta2**step)
     r = m / (v.sqrt() + rule.eps)
-    return r + rule.weight_decay * w if rule.decay == "update" else r
+    return r + rule.weight_decay * w if rule.decay == "update" and rule.weight_decay else r
 
 
 def _lamb_apply(
@@ -105,7 +111,7 @@ def _lamb_apply(
     u = _lamb_direction(rule, step, w, state)
     if rule.decay == "decoupled":
         w = (1.0 - now.lr * rule.weight_decay) * w
-    return w - lr * q * u
+    return w - _coefficient(lr * q) * u
 
 
 def _stochastically(value: Tensor, seed: int, tensor: int) -> Tensor:
