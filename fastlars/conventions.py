@@ -1,0 +1,293 @@
+"""Keyword sets with which LARS and LAMB compute what other libraries compute.
+
+Libraries disagree about what LARS and LAMB are: what stands in the denominator of the trust ratio,
+what the momentum buffer holds, where the weight decay and the bias correction enter, who is left
+out. A convention is a mapping of keywords that settles all of it, and has the other library's
+defaults for the rest. Call it to change some of them.
+
+Example:
+    >>> import torch, fastlars
+    >>> from fastlars import conventions
+    >>> model = torch.nn.Linear(3, 2)
+    >>> groups = fastlars.parameter_groups(model, weight_decay=1e-4)
+    >>> optimizer = fastlars.LARS(groups, lr=1.0, **conventions.timm_lars)
+    >>> optimizer = fastlars.LARS(groups, lr=1.0, **conventions.timm_lars(momentum=0.9))
+    >>> dict(conventions.vicreg_lars)
+    {'ratio': 'combined', 'buffer': 'scaled', 'momentum': 0.9}
+
+Symbols below: w weight, g gradient, r Adam's direction, l weight decay, h trust coefficient, e eps,
+mu momentum, q trust ratio, b momentum buffer. In all of them q = 1 where a norm is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+# The two axes on which implementations of LARS differ: the ratio, and what the buffer holds.
+_PAPER_RATIO = "q = h |w| / (|g| + l |w| + e)"
+_RATE_INSIDE = "b = mu b + lr q (g + l w);  w -= b"
+_RATE_OUTSIDE = "b = mu b + q (g + l w);  w -= lr b"
+_PORT = {"ratio": "separate", "buffer": "scaled", "momentum": 0.0, "eps": 1e-8}
+_ADAM = "r = Adam's direction, bias-corrected;"
+
+_NOBODY = "Nobody: pass model.parameters()."
+_NO_DECAY = (
+    "Groups with l = 0 are not adapted, unless always_adapt=True: parameter_groups(model, l)."
+)
+_VECTORS = "Biases and norms: no ratio, no decay. parameter_groups(model, l)."
+_SHARED_STEP = (
+    "It counts the steps of a group, fastlars those of each parameter: they part where a parameter "
+    "has no gradient in some step."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Convention(Mapping[str, Any]):
+    """Keywords for :class:`fastlars.LARS` or :class:`fastlars.LAMB`; ``**`` unpacks them.
+
+    Attributes:
+        name: under which it stands in this module.
+        optimizer: ``"LARS"`` or ``"LAMB"``, the class that the keywords are for.
+        keywords: the form, and the other library's defaults where they are not fastlars' own. The
+            learning rate is never among them.
+        equation: what is computed.
+        excluded: whom the other library leaves out of decay or adaptation, and how to get that.
+        source: the code that it stands for.
+        differences: quirks of that code that are not copied, and what has another name.
+
+    Example:
+        >>> optax_lamb["weight_decay"], optax_lamb(weight_decay=0.1)["weight_decay"]
+        (0.0, 0.1)
+        >>> print(barlow_twins_lars)  # doctest: +ELLIPSIS
+        barlow_twins_lars: LARS(ratio='combined', buffer='scaled', momentum=0.9)
+          Computes: q = h |w| / |g + l w|;  b = mu b + q (g + l w);  w -= lr b
+          Excluded: Biases and norms: no ratio, no decay. parameter_groups(model, l)...
+    """
+
+    name: str
+    optimizer: Literal["LARS", "LAMB"]
+    keywords: Mapping[str, Any]
+    equation: str
+    excluded: str
+    source: str
+    differences: tuple[str, ...] = ()
+
+    def __getitem__(self, key: str) -> Any:
+        return self.keywords[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keywords)
+
+    def __len__(self) -> int:
+        return len(self.keywords)
+
+    def __call__(self, **changes: Any) -> Convention:
+        """The same convention with some keywords added or changed."""
+        return replace(self, keywords={**self.keywords, **changes})
+
+    def __str__(self) -> str:
+        keywords = ", ".join(f"{key}={value!r}" for key, value in self.items())
+        lines = [f"{self.name}: {self.optimizer}({keywords})", f"Computes: {self.equation}"]
+        lines += [f"Excluded: {self.excluded}", f"Source: {self.source}"]
+        return "\n  ".join(lines + [f"Differs: {text}" for text in self.differences])
+
+
+timm_lars = Convention(
+    name="timm_lars",
+    optimizer="LARS",
+    keywords={**_PORT, "always_adapt": False},
+    equation=f"{_PAPER_RATIO};  {_RATE_OUTSIDE}",
+    excluded=_NO_DECAY,
+    differences=("trust_coeff is trust_coefficient here.",),
+    source="timm.optim.Lars",
+)
+
+pytorch_optimizer_lars = Convention(
+    name="pytorch_optimizer_lars",
+    optimizer="LARS",
+    keywords={"ratio": "separate", "buffer": "scaled", "momentum": 0.9},
+    equation=f"{_PAPER_RATIO}, e = 0;  {_RATE_OUTSIDE}",
+    excluded="Parameters of at most one dimension: no ratio, no decay. parameter_groups(model, l).",
+    differences=(
+        "It dampens the first gradient too; fastlars does not, like torch.optim.SGD.",
+        "Where g = 0 but l > 0, its q is h / l; here it is 1, as where w = 0.",
+        "It overwrites p.grad.",
+        "Releases before 4.0 compute something else: the ratio lacks l, and the first gradient "
+        "enters the buffer without the ratio.",
+    ),
+    source="pytorch_optimizer.LARS, release 4",
+)
+
+optax_lars = Convention(
+    name="optax_lars",
+    optimizer="LARS",
+    keywords={"ratio": "combined", "buffer": "step", "momentum": 0.9},
+    equation=f"q = h |w| / (|g + l w| + e);  {_RATE_INSIDE}",
+    excluded=_NOBODY + " Both masks on vectors: parameter_groups(model, l).",
+    source="optax.lars",
+)
+
+apex_larc = Convention(
+    name="apex_larc",
+    optimizer="LARS",
+    keywords={**_PORT, "trust_coefficient": 0.02, "trust_clip": True},
+    equation=f"{_PAPER_RATIO}, then min(q / lr, 1);  {_RATE_OUTSIDE}",
+    excluded=_NOBODY,
+    differences=(
+        "LARC(clip=False), which is LARS, is trust_clip=False here.",
+        "Where g = 0 or w = 0 it neither decays nor clips. Here such a tensor decays, and with "
+        "lr > 1 its step is clipped like any other.",
+    ),
+    source="apex.parallel.LARC around torch.optim.SGD; removed from apex in 2025",
+)
+
+torchlars = Convention(
+    name="torchlars",
+    optimizer="LARS",
+    keywords=_PORT,
+    equation=f"{_PAPER_RATIO};  {_RATE_OUTSIDE}",
+    excluded=_NOBODY,
+    differences=("trust_coef is trust_coefficient here.",),
+    source="torchlars.LARS around torch.optim.SGD",
+)
+
+mlperf_lars = Convention(
+    name="mlperf_lars",
+    optimizer="LARS",
+    keywords={"ratio": "separate", "buffer": "step", "momentum": 0.9, "weight_decay": 1e-4},
+    equation=f"{_PAPER_RATIO}, e = 0;  {_RATE_INSIDE}",
+    excluded=(
+        "Names with 'batch_normalization', 'bn' or 'bias': no ratio, no decay. "
+        "parameter_groups(model, l), or with exclude= for the names."
+    ),
+    differences=("The Keras version silently turns its eps of 0 into 1e-7: eps=1e-7 for that.",),
+    source="MLPerf ResNet-50, mlcommons/training, lars_optimizer.py",
+)
+
+mlperf_mxnet_lars = replace(
+    mlperf_lars(momentum_correction=True),
+    name="mlperf_mxnet_lars",
+    equation=f"{_PAPER_RATIO}, e = 0;  {_RATE_INSIDE}, mu times lr / previous lr",
+    excluded="Names that end in 'gamma', 'beta' or 'bias': parameter_groups(model, l).",
+    differences=("The previous rate of 0, as after a warm-up from 0, corrects nothing here.",),
+    source="NVIDIA's MLPerf ResNet-50 in MXNet, SGDwFASTLARS",
+)
+
+vicreg_lars = Convention(
+    name="vicreg_lars",
+    optimizer="LARS",
+    keywords={"ratio": "combined", "buffer": "scaled", "momentum": 0.9},
+    equation=f"q = h |w| / |g + l w|;  {_RATE_OUTSIDE}",
+    excluded=_VECTORS,
+    differences=("eta is trust_coefficient here.",),
+    source="LARS in facebookresearch/vicreg, main_vicreg.py; MAE's and MoCo v3's are the same",
+)
+
+barlow_twins_lars = replace(
+    vicreg_lars,
+    name="barlow_twins_lars",
+    source="LARS in facebookresearch/barlowtwins, main.py",
+)
+
+nus_lars = Convention(
+    name="nus_lars",
+    optimizer="LARS",
+    keywords={"ratio": "separate", "buffer": "gradient", "momentum": 0.0},
+    equation=f"{_PAPER_RATIO}, e = 0;  b = mu b + (g + l w);  w -= lr q b",
+    excluded="Groups with lars=False: adapt=False here, as parameter_groups(model, l) sets it.",
+    differences=("eeta is trust_coefficient here.",),
+    source="NUS-HPC-AI-Lab/LARS-ImageNet-PyTorch; also Intel's extension for PyTorch",
+)
+
+torch_sgd = Convention(
+    name="torch_sgd",
+    optimizer="LARS",
+    keywords={"adapt": False, "buffer": "scaled", "momentum": 0.0},
+    equation="b = mu b + (g + l w);  w -= lr b",
+    excluded=_NOBODY,
+    differences=("An adapt=True of a parameter group goes before this adapt=False.",),
+    source="torch.optim.SGD",
+)
+
+timm_lamb = Convention(
+    name="timm_lamb",
+    optimizer="LAMB",
+    keywords={"decay": "update", "weight_decay": 0.01, "max_grad_norm": 1.0, "always_adapt": False},
+    equation=f"g clipped to global norm 1;  {_ADAM}  u = r + l w;  w -= lr |w| / |u| u",
+    excluded=_NO_DECAY,
+    differences=(
+        'decoupled_decay=True is decay="decoupled" here. There is no caution and no '
+        "corrected_weight_decay.",
+        "Of max_grad_norm in a parameter group it takes no notice; fastlars does.",
+        _SHARED_STEP,
+    ),
+    source="timm.optim.Lamb",
+)
+
+apex_lamb = replace(
+    timm_lamb,
+    name="apex_lamb",
+    differences=(
+        'use_nvlamb is always_adapt here, adam_w_mode=False is decay="gradient".',
+        "max_grad_norm=0 makes its gradients 0. Here that is an error, and None is off.",
+        "It overwrites p.grad, and rounds u to the type of p.grad before taking its norm.",
+        _SHARED_STEP,
+    ),
+    source="apex.optimizers.FusedLAMB",
+)
+
+pytorch_optimizer_lamb = Convention(
+    name="pytorch_optimizer_lamb",
+    optimizer="LAMB",
+    keywords={
+        "decay": "decoupled",
+        "bias_correction": "rate",
+        "phi": (0.0, 10.0),
+        "eps": 1e-6,
+        "ratio_eps": 1e-6,
+    },
+    equation=(
+        "w -= lr l w;  u = m / (sqrt(v) + e);  w -= lr / (1 - beta1^t) min(|w|, 10) / (|u| + e) u"
+    ),
+    excluded=_NOBODY,
+    differences=(
+        "Its eps is both eps and ratio_eps here.",
+        'weight_decouple=False is decay="update" here, adam=True adapt=False, adam_debias=True '
+        "bias_correction=False. There is no fixed_decay, rectify or adanorm.",
+        "pre_norm=True is max_grad_norm=1.0 here, but for its 1e-6 beside the global norm.",
+        "It overwrites p.grad.",
+        _SHARED_STEP,
+    ),
+    source="pytorch_optimizer.Lamb, release 4",
+)
+
+optax_lamb = Convention(
+    name="optax_lamb",
+    optimizer="LAMB",
+    keywords={"decay": "update", "weight_decay": 0.0},
+    equation=f"{_ADAM}  u = r + l w;  w -= lr |w| / |u| u",
+    excluded=_NOBODY + " Mask on vectors: parameter_groups(model, l, adapt_excluded=True).",
+    differences=("b1 and b2 are betas here. There is no eps_root.",),
+    source="optax.lamb",
+)
+
+torch_adamw = Convention(
+    name="torch_adamw",
+    optimizer="LAMB",
+    keywords={"adapt": False, "decay": "decoupled", "eps": 1e-8, "weight_decay": 0.01},
+    equation=f"w -= lr l w;  {_ADAM}  w -= lr r",
+    excluded=_NOBODY,
+    differences=(
+        "An adapt=True of a parameter group goes before this adapt=False.",
+        "There is no amsgrad.",
+    ),
+    source="torch.optim.AdamW",
+)
+
+by_name = {
+    value.name: value for value in tuple(globals().values()) if isinstance(value, Convention)
+}
+
+__all__ = ["Convention", "by_name", *by_name]
