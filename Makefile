@@ -6,7 +6,8 @@
 # PYTEST_ARGS  more arguments for pytest in `make test` and `make bench`, such as PYTEST_ARGS="-k lamb"
 
 PYTHON ?= python3
-TRAIN_ARGS ?= --recipe lars --data digits --epochs 10 --batch-size 128 --output runs/digits
+# Without --output each run gets a folder of its own: runs/digits-lars-1, -2, ...
+TRAIN_ARGS ?= --recipe lars --data digits --epochs 10 --batch-size 128
 PYTEST_ARGS ?=
 BENCH_CSV ?= .benchmarks/run.csv
 
@@ -30,7 +31,7 @@ STAMP := $(VENV)/.installed-$(LEVEL)
 .NOTPARALLEL:
 
 help:
-	@echo 'make train   train ResNet-50 with LARS on handwritten digits, into runs/digits'
+	@echo 'make train   train ResNet-50 with LARS on handwritten digits; writes a new folder in runs'
 	@echo 'make test    run the tests'
 	@echo 'make bench   time the optimizers beside others, and print one table'
 	@echo 'make lint    check style and types'
