@@ -1,0 +1,188 @@
+"""Rules with their options, types of tensors, and the calls that step a problem with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlars.backends.base import Backend, Kinds, Scalars, Tensors
+from fastlars.backends.choose import instance
+from fastlars.rules import LambRule, LarsRule, Rule
+from problems import Problem, place
+
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+# The rate changes at every step, so that it matters where it enters.
+RATES = (0.5, 0.25, 0.8)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A rule under its options."""
+
+    name: str
+    rule: Rule
+    rates: tuple[float, ...] = RATES
+    gradient_scale: float = 1.0
+
+    def now(self, step: int, seed: int | None = None) -> Scalars:
+        return Scalars(self.rates[step % len(self.rates)], self.gradient_scale, seed)
+
+
+# Options have values that show: an eps of 1e-6 that is forgotten would hide in the rounding.
+def _lars(
+    name: str, *, rates: tuple[float, ...] = RATES, scale: float = 1.0, **options: Any
+) -> Row:
+    rule = LarsRule(**{"momentum": 0.75, "weight_decay": 0.1, "trust_coefficient": 0.3, **options})
+    return Row(f"LARS {name}", rule, rates, scale)
+
+
+def _lamb(name: str, *, scale: float = 1.0, **options: Any) -> Row:
+    # Where gradient and decay cancel to 1e-6, a moment holds little but rounding; an eps well above
+    # that keeps it out of the direction.
+    eps = 1e-2 if options.get("decay") == "gradient" else 1e-6
+    usual = {"beta1": 0.8, "beta2": 0.95, "weight_decay": 0.1, "eps": eps}
+    rule = LambRule(**{**usual, **options})
+    return Row(f"LAMB {name}", rule, RATES, scale)
+
+
+DEFAULTS = (
+    _lars("of the paper"),
+    _lars("without adaptation", adapt=False),
+    _lamb("of the paper"),
+    _lamb("without adaptation", adapt=False),
+)
+OPTIONS = (
+    *(
+        _lars(
+            f"{buffer}, {ratio}{', nesterov' * nesterov}",
+            buffer=buffer,
+            ratio=ratio,
+            nesterov=nesterov,
+        )
+        for buffer in LarsRule.BUFFERS
+        for ratio in LarsRule.RATIOS
+        for nesterov in (False, True)
+    ),
+    _lars("without weight decay", weight_decay=0.0),
+    _lars("without momentum", momentum=0.0),
+    _lars("without momentum, gradient", momentum=0.0, buffer="gradient", ratio="combined"),
+    *(_lars(f"dampening, {buffer}", dampening=0.4, buffer=buffer) for buffer in LarsRule.BUFFERS),
+    _lars("momentum correction", momentum_correction=True),
+    _lars("momentum correction, nesterov", momentum_correction=True, nesterov=True),
+    _lars("momentum correction, dampening", momentum_correction=True, dampening=0.4),
+    _lars("momentum correction from rate 0", momentum_correction=True, rates=(0.0, 0.5, 0.25)),
+    _lars("trust clip", trust_clip=True, trust_coefficient=0.1),
+    _lars("trust clip, gradient", trust_clip=True, trust_coefficient=0.1, buffer="gradient"),
+    _lars("trust clip at rate 0", trust_clip=True, rates=(0.0,)),
+    _lars("eps", eps=0.5),
+    _lars("eps, combined", eps=0.5, ratio="combined"),
+    _lars("maximize, unscaled", scale=-0.125),
+    _lars("maximize, combined", scale=-1.0, ratio="combined", nesterov=True),
+    _lars("without adaptation, nesterov, scaled", adapt=False, nesterov=True, buffer="scaled"),
+    _lars("without adaptation or momentum", adapt=False, momentum=0.0),
+    *(
+        _lamb(f"decay {decay}, correction {correction}", decay=decay, bias_correction=correction)
+        for decay in LambRule.DECAYS
+        for correction in LambRule.CORRECTIONS
+    ),
+    _lamb("without weight decay", weight_decay=0.0),
+    _lamb("without averaging", grad_averaging=False),
+    _lamb("without averaging, rate", grad_averaging=False, bias_correction="rate"),
+    _lamb("without first moment", beta1=0.0),
+    _lamb("without second moment", beta2=0.0, eps=0.1),
+    _lamb("phi at least 20", lower=20.0),
+    _lamb("phi at most 0.5", upper=0.5),
+    _lamb("phi between, decoupled", lower=1.0, upper=3.0, decay="decoupled"),
+    _lamb("ratio_eps", ratio_eps=0.5),
+    _lamb("trust clip", trust_clip=True),
+    _lamb("eps", eps=0.5),
+    _lamb("maximize, unscaled", scale=-0.125),
+    _lamb("without adaptation, decoupled", adapt=False, decay="decoupled"),
+    _lamb("without adaptation, rate", adapt=False, bias_correction="rate"),
+)
+ROWS = DEFAULTS + OPTIONS
+
+PLAIN = Kinds(F32, F32, F32)
+KINDS = (
+    *(Kinds(w, g, s) for w in (F32, BF16, F16) for g in (F32, BF16, F16) for s in (F32, BF16)),
+    *(Kinds(F32, g, s, copy=c) for c in (BF16, F16) for g in (F32, BF16, F16) for s in (F32, BF16)),
+)
+
+
+def label(kinds: Kinds) -> str:
+    short = {F32: "f32", BF16: "bf16", F16: "f16", F64: "f64", None: ""}
+    text = f"w {short[kinds.weight]}, g {short[kinds.grad]}, s {short[kinds.state]}"
+    return text + (f", copy {short[kinds.copy]}" if kinds.copy else "")
+
+
+def fits(problem: Problem, kinds: Kinds, rule: Rule) -> bool:
+    """Whether a problem's values can be told apart in these types."""
+    if isinstance(rule, LambRule) and not problem.squares_fit:
+        return False
+    return problem.half_range or F16 not in (kinds.weight, kinds.grad, kinds.copy)
+
+
+class Run:
+    """A problem's tensors in the given types, stepped by one back end."""
+
+    def __init__(self, backend: str, row: Row, kinds: Kinds, problem: Problem) -> None:
+        self.backend: Backend = instance(backend)
+        self.row, self.problem = row, problem
+        self.entries = problem.entries()
+        weights, copies = [], None
+        for entry in self.entries:
+            weights.append(place(entry.weight, kinds.weight, entry.layout))
+        if kinds.copy is not None:
+            copies = [
+                place(w, kinds.copy, entry.layout)
+                for w, entry in zip(weights, self.entries, strict=True)
+            ]
+        states = tuple(
+            [place(torch.zeros_like(e.weight), kinds.state, e.layout) for e in self.entries]
+            for _ in row.rule.states
+        )
+        counters = None
+        if row.rule.counter is not None:
+            counters = [torch.tensor(row.rule.NEVER_STEPPED) for _ in weights]
+        self.tensors = Tensors(weights, [], states, counters, copies, kinds)
+
+    def take_gradients(self, step: int) -> None:
+        kind = self.tensors.kinds.grad
+        self.tensors.grads = [place(e.grads[step], kind, e.layout) for e in self.entries]
+
+    def bind(self) -> Any:
+        return self.backend.bind(self.tensors, self.backend.layout(self.tensors.weights))
+
+    def step(self, step: int, seed: int | None = None) -> Tensor:
+        return self.backend.step(self.row.rule, self.bind(), self.row.now(step, seed))
+
+    def measure_and_apply(self, step: int, seed: int | None = None) -> Tensor:
+        rule, bound, now = self.row.rule, self.bind(), self.row.now(step, seed)
+        sums = self.backend.measure(rule, bound, now) if rule.adapt else None
+        return self.backend.apply(rule, bound, now, sums)
+
+    def written(self) -> list[tuple[str, Tensor]]:
+        """Everything that a step may write, by name."""
+        t = self.tensors
+        named = [("weight", t.weights), ("copy", t.copies or []), ("counter", t.counters or [])]
+        named += [(name, s) for name, s in zip(self.row.rule.states, t.states, strict=True)]
+        return [
+            (f"{self.problem.name}, {name} {i}", x) for name, xs in named for i, x in enumerate(xs)
+        ]
+
+
+def in_float64(tensors: Tensors) -> Tensors:
+    """The same values for the reference in float64; bfloat16 states stay, for they round."""
+    kinds = tensors.kinds
+    state = F64 if kinds.state == F32 else kinds.state
+    return Tensors(
+        weights=[w.double() for w in tensors.weights],
+        grads=[g.double() for g in tensors.grads],
+        states=tuple([x.to(state, copy=True) for x in xs] for xs in tensors.states),
+        counters=None if tensors.counters is None else [c.clone() for c in tensors.counters],
+        copies=None,
+        kinds=Kinds(F64, F64, state),
+    )
