@@ -207,7 +207,6 @@ torch_sgd = Convention(
     keywords={"adapt": False, "buffer": "scaled", "momentum": 0.0},
     equation="b = mu b + (g + l w);  w -= lr b",
     excluded=_NOBODY,
-    differences=("An adapt=True of a parameter group goes before this adapt=False.",),
     source="torch.optim.SGD",
 )
 
@@ -279,10 +278,7 @@ torch_adamw = Convention(
     keywords={"adapt": False, "decay": "decoupled", "eps": 1e-8, "weight_decay": 0.01},
     equation=f"w -= lr l w;  {_ADAM}  w -= lr r",
     excluded=_NOBODY,
-    differences=(
-        "An adapt=True of a parameter group goes before this adapt=False.",
-        "There is no amsgrad.",
-    ),
+    differences=("There is no amsgrad.",),
     source="torch.optim.AdamW",
 )
 

@@ -30,8 +30,9 @@ def parameter_groups(
         adapt_excluded: True leaves the second group without decay, but adapted.
 
     Returns:
-        Up to two dicts with ``params`` (named: pairs of name and parameter), ``weight_decay`` and
-        ``adapt``; a group without parameters is left out.
+        Up to two dicts with ``params`` (pairs of name and parameter) and ``weight_decay``; the
+        second also with ``adapt``. What they do not say is the optimizer's. A group without
+        parameters is left out.
 
     Raises:
         ValueError: the model has no trainable parameters.
@@ -39,9 +40,9 @@ def parameter_groups(
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
         >>> for group in parameter_groups(model, weight_decay=1e-4):
-        ...     print([name for name, _ in group["params"]], group["weight_decay"], group["adapt"])
-        ['0.weight'] 0.0001 True
-        ['0.bias', '1.weight', '1.bias'] 0.0 False
+        ...     print([name for name, _ in group.pop("params")], group)
+        ['0.weight'] {'weight_decay': 0.0001}
+        ['0.bias', '1.weight', '1.bias'] {'weight_decay': 0.0, 'adapt': False}
     """
 
     def is_excluded(name: str, parameter: nn.Parameter) -> bool:
@@ -54,8 +55,8 @@ def parameter_groups(
             (excluded if is_excluded(name, parameter) else kept).append((name, parameter))
     if not kept and not excluded:
         raise ValueError(f"{type(model).__name__} has no trainable parameters")
-    groups = [
-        {"params": kept, "weight_decay": weight_decay, "adapt": True},
-        {"params": excluded, "weight_decay": 0.0, "adapt": adapt_excluded},
+    groups: list[dict[str, Any]] = [
+        {"params": kept, "weight_decay": weight_decay},
+        {"params": excluded, "weight_decay": 0.0, **({} if adapt_excluded else {"adapt": False})},
     ]
     return [group for group in groups if group["params"]]

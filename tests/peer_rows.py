@@ -50,7 +50,6 @@ by_dimension = fastlars.parameter_groups
 by_name = partial(fastlars.parameter_groups, exclude=mlperf_skips)
 but_numbers = partial(fastlars.parameter_groups, exclude=lambda _, p: p.ndim == 1)
 decay_alone = partial(fastlars.parameter_groups, adapt_excluded=True)
-OF_PARAMETER_GROUPS = (by_dimension, by_name, but_numbers, decay_alone)
 
 
 @dataclass(frozen=True, eq=False)

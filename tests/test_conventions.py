@@ -21,7 +21,7 @@ from torch import Tensor
 import fastlars
 import peers
 from fastlars import conventions
-from peer_rows import OF_PARAMETER_GROUPS, ROWS, Row
+from peer_rows import ROWS, Row
 from peers import Model, distance, train
 
 BACKEND = {torch.float64: "reference", torch.float32: "cpu"}
@@ -33,8 +33,6 @@ TOLERANCE = {
 SPECIAL = {
     # optax takes 1 - beta2^t in float32: at t = 1 that is 1e-3, known to 6e-8.
     ("optax_lamb", torch.float32): 3e-5,
-    # The previous learning rate is kept in float32, and divided by.
-    ("mlperf_mxnet_lars", torch.float64): 2e-7,
 }
 
 
@@ -121,8 +119,6 @@ def keywords() -> Iterator[tuple[str, str]]:
             meaningless |= without_ratio | {"always_adapt"}
             if convention.optimizer == "LAMB":
                 meaningless -= {"eps"}  # stands in the direction
-        if all(row.groups in OF_PARAMETER_GROUPS for row in ROWS if row.convention == name):
-            meaningless |= {"adapt"}  # the groups say it
         yield from ((name, key) for key in optimizer.defaults if key not in meaningless)
 
 

@@ -45,7 +45,8 @@ FASTLARS_HD double trust_ratio(const LarsRule& rule, const Scalars& now, const S
   const double q =
       lars_ratio(sums, rule.trust_coefficient, rule.weight_decay, rule.eps, rule.combined);
   if (!rule.trust_clip) return q;
-  const double clipped = q / now.lr;  // LARC: the local rate lr q never exceeds lr
+  // LARC: the local rate lr q never exceeds lr.
+  const double clipped = now.lr > 0.0 ? q / now.lr : 1.0;
   return clipped > 1.0 ? 1.0 : clipped;
 }
 

@@ -7,6 +7,7 @@
 #endif
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "cpu/chunk.h"
@@ -17,6 +18,13 @@ namespace {
 // Large enough that a barrier is cheap beside a block, small enough for the second- and third-level
 // caches: measured sizes from 64 K to 2.4 M elements made no difference on two threads.
 constexpr std::int64_t kBlockPerThread = 131072;
+
+// Waking threads costs microseconds, and milliseconds where their cores are busy.
+constexpr std::int64_t kLeastForThreads = 2 * kChunk;
+
+bool worth_threads(const TensorList& list) {
+  return std::accumulate(list.numel.begin(), list.numel.end(), std::int64_t{0}) > kLeastForThreads;
+}
 
 int threads() {
 #ifdef _OPENMP
@@ -87,7 +95,7 @@ void measure_list(const Rule& rule, const Scalars& now, TensorList& list, Sums* 
   const Chunks chunks = cut(list.numel);
   const auto all = all_coefficients(rule, now, list, true);
   std::vector<Sums> partial(chunks.chunk.size());
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (worth_threads(list))
   for (std::int64_t i = 0; i < static_cast<std::int64_t>(partial.size()); ++i) {
     const Chunk& chunk = chunks.chunk[i];
     partial[i] = measure_chunk(list, chunk, all[chunk.tensor]);
@@ -109,7 +117,7 @@ void apply_list(const Rule& rule, const Scalars& now, TensorList& list, const Su
     set_trust(rule, now, trust, all[tensor]);
     ratios[tensor] = static_cast<float>(trust);
   }
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (worth_threads(list))
   for (std::int64_t i = 0; i < static_cast<std::int64_t>(chunks.chunk.size()); ++i) {
     const Chunk& chunk = chunks.chunk[i];
     apply_chunk(list, chunk, all[chunk.tensor], measured);
@@ -124,7 +132,7 @@ void step_list(const Rule& rule, const Scalars& now, TensorList& list, float* ra
   const auto all = all_coefficients(rule, now, list, true);
   std::vector<Sums> partial(chunks.chunk.size());
   const std::vector<int> ends = block_ends(chunks, list.numel, kBlockPerThread * threads());
-#pragma omp parallel
+#pragma omp parallel if (worth_threads(list))
   {
     int begin = 0;
     for (const int end : ends) {
@@ -161,7 +169,7 @@ void step_list(const Rule& rule, const Scalars& now, TensorList& list, float* ra
 void measure(const GradientNorm&, const Scalars& now, TensorList& list, Sums* sums) {
   const Chunks chunks = cut(list.numel);
   std::vector<Sums> partial(chunks.chunk.size());
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (worth_threads(list))
   for (std::int64_t i = 0; i < static_cast<std::int64_t>(partial.size()); ++i) {
     partial[i] = measure_chunk(list, chunks.chunk[i], static_cast<float>(now.gradient_scale));
   }

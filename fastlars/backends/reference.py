@@ -64,7 +64,7 @@ def _lars_apply(
     w: Tensor,
     g: Tensor,
     state: list[Tensor],
-    last_lr: float,
+    last_lr: Tensor | None,
 ) -> Tensor:
     lr, mu = now.lr, rule.momentum
     d = g + rule.weight_decay * w
@@ -73,11 +73,13 @@ def _lars_apply(
     s = inner * d
     if not state:
         return w - outer * s
-    stepped_before = last_lr != rule.NEVER_STEPPED
+    last = float(last_lr) if last_lr is not None else 0.0
+    stepped_before = last != rule.NEVER_STEPPED
     correction = 1.0
-    if rule.momentum_correction and stepped_before and last_lr != 0.0:
-        # last_lr went through float32: lr must too, or a constant rate would not give exactly 1.
-        correction = float(torch.tensor(lr, dtype=torch.float32)) / last_lr
+    if rule.momentum_correction and stepped_before and last != 0.0:
+        assert last_lr is not None
+        # Rounded as the last one was: a rate that did not change corrects nothing.
+        correction = float(last_lr.new_tensor(lr)) / last
     undamped = 1.0 - rule.dampening if stepped_before else 1.0
     b = mu * correction * state[0].to(w.dtype) + undamped * s
     state[0].copy_(b)
@@ -181,8 +183,7 @@ class Reference:
             q = 1.0 if sums is None else trust_ratio(rule, now, *sums[i].tolist())
             counter = bound.counters[i] if bound.counters is not None else None
             if isinstance(rule, LarsRule):
-                last_lr = float(counter) if counter is not None else 0.0
-                new = _lars_apply(rule, now, q, w, g, state, last_lr)
+                new = _lars_apply(rule, now, q, w, g, state, counter)
                 if counter is not None:
                     counter.fill_(now.lr)
             else:

@@ -157,8 +157,9 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         Empty before the first step, and after a step inside ``torch.compile``.
 
         Example:
+            >>> import torch, fastlars
             >>> w = torch.nn.Parameter(torch.ones(4))
-            >>> optimizer = LARS([w], lr=1.0)
+            >>> optimizer = fastlars.LARS([w], lr=1.0)
             >>> w.sum().backward()
             >>> optimizer.step()
             >>> [round(q, 6) for q in optimizer.trust_ratios().values()]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastlars.optim.plan import like, location, wanted
+from fastlars.optim.plan import counter_dtype, like, location, wanted
 
 if TYPE_CHECKING:
     from fastlars.optim.base import FusedOptimizer
@@ -81,7 +81,7 @@ def _state_of(optimizer: FusedOptimizer, p: Tensor, group: Dict, state: Dict) ->
         if name in types:
             out[name] = like(p, value, types[name])
         elif name == rule.counter:
-            out[name] = torch.tensor(float(value), dtype=torch.float32)
+            out[name] = torch.tensor(float(value), dtype=counter_dtype(p))
         else:
             out[name] = value
     return out

@@ -53,7 +53,8 @@ class LARS(FusedOptimizer):
             (:math:`\gamma q d`, as above), ``"scaled"`` (:math:`q d`, the learning rate outside),
             or ``"gradient"`` (:math:`d`, both outside).
         momentum_correction: multiply a ``"step"`` buffer by :math:`\gamma_t / \gamma_{t-1}` when
-            the learning rate changes (Goyal et al. 2017, remark 2). Equal to ``"scaled"`` then.
+            the learning rate changes (Goyal et al. 2017, remark 2). Equal to ``"scaled"`` then, as
+            long as no rate is 0, which empties the buffer.
         trust_clip: LARC: :math:`q = \min(q / \gamma, 1)`, so that no layer exceeds the global rate.
         adapt: False sets q = 1: stochastic gradient descent with momentum.
         always_adapt: False sets q = 1 in groups without weight decay, as timm does.

@@ -35,6 +35,11 @@ def state_dtype(weight: Tensor, group: dict[str, Any]) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else dtype
 
 
+def counter_dtype(weight: Tensor) -> torch.dtype:
+    """Type of the state with one number, which the compiled back ends read as float32."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
 def has_master(weight: Tensor, group: dict[str, Any]) -> bool:
     """Whether ``weight`` is stepped through a float32 master."""
     return bool(group["master_weights"]) and weight.dtype in LOW_PRECISION
@@ -115,9 +120,9 @@ class Plan:
                 states[name] = like(p, states[name], dtype)
         counter = self.rule.counter
         if counter is not None and counter not in states:
-            # A 0-dim float32 tensor, as in torch.optim: it survives checkpoints, and a device can
+            # A 0-dim tensor, as in torch.optim: it survives checkpoints, and a device can
             # advance it by itself.
-            states[counter] = torch.tensor(self.rule.NEVER_STEPPED, dtype=torch.float32)
+            states[counter] = torch.tensor(self.rule.NEVER_STEPPED, dtype=counter_dtype(p))
 
     def _cut(self, grads: list[Tensor | None], group: dict[str, Any]) -> list[Sublist]:
         by_kind: dict[Any, list[int]] = defaultdict(list)
