@@ -50,11 +50,14 @@ def save(path: Path, state: dict[str, Any]) -> None:
 def load(path: Path) -> dict[str, Any]:
     """The state saved at `path`; TrainerError where there is none."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        file = open(path, "rb")  # noqa: SIM115 - closed below; only its opening is tried here
     except OSError as error:
         raise TrainerError(f"--resume: cannot read {path}: {error.strerror}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
-        state = None
+    with file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError):
+            state = None
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise TrainerError(f"--resume: {path} is damaged or not a checkpoint of this trainer")
     return state

@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fastlars.trainer.checkpoint import NotSavedError
 from fastlars.trainer.errors import TrainerError
 
 
@@ -46,7 +47,10 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Have all lines on the disk, before a checkpoint that counts on them."""
-        os.fsync(self._file.fileno())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise NotSavedError(f"cannot write {self._file.name}: {error.strerror}") from error
 
     def close(self) -> None:
         """No more records."""

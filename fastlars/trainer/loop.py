@@ -210,7 +210,7 @@ class Loop:
             try:
                 self.parts.log.sync()
                 checkpoint.save(self.parts.run.checkpoint, self._state(window, states))
-            except (checkpoint.NotSavedError, OSError) as error:
+            except checkpoint.NotSavedError as error:
                 if final:
                     raise TrainerError(f"{error}; the previous checkpoint is untouched") from error
                 self.parts.display.say(f"warning: {error}; training goes on", error=True)

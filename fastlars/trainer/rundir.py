@@ -39,8 +39,9 @@ class RunDirectory:
         """Without a checkpoint a run is worth nothing: take back what it wrote."""
         if self.checkpoint.exists():
             return
-        for file in (self.log, self.picture):
-            file.unlink(missing_ok=True)
+        if self.path.is_dir():
+            for file in (self.log, self.picture):
+                file.unlink(missing_ok=True)
         for folder in self._made:
             try:
                 folder.rmdir()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastlars.trainer.loop import Loop
 from trainer.helpers import Outcome, assert_same, load, records
@@ -119,6 +120,8 @@ def test_ctrl_c_from_outside_with_a_resnet(tmp_path: Path, train: Train) -> None
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Sums of another number of threads are rounded otherwise.
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
     )
     log, deadline = run / "metrics.jsonl", time.monotonic() + 60
     while not (log.exists() and '"train"' in log.read_text()):

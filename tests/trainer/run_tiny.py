@@ -1,0 +1,33 @@
+"""The trainer with the tiny model and no picture, as torchrun starts it.
+
+With DIE_AT, process 1 of the first attempt is killed at that step, as the system kills one that
+takes too much memory.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from fastlars.trainer import model, plots
+from fastlars.trainer.__main__ import main
+from fastlars.trainer.loop import Loop
+from trainer.helpers import tiny_net
+
+model.build = tiny_net
+plots.draw = lambda _records, _path: None
+step = Loop._step
+
+
+def mortal(self: Loop, *arguments: object) -> None:
+    """A step that the process does not survive, once."""
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if first and os.environ["RANK"] == "1" and self.progress.step == int(os.environ["DIE_AT"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(self, *arguments)  # type: ignore[arg-type]
+
+
+if "DIE_AT" in os.environ:
+    Loop._step = mortal  # type: ignore[method-assign]
+sys.exit(main())

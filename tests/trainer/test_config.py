@@ -1,0 +1,99 @@
+"""Settings: recipe, flags over it, ranges."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from fastlars.trainer import config, recipes
+from fastlars.trainer.config import Config
+from fastlars.trainer.errors import TrainerError
+
+
+def configured(*arguments: str) -> Config:
+    return config.fresh(config.parse(arguments)[0])
+
+
+@pytest.mark.parametrize("data", ["digits", "some/folder"])
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_a_recipe_sets_what_no_flag_does(name: str, data: str) -> None:
+    settings = configured("--recipe", name, "--data", data)
+    recipe = recipes.look_up(name, data)
+    for key, value in recipe.settings.items():
+        if key not in ("warmup_from", "warmup_epochs"):
+            assert getattr(settings, key) == value, key
+    assert settings.lr == pytest.approx(recipe.lr(settings.batch_size))
+
+
+def test_flags_override_the_recipe() -> None:
+    settings = configured("--lr", "0.25", "--epochs", "7", "--weight-decay", "0", "--power", "1")
+    assert (settings.lr, settings.epochs, settings.weight_decay, settings.power) == (0.25, 7, 0, 1)
+    assert settings.momentum == 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "lr"),
+    [
+        ("sgd", 256, 0.1),  # Goyal et al.: 0.1 at 256, linear
+        ("sgd", 8192, 3.2),
+        ("lamb", 512, 0.005),  # You et al. 2019, table 5: square root
+        ("lamb", 8192, 0.02),
+        ("lamb", 32768, 0.04),
+        ("lars", 4096, 10.0),  # MLPerf's reference
+        ("lars", 16384, 20.0),
+    ],
+)
+def test_the_learning_rate_follows_the_batch(name: str, batch: int, lr: float) -> None:
+    settings = configured("--recipe", name, "--data", "folder", "--batch-size", str(batch))
+    assert settings.lr == pytest.approx(lr)
+
+
+def test_goyal_warms_up_from_the_unscaled_rate() -> None:
+    large = configured("--recipe", "sgd", "--data", "folder", "--batch-size", "8192")
+    assert (large.warmup_from, large.lr) == (0.1, pytest.approx(3.2))
+    small = configured("--recipe", "sgd", "--data", "folder", "--batch-size", "64")
+    assert small.warmup_from == small.lr == pytest.approx(0.025)
+
+
+def test_a_short_run_warms_up_for_a_quarter_of_it() -> None:
+    assert configured("--epochs", "2").warmup_epochs == 0.5
+    assert configured("--epochs", "2", "--warmup-epochs", "1").warmup_epochs == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--lr", "0"), "--lr must be above 0, got 0.0"),
+        (("--lr", "nan"), "--lr must be above 0, got nan"),
+        (("--lr", "fast"), "argument --lr: invalid float value: 'fast'"),
+        (("--batch-size", "0"), "--batch-size must be at least 1, got 0"),
+        (("--epochs", "-1"), "--epochs must be at least 1, got -1"),
+        (("--momentum", "1"), "--momentum must lie from 0 to below 1, got 1.0"),
+        (("--weight-decay", "inf"), "--weight-decay must be at least 0, got inf"),
+        (("--image-size", "7"), "--image-size must be 0 or at least 8, got 7"),
+        (("--recipe", "adam"), "argument --recipe: invalid choice: 'adam'"),
+        (("--frobnicate",), "unrecognized arguments: --frobnicate"),
+        (("--micro", "3"), "unrecognized arguments: --micro 3"),  # no guessing of prefixes
+    ],
+)
+def test_a_bad_flag_is_named(arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(TrainerError) as error:
+        configured(*arguments)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_resume_takes_a_path_or_none() -> None:
+    assert config.parse(["--epochs", "3"]) == ({"epochs": 3}, None)
+    assert config.parse(["--resume"]) == ({}, "")
+    assert config.parse(["--resume", "runs/a"]) == ({}, "runs/a")
+
+
+def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        config.parse(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for setting in fields(Config):
+        assert config.flag(setting.name) in text

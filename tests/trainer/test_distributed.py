@@ -1,0 +1,138 @@
+"""Two processes under torchrun, over gloo."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastlars.trainer.distributed import Ballot, World
+from trainer.helpers import Outcome, assert_same, load, records
+
+Train = Callable[..., Outcome]
+HERE = Path(__file__).parent
+# SGD: LARS would not notice a gradient that is twice as long.
+SETTINGS = ("--recipe", "sgd", "--epochs", 3, "--batch-size", 64, "--log-every", 1)
+
+
+def start(*arguments: object, restarts: int = 0, **environment: str) -> subprocess.Popen[str]:
+    """Two processes of the trainer with the tiny model."""
+    path = os.pathsep.join(
+        [str(HERE.parent), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+    )
+    return subprocess.Popen(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+            f"--max-restarts={restarts}", str(HERE / "run_tiny.py"), *map(str, arguments),
+        ],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # so that a signal can go to all, as from a terminal
+    )  # fmt: skip
+
+
+def finish(started: subprocess.Popen[str]) -> Outcome:
+    try:
+        out, err = started.communicate(timeout=120)
+    finally:
+        if started.poll() is None:
+            os.killpg(started.pid, signal.SIGKILL)
+    return Outcome(started.returncode, out, err)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes that nothing disturbed."""
+    run = tmp_path_factory.mktemp("two") / "run"
+    outcome = finish(start(*SETTINGS, "--output", run))
+    assert outcome.status == 0, outcome
+    assert outcome.out.count("final test accuracy") == 1  # one speaks for both
+    assert "on 2 x cpu, 1 x 32 images a step each" in outcome.out
+    return run
+
+
+def parameters(run: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, Any] = load(run)["model"]
+    return {
+        name: value for name, value in state.items() if not name.startswith(("1.running", "1.num"))
+    }
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
+def test_two_processes_make_the_big_batch(two: Path, tmp_path: Path, train: Train) -> None:
+    """As one process with two micro-batches: the batch norm's 32 images are the same ones."""
+    run = tmp_path / "one"
+    assert train(*SETTINGS, "--micro-batch", 32, "--output", run).status == 0
+    one, other = ([r for r in records(at) if r["kind"] == "train"] for at in (run, two))
+    assert [(r["step"], r["images"], r["lr"]) for r in one] == [
+        (r["step"], r["images"], r["lr"]) for r in other
+    ]
+    # A loss is as exact as the weights it was computed with, and they drift apart: gradients are
+    # summed in another order at each step.
+    losses = [(mine["loss"], theirs["loss"]) for mine, theirs in zip(one, other, strict=True)]
+    assert max(abs(a / b - 1) for a, b in losses[:5]) < 1e-6
+    assert max(abs(a / b - 1) for a, b in losses) < 1e-3
+    torch.testing.assert_close(parameters(two), parameters(run), rtol=0, atol=2e-3)
+
+
+def test_evaluation_counts_every_test_image(two: Path) -> None:
+    """Each process has 180 of 360, in batches of 32."""
+    tests = [record for record in records(two) if record["kind"] == "test"]
+    assert [record["images"] for record in tests] == [360, 360, 360]
+
+
+def test_a_killed_process_is_started_again(two: Path, tmp_path: Path) -> None:
+    """torchrun restarts both; they go on from the last checkpoint to the same end, to the bit."""
+    run = tmp_path / "run"
+    flags = ("--checkpoint-every", 10, "--output", run)
+    outcome = finish(start(*SETTINGS, *flags, restarts=1, DIE_AT="36"))
+    assert outcome.status == 0, outcome
+    assert "resumed at step 30 of 66" in outcome.out
+    expected, got = load(two), load(run)
+    for state in (expected, got):
+        state["random"] = None  # a process draws from it while it connects
+    assert_same(expected, got)
+    assert records(two) == records(run)
+
+
+def test_ctrl_c_at_a_terminal(two: Path, tmp_path: Path) -> None:
+    """All processes and torchrun get the signal; one checkpoint, one line, and it goes on."""
+    run = tmp_path / "run"
+    started = start("--epochs", 3000, "--batch-size", 64, "--output", run)
+    log, deadline = run / "metrics.jsonl", time.monotonic() + 60
+    while not (log.exists() and '"train"' in log.read_text()):
+        assert time.monotonic() < deadline
+        assert started.poll() is None, started.communicate()
+        time.sleep(0.05)
+    os.killpg(started.pid, signal.SIGINT)
+    outcome = finish(started)
+    assert outcome.status != 0
+    assert outcome.out.count("go on with: python -m fastlars.trainer --resume") == 1
+    assert load(run)["progress"]["step"] > 0
+
+
+def test_a_mistake_is_said_once(tmp_path: Path) -> None:
+    outcome = finish(start(*SETTINGS, "--data", tmp_path / "absent", "--output", tmp_path / "run"))
+    assert outcome.status != 0
+    lines = [line for line in outcome.err.splitlines() if line.startswith("fastlars.trainer")]
+    assert lines == [
+        f"fastlars.trainer: error: --data: cannot read {tmp_path / 'absent'}: "
+        "No such file or directory"
+    ]
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_votes_alone() -> None:
+    ballot = Ballot(World(0, 1, torch.device("cpu")))
+    assert [ballot.any(mine) for mine in (False, True)] == [False, True]
+    assert ballot.close() is False

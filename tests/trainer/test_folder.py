@@ -1,0 +1,193 @@
+"""Image folders: what is read, and every way in which they can be wrong."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from fastlars.trainer import transforms
+from fastlars.trainer.errors import TrainerError
+from fastlars.trainer.folder import Folder
+from trainer.helpers import Outcome, files_below, write_images
+
+Train = Callable[..., Outcome]
+CPU = torch.device("cpu")
+
+
+def test_what_is_read(images: Path) -> None:
+    (images / "train" / "ant" / "notes.txt").write_text("not an image")
+    (images / "train" / ".cache").mkdir()
+    folder = Folder(str(images), 0, 0, 0, CPU)
+    assert folder.classes == ("ant", "bee", "cat")
+    assert (folder.train_size, folder.test_size) == (36, 15)
+    assert (folder.image_size, folder.stem) == (16, "small")
+    pixels, labels = next(folder.test([torch.arange(15)]))
+    assert labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    assert pixels.shape == (15, 3, 16, 16)
+    assert pixels.is_contiguous(memory_format=torch.channels_last)
+    with Image.open(images / "val" / "bee" / "002.png") as image:
+        expected = torch.tensor(list(image.tobytes()), dtype=torch.float32).view(16, 16, 3)
+    mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+    torch.testing.assert_close(pixels[7].permute(1, 2, 0), (expected - mean) / std)
+
+
+def test_large_images_become_224(tmp_path: Path) -> None:
+    for part in ("train", "test"):  # test/ does where there is no val/
+        write_images(tmp_path / part / "wide", 3, 0, side=100)
+    folder = Folder(str(tmp_path), 0, 0, 0, CPU)
+    assert (folder.image_size, folder.stem) == (224, "imagenet")
+    assert next(folder.train([(0, torch.arange(2))]))[0].shape == (2, 3, 224, 224)
+    assert next(folder.test([torch.arange(2)]))[0].shape == (2, 3, 224, 224)
+
+
+@pytest.mark.parametrize("size", [16, 80])
+def test_augmentation_is_the_same_in_every_worker(images: Path, size: int) -> None:
+    batches = [(2, torch.tensor([0, 30])), (3, torch.tensor([30, 0]))]
+    alone = [b[0] for b in Folder(str(images), size, 1, 0, CPU).train(batches)]
+    spread = [b[0] for b in Folder(str(images), size, 1, 2, CPU).train(batches)]
+    assert all(torch.equal(a, b) for a, b in zip(alone, spread, strict=True))
+    assert not torch.equal(alone[0], alone[1].flip(0))
+
+
+def test_crops_lie_within_the_image() -> None:
+    """A constant image stays constant: no pixel comes from outside."""
+    for width, height in ((40, 30), (500, 8), (9, 300), (1, 1)):
+        image = Image.new("RGB", (width, height), (7, 8, 9))
+        for name in map(str, range(30)):
+            pixels = transforms.crop_and_flip(image, 12, name).flatten(0, 1)
+            assert pixels.unique(dim=0).tolist() == [[7, 8, 9]]
+        assert transforms.centre(image, 12).shape == (12, 12, 3)
+
+
+def damage(path: Path) -> None:
+    """Cut an image short, as an interrupted copy does."""
+    path.write_bytes(path.read_bytes()[:200])
+
+
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no such folder": (shutil.rmtree, "cannot read {0}: No such file or directory"),
+    "no train": (lambda root: shutil.rmtree(root / "train"), "{0} has no folder train/"),
+    "no val": (lambda root: shutil.rmtree(root / "val"), "{0} has no folder val/ or test/"),
+    "no class folders": (
+        lambda root: [shutil.rmtree(path) for path in (root / "train").iterdir()],
+        "{0}/train has no class folders",
+    ),
+    "empty class": (
+        lambda root: [path.unlink() for path in (root / "train" / "bee").iterdir()],
+        "class folder {0}/train/bee has no images",
+    ),
+    "empty class to test": (
+        lambda root: [path.unlink() for path in (root / "val" / "cat").iterdir()],
+        "class folder {0}/val/cat has no images",
+    ),
+    "class only to train": (
+        lambda root: shutil.rmtree(root / "val" / "cat"),
+        "class cat is in {0}/train but not in {0}/val",
+    ),
+    "class only to test": (
+        lambda root: shutil.rmtree(root / "train" / "ant"),
+        "class ant is in {0}/val but not in {0}/train",
+    ),
+    "too few images": (
+        lambda root: [(root / "train" / "ant" / f"{n:03}.png").unlink() for n in range(5)],
+        "--batch-size 36 is more than the 31 training images",
+    ),
+    "a damaged image to train": (
+        lambda root: damage(root / "train" / "bee" / "007.png"),
+        "cannot read image {0}/train/bee/007.png: ",
+    ),
+    "a damaged image to test": (
+        lambda root: damage(root / "val" / "ant" / "003.png"),
+        "cannot read image {0}/val/ant/003.png: ",
+    ),
+    "text for an image": (
+        lambda root: (root / "train" / "ant" / "000.png").write_text("hello"),
+        "cannot read image {0}/train/ant/000.png: not an image, or damaged",
+    ),
+    "a folder that is a file": (
+        lambda root: (shutil.rmtree(root), root.write_text("hello")),
+        "cannot read {0}: Not a directory",
+    ),
+}
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
+@pytest.mark.parametrize(
+    ("kind", "workers"),
+    [(kind, 0) for kind in BAD] + [(kind, 1) for kind in BAD if "damaged" in kind],
+)
+def test_bad_folder(images: Path, tmp_path: Path, train: Train, kind: str, workers: int) -> None:
+    """Status 2, one line that says what and where, and nothing left behind."""
+    spoil, message = BAD[kind]
+    spoil(images)
+    outcome = train(
+        "--data", images, "--epochs", 2, "--batch-size", 36, "--lr", 0.1,
+        "--workers", workers, "--output", tmp_path / "runs" / "one",
+    )  # fmt: skip
+    assert outcome.status == 2, outcome
+    assert outcome.err.startswith("fastlars.trainer: error: ")
+    assert message.format(images) in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+    assert [name for name in files_below(tmp_path) if not name.startswith("images")] == []
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Permissions do not bind root: act as nobody meanwhile."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def open_to_all(tmp_path: Path) -> None:
+    """pytest's own folders are closed to other users."""
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        if folder.stat().st_uid == os.geteuid():
+            folder.chmod(0o755)
+
+
+@pytest.mark.usefixtures("open_to_all")
+def test_no_permission_for_a_folder(images: Path) -> None:
+    (images / "train" / "bee").chmod(0)
+    with unprivileged(), pytest.raises(TrainerError) as error:
+        Folder(str(images), 0, 0, 0, CPU)
+    assert str(error.value) == f"--data: cannot read {images}/train/bee: Permission denied"
+
+
+@pytest.mark.usefixtures("open_to_all")
+def test_no_permission_for_an_image(images: Path) -> None:
+    (images / "train" / "bee" / "004.png").chmod(0)
+    with unprivileged(), pytest.raises(TrainerError) as error:
+        list(Folder(str(images), 0, 0, 0, CPU).train([(0, torch.arange(36))]))
+    assert str(error.value) == f"cannot read image {images}/train/bee/004.png: Permission denied"
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
+def test_damage_found_after_a_checkpoint_keeps_it(
+    images: Path, tmp_path: Path, train: Train
+) -> None:
+    """What was trained stays, and the run goes on once the image is whole again."""
+    run, image = tmp_path / "run", images / "train" / "bee" / "007.png"
+    whole = image.read_bytes()
+    settings = ("--data", images, "--epochs", 2, "--batch-size", 8, "--lr", 0.1, "--workers", 0)
+    assert train(*settings, "--output", run, "--max-steps", 4).status == 0
+    damage(image)
+    outcome = train("--output", run, "--resume", "--max-steps", 0)
+    assert outcome.status == 2
+    assert str(image) in outcome.err
+    assert (run / "checkpoint.pt").exists()
+    image.write_bytes(whole)
+    assert train("--output", run, "--resume", "--max-steps", 0).status == 0

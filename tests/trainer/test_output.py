@@ -1,0 +1,182 @@
+"""The run directory, the log file and the picture."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from fastlars.trainer import plots, rundir
+from fastlars.trainer.errors import TrainerError
+from fastlars.trainer.log import MetricsLog, read
+from trainer.helpers import Outcome, files_below
+
+Train = Callable[..., Outcome]
+SHORT = ("--epochs", 1, "--batch-size", 512)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_three_files_are_written_and_named(tmp_path: Path, train: Train) -> None:
+    run = tmp_path / "a" / "run"
+    outcome = train(*SHORT, "--output", run)
+    assert outcome.status == 0
+    assert files_below(run) == ["checkpoint.pt", "curves.png", "metrics.jsonl"]
+    for name in files_below(run):
+        assert str(run / name) in outcome.out
+    with Image.open(run / "curves.png") as picture:
+        picture.load()
+        assert picture.size[0] > 1000
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
+def test_runs_without_output_do_not_meet(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert train(*SHORT, "--max-steps", 1).status == 0
+    assert sorted(os.listdir("runs")) == ["digits-lars-1", "digits-lars-2"]
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
+def test_a_run_is_not_overwritten(tmp_path: Path, train: Train) -> None:
+    assert train(*SHORT, "--output", tmp_path, "--max-steps", 1).status == 0
+    before = {name: (tmp_path / name).read_bytes() for name in files_below(tmp_path)}
+    outcome = train(*SHORT, "--output", tmp_path)
+    assert outcome.status == 2
+    assert "holds a run already: add --resume" in outcome.err
+    assert {name: (tmp_path / name).read_bytes() for name in files_below(tmp_path)} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--resume",), "--resume needs the PATH of a checkpoint, or --output with one in it"),
+        (("--resume", "absent"), "cannot read absent: No such file or directory"),
+        (("--resume", "--output", "absent"), "cannot read absent/checkpoint.pt: No such file"),
+        (("--output", "file/run"), "cannot write in file/run: Not a directory"),
+        (("--output", "file"), "cannot write in file: "),
+        (("--output", "a/b/c", "--batch-size", 9999), "--batch-size 9999 is more than"),
+        (("--output", "a/b/c", "--warmup-epochs", 99), "--warmup-epochs 99 leaves nothing"),
+        (("--output", "a/b/c", "--end-lr", 99), "end_lr 99.0 exceeds the learning rate"),
+        (("--output", "a/b/c", "--device", "cuda"), "--device cuda: PyTorch sees no GPU"),
+        (("--output", "a/b/c", "--data", "nowhere"), "cannot read nowhere: No such file"),
+    ],
+)
+@pytest.mark.usefixtures("tiny")
+def test_mistakes_leave_nothing_behind(
+    tmp_path: Path,
+    train: Train,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[object, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (tmp_path / "file").write_text("in the way")
+    outcome = train(*arguments)
+    assert outcome.status == 2
+    assert message in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+    assert files_below(tmp_path) == ["file"]
+
+
+def test_a_directory_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may write anywhere, so the system's refusal is played."""
+
+    def refuse(**_arguments: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    run = rundir.RunDirectory(tmp_path / "a" / "b")
+    with pytest.raises(TrainerError, match=r"cannot write in .*/a/b: Permission denied"):
+        run.claim()
+    assert files_below(tmp_path) == []
+
+
+def test_discard_spares_other_files(tmp_path: Path) -> None:
+    run = rundir.RunDirectory(tmp_path / "a" / "b")
+    run.claim()
+    (tmp_path / "a" / "notes.txt").write_text("mine")
+    run.log.write_text("{}")
+    run.discard()
+    assert files_below(tmp_path) == ["a", "a/notes.txt"]
+
+
+def test_a_restart_by_torchrun_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoint.pt").write_text("there")
+    output = str(tmp_path)
+    assert rundir.to_resume(None, output) is None
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert rundir.to_resume(None, output) == tmp_path / "checkpoint.pt"
+    assert rundir.to_resume(None, str(tmp_path / "fresh")) is None
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(TrainerError, match="--max-restarts needs --output"):
+        rundir.new("", "digits", "lars")
+
+
+def test_log_keeps_the_lines_before_a_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    for step in range(5):
+        log.write({"kind": "train", "step": step, "loss": float("nan") if step == 1 else 0.5})
+    assert log.lines == 5
+    log.close()
+    with open(path, "a") as file:
+        file.write('{"kind": "tra')
+    assert [record["step"] for record in read(path)] == [0, 1, 2, 3, 4]
+    assert read(path)[1]["loss"] is None  # JSON has no NaN
+
+    again = MetricsLog(path, keep=2, source=path)
+    again.write({"kind": "test", "step": 2})
+    again.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
+    assert files_below(tmp_path) == ["metrics.jsonl"]
+
+
+def history(layers: int) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = [{"kind": "start", "title": "LARS, some net"}]
+    for step in range(1, 21):
+        at = {"step": step, "epoch": step / 10}
+        loss = None if step == 3 else 2 / step
+        records.append(at | {"kind": "train", "loss": loss, "accuracy": step / 30, "lr": step})
+        ratios = {f"layer{n}.weight": 0.01 * (n + 1) for n in range(layers)}
+        records.append(at | {"kind": "trust", "ratios": ratios})
+        if step % 10 == 0:
+            records.append(at | {"kind": "test", "loss": 1 / step, "accuracy": step / 25})
+    return records if layers else [r for r in records if r["kind"] != "trust"]
+
+
+@pytest.mark.parametrize("layers", [0, 1, 54])
+def test_curves(layers: int) -> None:
+    """Four labelled panels with the records' values in them; a line for each layer."""
+    figure = plots.curves(history(layers))
+    assert isinstance(figure, Figure)
+    assert figure.get_suptitle() == "LARS, some net: 80.00% test accuracy"
+    loss, accuracy, rate, ratios = figure.axes[:4]
+    for axis in (loss, accuracy, rate, ratios):
+        assert axis.get_title()
+        assert axis.get_xlabel() == "epoch"
+        assert axis.get_ylabel()
+    assert list(loss.lines[0].get_ydata()) == [2 / step for step in range(1, 21) if step != 3]
+    assert list(accuracy.lines[1].get_ydata()) == [10 / 25, 20 / 25]
+    assert list(rate.lines[0].get_ydata()) == list(range(1, 21))
+    assert len(ratios.lines) == layers
+    if layers:
+        assert ratios.get_yscale() == "log"
+        assert figure.axes[4].get_ylabel() == "layer, from the input to the classifier"
+    else:
+        assert ratios.texts[0].get_text() == "this optimizer has none"
+
+
+def test_a_picture_of_nothing_yet(tmp_path: Path) -> None:
+    plots.draw([{"kind": "start", "title": "LARS"}], tmp_path / "curves.png")
+    assert files_below(tmp_path) == ["curves.png"]
