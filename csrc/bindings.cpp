@@ -108,6 +108,7 @@ std::vector<std::uintptr_t> counter_addresses(const BoundLayout& layout, const p
     const dlpack::Tensor tensor = layout.viewer->view(object);
     if (dtype_of(tensor.dtype) != Dtype::float32) throw Mismatch("counters", i, "dtype");
     if (tensor.ndim != 0) throw Mismatch("counters", i, "shape");
+    if (!layout.same_device(i, tensor)) throw Mismatch("counters", i, "device");
     out.push_back(reinterpret_cast<std::uintptr_t>(tensor.data) + tensor.byte_offset);
   }
   return out;
@@ -133,6 +134,24 @@ TensorList bind(const BoundLayout& layout, const py::list& weights, const py::li
   }
   if (!counters.is_none()) list.counter = counter_addresses(layout, counters.cast<py::list>());
   return list;
+}
+
+// For kernels that read their addresses from the device: a row per tensor of weight, gradient, two
+// states, copy and counter, 0 where there is none. Returns whether that differs from what `table`
+// held.
+bool write_table(const TensorList& list, std::uintptr_t table) {
+  const std::vector<std::uintptr_t>* columns[] = {&list.weight,   &list.grad, &list.state[0],
+                                                  &list.state[1], &list.copy, &list.counter};
+  auto* place = reinterpret_cast<std::int64_t*>(table);
+  bool changed = false;
+  for (int tensor = 0; tensor < list.count(); ++tensor) {
+    for (const auto* column : columns) {
+      const auto value = static_cast<std::int64_t>(column->empty() ? 0 : (*column)[tensor]);
+      changed = changed || *place != value;
+      *place++ = value;
+    }
+  }
+  return changed;
 }
 
 void set_seed(TensorList& list, std::optional<std::uint64_t> seed) {
@@ -200,7 +219,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<py::type, const std::vector<py::type>&>(), "tensor_type"_a, "accepted"_a)
       .def("accept", &Viewer::accept, "type"_a);
   py::class_<BoundLayout>(m, "Layout").def(py::init(&make_layout), "viewer"_a, "weights"_a);
-  py::class_<TensorList>(m, "TensorList");
+  py::class_<TensorList>(m, "TensorList").def("write_table", &write_table, "table"_a);
   m.def("bind", &bind, "layout"_a, "weights"_a, "grads"_a, "states"_a, "copies"_a, "counters"_a,
         "weight_dtype"_a, "grad_dtype"_a, "state_dtype"_a, "copy_dtype"_a);
 

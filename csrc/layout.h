@@ -42,9 +42,7 @@ class Layout {
     const std::int64_t* shape = extents_.data() + entry.extents;
     const std::int64_t* strides = shape + entry.ndim;
     if (dtype_of(tensor.dtype) != dtype) return "dtype";
-    if (tensor.device.type != entry.device.type || tensor.device.id != entry.device.id) {
-      return "device";
-    }
+    if (!same_device(i, tensor)) return "device";
     if (tensor.ndim != entry.ndim) return "shape";
     if (!std::equal(shape, strides, tensor.shape)) return "shape";
     // The stride of a dimension of size 1 is never used; an empty tensor has no elements to pair.
@@ -52,6 +50,11 @@ class Layout {
       if (tensor.strides[d] != strides[d] && shape[d] > 1 && numel_[i] > 0) return "strides";
     }
     return nullptr;
+  }
+
+  bool same_device(std::size_t i, const dlpack::Tensor& tensor) const {
+    const dlpack::Device& device = entries_[i].device;
+    return tensor.device.type == device.type && tensor.device.id == device.id;
   }
 
   const std::vector<std::int64_t>& numel() const { return numel_; }

@@ -24,7 +24,17 @@ def build_lines() -> list[str]:
     return [
         f"extension  {info['compiler']}, {info['build_type']}, {openmp}",
         f"cuda       {cuda}",
+        f"triton     {triton_version()}",
     ]
+
+
+def triton_version() -> str:
+    """Triton's version, or why there is none."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"cannot be imported ({error})"
+    return f"{triton.__version__}"
 
 
 def device_lines() -> list[str]:
@@ -45,6 +55,8 @@ def device_lines() -> list[str]:
             why = f"{_C.instruction_set()}, {torch.get_num_threads()} threads"
         elif choose.forced() == name:
             why = "FASTLARS_BACKEND asks for it"
+        elif name == "triton":
+            why = "there are no CUDA kernels for it"
         lines.append(f"{device!s:10} {name}: {why}")
     return lines
 

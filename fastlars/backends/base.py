@@ -51,11 +51,14 @@ class Scalars:
         lr: learning rate.
         gradient_scale: factor on every gradient: unscaling, global clip, sign of ``maximize``.
         seed: of stochastic rounding; None rounds to nearest.
+        device: float64 [lr, gradient_scale, skip] for back ends with ``reads_device``, which take
+            those from there instead, without a wait; where skip is not 0, nothing is changed.
     """
 
     lr: float
     gradient_scale: float = 1.0
     seed: int | None = None
+    device: Tensor | None = None
 
 
 class Backend(Protocol):
@@ -67,6 +70,8 @@ class Backend(Protocol):
     """
 
     name: str
+    reads_device: bool
+    """Whether ``Scalars.device`` is read; a step then needs no number that the device has."""
 
     def layout(self, weights: list[Tensor]) -> Any:
         """Shapes, strides and devices that every list is held against."""

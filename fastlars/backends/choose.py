@@ -13,12 +13,17 @@ from fastlars.backends.base import Backend
 from fastlars.backends.cpu import DTYPES, STATE_DTYPES, Cpu
 from fastlars.backends.reference import Reference
 
-NAMES = ("cpu", "reference")
+NAMES = ("cpu", "triton", "reference")
 
 
 @cache
 def instance(name: str) -> Backend:
     """The back end of that name."""
+    if name == "triton":
+        # Importing Triton takes a while, and only GPUs need it.
+        from fastlars.backends.triton.backend import Triton
+
+        return Triton()
     backends: dict[str, type[Cpu] | type[Reference]] = {"cpu": Cpu, "reference": Reference}
     return backends[name]()
 
@@ -47,18 +52,36 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def why_not_compiled(weight: Tensor, grad_dtype: torch.dtype, state_dtype: torch.dtype) -> str:
-    """Why the compiled back ends cannot serve a weight; empty where one can."""
-    if weight.device.type != "cpu":
-        return f"no compiled back end serves {weight.device.type}"
+@cache
+def why_no_triton(device: torch.device) -> str:
+    """Why the Triton back end cannot serve a device; empty where it can."""
+    try:
+        from fastlars.backends.triton.probe import why_not
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    return why_not(device)
+
+
+def _why_not(name: str, weight: Tensor, grad_dtype: torch.dtype, state_dtype: torch.dtype) -> str:
+    """Why the back end of that name cannot serve a weight; empty where it can."""
     for what, dtype in (("weights", weight.dtype), ("gradients", grad_dtype)):
         if dtype not in DTYPES:
-            return f"the cpu back end has no {dtype} {what}"
+            return f"the {name} back end has no {dtype} {what}"
     if state_dtype not in STATE_DTYPES:
-        return f"the cpu back end has no {state_dtype} states"
+        return f"the {name} back end has no {state_dtype} states"
     if not is_dense(weight):
-        return "the cpu back end needs weights without gaps in memory"
+        return f"the {name} back end needs weights without gaps in memory"
+    if name == "triton":
+        return why_no_triton(weight.device)
+    if weight.device.type != name:
+        return f"the {name} back end does not serve {weight.device.type}"
     return ""
+
+
+def why_not_compiled(weight: Tensor, grad_dtype: torch.dtype, state_dtype: torch.dtype) -> str:
+    """Why no compiled back end can serve a weight; empty where one can."""
+    name = "cpu" if weight.device.type == "cpu" else "triton"
+    return _why_not(name, weight, grad_dtype, state_dtype)
 
 
 def choose(weight: Tensor, grad_dtype: torch.dtype, state_dtype: torch.dtype) -> Backend:
@@ -67,13 +90,20 @@ def choose(weight: Tensor, grad_dtype: torch.dtype, state_dtype: torch.dtype) ->
     Raises:
         RuntimeError: FASTLARS_BACKEND demands one that does not.
     """
-    reason = why_not_compiled(weight, grad_dtype, state_dtype)
     name = forced()
-    if name == "cpu" and reason:
-        raise RuntimeError(f"FASTLARS_BACKEND=cpu, but {reason}")
-    if reason and name is None and weight.device.type != "cpu":
+    if name == "reference":
+        return instance(name)
+    if name is not None:
+        reason = _why_not(name, weight, grad_dtype, state_dtype)
+        if reason:
+            raise RuntimeError(f"FASTLARS_BACKEND={name}, but {reason}")
+        return instance(name)
+    reason = why_not_compiled(weight, grad_dtype, state_dtype)
+    if not reason:
+        return instance("cpu" if weight.device.type == "cpu" else "triton")
+    if weight.device.type != "cpu":
         _warn_once(weight.device.type, reason)
-    return instance(name or ("reference" if reason else "cpu"))
+    return instance("reference")
 
 
 @cache

@@ -74,6 +74,7 @@ class Cpu:
     """
 
     name = "cpu"
+    reads_device = False
 
     def layout(self, weights: list[Tensor]) -> Any:
         for weight in weights:

@@ -129,6 +129,7 @@ class Reference:
     """Plain torch, a tensor at a time."""
 
     name = "reference"
+    reads_device = False
 
     def layout(self, weights: list[Tensor]) -> list[tuple[torch.Size, torch.device]]:
         return [(w.shape, w.device) for w in weights]

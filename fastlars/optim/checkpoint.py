@@ -81,7 +81,7 @@ def _state_of(optimizer: FusedOptimizer, p: Tensor, group: Dict, state: Dict) ->
         if name in types:
             out[name] = like(p, value, types[name])
         elif name == rule.counter:
-            out[name] = torch.tensor(float(value), dtype=counter_dtype(p))
+            out[name] = torch.tensor(float(value), dtype=counter_dtype(p), device=p.device)
         else:
             out[name] = value
     return out

@@ -122,7 +122,11 @@ class Plan:
         if counter is not None and counter not in states:
             # A 0-dim tensor, as in torch.optim: it survives checkpoints, and a device can
             # advance it by itself.
-            states[counter] = torch.tensor(self.rule.NEVER_STEPPED, dtype=counter_dtype(p))
+            states[counter] = torch.full(
+                (), self.rule.NEVER_STEPPED, dtype=counter_dtype(p), device=p.device
+            )
+        elif counter is not None and states[counter].device != p.device:
+            states[counter] = states[counter].to(p.device)
 
     def _cut(self, grads: list[Tensor | None], group: dict[str, Any]) -> list[Sublist]:
         by_kind: dict[Any, list[int]] = defaultdict(list)

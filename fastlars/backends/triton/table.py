@@ -1,0 +1,99 @@
+"""Tables on the device that tell kernels where tensors lie and which chunk is whose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlars.backends.triton.memory import COLUMNS
+
+# Elements a program works on. It fixes the order of sums, and so their bits.
+BLOCK = 4096
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether launches are recorded into a CUDA graph instead of run."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class Sender:
+    """Copies small tensors to a device, in stream order, without a wait of the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.recorded: list[Tensor] = []  # what graphs copy from, or read, at every replay
+
+    def pinned(self, values: Tensor) -> Tensor:
+        """A copy of ``values`` that a device can take while the host goes on."""
+        # torch hands pinned memory out again only after the copies from it were made.
+        return values.clone() if self.device.type == "cpu" else values.pin_memory()
+
+    def send(self, source: Tensor) -> Tensor:
+        """``source``, which is pinned, on the device."""
+        sent = torch.empty_like(source, device=self.device, pin_memory=False)
+        sent.copy_(source, non_blocking=True)
+        if is_capturing(self.device):
+            self.recorded += [source, sent]
+        return sent
+
+
+class Chunks:
+    """How tensors of given sizes are cut, as int32 and int64 tables on their device.
+
+    Attributes:
+        numel: elements of every tensor.
+        chunk: [chunks, 2], its tensor and its number therein; an empty tensor has one too, which
+            reports the tensor's ratio.
+        first: [tensors + 1], the first chunk of every tensor.
+    """
+
+    def __init__(self, weights: list[Tensor], sender: Sender) -> None:
+        self.device = sender.device
+        numel = torch.tensor([weight.numel() for weight in weights], dtype=torch.int64)
+        count = ((numel + BLOCK - 1) // BLOCK).clamp_(min=1)
+        tensor = torch.repeat_interleave(torch.arange(len(weights)), count)
+        first = torch.zeros(len(weights) + 1, dtype=torch.int64)
+        torch.cumsum(count, 0, out=first[1:])
+        chunk = torch.stack([tensor, torch.arange(len(tensor)) - first[tensor]], dim=1)
+        self.numel = sender.send(sender.pinned(numel))
+        self.chunk = sender.send(sender.pinned(chunk.to(torch.int32)))
+        self.first = sender.send(sender.pinned(first.to(torch.int32)))
+        self.tensors = len(weights)
+        self.count = len(tensor)
+
+
+class Addresses:
+    """The address table: sent when a tensor has moved, which after the first steps is rare."""
+
+    def __init__(self, tensors: int, sender: Sender) -> None:
+        self._sender = sender
+        self._host = torch.zeros(tensors, COLUMNS.value, dtype=torch.int64)
+        # A graph may be recorded with gradients that lie elsewhere than before, and pinned memory
+        # is not to be allocated then.
+        self._spare: Tensor | None = sender.pinned(self._host)
+        self._table: Tensor | None = None
+        self._stream = 0
+
+    def table(self, native: Any) -> Tensor:
+        """Where the bound tensors lie, for launches on the current stream."""
+        changed = native.write_table(self._host.data_ptr())
+        stream = self._current_stream()
+        if self._table is None or changed or stream != self._stream:
+            self._table = None  # should sending fail, the next step sends again
+            self._table = self._sender.send(self._source())
+            self._stream = stream
+        elif is_capturing(self._sender.device):
+            self._sender.recorded.append(self._table)
+        return self._table
+
+    def _source(self) -> Tensor:
+        if self._spare is None or not is_capturing(self._sender.device):
+            return self._sender.pinned(self._host)
+        source, self._spare = self._spare, None
+        return source.copy_(self._host)
+
+    def _current_stream(self) -> int:
+        device = self._sender.device
+        return 0 if device.type == "cpu" else torch.accelerator.current_stream(device).stream_id
