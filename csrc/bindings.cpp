@@ -50,9 +50,13 @@ class Viewer {
     return contains(reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())));
   }
 
-  dlpack::Tensor view(py::handle object) const {
+  // A tensor that DLPack has no words for (sparse, meta, ...) is where no back end can reach it.
+  dlpack::Tensor view(py::handle object, const char* list, std::size_t index) const {
     dlpack::Tensor tensor;
-    if (view_(object.ptr(), &tensor) != 0) throw py::error_already_set();
+    if (view_(object.ptr(), &tensor) != 0) {
+      PyErr_Clear();
+      throw Mismatch(list, index, "device");
+    }
     return tensor;
   }
 
@@ -75,7 +79,9 @@ struct BoundLayout : Layout {
 
 std::unique_ptr<BoundLayout> make_layout(std::shared_ptr<Viewer> viewer, const py::list& weights) {
   auto layout = std::make_unique<BoundLayout>();
-  for (const auto& weight : weights) layout->add(viewer->view(weight));
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    layout->add(viewer->view(weights[i], "weights", i));
+  }
   layout->viewer = std::move(viewer);
   return layout;
 }
@@ -89,7 +95,7 @@ std::vector<std::uintptr_t> addresses(const BoundLayout& layout, const py::list&
   for (std::size_t i = 0; i < layout.size(); ++i) {
     const py::handle object = PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
     if (!layout.viewer->accepts(object)) throw Mismatch(name, i, "type");
-    const dlpack::Tensor tensor = layout.viewer->view(object);
+    const dlpack::Tensor tensor = layout.viewer->view(object, name, i);
     const char* what = layout.difference(i, tensor, dtype);
     if (what != nullptr) throw Mismatch(name, i, what);
     out.push_back(reinterpret_cast<std::uintptr_t>(tensor.data) + tensor.byte_offset);
@@ -105,7 +111,7 @@ std::vector<std::uintptr_t> counter_addresses(const BoundLayout& layout, const p
   for (std::size_t i = 0; i < counters.size(); ++i) {
     const py::handle object = PyList_GET_ITEM(counters.ptr(), static_cast<Py_ssize_t>(i));
     if (!layout.viewer->accepts(object)) throw Mismatch("counters", i, "type");
-    const dlpack::Tensor tensor = layout.viewer->view(object);
+    const dlpack::Tensor tensor = layout.viewer->view(object, "counters", i);
     if (dtype_of(tensor.dtype) != Dtype::float32) throw Mismatch("counters", i, "dtype");
     if (tensor.ndim != 0) throw Mismatch("counters", i, "shape");
     if (!layout.same_device(i, tensor)) throw Mismatch("counters", i, "device");

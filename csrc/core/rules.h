@@ -2,6 +2,7 @@
 // coefficients, then calls these functions element by element; it adds loops and nothing else.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 
 #include "core/dtype.h"
@@ -50,12 +51,17 @@ FASTLARS_HD double trust_ratio(const LarsRule& rule, const Scalars& now, const S
   return clipped > 1.0 ? 1.0 : clipped;
 }
 
+// A ratio that a float just holds does not when the learning rate is in it.
+FASTLARS_HD float coefficient(double value) {
+  return (value > FLT_MAX && std::isfinite(value)) ? FLT_MAX : static_cast<float>(value);
+}
+
 FASTLARS_HD void set_trust(const LarsRule& rule, const Scalars& now, double trust,
                            LarsCoefficients& c) {
   const bool lr_inside = rule.buffer == Buffer::step;
   const bool trust_inside = rule.buffer != Buffer::gradient;
-  c.inner = static_cast<float>((lr_inside ? now.lr : 1.0) * (trust_inside ? trust : 1.0));
-  c.outer = static_cast<float>((lr_inside ? 1.0 : now.lr) * (trust_inside ? 1.0 : trust));
+  c.inner = coefficient((lr_inside ? now.lr : 1.0) * (trust_inside ? trust : 1.0));
+  c.outer = coefficient((lr_inside ? 1.0 : now.lr) * (trust_inside ? 1.0 : trust));
 }
 
 // Coefficients for a trust ratio of 1.
@@ -138,7 +144,7 @@ FASTLARS_HD double trust_ratio(const LambRule& rule, const Scalars& now, const S
 }
 
 FASTLARS_HD void set_trust(const LambRule&, const Scalars&, double trust, LambCoefficients& c) {
-  c.rate = static_cast<float>(c.lr * trust);
+  c.rate = coefficient(c.lr * trust);
 }
 
 // Coefficients for a trust ratio of 1. `step` counts from 1.
@@ -165,7 +171,9 @@ FASTLARS_HD LambCoefficients coefficients(const LambRule& rule, const Scalars& n
 }
 
 FASTLARS_HD void lamb_moments(const LambCoefficients& c, float w, float g, float& m, float& v) {
-  const float d = c.gradient_scale * g + c.gradient_decay * w;
+  // Not + 0 w: an infinite weight would make NaN of moments that it has no part in.
+  const float scaled = c.gradient_scale * g;
+  const float d = c.gradient_decay != 0.0f ? scaled + c.gradient_decay * w : scaled;
   m = c.beta1 * m + c.gradient_weight * d;
   v = c.beta2 * v + c.square_weight * (d * d);
 }
@@ -173,7 +181,7 @@ FASTLARS_HD void lamb_moments(const LambCoefficients& c, float w, float g, float
 // u, whose norm the ratio divides by.
 FASTLARS_HD float lamb_direction(const LambCoefficients& c, float w, float m, float v) {
   const float r = (c.correction1 * m) / (std::sqrt(c.correction2 * v) + c.eps);
-  return r + c.update_decay * w;
+  return c.update_decay != 0.0f ? r + c.update_decay * w : r;
 }
 
 FASTLARS_HD float lamb_update(const LambCoefficients& c, float w, float u) {

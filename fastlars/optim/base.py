@@ -129,7 +129,6 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
                 loss = closure()
         found_inf = getattr(self, "found_inf", None)
         if torch.compiler.is_compiling() and found_inf is None:
-            self._last = []
             self._step_traced()
             return loss
         if found_inf is not None and float(found_inf) != 0.0:
@@ -154,7 +153,7 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
     def trust_ratios(self) -> dict[Tensor, float]:
         """The last step's trust ratio of every parameter that it changed; 1 where not adapted.
 
-        Empty before the first step, and after a step inside ``torch.compile``.
+        Empty before the first step. Steps inside ``torch.compile`` leave it as it is.
 
         Example:
             >>> import torch, fastlars

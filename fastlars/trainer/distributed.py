@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.nn.parallel import DistributedDataParallel
 
 from fastlars.trainer.errors import TrainerError
 
@@ -65,6 +67,17 @@ class World:
         if first is not None:
             raise TrainerError(first, everywhere=True)
 
+    @contextmanager
+    def connected(self) -> Iterator[None]:
+        """Where another process ended, this one says so in a line, not in a stack trace."""
+        try:
+            yield
+        except RuntimeError as error:  # gloo's has no class of its own
+            if self.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            reason = str(error).splitlines()[0]
+            raise TrainerError(f"process {self.rank} lost another one: {reason}") from error
+
 
 class Ballot:
     """Whether any process wants to stop, in the same step for all.
@@ -98,6 +111,22 @@ class Ballot:
         self._pending = None
         work.wait()
         return bool(vote.item())
+
+
+def parallel(model: torch.nn.Module, world: World) -> torch.nn.Module:
+    """The model, with gradients averaged over all processes.
+
+    Buffers are not sent in every step: the first process's batch-norm statistics are the ones
+    that count, and `share_buffers` hands them out before an evaluation.
+    """
+    if world.size == 1:
+        return model
+    keywords = inspect.signature(DistributedDataParallel.__init__).parameters
+    # The name that torch 2.15 deprecates, and the one that earlier releases do not know.
+    name = "forward_sync_buffers" if "forward_sync_buffers" in keywords else "broadcast_buffers"
+    devices = [world.device.index] if world.device.type == "cuda" else None
+    options: dict[str, Any] = {name: False}
+    return DistributedDataParallel(model, device_ids=devices, **options)
 
 
 def restarted() -> bool:

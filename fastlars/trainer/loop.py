@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from fastlars.trainer import checkpoint, plots
 from fastlars.trainer.config import Config
 from fastlars.trainer.data import Batch, Data
-from fastlars.trainer.distributed import Ballot, World
+from fastlars.trainer.distributed import Ballot, World, parallel
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.log import Display, MetricsLog, read
 from fastlars.trainer.meter import Figures, Meter, figures
@@ -67,7 +67,7 @@ class Loop:
         self.window = Meter(parts.world.device)
         self.total_steps = parts.config.epochs * parts.plan.steps_per_epoch
         self.log_every = parts.config.log_every or min(parts.plan.steps_per_epoch // 10 or 1, 50)
-        self._wrapped = _wrapped(parts.model, parts.world)
+        self._wrapped = parallel(parts.model, parts.world)
         self._lr = 0.0  # of the last step
         self._saved: tuple[int, int] | None = None
         self._clock, self._clock_step = time.perf_counter(), progress.step
@@ -266,12 +266,3 @@ def fingerprint(data: Data) -> dict[str, Any]:
         "test_size": data.test_size,
         "image_size": data.image_size,
     }
-
-
-def _wrapped(model: nn.Module, world: World) -> nn.Module:
-    if world.size == 1:
-        return model
-    # The first process's batch-norm statistics are the ones that count; they are shared before
-    # an evaluation instead of in every step.
-    devices = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)

@@ -41,7 +41,7 @@ def run(given: dict[str, Any], resume: str | None) -> int:
         with _directory_for(directory, here), StopSignals() as stop:
             loop = _loop(settings, images, directory, source, state, here)
             try:
-                with loop.parts.display:
+                with loop.parts.display, here.connected():
                     _introduce(loop, state)
                     finished = loop.run(stop)
             finally:

@@ -132,6 +132,18 @@ def test_a_mistake_is_said_once(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_damage_that_one_process_finds(images: Path, tmp_path: Path) -> None:
+    """Its line names the image; the other one ends too, without a stack trace of its own."""
+    damaged = images / "train" / "bee" / "007.png"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    flags = ("--data", images, "--batch-size", 36, "--lr", 0.1, "--workers", 0)
+    outcome = finish(start("--epochs", 2, *flags, "--output", tmp_path / "run"))
+    assert outcome.status != 0
+    assert f"fastlars.trainer: error: cannot read image {damaged}: " in outcome.err
+    assert 'run_tiny.py", line' not in outcome.err  # torchrun has a trace, the trainer none
+    assert not (tmp_path / "run").exists()
+
+
 def test_one_process_votes_alone() -> None:
     ballot = Ballot(World(0, 1, torch.device("cpu")))
     assert [ballot.any(mine) for mine in (False, True)] == [False, True]

@@ -114,7 +114,7 @@ def test_second_ctrl_c_ends_at_once(
 def test_ctrl_c_from_outside_with_a_resnet(tmp_path: Path, train: Train) -> None:
     """The module as a user starts it; also shows that a ResNet computes the same bits twice."""
     run, whole = tmp_path / "run", tmp_path / "whole"
-    settings = ("--model", "resnet18", "--epochs", 2, "--batch-size", 16, "--micro-batch", 8)
+    settings = ("--model", "resnet18", "--batch-size", 16, "--micro-batch", 8, "--log-every", 1)
     started = subprocess.Popen(
         [sys.executable, "-m", "fastlars.trainer", *map(str, settings), "--output", str(run)],
         stdout=subprocess.PIPE,

@@ -1,0 +1,72 @@
+// csrc/core for tests, called through ctypes: arrays in, arrays out.
+#include <cstdint>
+#include <vector>
+
+#include "core/chunks.h"
+#include "core/dtype.h"
+#include "core/random.h"
+#include "core/rules.h"
+
+using namespace fastlars;
+
+namespace {
+
+template <class Half>
+void widen(const std::uint16_t* in, float* out, int count) {
+  for (int i = 0; i < count; ++i) out[i] = to_float(Half{in[i]});
+}
+
+template <class Half>
+void narrow(const float* in, std::uint16_t* out, int count) {
+  for (int i = 0; i < count; ++i) out[i] = from_float<Half>(in[i]).bits;
+}
+
+}  // namespace
+
+extern "C" {
+
+void bfloat16_to_float(const std::uint16_t* in, float* out, int n) { widen<bfloat16>(in, out, n); }
+void float16_to_float(const std::uint16_t* in, float* out, int n) { widen<float16>(in, out, n); }
+void float_to_bfloat16(const float* in, std::uint16_t* out, int n) { narrow<bfloat16>(in, out, n); }
+void float_to_float16(const float* in, std::uint16_t* out, int n) { narrow<float16>(in, out, n); }
+
+void stochastic(const float* in, const std::uint32_t* random, std::uint16_t* out, int count) {
+  for (int i = 0; i < count; ++i) out[i] = round_stochastically(in[i], random[i]).bits;
+}
+
+void philox(std::uint64_t seed, std::uint32_t tensor, std::uint64_t block, std::uint32_t* out) {
+  const RandomBlock random = random_block(seed, tensor, block);
+  for (int i = 0; i < 4; ++i) out[i] = random.word[i];
+}
+
+std::uint32_t bits_of_element(const std::uint32_t* words, int element) {
+  return random_bits({{words[0], words[1], words[2], words[3]}}, element);
+}
+
+double lars(double weight, double update, double trust, double decay, double eps, int combined) {
+  return lars_ratio({weight, update}, trust, decay, eps, combined != 0);
+}
+
+double lamb(double weight, double update, double lower, double upper, double eps) {
+  return lamb_ratio({weight, update}, lower, upper, eps);
+}
+
+// Chunks as rows (tensor, begin, size), then -1; returns how many there are.
+int chunks(const std::int64_t* numel, int tensors, std::int64_t* rows, int* first) {
+  const Chunks cuts = cut(std::vector<std::int64_t>(numel, numel + tensors));
+  for (const Chunk& chunk : cuts.chunk) {
+    *rows++ = chunk.tensor;
+    *rows++ = chunk.begin;
+    *rows++ = chunk.size;
+  }
+  for (const int index : cuts.first) *first++ = index;
+  return static_cast<int>(cuts.chunk.size());
+}
+
+int blocks(const std::int64_t* numel, int tensors, std::int64_t target, int* ends) {
+  const std::vector<std::int64_t> sizes(numel, numel + tensors);
+  const std::vector<int> all = block_ends(cut(sizes), sizes, target);
+  for (const int end : all) *ends++ = end;
+  return static_cast<int>(all.size());
+}
+}

@@ -1,0 +1,358 @@
+"""csrc/core by itself: conversions, random numbers, trust ratios, chunks."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from backend_cases import BF16, F16, F32, Kinds
+from fastlars.backends.base import Scalars, Tensors
+from fastlars.backends.choose import NAMES, instance
+from fastlars.rules import LambRule, LarsRule
+from tolerances import assert_same_bits
+
+ROOT = Path(__file__).parents[1]
+# As CMakeLists.txt compiles the kernels, and vectorised, as the kernels' loops are.
+FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+HALVES = {"bfloat16": BF16, "float16": F16}
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and shutil.which(name):
+            return name
+    pytest.skip("no C++ compiler: looked for $CXX, c++, g++, clang++")
+
+
+@pytest.fixture(scope="module", params=["baseline", "avx2"])
+def core(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    flags = list(FLAGS)
+    if request.param == "avx2":
+        if platform.machine() not in ("x86_64", "AMD64") or not torch.cpu._is_avx2_supported():
+            pytest.skip("this machine has no AVX2")
+        flags += ["-mavx2", "-mf16c"]
+    library = tmp_path_factory.mktemp("core") / "core.so"
+    sources = [f"-I{ROOT / 'csrc'}", str(Path(__file__).with_name("core.cpp"))]
+    command = [_compiler(), *flags, "-shared", "-fPIC", *sources, "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = ctypes.CDLL(str(library))
+    for name in ("lars", "lamb"):
+        getattr(loaded, name).restype = ctypes.c_double
+    return loaded
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+# Conversions.
+
+
+def _all_patterns(dtype: torch.dtype) -> Tensor:
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+def _floats() -> Tensor:
+    """Where rounding goes wrong, if it does: halves, the ties between them, and beside those."""
+    halves = torch.cat([_all_patterns(dtype).float() for dtype in HALVES.values()])
+    # The bits below a half's last place: none, the least, under a tie, a tie, above it, all.
+    bits = halves.view(torch.int32)
+    cut = {16: (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF), 13: (1, 0xFFF, 0x1000, 0x1001, 0x1FFF)}
+    near = [(bits & -(1 << width)) | low for width, lows in cut.items() for low in lows]
+    # Subnormal float16 drop more bits the smaller they are.
+    generator = torch.Generator().manual_seed(0)
+    everywhere = torch.randint(-(2**31), 2**31, (400_000,), generator=generator).to(torch.int32)
+    ties = (torch.arange(0, 2048, dtype=F32) + 0.5) * 2.0**-24
+    around = [ties, torch.nextafter(ties, ties + 1), torch.nextafter(ties, ties - 1)]
+    edges = [65504.0, 65519.996, 65520.0, 65536.0, 3.3895314e38, 3.4028235e38, 1e-45, 2.0**-25]
+    patterns = torch.cat([*near, everywhere]).view(F32)
+    return torch.cat([patterns, *around, *(-x for x in around), torch.tensor(edges)])
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_every_half_becomes_the_right_float(core: ctypes.CDLL, name: str) -> None:
+    halves = _all_patterns(HALVES[name])
+    out = torch.empty(len(halves), dtype=F32)
+    getattr(core, f"{name}_to_float")(_pointer(halves), _pointer(out), len(halves))
+    assert_same_bits(name, out, halves.float())
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_floats_are_rounded_to_the_nearest_half(core: ctypes.CDLL, name: str) -> None:
+    floats = _floats()
+    out = torch.empty(len(floats), dtype=HALVES[name])
+    getattr(core, f"float_to_{name}")(_pointer(floats), _pointer(out), len(floats))
+    assert_same_bits(name, out, floats.to(HALVES[name]))
+
+
+@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("dtype", HALVES.values())
+def test_a_step_of_rate_0_changes_no_half(backend: str, dtype: torch.dtype) -> None:
+    # The same conversions as they are in the kernels: load, round, store.
+    halves = _all_patterns(dtype)
+    halves = halves[halves.isfinite()]
+    weight, grad = halves.clone(), torch.ones(len(halves))
+    tensors = Tensors([weight], [grad], (), None, None, Kinds(dtype, F32, F32))
+    chosen = instance(backend)
+    rule = LarsRule(momentum=0.0, adapt=False)
+    chosen.step(rule, chosen.bind(tensors, chosen.layout([weight])), Scalars(lr=0.0))
+    assert_same_bits("weights", weight, halves)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("dtype", HALVES.values())
+def test_copies_of_masters_are_rounded_as_torch_rounds(backend: str, dtype: torch.dtype) -> None:
+    master = _floats()
+    master = master[master.isfinite()].clone()
+    copy, grad = torch.zeros(len(master), dtype=dtype), torch.ones(len(master))
+    tensors = Tensors([master], [grad], (), None, [copy], Kinds(F32, F32, F32, copy=dtype))
+    chosen = instance(backend)
+    rule = LarsRule(momentum=0.0, adapt=False)
+    chosen.step(rule, chosen.bind(tensors, chosen.layout([master])), Scalars(lr=0.0))
+    assert_same_bits("copies", copy, master.to(dtype))
+
+
+def test_stochastic_rounding_takes_one_of_two_neighbours(core: ctypes.CDLL) -> None:
+    floats = _floats()
+    bits = floats.view(torch.int32).long() & 0xFFFFFFFF
+    for random in (0, 1, 0x7FFF, 0x8000, 0xFFFF, 0xABCD8000):
+        out = torch.empty(len(floats), dtype=BF16)
+        words = torch.full((len(floats),), random, dtype=torch.int64).to(torch.int32)
+        core.stochastic(_pointer(floats), _pointer(words), _pointer(out), len(floats))
+        up = (bits & 0xFFFF) + (random & 0xFFFF) >= 0x10000
+        expected = (((bits >> 16) + up.long()) & 0xFFFF).to(torch.int16).view(BF16)
+        expected = torch.where(floats.isfinite(), expected, floats.to(BF16))
+        assert_same_bits(f"random bits {random:#x}", out, expected)
+
+
+# Random numbers: the known answers of Random123's tests/kat_vectors, philox4x32 10.
+# Counter and key are given there as words; ours are block (words 0 and 1), tensor (2), 0 (3); seed.
+
+
+def _philox(core: ctypes.CDLL, counter: tuple[int, int, int], key: tuple[int, int]) -> list[int]:
+    out = (ctypes.c_uint32 * 4)()
+    seed = ctypes.c_uint64(key[0] | key[1] << 32)
+    block = ctypes.c_uint64(counter[0] | counter[1] << 32)
+    core.philox(seed, ctypes.c_uint32(counter[2]), block, out)
+    return list(out)
+
+
+def _philox_in_python(counter: list[int], key: list[int]) -> list[int]:
+    """Algorithm 2 of the paper, as it is written there."""
+    for _ in range(10):
+        high0, low0 = divmod(0xD2511F53 * counter[0], 2**32)
+        high1, low1 = divmod(0xCD9E8D57 * counter[2], 2**32)
+        counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
+        key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
+    return counter
+
+
+KNOWN_ANSWERS = [
+    ([0, 0, 0, 0], [0, 0], [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    (
+        [0xFFFFFFFF] * 4,
+        [0xFFFFFFFF] * 2,
+        [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD],
+    ),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
+def test_known_answers(
+    core: ctypes.CDLL, counter: list[int], key: list[int], answer: list[int]
+) -> None:
+    # Our counter's last word is always 0, and so is that of the first vector alone. The others
+    # vouch for the Python form, which the next test holds against the C++ one.
+    assert _philox_in_python(counter, key) == answer
+    if counter[3] == 0:
+        assert _philox(core, (counter[0], counter[1], counter[2]), (key[0], key[1])) == answer
+
+
+def test_random_blocks(core: ctypes.CDLL) -> None:
+    numbers = torch.randint(0, 2**32, (200, 5)).tolist()
+    for a, b, c, d, e in [*numbers, [2**32 - 1] * 5]:
+        assert _philox(core, (a, b, c), (d, e)) == _philox_in_python([a, b, c, 0], [d, e])
+
+
+def test_elements_take_different_bits_of_a_block(core: ctypes.CDLL) -> None:
+    words = (ctypes.c_uint32 * 4)(0x11110000, 0x33332222, 0x55554444, 0x77776666)
+    taken = [core.bits_of_element(words, element) for element in range(8)]
+    assert taken == [0x1111 * i for i in range(8)]
+
+
+# Trust ratios.
+
+INF, NAN = math.inf, math.nan
+LARS_RATIOS = [
+    # weight^2, update^2, coefficient, decay, eps, combined, ratio
+    (25.0, 4.0, 0.5, 0.1, 0.5, False, 2.5 / 3.0),
+    (25.0, 4.0, 0.5, 0.1, 0.5, True, 1.0),
+    (0.0, 4.0, 0.5, 0.1, 0.5, False, 1.0),  # fresh zeros
+    (25.0, 0.0, 0.5, 0.1, 0.5, False, 1.0),  # no gradient
+    (0.0, 0.0, 0.5, 0.0, 0.0, False, 1.0),
+    (NAN, 4.0, 0.5, 0.1, 0.0, False, 1.0),  # the NaN itself shows in the element that it hits
+    (25.0, NAN, 0.5, 0.1, 0.0, False, 1.0),
+    (25.0, INF, 0.5, 0.1, 0.0, False, 0.0),
+    (1e-60, 1e-60, 0.5, 0.0, 0.0, False, 0.5),  # squares of what float32 holds, not float32
+    (1e60, 1e60, 0.5, 0.0, 0.0, False, 0.5),
+    (1.0, 1e-84, 1.0, 0.0, 0.0, False, 3.4028234663852886e38),  # not infinity
+    (25.0, 4.0, 0.0, 0.1, 0.5, False, 0.0),
+]
+LAMB_RATIOS = [
+    # weight^2, update^2, lower, upper, eps, ratio
+    (25.0, 4.0, 0.0, INF, 0.0, 2.5),
+    (25.0, 4.0, 0.0, INF, 0.5, 2.0),
+    (25.0, 4.0, 6.0, 10.0, 0.0, 3.0),
+    (25.0, 4.0, 1.0, 3.0, 0.0, 1.5),
+    (0.0, 4.0, 6.0, 10.0, 0.0, 1.0),
+    (25.0, 0.0, 0.0, INF, 0.5, 1.0),
+    (NAN, 4.0, 6.0, 10.0, 0.0, 1.0),
+    (25.0, NAN, 0.0, INF, 0.0, 1.0),
+    (25.0, INF, 0.0, INF, 0.0, 0.0),
+    (1.0, 1e-84, 0.0, INF, 0.0, 3.4028234663852886e38),
+]
+
+
+@pytest.mark.parametrize("row", LARS_RATIOS, ids=str)
+def test_lars_ratio(core: ctypes.CDLL, row: tuple[float, ...]) -> None:
+    *arguments, combined, expected = row
+    found = core.lars(*map(ctypes.c_double, arguments), int(combined))
+    assert found == pytest.approx(expected, rel=1e-15)
+
+
+@pytest.mark.parametrize("row", LAMB_RATIOS, ids=str)
+def test_lamb_ratio(core: ctypes.CDLL, row: tuple[float, ...]) -> None:
+    *arguments, expected = row
+    assert core.lamb(*map(ctypes.c_double, arguments)) == pytest.approx(expected, rel=1e-15)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("row", LARS_RATIOS + LAMB_RATIOS, ids=str)
+def test_back_ends_guard_ratios_alike(backend: str, row: tuple[float, ...]) -> None:
+    rule: LarsRule | LambRule
+    if len(row) == 7:
+        w, u, trust, decay, eps, combined, expected = row
+        ratio = "combined" if combined else "separate"
+        rule = LarsRule(0.0, 0.0, decay, False, trust, eps, ratio)  # type: ignore[arg-type]
+    else:
+        w, u, lower, upper, eps, expected = row
+        rule = LambRule(lower=lower, upper=upper, ratio_eps=eps)
+    one = [torch.zeros(1)]
+    counters = [torch.ones(())] if rule.counter else None
+    tensors = Tensors(
+        one,
+        [torch.zeros(1)],
+        tuple([torch.zeros(1)] for _ in rule.states),
+        counters,
+        None,
+        Kinds(F32, F32, F32),
+    )
+    chosen = instance(backend)
+    sums = torch.tensor([[w, u]], dtype=torch.float64)
+    found = chosen.apply(rule, chosen.bind(tensors, chosen.layout(one)), Scalars(lr=0.1), sums)
+    assert found.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("buffer", LarsRule.BUFFERS)
+def test_vanishing_gradients_take_finite_steps(backend: str, buffer: str) -> None:
+    # |w| / |g| is beyond float32, and the learning rate goes on top of it.
+    weight, grad = torch.ones(4), torch.full((4,), 1e-42)
+    rule = LarsRule(trust_coefficient=1.0, buffer=buffer)  # type: ignore[arg-type]
+    tensors = Tensors([weight], [grad], ([torch.zeros(4)],), None, None, Kinds(F32, F32, F32))
+    chosen = instance(backend)
+    ratio = chosen.step(rule, chosen.bind(tensors, chosen.layout([weight])), Scalars(lr=30.0))
+    assert ratio.item() == pytest.approx(torch.finfo(F32).max)
+    assert bool(weight.isfinite().all())
+    assert bool((weight < 1.0).all())
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_trust_clip_at_rate_0_changes_nothing(backend: str) -> None:
+    for coefficient in (0.0, 1.0):
+        weight, grad = torch.ones(4), torch.ones(4)
+        rule = LarsRule(momentum=0.0, trust_coefficient=coefficient, trust_clip=True)
+        tensors = Tensors([weight], [grad], (), None, None, Kinds(F32, F32, F32))
+        chosen = instance(backend)
+        bound = chosen.bind(tensors, chosen.layout([weight]))
+        assert chosen.step(rule, bound, Scalars(lr=0.0)).item() == 1.0
+        assert weight.tolist() == [1.0] * 4
+
+
+# Chunks.
+
+CHUNK = 16384
+
+
+def _chunks(core: ctypes.CDLL, numel: list[int]) -> tuple[list[tuple[int, ...]], list[int]]:
+    rows = (ctypes.c_int64 * 3000)()
+    first = (ctypes.c_int * (len(numel) + 1))()
+    count = core.chunks((ctypes.c_int64 * len(numel))(*numel), len(numel), rows, first)
+    return [tuple(rows[3 * i : 3 * i + 3]) for i in range(count)], list(first)
+
+
+def test_chunks_cover_every_element_once(core: ctypes.CDLL) -> None:
+    numel = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 0, 3 * CHUNK, 5, 0]
+    rows, first = _chunks(core, numel)
+    assert rows == [
+        (1, 0, 1),
+        (2, 0, CHUNK - 1),
+        (3, 0, CHUNK),
+        (4, 0, CHUNK),
+        (4, CHUNK, 1),
+        (6, 0, CHUNK),
+        (6, CHUNK, CHUNK),
+        (6, 2 * CHUNK, CHUNK),
+        (7, 0, 5),
+    ]
+    assert first == [0, 0, 1, 2, 3, 5, 5, 8, 9, 9]
+
+
+def test_chunks_of_more_than_2_31_elements(core: ctypes.CDLL) -> None:
+    # Cutting needs no memory: only the last chunks are looked at.
+    numel = 2**33 + 3
+    count = -(-numel // CHUNK)
+    rows = (ctypes.c_int64 * (3 * count))()
+    first = (ctypes.c_int * 2)()
+    assert core.chunks((ctypes.c_int64 * 1)(numel), 1, rows, first) == count
+    assert list(rows[-6:]) == [0, 2**33 - CHUNK, CHUNK, 0, 2**33, 3]
+
+
+def _blocks(core: ctypes.CDLL, numel: list[int], target: int) -> list[int]:
+    ends = (ctypes.c_int * max(1, len(numel)))()
+    values = (ctypes.c_int64 * max(1, len(numel)))(*numel)
+    count = core.blocks(values, len(numel), ctypes.c_int64(target), ends)
+    return list(ends[:count])
+
+
+SIZES = [[100] * 7, [3 * CHUNK, 1, 1, 2 * CHUNK, 0, 5], [0, 0], [], [0, CHUNK, 0]]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("target", [1, 250, CHUNK, 10 * CHUNK])
+def test_blocks_hold_whole_tensors(core: ctypes.CDLL, sizes: list[int], target: int) -> None:
+    _, first = _chunks(core, sizes)
+    ends = _blocks(core, sizes, target)
+    assert set(ends) <= set(first)
+    assert ends == sorted(ends)
+    assert (ends[-1] if ends else 0) == first[-1]
+    begin = 0
+    for end in ends[:-1]:
+        tensors = [t for t in range(len(sizes)) if begin <= first[t] < end]
+        assert sum(sizes[t] for t in tensors) >= target > sum(sizes[t] for t in tensors[:-1])
+        begin = end
