@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import is_
@@ -14,6 +13,7 @@ from torch import Tensor
 from fastlars.backends.base import Backend, Mismatch, Scalars
 from fastlars.optim import checkpoint
 from fastlars.optim.checks import check_lr, check_options, check_overlap
+from fastlars.optim.numbers import Numbers, numbers
 from fastlars.optim.plan import Plan, Sublist, location
 from fastlars.optim.traced import TracedStep
 from fastlars.rules import GradientNorm, Rule
@@ -39,11 +39,53 @@ class Work:
     rule: Rule
     sublist: Sublist
     bound: Any
-    scale: float  # of the gradients: unscaling and the sign of maximize
 
     @property
     def backend(self) -> Backend:
         return self.sublist.backend
+
+    @property
+    def device(self) -> torch.device:
+        return self.sublist.weights[0].device
+
+    @property
+    def sign(self) -> float:
+        return -1.0 if self.group["maximize"] else 1.0
+
+    def square_norms(self, now: Numbers) -> Tensor:
+        """Sums of squares of the gradients, for the global norm."""
+        scalars = now.unclipped(self.sign, self.device)
+        return self.backend.measure(GradientNorm(), self.bound, scalars)
+
+    def scalars(self, now: Numbers) -> Scalars:
+        """What the back end needs to know of this step."""
+        seed = None
+        if self.group["stochastic_rounding"] and self.sublist.kinds.weight == torch.bfloat16:
+            # From torch's own generator: torch.manual_seed makes it reproducible, and a saved
+            # generator state resumes it.
+            seed = int(torch.randint(2**62, ()))
+        limit = self.group["max_grad_norm"]
+        return now.scalars(self.group["lr"], self.sign, limit, seed, self.device)
+
+
+def _check_capturable(number: int, group: dict[str, Any], plan: Plan) -> None:
+    others = [s.backend.name for s in plan.sublists if not s.backend.reads_device]
+    if others:
+        raise RuntimeError(
+            f"group {number}: capturable=True needs a back end that reads lr and step on the "
+            f"device, but {others[0]} serves these parameters"
+        )
+    if group["stochastic_rounding"]:
+        raise RuntimeError(
+            f"group {number}: capturable=True does not go with stochastic_rounding, because every "
+            "replay of a graph would round with the same random numbers"
+        )
+
+
+def _check_recording(works: list[Work]) -> None:
+    fixed = any(w.device.type == "cuda" and not w.group["capturable"] for w in works)
+    if fixed and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a step is recorded into a CUDA graph only with capturable=True")
 
 
 class FusedOptimizer(TracedStep, torch.optim.Optimizer):
@@ -131,18 +173,20 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         if torch.compiler.is_compiling() and found_inf is None:
             self._step_traced()
             return loss
-        if found_inf is not None and float(found_inf) != 0.0:
-            return loss
         works = self._prepare()
-        clip = self._global_norm(works)
+        _check_recording(works)
+        now = numbers(
+            all(work.backend.reads_device for work in works),
+            getattr(self, "grad_scale", None),
+            found_inf,
+        )
+        if now.skip:
+            return loss
+        if any(work.group["max_grad_norm"] is not None for work in works):
+            now.take_norm([work.square_norms(now) for work in works])
         self._last = []
         for work in works:
-            factor = 1.0
-            limit = work.group["max_grad_norm"]
-            if limit is not None and clip > limit:
-                factor = limit / clip
-            now = self._scalars(work, work.scale * factor)
-            ratios = work.backend.step(work.rule, work.bound, now)
+            ratios = work.backend.step(work.rule, work.bound, work.scalars(now))
             self._last.append((work.sublist.weights, ratios))
         for work in works:
             # Autograd compares versions to notice that a saved tensor was overwritten; a write
@@ -186,17 +230,14 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         groups = self.param_groups
         if len(self._plans) != len(groups) or not self._states_are_planned():
             self._plans, self._rules = [None] * len(groups), [None] * len(groups)
-        scaler = getattr(self, "grad_scale", None)
-        unscale = 1.0 if scaler is None else 1.0 / float(scaler)
         works = []
         for number, group in enumerate(groups):
             try:
                 rule = self._rule(number, group)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"group {number}: {error}") from None
-            scale = -unscale if group["maximize"] else unscale
             for sublist, bound in self._bind(number, group, rule):
-                works.append(Work(group, rule, sublist, bound, scale))
+                works.append(Work(group, rule, sublist, bound))
         return works
 
     def _states_are_planned(self) -> bool:
@@ -214,30 +255,8 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
             except (Mismatch, KeyError):
                 pass  # a parameter or a state was replaced: plan again, with all checks
         plan = Plan(group, number, rule, self.state)
-        if group["capturable"] and plan.sublists:
-            raise RuntimeError(
-                f"group {number}: capturable=True needs a back end that reads lr and step on the "
-                f"device, but {plan.sublists[0].backend.name} serves these parameters"
-            )
+        if group["capturable"]:
+            _check_capturable(number, group, plan)
         self._plans[number] = plan
         self._planned_states = list(self.state.values())
         return plan.bind(grads)
-
-    def _global_norm(self, works: list[Work]) -> float:
-        """The norm of all gradients together, unscaled; 0 if no group asks for it."""
-        if all(work.group["max_grad_norm"] is None for work in works):
-            return 0.0
-        squares: list[float] = []
-        for work in works:
-            now = Scalars(lr=0.0, gradient_scale=work.scale)
-            sums = work.backend.measure(GradientNorm(), work.bound, now)
-            squares += sums[:, 1].tolist()
-        return math.sqrt(sum(squares))
-
-    def _scalars(self, work: Work, gradient_scale: float) -> Scalars:
-        seed = None
-        if work.group["stochastic_rounding"] and work.sublist.kinds.weight == torch.bfloat16:
-            # From torch's own generator: torch.manual_seed makes it reproducible, and a saved
-            # generator state resumes it.
-            seed = int(torch.randint(2**62, ()))
-        return Scalars(float(work.group["lr"]), gradient_scale, seed)
