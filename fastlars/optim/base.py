@@ -173,6 +173,8 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         if torch.compiler.is_compiling() and found_inf is None:
             self._step_traced()
             return loss
+        if found_inf is not None and not self._reads_device() and float(found_inf) != 0.0:
+            return loss
         works = self._prepare()
         _check_recording(works)
         now = numbers(
@@ -239,6 +241,12 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
             for sublist, bound in self._bind(number, group, rule):
                 works.append(Work(group, rule, sublist, bound))
         return works
+
+    def _reads_device(self) -> bool:
+        """Whether the last step's back ends all read their numbers on the device."""
+        plans = [plan for plan in self._plans if plan is not None]
+        sublists = [sublist for plan in plans for sublist in plan.sublists]
+        return bool(sublists) and all(sublist.backend.reads_device for sublist in sublists)
 
     def _states_are_planned(self) -> bool:
         """Whether nobody has cleared ``state`` or put another dict into it."""
