@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from fastlars import _C
-from fastlars.backends.base import Scalars, Tensors
+from fastlars.backends.base import Mismatch, Scalars, Tensors
 from fastlars.rules import GradientNorm, LambRule, LarsRule, Rule
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STATE_DTYPES = (torch.float32, torch.bfloat16)
+DISPATCH = Tensor.__torch_dispatch__
 
 
 @lru_cache(maxsize=1024)  # a schedule of momentum or weight decay makes a new rule every step
@@ -82,8 +83,21 @@ class Cpu:
         return _C.Layout(viewer(), weights)
 
     def bind(self, tensors: Tensors, layout: Any) -> Bound:
+        try:
+            return Bound(self._addresses(tensors, layout), tensors)
+        except Mismatch as mismatch:
+            # Subclasses may keep their elements elsewhere, unless they leave the dispatcher alone.
+            types = set(map(type, tensors.grads))
+            known = all(getattr(t, "__torch_dispatch__", None) is DISPATCH for t in types)
+            if mismatch.args[0] != "grads" or mismatch.args[2] != "type" or not known:
+                raise
+            for kind in types:
+                viewer().accept(kind)
+        return Bound(self._addresses(tensors, layout), tensors)
+
+    def _addresses(self, tensors: Tensors, layout: Any) -> Any:
         kinds = tensors.kinds
-        bound = _C.bind(
+        return _C.bind(
             layout,
             tensors.weights,
             tensors.grads,
@@ -95,7 +109,6 @@ class Cpu:
             DTYPES[kinds.state],
             DTYPES[kinds.copy] if kinds.copy is not None else 0,
         )
-        return Bound(bound, tensors)
 
     def measure(self, rule: Rule | GradientNorm, bound: Bound, now: Scalars) -> Tensor:
         sums = torch.empty(len(bound.tensors.weights), 2, dtype=torch.float64)

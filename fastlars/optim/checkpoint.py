@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastlars.optim.checks import check_lr, check_options
 from fastlars.optim.plan import counter_dtype, like, location, wanted
+from fastlars.rules import Rule
 
 if TYPE_CHECKING:
     from fastlars.optim.base import FusedOptimizer
@@ -127,17 +129,33 @@ def _check(optimizer: FusedOptimizer, loaded: Dict) -> None:
     ):
         group = {**ours, **theirs}
         try:
+            check_lr(group["lr"])
+            check_options(group)
             rule = optimizer.rule_of(group)
         except (TypeError, ValueError) as error:
             raise ValueError(f"state_dict, group {number}: {error}") from None
         for i, (p, index) in enumerate(zip(ours["params"], theirs["params"], strict=True)):
             state = loaded["state"].get(index, {})
-            for name in wanted(p, rule, group):
-                value = state.get(name)
-                if value is None and state:
-                    raise ValueError(f"state_dict, {location(number, i)}: no {name}")
-                if value is not None and value.shape != p.shape:
-                    raise ValueError(
-                        f"state_dict, {location(number, i)}: {name} has shape "
-                        f"{tuple(value.shape)}, the parameter {tuple(p.shape)}"
-                    )
+            if state:
+                _check_state(p, state, rule, group, f"state_dict, {location(number, i)}")
+
+
+def _check_state(p: Tensor, state: Dict, rule: Rule, group: Dict, where: str) -> None:
+    names = list(wanted(p, rule, group))
+    for name in [*names, rule.counter] if rule.counter is not None else names:
+        value = state.get(name)
+        if value is None:
+            raise ValueError(f"{where}: no {name}")
+        if name == rule.counter and isinstance(value, (int, float)):
+            continue
+        if (
+            not isinstance(value, Tensor)
+            or value.layout != torch.strided
+            or value.is_complex()
+            or (name == rule.counter and value.numel() != 1)
+        ):
+            raise ValueError(f"{where}: {name} is no tensor of real numbers that fits")
+        if name != rule.counter and value.shape != p.shape:
+            raise ValueError(
+                f"{where}: {name} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}"
+            )

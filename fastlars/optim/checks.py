@@ -67,6 +67,8 @@ def check_parameter(weight: Tensor, where: str) -> None:
         raise TypeError(f"{where} is on the meta device, which has no memory to write")
     if type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise TypeError(f"{where} is a {kind}: plain tensors are stepped, not such subclasses")
+    if weight.is_neg():
+        raise TypeError(f"{where} is a lazily negated view: step a resolve_neg() of it instead")
     if any(
         size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True)
     ):
@@ -93,6 +95,8 @@ def check_state(weight: Tensor, name: str, value: Any, dtype: torch.dtype, where
     """Raise unless a state tensor belongs to ``weight`` as it is now."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}: its {name} is a {type(value).__name__}, not a tensor")
+    if value.layout != torch.strided:
+        raise TypeError(f"{where}: its {name} is a sparse tensor ({value.layout})")
     if value.shape != weight.shape:
         raise ValueError(
             f"{where} has shape {tuple(weight.shape)}, its {name} {tuple(value.shape)}: "
@@ -107,6 +111,17 @@ def check_state(weight: Tensor, name: str, value: Any, dtype: torch.dtype, where
         raise ValueError(
             f"{where} is on {weight.device}, its {name} on {value.device}: "
             "the model was moved after the optimizer took its first step"
+        )
+
+
+def check_counter(name: str, value: Any, dtype: torch.dtype, where: str) -> None:
+    """Raise unless a counter is the 0-dim tensor that back ends advance."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where}: its {name} is a {type(value).__name__}, not a tensor")
+    if value.dim() != 0 or value.dtype != dtype:
+        raise ValueError(
+            f"{where}: its {name} must be a 0-dim tensor of {dtype}, but has shape "
+            f"{tuple(value.shape)} and is {value.dtype}"
         )
 
 
