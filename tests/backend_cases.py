@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,9 @@ from fastlars.backends.choose import instance
 from fastlars.rules import LambRule, LarsRule, Rule
 from problems import Problem, place
 
+# The back ends that this process can test on CPU tensors: test_triton.py runs Triton's rows in a
+# process of their own, where kernels are interpreted.
+NAMES: tuple[str, ...] = ("triton",) if "TRITON_INTERPRET" in os.environ else ("cpu", "reference")
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 # The rate changes at every step, so that it matters where it enters.
 RATES = (0.5, 0.25, 0.8)

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from backend_cases import BF16, F16, F32, Kinds
+from backend_cases import BF16, F16, F32, NAMES, Kinds
 from fastlars.backends.base import Scalars, Tensors
-from fastlars.backends.choose import NAMES, instance
+from fastlars.backends.choose import instance
 from fastlars.rules import LambRule, LarsRule
 from tolerances import assert_same_bits
 

@@ -97,7 +97,13 @@ def double(value: tl.tensor) -> tl.tensor:
 @triton.jit
 def single(value: tl.tensor) -> tl.tensor:
     """The nearest float32."""
-    return double(value).to(tl.float32)
+    return tl.full((), value, tl.float64).to(tl.float32)
+
+
+@triton.jit
+def coefficient(value: tl.tensor) -> tl.tensor:
+    """A ratio that a float just holds does not when the learning rate is in it."""
+    return single(tl.where((value > LARGEST_FLOAT) & (value < INFINITY), LARGEST_FLOAT, value))
 
 
 @triton.jit
@@ -166,8 +172,8 @@ def lars_coefficients(
         single(rule.weight_decay),
         decay,
         tl.where(stepped_before, single(1.0 - rule.dampening), single(1.0)),
-        single(inner),
-        single(outer),
+        coefficient(inner),
+        coefficient(outer),
         single(rule.momentum),
     )
 
@@ -262,7 +268,7 @@ def lamb_coefficients(
         single(rule.eps),
         single(update_decay),
         single(lamb_shrink(rule, now)),
-        single(lr * trust),
+        coefficient(lr * trust),
     )
 
 
@@ -270,7 +276,9 @@ def lamb_coefficients(
 def lamb_moments(
     c: LambCoefficients, w: tl.tensor, g: tl.tensor, m: tl.tensor, v: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor]:
-    d = c.gradient_scale * g + c.gradient_decay * w
+    # Not + 0 w: an infinite weight would make NaN of moments that it has no part in.
+    scaled = c.gradient_scale * g
+    d = tl.where(c.gradient_decay != 0.0, scaled + c.gradient_decay * w, scaled)
     m = c.beta1 * m + c.gradient_weight * d
     v = c.beta2 * v + c.square_weight * (d * d)
     return m, v
@@ -280,7 +288,7 @@ def lamb_moments(
 def lamb_direction(c: LambCoefficients, w: tl.tensor, m: tl.tensor, v: tl.tensor) -> tl.tensor:
     """u, whose norm the ratio divides by."""
     r = tl.div_rn(c.correction1 * m, tl.sqrt_rn(c.correction2 * v) + c.eps)
-    return r + c.update_decay * w
+    return tl.where(c.update_decay != 0.0, r + c.update_decay * w, r)
 
 
 @triton.jit
