@@ -14,7 +14,7 @@ from torch import Tensor
 from fastlars.backends.base import Backend, Mismatch, Scalars
 from fastlars.optim import checkpoint
 from fastlars.optim.checks import check_lr, check_options, check_overlap
-from fastlars.optim.plan import Plan, Sublist, location
+from fastlars.optim.plan import Plan, Sublist, location, options_of
 from fastlars.optim.traced import TracedStep
 from fastlars.rules import GradientNorm, Rule
 
@@ -180,6 +180,9 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         check_options(group)
         rule = self.rule_of(group)
         self._rules[number] = (values, rule)
+        plan = self._plans[number]
+        if plan is not None and plan.options != options_of(group, rule):
+            self._plans[number] = None
         return rule
 
     def _prepare(self) -> list[Work]:
@@ -189,14 +192,9 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         scaler = getattr(self, "grad_scale", None)
         unscale = 1.0 if scaler is None else 1.0 / float(scaler)
         works = []
-        for number, group in enumerate(groups):
-            try:
-                rule = self._rule(number, group)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"group {number}: {error}") from None
+        for (group, rule), bound in zip(*self._bind(groups), strict=True):
             scale = -unscale if group["maximize"] else unscale
-            for sublist, bound in self._bind(number, group, rule):
-                works.append(Work(group, rule, sublist, bound, scale))
+            works += [Work(group, rule, sublist, b, scale) for sublist, b in bound]
         return works
 
     def _states_are_planned(self) -> bool:
@@ -204,24 +202,34 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         known = self._planned_states
         return len(self.state) == len(known) and all(map(is_, self.state.values(), known))
 
-    def _bind(self, number: int, group: dict[str, Any], rule: Rule) -> list[tuple[Sublist, Any]]:
-        params = group["params"]
-        grads = [p.grad for p in params]
-        plan = self._plans[number]
-        if plan is not None and plan.fits(params, grads, rule):
+    def _bind(self, groups: list[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
+        """Groups with their rules, and what their plans bound. All groups are checked before the
+        first state is made."""
+        rules: list[tuple[dict[str, Any], Rule]] = []
+        bound: list[Any] = []
+        new: dict[int, Plan] = {}
+        for number, group in enumerate(groups):
             try:
-                return plan.bind(grads)
+                rule = self._rule(number, group)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"group {number}: {error}") from None
+            rules.append((group, rule))
+            grads = [p.grad for p in group["params"]]
+            plan = self._plans[number]
+            try:
+                if plan is not None and plan.fits(group["params"], grads):
+                    bound.append(plan.bind(grads))
+                    continue
             except (Mismatch, KeyError):
                 pass  # a parameter or a state was replaced: plan again, with all checks
-        plan = Plan(group, number, rule, self.state)
-        if group["capturable"] and plan.sublists:
-            raise RuntimeError(
-                f"group {number}: capturable=True needs a back end that reads lr and step on the "
-                f"device, but {plan.sublists[0].backend.name} serves these parameters"
-            )
-        self._plans[number] = plan
-        self._planned_states = list(self.state.values())
-        return plan.bind(grads)
+            new[number] = Plan(group, number, rule, self.state)
+            bound.append(None)
+        for number, plan in new.items():
+            self._plans[number] = plan.ready()
+            bound[number] = plan.bind([p.grad for p in plan.params])
+        if new:
+            self._planned_states = list(self.state.values())
+        return rules, bound
 
     def _global_norm(self, works: list[Work]) -> float:
         """The norm of all gradients together, unscaled; 0 if no group asks for it."""
