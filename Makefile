@@ -1,13 +1,13 @@
 # Sets up .venv, trains, tests, measures. `make help` lists the targets.
 #
 # PYTHON       the interpreter that .venv is made from
-# TRAIN_ARGS   what `make train` trains
+# TRAIN_ARGS   arguments of the trainer in `make train`; without any, ResNet-50 with LARS on digits
 # BENCH_CSV    where `make bench` writes its figures
 # PYTEST_ARGS  more arguments for pytest in `make test` and `make bench`, such as PYTEST_ARGS="-k lamb"
 
 PYTHON ?= python3
 # Without --output each run gets a folder of its own: runs/digits-lars-1, -2, ...
-TRAIN_ARGS ?= --recipe lars --data digits --epochs 10 --batch-size 128
+TRAIN_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_CSV ?= .benchmarks/run.csv
 

@@ -1,6 +1,6 @@
 """From pytest-benchmark's JSON to one CSV for the repository and one table for people.
 
-``python benchmarks/report.py RUN.json [--csv OUT.csv]``
+``python benchmarks/report.py RUN.json [RUN.json ...] [--csv OUT.csv]``
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ COLUMNS = [
     "p50_ms",
     "p80_ms",
     "rounds",
+    "kernel_ms",
     "fastlars_over_this",
     "bytes_per_parameter",
     "gb_s",
@@ -62,15 +63,16 @@ def _short(value: Any) -> Any:
 def markdown(table: list[dict[str, Any]]) -> str:
     """The table that `make bench` prints."""
     lines = [
-        "| case | optimizer | median ms | 20% .. 80% | fastlars / this | GB/s | of memory |",
-        "|---|---|--:|--:|--:|--:|--:|",
+        "| case | optimizer | median ms | 20% .. 80% | kernel ms | fastlars / this | GB/s "
+        "| of memory |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in table:
         spread = f"{row['p20_ms']} .. {row['p80_ms']}"
         share = f"{float(row['share_of_memory']):.0%}" if row["share_of_memory"] else ""
         lines.append(
             f"| {row['group']} | {row['contender']} {row['version']} | {row['p50_ms']} | {spread} "
-            f"| {row['fastlars_over_this']} | {row['gb_s']} | {share} |"
+            f"| {row['kernel_ms']} | {row['fastlars_over_this']} | {row['gb_s']} | {share} |"
         )
     if table:
         first = table[0]
@@ -86,14 +88,16 @@ def markdown(table: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Print the table; write the CSV where asked."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="what pytest --benchmark-json wrote")
+    parser.add_argument("runs", type=Path, nargs="+", help="what pytest --benchmark-json wrote")
     parser.add_argument("--csv", type=Path, help="write the rows here too")
     arguments = parser.parse_args(argv)
-    try:
-        table = rows(json.loads(arguments.run.read_text()))
-    except (OSError, ValueError, KeyError) as error:
-        print(f"{arguments.run}: not a pytest-benchmark run: {error!r}", file=sys.stderr)
-        return 2
+    table = []
+    for run in arguments.runs:
+        try:
+            table += rows(json.loads(run.read_text()))
+        except (OSError, ValueError, KeyError) as error:
+            print(f"{run}: not a pytest-benchmark run: {error!r}", file=sys.stderr)
+            return 2
     if arguments.csv:
         arguments.csv.parent.mkdir(parents=True, exist_ok=True)
         with arguments.csv.open("w", newline="") as file:

@@ -126,9 +126,10 @@ class LambRule:
     def __post_init__(self) -> None:
         below_one("beta1", self.beta1)
         below_one("beta2", self.beta2)
-        for name in ("eps", "weight_decay", "ratio_eps", "lower"):
+        for name in ("eps", "weight_decay", "ratio_eps"):
             at_least_zero(name, getattr(self, name))
-        if not self.lower <= _number("upper", self.upper) or self.upper == 0.0:
+        at_least_zero("lower end of phi", self.lower)
+        if not self.lower <= _number("upper end of phi", self.upper) or self.upper == 0.0:
             raise ValueError(
                 f"phi must be (lower, upper) with 0 <= lower <= upper and upper > 0, "
                 f"got ({self.lower}, {self.upper})"

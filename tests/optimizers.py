@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +18,12 @@ from fastlars.optim.base import FusedOptimizer
 from tolerances import assert_same_bits
 
 BF16, F16, F64 = torch.bfloat16, torch.float16, torch.float64
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """For the module that imports it: barriers of small problems wait long on a busy machine."""
+    torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)

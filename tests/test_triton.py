@@ -56,7 +56,12 @@ def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "least"),
-    [("test_backends.py", 290), ("test_core.py", 20), ("test_triton_bits.py", 45)],
+    [
+        ("test_backends.py", 290),
+        ("test_core.py", 4),
+        ("test_trust.py", 10),
+        ("test_triton_bits.py", 45),
+    ],
 )
 def test_interpreted(path: str, least: int) -> None:
     done = _run(
@@ -193,10 +198,11 @@ def test_sm_90_has_wide_accesses_and_no_spills(name: str, tmp_path: Path) -> Non
     each = BLOCK // (OPTIONS["num_warps"] * 32) // 4  # accesses of 4 floats by a thread
     assert len(re.findall(r"ld\.global[\w.]*\.v4\.b32", ptx)) >= reads * each
     assert len(re.findall(r"st\.global[\w.]*\.v4\.b32", ptx)) >= writes * each
-    if name.startswith(("gradient", "LARS")):  # LAMB's division and square root are made of them
+    if not name.startswith("LAMB"):  # whose square roots and divisions are made of them
         sass = _dump("-sass", compiled.asm["cubin"], tmp_path)
         assert "FMUL" in sass
-        assert "FFMA" not in sass
+        # A division in float64 has one; an update would have one for each of its elements.
+        assert sass.count("FFMA") < 4 * each
     usage = _resources(compiled.asm["cubin"], tmp_path)
     assert usage["STACK"] == usage["LOCAL"] == 0
     # Two programs of 256 threads at least share the 65,536 registers of a multiprocessor.

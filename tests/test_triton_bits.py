@@ -6,17 +6,40 @@ On a GPU, or, in the process that test_triton.py starts, in Triton's interpreter
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import fastlars
-from backend_cases import BF16, DEFAULTS, F16, F32, OPTIONS, PLAIN, ROWS, Kinds, Row, Run, label
+from backend_cases import (
+    BF16,
+    DEFAULTS,
+    F16,
+    F32,
+    F64,
+    OPTIONS,
+    PLAIN,
+    ROWS,
+    Kinds,
+    Row,
+    Run,
+    label,
+)
 from fastlars.backends.base import Scalars, Tensors
 from fastlars.rules import GradientNorm
 from problems import ORDINARY, PROBLEMS, Entry, Problem
 from tolerances import assert_close, assert_same_bits
+
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+
+from fastlars.backends.triton import sums  # noqa: E402
+from fastlars.backends.triton.backend import LANES  # noqa: E402
+from fastlars.backends.triton.memory import locate, scalars  # noqa: E402
+from fastlars.backends.triton.table import BLOCK  # noqa: E402
 
 INTERPRETED = "TRITON_INTERPRET" in os.environ
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -57,8 +80,12 @@ class Twin(Run):
 
 
 def _there(tensors: list[Tensor]) -> list[Tensor]:
-    # Interpreted, a view that begins off a 16-byte boundary stays one.
-    return [tensor.to(DEVICE) for tensor in tensors]
+    # A view that begins off a 16-byte boundary stays one.
+    return [
+        (t if t._base is None else t._base).to(DEVICE).as_strided(t.shape, t.stride(), offset)
+        for t in tensors
+        for offset in [t.storage_offset()]
+    ]
 
 
 def _assert_same(what: str, a: Run, b: Run) -> None:
@@ -80,14 +107,14 @@ def test_apply_equals_cpu_for_equal_sums(row: Row, kinds: Kinds, problem: Proble
     for step in range(2):
         run.take_gradients(step)
         twin.take_gradients(step)
-        now, sums, found = row.now(step), None, None
+        now, expected, found = row.now(step), None, None
         bound, other = run.bind(), twin.bind()
         if row.rule.adapt:
-            sums = run.backend.measure(row.rule, bound, now)
+            expected = run.backend.measure(row.rule, bound, now)
             found = twin.backend.measure(row.rule, other, now)
-            assert_close("sums", "sum", found.cpu(), sums)
-            found.copy_(sums)
-        ratios = run.backend.apply(row.rule, bound, now, sums)
+            assert_close("sums", "sum", found.cpu(), expected)
+            found.copy_(expected)
+        ratios = run.backend.apply(row.rule, bound, now, expected)
         assert_same_bits("ratios", twin.backend.apply(row.rule, other, now, found).cpu(), ratios)
         _assert_same(f"step {step}", twin, run)
 
@@ -100,12 +127,12 @@ def test_stochastic_rounding_draws_the_same_bits_as_cpu(row: Row) -> None:
         for each in (run, twin):
             each.take_gradients(step)
         now = row.now(step, seed)
-        sums = run.backend.measure(row.rule, run.bind(), now) if row.rule.adapt else None
+        found = run.backend.measure(row.rule, run.bind(), now) if row.rule.adapt else None
         bound = twin.bind()
-        if sums is not None:
+        if found is not None:
             twin.backend.measure(row.rule, bound, now)
-        run.backend.apply(row.rule, run.bind(), now, sums)
-        twin.backend.apply(row.rule, bound, now, None if sums is None else sums.to(DEVICE))
+        run.backend.apply(row.rule, run.bind(), now, found)
+        twin.backend.apply(row.rule, bound, now, None if found is None else found.to(DEVICE))
         _assert_same(f"step {step}", twin, run)
 
 
@@ -117,8 +144,8 @@ def test_sums_are_the_same_from_run_to_run(row: Row) -> None:
         twin.take_gradients(0)
         norms = twin.backend.measure(GradientNorm(), twin.bind(), row.now(0))
         found.append(torch.cat([norms, twin.backend.measure(row.rule, twin.bind(), row.now(0))]))
-    for sums in found[1:]:
-        assert_same_bits("sums", sums.cpu(), found[0].cpu())
+    for each in found[1:]:
+        assert_same_bits("sums", each.cpu(), found[0].cpu())
 
 
 @pytest.mark.parametrize(
@@ -129,15 +156,54 @@ def test_numbers_on_the_device_equal_numbers_by_value(row: Row) -> None:
     for step in range(2):
         now = row.now(step)
         there = torch.tensor([now.lr, now.gradient_scale, 0.0], dtype=torch.float64, device=DEVICE)
-        for run, scalars in ((by_value, now), (on_device, Scalars(9.0, 9.0, None, there))):
+        for run, given in ((by_value, now), (on_device, Scalars(9.0, 9.0, None, there))):
             run.take_gradients(step)
-            run.backend.step(row.rule, run.bind(), scalars)
+            run.backend.step(row.rule, run.bind(), given)
         _assert_same("device", on_device, by_value)
     before = [x.clone() for _, x in on_device.written()]
     there[2] = 1.0
     on_device.backend.step(row.rule, on_device.bind(), Scalars(9.0, 9.0, None, there))
     for (name, x), was in zip(on_device.written(), before, strict=True):
         assert_same_bits(f"skipped: {name}", x.cpu(), was.cpu())
+
+
+def test_sums_of_many_chunks() -> None:
+    counts = (1, 300, 0, 128, 129)
+    first = torch.tensor([0, *counts]).cumsum(0).to(DEVICE, torch.int32)
+    slots = torch.rand(sum(counts), 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    found = torch.empty(len(counts), 2, dtype=F64, device=DEVICE)
+    kernel: Any = sums.total
+    kernel[(len(counts),)](None, first, slots.to(DEVICE), found, None, COUNTS=False, LANES=LANES)
+    expected = torch.stack([part.sum(0) for part in slots.split(counts)])
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-14, atol=0.0)
+
+
+@triton.jit
+def _whole(table, numel, chunks, out, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    chunk = locate(table, numel, chunks, scalars(None, 1.0, 1.0), BLOCK)
+    tl.store(out + tl.program_id(0), chunk.whole.to(tl.int32))
+
+
+@pytest.mark.parametrize("name", ["weights", "grads", "states", "copies"])
+def test_wide_accesses_need_16_byte_boundaries(name: str) -> None:
+    def entries(layout: str) -> Problem:
+        value = torch.ones(2 * BLOCK + 1)
+        return Problem(layout, lambda _: [Entry(value, (value,), layout)])
+
+    kinds = Kinds(F32, BF16, F32, copy=F16)
+    found = []
+    for layout in ("contiguous", "misaligned"):
+        twin = Twin(DEFAULTS[2], kinds, entries("contiguous"))
+        twin.take_gradients(0)
+        other = Twin(DEFAULTS[2], kinds, entries(layout))
+        other.take_gradients(0)
+        setattr(twin.tensors, name, getattr(other.tensors, name))
+        bound = twin.bind()
+        out = torch.zeros(bound.chunks.count, dtype=torch.int32, device=DEVICE)
+        chunks = bound.chunks
+        _whole[(chunks.count,)](bound.table, chunks.numel, chunks.chunk, out, BLOCK=BLOCK)
+        found.append(out.tolist())
+    assert found == [[1, 1, 0], [0, 0, 0]]
 
 
 # The optimizers.
@@ -176,22 +242,15 @@ def test_optimizer_reads_scaler_clip_and_rate_on_the_device(
             each.step()
     for p, q in zip(params, expected, strict=True):
         assert_close(name, "weight", p.detach().cpu(), q.detach().double(), 3.0)
-    for p, q in zip(params, expected, strict=True):
         for key, value in other.state[q].items():
             found = optimizer.state[p][key]
             assert found.device.type == DEVICE
             assert_close(key, "state", found.cpu(), value.double(), 3.0)
 
 
-@pytest.mark.parametrize("options", [{"capturable": True, "stochastic_rounding": True}])
-def test_capturable_refuses_random_numbers(
-    options: dict[str, bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FASTLARS_BACKEND", "triton")
-    params, optimizer = _optimizer("LARS", DEVICE, **options)
-    _gradients(params, 0)
-    with pytest.raises(RuntimeError, match="stochastic_rounding"):
-        optimizer.step()
+def test_capturable_refuses_random_numbers() -> None:
+    with pytest.raises(ValueError, match="stochastic_rounding does not go with capturable"):
+        _optimizer("LARS", DEVICE, capturable=True, stochastic_rounding=True)
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ struct Measure {
   int size;
   LambCoefficients c;
   Sums* sums;
+  float* updates;
 
   // The direction is taken from the moments as they are stored, because that is what apply reads.
   FASTLARS_HD float direction(float w, int i) const {
@@ -24,7 +25,8 @@ struct Measure {
     return lamb_direction(c, w, m, v);
   }
 
-  FASTLARS_HD void operator()() const {
+  template <bool kKeep>
+  FASTLARS_HD void loop() const {
     const auto advance = [this](int i, float& x, float& y) __attribute__((always_inline)) {
       x = to_float(weight[i]);
       float m = to_float(moment1[i]);
@@ -34,13 +36,36 @@ struct Measure {
       store(moment2[i], v);
       y = lamb_direction(c, x, stored<S>(m), stored<S>(v));
     };
-    *sums = sum_squares<float>(size, advance);
+    *sums = sum_squares<float, kKeep>(size, advance, updates);
     if (!needs_double(*sums)) return;
     const auto read = [this](int i, float& x, float& y) __attribute__((always_inline)) {
       x = to_float(weight[i]);
       y = direction(x, i);
     };
     *sums = sum_squares<double>(size, read);
+  }
+
+  FASTLARS_HD void operator()() const {
+    if (updates != nullptr) {
+      loop<true>();
+    } else {
+      loop<false>();
+    }
+  }
+};
+
+template <class Weights>
+struct ApplyUpdates {
+  Weights weights;
+  const float* updates;
+  int size;
+  LambCoefficients c;
+
+  FASTLARS_HD void operator()() const {
+#pragma GCC ivdep
+    for (int i = 0; i < size; ++i) {
+      weights.store(i, lamb_update(c, weights.load(i), updates[i]));
+    }
   }
 };
 
@@ -88,7 +113,8 @@ struct AdvanceAndApply {
 
 }  // namespace
 
-Sums measure_chunk(const TensorList& list, const Chunk& chunk, const LambCoefficients& c) {
+Sums measure_chunk(const TensorList& list, const Chunk& chunk, const LambCoefficients& c,
+                   float* updates) {
   Sums sums;
   visit(list.weight_dtype, [&](auto w) {
     visit(list.grad_dtype, [&](auto g) {
@@ -98,7 +124,7 @@ Sums measure_chunk(const TensorList& list, const Chunk& chunk, const LambCoeffic
         using S = decltype(s);
         run(Measure<W, G, S>{at<W>(list.weight, chunk), at<G>(list.grad, chunk),
                              at<S>(list.state[0], chunk), at<S>(list.state[1], chunk), chunk.size,
-                             c, &sums});
+                             c, &sums, updates});
       });
     });
   });
@@ -106,11 +132,15 @@ Sums measure_chunk(const TensorList& list, const Chunk& chunk, const LambCoeffic
 }
 
 void apply_chunk(const TensorList& list, const Chunk& chunk, const LambCoefficients& c,
-                 bool measured) {
+                 bool measured, const float* updates) {
   with_weights(list, chunk, [&](auto weights) {
     with_state_type(list, [&](auto s) {
       using Weights = decltype(weights);
       using S = decltype(s);
+      if (updates != nullptr) {
+        run(ApplyUpdates<Weights>{weights, updates, chunk.size, c});
+        return;
+      }
       S* moment1 = at<S>(list.state[0], chunk);
       S* moment2 = at<S>(list.state[1], chunk);
       if (measured) {

@@ -14,7 +14,7 @@ from fastlars.backends.base import Backend, Mismatch, Scalars
 from fastlars.optim import checkpoint
 from fastlars.optim.checks import check_lr, check_options, check_overlap
 from fastlars.optim.numbers import Numbers, numbers
-from fastlars.optim.plan import Plan, Sublist, location
+from fastlars.optim.plan import Plan, Sublist, location, options_of
 from fastlars.optim.traced import TracedStep
 from fastlars.rules import GradientNorm, Rule
 
@@ -66,20 +66,6 @@ class Work:
             seed = int(torch.randint(2**62, ()))
         limit = self.group["max_grad_norm"]
         return now.scalars(self.group["lr"], self.sign, limit, seed, self.device)
-
-
-def _check_capturable(number: int, group: dict[str, Any], plan: Plan) -> None:
-    others = [s.backend.name for s in plan.sublists if not s.backend.reads_device]
-    if others:
-        raise RuntimeError(
-            f"group {number}: capturable=True needs a back end that reads lr and step on the "
-            f"device, but {others[0]} serves these parameters"
-        )
-    if group["stochastic_rounding"]:
-        raise RuntimeError(
-            f"group {number}: capturable=True does not go with stochastic_rounding, because every "
-            "replay of a graph would round with the same random numbers"
-        )
 
 
 def _check_recording(works: list[Work]) -> None:
@@ -226,6 +212,9 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         check_options(group)
         rule = self.rule_of(group)
         self._rules[number] = (values, rule)
+        plan = self._plans[number]
+        if plan is not None and plan.options != options_of(group, rule):
+            self._plans[number] = None
         return rule
 
     def _prepare(self) -> list[Work]:
@@ -233,13 +222,8 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         if len(self._plans) != len(groups) or not self._states_are_planned():
             self._plans, self._rules = [None] * len(groups), [None] * len(groups)
         works = []
-        for number, group in enumerate(groups):
-            try:
-                rule = self._rule(number, group)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"group {number}: {error}") from None
-            for sublist, bound in self._bind(number, group, rule):
-                works.append(Work(group, rule, sublist, bound))
+        for (group, rule), bound in zip(*self._bind(groups), strict=True):
+            works += [Work(group, rule, sublist, b) for sublist, b in bound]
         return works
 
     def _reads_device(self) -> bool:
@@ -253,18 +237,31 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         known = self._planned_states
         return len(self.state) == len(known) and all(map(is_, self.state.values(), known))
 
-    def _bind(self, number: int, group: dict[str, Any], rule: Rule) -> list[tuple[Sublist, Any]]:
-        params = group["params"]
-        grads = [p.grad for p in params]
-        plan = self._plans[number]
-        if plan is not None and plan.fits(params, grads, rule):
+    def _bind(self, groups: list[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
+        """Groups with their rules, and what their plans bound. All groups are checked before the
+        first state is made."""
+        rules: list[tuple[dict[str, Any], Rule]] = []
+        bound: list[Any] = []
+        new: dict[int, Plan] = {}
+        for number, group in enumerate(groups):
             try:
-                return plan.bind(grads)
+                rule = self._rule(number, group)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"group {number}: {error}") from None
+            rules.append((group, rule))
+            grads = [p.grad for p in group["params"]]
+            plan = self._plans[number]
+            try:
+                if plan is not None and plan.fits(group["params"], grads):
+                    bound.append(plan.bind(grads))
+                    continue
             except (Mismatch, KeyError):
                 pass  # a parameter or a state was replaced: plan again, with all checks
-        plan = Plan(group, number, rule, self.state)
-        if group["capturable"]:
-            _check_capturable(number, group, plan)
-        self._plans[number] = plan
-        self._planned_states = list(self.state.values())
-        return plan.bind(grads)
+            new[number] = Plan(group, number, rule, self.state)
+            bound.append(None)
+        for number, plan in new.items():
+            self._plans[number] = plan.ready()
+            bound[number] = plan.bind([p.grad for p in plan.params])
+        if new:
+            self._planned_states = list(self.state.values())
+        return rules, bound

@@ -50,6 +50,11 @@ def check_options(group: dict[str, Any]) -> None:
         raise ValueError(
             "stochastic_rounding is for weights without masters: choose one of the two"
         )
+    if group["capturable"] and group["stochastic_rounding"]:
+        raise ValueError(
+            "stochastic_rounding does not go with capturable: every replay of a graph would round "
+            "with the same random numbers"
+        )
 
 
 def check_parameter(weight: Tensor, where: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastlars.backends.base import Backend, Kinds, Mismatch, Tensors
 from fastlars.backends.choose import choose
-from fastlars.optim.checks import check_gradient, check_parameter, check_state
+from fastlars.optim.checks import check_counter, check_gradient, check_parameter, check_state
 from fastlars.rules import Rule
 
 State = dict[Tensor, dict[str, Any]]
@@ -73,8 +73,17 @@ class Sublist:
     states: list[dict[str, Any]]
 
 
+def options_of(group: dict[str, Any], rule: Rule) -> tuple[Any, ...]:
+    """What decides states and their types."""
+    names = ("master_weights", "state_dtype", "capturable")
+    return (rule.states, rule.counter, *map(group.__getitem__, names))
+
+
 class Plan:
-    """The sublists of one group, for one set of parameters with gradients."""
+    """The sublists of one group, for one set of parameters with gradients.
+
+    Making it checks everything and writes nothing; :meth:`ready` makes states.
+    """
 
     def __init__(self, group: dict[str, Any], number: int, rule: Rule, state: State) -> None:
         self.params: list[Tensor] = list(group["params"])
@@ -82,22 +91,27 @@ class Plan:
         self.grad_types = list(map(type, grads))
         self.rule = rule
         self.state = state
+        self.group = group
+        self.options = options_of(group, rule)
         names = group.get("param_names") or [None] * len(grads)
         self.places = [location(number, i, name) for i, name in enumerate(names)]
-        for place, p, g in zip(self.places, self.params, grads, strict=True):
-            if g is not None:
-                self._check(place, p, g, group)
-        for p, g in zip(self.params, grads, strict=True):
-            if g is not None:
-                self._make_states(p, group)
-        self.sublists = self._cut(grads, group)
-        self.whole = len(self.sublists) == 1 and len(self.sublists[0].indices) == len(grads)
+        self.kinds = self._sort(grads)
+        self.sublists: list[Sublist] = []
+        self.whole = False
 
-    def fits(self, params: list[Tensor], grads: list[Tensor | None], rule: Rule) -> bool:
-        """Whether the plan was made for these parameters, gradients and this rule."""
+    def ready(self) -> Plan:
+        """Make the states that are missing, and the layouts; what was checked cannot fail now."""
+        for indices in self.kinds.values():
+            for i in indices:
+                self._make_states(self.params[i], self.group)
+        self.sublists = self._cut()
+        self.whole = [s.indices for s in self.sublists] == [list(range(len(self.params)))]
+        return self
+
+    def fits(self, params: list[Tensor], grads: list[Tensor | None]) -> bool:
+        """Whether the plan was made for these parameters and gradients."""
         return (
-            rule == self.rule
-            and list(map(type, grads)) == self.grad_types
+            list(map(type, grads)) == self.grad_types
             and len(params) == len(self.params)
             and all(map(is_, params, self.params))
         )
@@ -109,6 +123,9 @@ class Plan:
         for name, dtype in wanted(p, self.rule, group).items():
             if name in states:
                 check_state(p, name, states[name], dtype, place)
+        counter = self.rule.counter
+        if counter is not None and counter in states:
+            check_counter(counter, states[counter], counter_dtype(p), place)
 
     def _make_states(self, p: Tensor, group: dict[str, Any]) -> None:
         states = self.state[p]
@@ -128,17 +145,32 @@ class Plan:
         elif counter is not None and states[counter].device != p.device:
             states[counter] = states[counter].to(p.device)
 
-    def _cut(self, grads: list[Tensor | None], group: dict[str, Any]) -> list[Sublist]:
+    def _sort(self, grads: list[Tensor | None]) -> dict[Any, list[int]]:
+        """Parameters with gradients, checked, by what one call of a back end needs alike."""
+        group = self.group
         by_kind: dict[Any, list[int]] = defaultdict(list)
-        for i, (p, g) in enumerate(zip(self.params, grads, strict=True)):
+        for i, (place, p, g) in enumerate(zip(self.places, self.params, grads, strict=True)):
             if g is None:
                 continue
+            self._check(place, p, g, group)
             kinds = Kinds(p.dtype, g.dtype, state_dtype(p, group))
             if has_master(p, group):
                 kinds = Kinds(torch.float32, g.dtype, state_dtype(p, group), copy=p.dtype)
-            by_kind[p.device, kinds, choose(p, g.dtype, kinds.state)].append(i)
+            try:
+                backend = choose(p, g.dtype, kinds.state)
+            except RuntimeError as error:
+                raise RuntimeError(f"{place}: {error}") from None
+            if group["capturable"] and not backend.reads_device:
+                raise RuntimeError(
+                    f"{place}: capturable=True needs a back end that reads lr and step on the "
+                    f"device, but {backend.name} serves it"
+                )
+            by_kind[p.device, kinds, backend].append(i)
+        return by_kind
+
+    def _cut(self) -> list[Sublist]:
         sublists = []
-        for (_, kinds, backend), indices in by_kind.items():
+        for (_, kinds, backend), indices in self.kinds.items():
             weights = [self.params[i] for i in indices]
             layout = backend.layout(weights)
             single = [i for i, w in enumerate(weights) if w.numel() == 1]

@@ -41,7 +41,7 @@ class TracedStep:
         """
         number = next(i for i, other in enumerate(self.param_groups) if other is group)
         rule = self.rule_of(group)
-        for sublist in Plan(group, number, rule, self.state).sublists:
+        for sublist in Plan(group, number, rule, self.state).ready().sublists:
             params = [group["params"][i] for i in sublist.indices]
             states = [self.state[p] for p in params]
             weights += params
