@@ -75,7 +75,7 @@ def markdown(table: list[dict[str, Any]]) -> str:
             f"| {row['kernel_ms']} | {row['fastlars_over_this']} | {row['gb_s']} | {share} |"
         )
     if table:
-        first = table[0]
+        first = table[-1]
         lines.append("")
         lines.append(
             f"{first['machine']}, {first['threads']} threads, torch {first['torch']}, Python "

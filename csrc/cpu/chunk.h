@@ -7,18 +7,13 @@
 namespace fastlars::cpu {
 
 Sums measure_chunk(const TensorList& list, const Chunk& chunk, float gradient_scale);
+Sums measure_chunk(const TensorList& list, const Chunk& chunk, const LarsCoefficients& c);
+Sums measure_chunk(const TensorList& list, const Chunk& chunk, const LambCoefficients& c);
 
-// `updates`, where not null: LAMB writes the chunk's u there.
-Sums measure_chunk(const TensorList& list, const Chunk& chunk, const LarsCoefficients& c,
-                   float* updates);
-Sums measure_chunk(const TensorList& list, const Chunk& chunk, const LambCoefficients& c,
-                   float* updates);
-
-// `measured`: the moments have advanced already; otherwise they advance here, in the same pass.
-// `updates`: what measure_chunk wrote; where null, u is computed again.
 void apply_chunk(const TensorList& list, const Chunk& chunk, const LarsCoefficients& c,
-                 bool measured, const float* updates);
+                 bool measured);
+// `measured`: the moments have advanced already; otherwise they advance here, in the same pass.
 void apply_chunk(const TensorList& list, const Chunk& chunk, const LambCoefficients& c,
-                 bool measured, const float* updates);
+                 bool measured);
 
 }  // namespace fastlars::cpu

@@ -7,7 +7,6 @@
 #endif
 
 #include <algorithm>
-#include <memory>
 #include <numeric>
 #include <vector>
 
@@ -33,20 +32,6 @@ int threads() {
 #else
   return 1;
 #endif
-}
-
-// LAMB's u costs a square root and a division an element. A block's are kept between its two phases
-// instead of being computed again, while they are few enough for a cache: 16 MB, at most.
-constexpr int kMostKept = 256;
-
-int most_kept(const LarsRule&, const std::vector<int>&) { return 0; }
-int most_kept(const LambRule&, const std::vector<int>& ends) {
-  int most = 0, begin = 0;
-  for (const int end : ends) {
-    if (end - begin <= kMostKept) most = std::max(most, end - begin);
-    begin = end;
-  }
-  return most;
 }
 
 Sums total(const std::vector<Sums>& partial, const Chunks& chunks, int tensor) {
@@ -113,7 +98,7 @@ void measure_list(const Rule& rule, const Scalars& now, TensorList& list, Sums* 
 #pragma omp parallel for schedule(static) if (worth_threads(list))
   for (std::int64_t i = 0; i < static_cast<std::int64_t>(partial.size()); ++i) {
     const Chunk& chunk = chunks.chunk[i];
-    partial[i] = measure_chunk(list, chunk, all[chunk.tensor], nullptr);
+    partial[i] = measure_chunk(list, chunk, all[chunk.tensor]);
   }
   for (int tensor = 0; tensor < list.count(); ++tensor) {
     sums[tensor] = total(partial, chunks, tensor);
@@ -135,7 +120,7 @@ void apply_list(const Rule& rule, const Scalars& now, TensorList& list, const Su
 #pragma omp parallel for schedule(static) if (worth_threads(list))
   for (std::int64_t i = 0; i < static_cast<std::int64_t>(chunks.chunk.size()); ++i) {
     const Chunk& chunk = chunks.chunk[i];
-    apply_chunk(list, chunk, all[chunk.tensor], measured, nullptr);
+    apply_chunk(list, chunk, all[chunk.tensor], measured);
   }
   after_apply(rule, now, list, measured);
 }
@@ -147,20 +132,14 @@ void step_list(const Rule& rule, const Scalars& now, TensorList& list, float* ra
   const auto all = all_coefficients(rule, now, list, true);
   std::vector<Sums> partial(chunks.chunk.size());
   const std::vector<int> ends = block_ends(chunks, list.numel, kBlockPerThread * threads());
-  const int kept = most_kept(rule, ends);
-  // Not initialised: every element is written before it is read.
-  const std::unique_ptr<float[]> updates(kept > 0 ? new float[kept * kChunk] : nullptr);
 #pragma omp parallel if (worth_threads(list))
   {
     int begin = 0;
     for (const int end : ends) {
-      const auto updates_of = [&](int i) {
-        return end - begin <= kept ? updates.get() + (i - begin) * kChunk : nullptr;
-      };
 #pragma omp for schedule(static)
       for (int i = begin; i < end; ++i) {
         const Chunk& chunk = chunks.chunk[i];
-        partial[i] = measure_chunk(list, chunk, all[chunk.tensor], updates_of(i));
+        partial[i] = measure_chunk(list, chunk, all[chunk.tensor]);
       }
       // Every thread adds up the tensors that it applies: cheaper than a second barrier.
       int tensor = -1;
@@ -173,11 +152,7 @@ void step_list(const Rule& rule, const Scalars& now, TensorList& list, float* ra
           c = all[tensor];
           set_trust(rule, now, trust_ratio(rule, now, total(partial, chunks, tensor)), c);
         }
-        apply_chunk(list, chunk, c, true, updates_of(i));
-      }
-      if (kept > 0) {
-        // The next block's updates overwrite this one's.
-#pragma omp barrier
+        apply_chunk(list, chunk, c, true);
       }
       begin = end;
     }

@@ -16,7 +16,6 @@ struct Measure {
   int size;
   LambCoefficients c;
   Sums* sums;
-  float* updates;
 
   // The direction is taken from the moments as they are stored, because that is what apply reads.
   FASTLARS_HD float direction(float w, int i) const {
@@ -25,8 +24,7 @@ struct Measure {
     return lamb_direction(c, w, m, v);
   }
 
-  template <bool kKeep>
-  FASTLARS_HD void loop() const {
+  FASTLARS_HD void operator()() const {
     const auto advance = [this](int i, float& x, float& y) __attribute__((always_inline)) {
       x = to_float(weight[i]);
       float m = to_float(moment1[i]);
@@ -36,36 +34,13 @@ struct Measure {
       store(moment2[i], v);
       y = lamb_direction(c, x, stored<S>(m), stored<S>(v));
     };
-    *sums = sum_squares<float, kKeep>(size, advance, updates);
+    *sums = sum_squares<float>(size, advance);
     if (!needs_double(*sums)) return;
     const auto read = [this](int i, float& x, float& y) __attribute__((always_inline)) {
       x = to_float(weight[i]);
       y = direction(x, i);
     };
     *sums = sum_squares<double>(size, read);
-  }
-
-  FASTLARS_HD void operator()() const {
-    if (updates != nullptr) {
-      loop<true>();
-    } else {
-      loop<false>();
-    }
-  }
-};
-
-template <class Weights>
-struct ApplyUpdates {
-  Weights weights;
-  const float* updates;
-  int size;
-  LambCoefficients c;
-
-  FASTLARS_HD void operator()() const {
-#pragma GCC ivdep
-    for (int i = 0; i < size; ++i) {
-      weights.store(i, lamb_update(c, weights.load(i), updates[i]));
-    }
   }
 };
 
@@ -113,8 +88,7 @@ struct AdvanceAndApply {
 
 }  // namespace
 
-Sums measure_chunk(const TensorList& list, const Chunk& chunk, const LambCoefficients& c,
-                   float* updates) {
+Sums measure_chunk(const TensorList& list, const Chunk& chunk, const LambCoefficients& c) {
   Sums sums;
   visit(list.weight_dtype, [&](auto w) {
     visit(list.grad_dtype, [&](auto g) {
@@ -124,7 +98,7 @@ Sums measure_chunk(const TensorList& list, const Chunk& chunk, const LambCoeffic
         using S = decltype(s);
         run(Measure<W, G, S>{at<W>(list.weight, chunk), at<G>(list.grad, chunk),
                              at<S>(list.state[0], chunk), at<S>(list.state[1], chunk), chunk.size,
-                             c, &sums, updates});
+                             c, &sums});
       });
     });
   });
@@ -132,15 +106,11 @@ Sums measure_chunk(const TensorList& list, const Chunk& chunk, const LambCoeffic
 }
 
 void apply_chunk(const TensorList& list, const Chunk& chunk, const LambCoefficients& c,
-                 bool measured, const float* updates) {
+                 bool measured) {
   with_weights(list, chunk, [&](auto weights) {
     with_state_type(list, [&](auto s) {
       using Weights = decltype(weights);
       using S = decltype(s);
-      if (updates != nullptr) {
-        run(ApplyUpdates<Weights>{weights, updates, chunk.size, c});
-        return;
-      }
       S* moment1 = at<S>(list.state[0], chunk);
       S* moment2 = at<S>(list.state[1], chunk);
       if (measured) {

@@ -98,7 +98,7 @@ Sums measure_chunk(const TensorList& list, const Chunk& chunk, float gradient_sc
   return sums;
 }
 
-Sums measure_chunk(const TensorList& list, const Chunk& chunk, const LarsCoefficients& c, float*) {
+Sums measure_chunk(const TensorList& list, const Chunk& chunk, const LarsCoefficients& c) {
   Sums sums;
   visit(list.weight_dtype, [&](auto w) {
     visit(list.grad_dtype, [&](auto g) {
@@ -110,8 +110,7 @@ Sums measure_chunk(const TensorList& list, const Chunk& chunk, const LarsCoeffic
   return sums;
 }
 
-void apply_chunk(const TensorList& list, const Chunk& chunk, const LarsCoefficients& c, bool,
-                 const float*) {
+void apply_chunk(const TensorList& list, const Chunk& chunk, const LarsCoefficients& c, bool) {
   with_weights(list, chunk, [&](auto weights) {
     using Weights = decltype(weights);
     visit(list.grad_dtype, [&](auto g) {
