@@ -12,7 +12,7 @@ from torch import Tensor
 from fastlars.backends.base import Backend, Kinds, Scalars, Tensors
 from fastlars.backends.choose import instance
 from fastlars.rules import LambRule, LarsRule, Rule
-from problems import Problem, place
+from problems import ORDINARY, Problem, place
 
 # The back ends that this process can test on CPU tensors: test_triton.py runs Triton's rows in a
 # process of their own, where kernels are interpreted.
@@ -116,6 +116,17 @@ KINDS = (
 )
 
 
+# What test_backends.py crosses only in part, and why, stands there.
+SOME_KINDS = (
+    Kinds(BF16, F16, F32),
+    Kinds(F16, BF16, BF16),
+    Kinds(F32, BF16, F32, copy=BF16),
+    Kinds(F32, F32, BF16, copy=F16),
+)
+TYPED = {"zeros", "empty", "layouts", "ends of float16", "NaN gradient", "infinite weight"}
+INSTANCES = (*DEFAULTS, *(row for row in OPTIONS if "momentum" in row.name and "out" in row.name))
+
+
 def label(kinds: Kinds) -> str:
     short = {F32: "f32", BF16: "bf16", F16: "f16", F64: "f64", None: ""}
     text = f"w {short[kinds.weight]}, g {short[kinds.grad]}, s {short[kinds.state]}"
@@ -127,6 +138,20 @@ def fits(problem: Problem, kinds: Kinds, rule: Rule) -> bool:
     if isinstance(rule, LambRule) and not problem.squares_fit:
         return False
     return problem.half_range or F16 not in (kinds.weight, kinds.grad, kinds.copy)
+
+
+def is_tested(backend: str, row: Row, kinds: Kinds, problem: Problem) -> bool:
+    """Whether a back end that is slow here has a case; each keeps the pairs that concern it."""
+    if backend == "reference":  # one code for all types, and loops in Python
+        typed = kinds == PLAIN or (row in DEFAULTS and problem is ORDINARY)
+        return typed and problem.name in {"ordinary", "zeros", "tiny", "NaN gradient"}
+    if backend == "triton":  # interpreted, at 10 ms and more a chunk
+        usual, some = row in DEFAULTS[::2], kinds in SOME_KINDS
+        if problem is ORDINARY:
+            return kinds == PLAIN or usual or (some and row in INSTANCES)
+        typed = kinds == PLAIN or (some and problem.name in TYPED)
+        return usual and typed and not problem.large
+    return True
 
 
 class Run:

@@ -19,15 +19,19 @@ from backend_cases import (
     F16,
     F32,
     F64,
+    INSTANCES,
     KINDS,
     NAMES,
     OPTIONS,
     PLAIN,
     ROWS,
+    SOME_KINDS,
+    TYPED,
     Row,
     Run,
     fits,
     in_float64,
+    is_tested,
     label,
 )
 from fastlars.backends.base import Kinds, Mismatch, Scalars, Tensors
@@ -41,14 +45,6 @@ from tolerances import assert_close, assert_same_bits
 # axes are crossed with the third at its usual value; and where options meet types, every template
 # instance (the four default rows and those without momentum) meets all types, every other option
 # four kinds of them that hold each type in each place.
-SOME_KINDS = (
-    Kinds(BF16, F16, F32),
-    Kinds(F16, BF16, BF16),
-    Kinds(F32, BF16, F32, copy=BF16),
-    Kinds(F32, F32, BF16, copy=F16),
-)
-TYPED = {"zeros", "empty", "layouts", "ends of float16", "NaN gradient", "infinite weight"}
-INSTANCES = (*DEFAULTS, *(row for row in OPTIONS if "momentum" in row.name and "out" in row.name))
 CASES = [
     *((row, PLAIN, problem) for row in ROWS for problem in SMALL),
     *((row, kinds, ORDINARY) for row in INSTANCES for kinds in KINDS[1:]),
@@ -57,26 +53,11 @@ CASES = [
     *((row, kinds, problem) for row in DEFAULTS[::2] for kinds in KINDS[::20] for problem in LARGE),
 ]
 
-
-def _tested(backend: str, row: Row, kinds: Kinds, problem: Problem) -> bool:
-    """Whether a back end that is slow here has a case; each keeps the pairs that concern it."""
-    if backend == "reference":  # one code for all types, and loops in Python
-        typed = kinds == PLAIN or (row in DEFAULTS and problem is ORDINARY)
-        return typed and problem.name in {"ordinary", "zeros", "tiny", "NaN gradient"}
-    if backend == "triton":  # interpreted, at 10 ms and more a chunk
-        usual, some = row in DEFAULTS[::2], kinds in SOME_KINDS
-        if problem is ORDINARY:
-            return kinds == PLAIN or usual or (some and row in INSTANCES)
-        typed = kinds == PLAIN or (some and problem.name in TYPED)
-        return usual and typed and not problem.large
-    return True
-
-
 CASES = [
     (backend, row, kinds, problem)
     for row, kinds, problem in CASES
     for backend in NAMES
-    if fits(problem, kinds, row.rule) and _tested(backend, row, kinds, problem)
+    if fits(problem, kinds, row.rule) and is_tested(backend, row, kinds, problem)
 ]
 
 
