@@ -45,9 +45,9 @@ def locate(
     size = tl.minimum(tl.load(numel + tensor) - begin, BLOCK).to(tl.int32)
     size = tl.where(now.live, size, 0)
     # Absent tensors have the address 0. A chunk begins at a multiple of the block.
-    low = address(table, tensor, WEIGHT) | address(table, tensor, GRAD)
-    low = low | address(table, tensor, STATE) | address(table, tensor, STATE2)
-    low = low | address(table, tensor, COPY)
+    row = table + tensor.to(tl.int64) * COLUMNS
+    low = tl.load(row + WEIGHT) | tl.load(row + GRAD) | tl.load(row + COPY)
+    low = low | tl.load(row + STATE) | tl.load(row + STATE2)
     return Chunk(tensor, begin, size, (size == BLOCK) & (low % 16 == 0))
 
 

@@ -153,11 +153,11 @@ def lars_coefficients(
 ) -> LarsCoefficients:
     # Goyal et al., remark 2: a buffer that holds lr times a gradient is rescaled when lr changes.
     stepped_before = last_lr != NEVER_STEPPED
-    decay = single(rule.momentum)
+    decay = rule.momentum.to(tl.float32)
     if rule.CORRECTS:
         corrects = stepped_before & (last_lr != 0.0)
-        correction = tl.div_rn(single(now.lr), tl.where(corrects, last_lr, single(1.0)))
-        decay *= tl.where(corrects, correction, single(1.0))
+        correction = tl.div_rn(now.lr.to(tl.float32), tl.where(corrects, last_lr, 1.0))
+        decay *= tl.where(corrects, correction, 1.0)
     inner = double(1.0)
     outer = double(1.0)
     if rule.BUFFER == STEP:
@@ -168,13 +168,13 @@ def lars_coefficients(
     else:
         outer = now.lr * trust
     return LarsCoefficients(
-        single(now.gradient_scale),
-        single(rule.weight_decay),
+        now.gradient_scale.to(tl.float32),
+        rule.weight_decay.to(tl.float32),
         decay,
-        tl.where(stepped_before, single(1.0 - rule.dampening), single(1.0)),
+        tl.where(stepped_before, (1.0 - rule.dampening).to(tl.float32), 1.0),
         coefficient(inner),
         coefficient(outer),
-        single(rule.momentum),
+        rule.momentum.to(tl.float32),
     )
 
 
@@ -257,17 +257,17 @@ def lamb_coefficients(
     if rule.DECAY == UPDATE:
         update_decay = rule.weight_decay
     return LambCoefficients(
-        single(now.gradient_scale),
-        single(gradient_decay),
-        single(rule.beta1),
-        single(gradient_weight),
-        single(rule.beta2),
-        single(1.0 - rule.beta2),
-        single(correction1),
-        single(correction2),
-        single(rule.eps),
-        single(update_decay),
-        single(lamb_shrink(rule, now)),
+        now.gradient_scale.to(tl.float32),
+        gradient_decay.to(tl.float32),
+        rule.beta1.to(tl.float32),
+        gradient_weight.to(tl.float32),
+        rule.beta2.to(tl.float32),
+        (1.0 - rule.beta2).to(tl.float32),
+        correction1.to(tl.float32),
+        correction2.to(tl.float32),
+        rule.eps.to(tl.float32),
+        update_decay.to(tl.float32),
+        lamb_shrink(rule, now).to(tl.float32),
         coefficient(lr * trust),
     )
 
