@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -54,7 +53,6 @@ class Contender:
     build: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
     package: str
     bytes_per_parameter: int | None = None
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 # Small enough that hundreds of steps leave the weights ordinary numbers.
