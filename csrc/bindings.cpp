@@ -9,6 +9,9 @@
 
 #include "core/api.h"
 #include "layout.h"
+#if FASTLARS_BUILD_CUDA
+#include "cuda/api.h"
+#endif
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -165,42 +168,126 @@ void set_seed(TensorList& list, std::optional<std::uint64_t> seed) {
   list.seed = seed.value_or(0);
 }
 
-// Without the interpreter lock, so that other Python threads run on beside the kernels.
+// Calls below are made without the interpreter lock, so that other Python threads run on beside the
+// kernels.
+using Released = py::call_guard<py::gil_scoped_release>;
+
+template <class T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
 template <class Rule>
-void define_rule_calls(py::module_& m) {
+void define_cpu_measure(py::module_& m) {
   m.def(
       "cpu_measure",
       [](const Rule& rule, TensorList& list, double lr, double gradient_scale,
          std::uintptr_t sums) {
-        py::gil_scoped_release release;
-        cpu::measure(rule, {lr, gradient_scale}, list, reinterpret_cast<Sums*>(sums));
+        cpu::measure(rule, {lr, gradient_scale}, list, pointer<Sums>(sums));
       },
-      "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "sums"_a);
+      Released(), "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "sums"_a);
+}
+
+template <class Rule>
+void define_cpu_calls(py::module_& m) {
+  define_cpu_measure<Rule>(m);
   m.def(
       "cpu_apply",
       [](const Rule& rule, TensorList& list, double lr, double gradient_scale,
          std::optional<std::uint64_t> seed, std::uintptr_t sums, std::uintptr_t ratios) {
-        py::gil_scoped_release release;
         set_seed(list, seed);
-        cpu::apply(rule, {lr, gradient_scale}, list, reinterpret_cast<const Sums*>(sums),
-                   reinterpret_cast<float*>(ratios));
+        cpu::apply(rule, {lr, gradient_scale}, list, pointer<const Sums>(sums),
+                   pointer<float>(ratios));
       },
-      "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "seed"_a, "sums"_a, "ratios"_a);
+      Released(), "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "seed"_a, "sums"_a,
+      "ratios"_a);
   m.def(
       "cpu_step",
       [](const Rule& rule, TensorList& list, double lr, double gradient_scale,
          std::optional<std::uint64_t> seed, std::uintptr_t ratios) {
-        py::gil_scoped_release release;
         set_seed(list, seed);
-        cpu::step(rule, {lr, gradient_scale}, list, reinterpret_cast<float*>(ratios));
+        cpu::step(rule, {lr, gradient_scale}, list, pointer<float>(ratios));
       },
-      "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "seed"_a, "ratios"_a);
+      Released(), "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "seed"_a, "ratios"_a);
 }
+
+#if FASTLARS_BUILD_CUDA
+
+template <class Rule>
+void define_cuda_measure(py::module_& m) {
+  m.def(
+      "cuda_measure",
+      [](const Rule& rule, TensorList& list, const cuda::Plan& plan, double lr,
+         double gradient_scale, std::uintptr_t device, std::uintptr_t sums, std::uintptr_t stream,
+         int grid) {
+        const cuda::Work work = {plan, list, pointer<double>(device), pointer<void>(stream), grid};
+        cuda::measure(rule, {lr, gradient_scale}, work, pointer<Sums>(sums));
+      },
+      Released(), "rule"_a, "tensors"_a, "plan"_a, "lr"_a, "gradient_scale"_a, "device"_a, "sums"_a,
+      "stream"_a, "grid"_a);
+}
+
+template <class Rule>
+void define_cuda_calls(py::module_& m) {
+  define_cuda_measure<Rule>(m);
+  m.def(
+      "cuda_apply",
+      [](const Rule& rule, TensorList& list, const cuda::Plan& plan, double lr,
+         double gradient_scale, std::uintptr_t device, std::optional<std::uint64_t> seed,
+         std::uintptr_t sums, std::uintptr_t ratios, std::uintptr_t stream, int grid) {
+        set_seed(list, seed);
+        const cuda::Work work = {plan, list, pointer<double>(device), pointer<void>(stream), grid};
+        cuda::apply(rule, {lr, gradient_scale}, work, pointer<const Sums>(sums),
+                    pointer<float>(ratios));
+      },
+      Released(), "rule"_a, "tensors"_a, "plan"_a, "lr"_a, "gradient_scale"_a, "device"_a, "seed"_a,
+      "sums"_a, "ratios"_a, "stream"_a, "grid"_a);
+  m.def(
+      "cuda_step",
+      [](const Rule& rule, TensorList& list, const cuda::Plan& plan, double lr,
+         double gradient_scale, std::uintptr_t device, std::uintptr_t ratios, std::uintptr_t stream,
+         int grid, int ring) {
+        const cuda::Work work = {plan, list, pointer<double>(device), pointer<void>(stream),
+                                 grid, ring};
+        cuda::step(rule, {lr, gradient_scale}, work, pointer<float>(ratios));
+      },
+      Released(), "rule"_a, "tensors"_a, "plan"_a, "lr"_a, "gradient_scale"_a, "device"_a,
+      "ratios"_a, "stream"_a, "grid"_a, "ring"_a);
+}
+
+void define_cuda(py::module_& m) {
+  py::register_exception<cuda::Error>(m, "CudaError", PyExc_RuntimeError);
+  py::class_<cuda::Plan> plan(m, "CudaPlan");
+  plan.def(py::init([](const BoundLayout& layout) { return cuda::Plan(layout.numel()); }))
+      .def_property_readonly("tensors", &cuda::Plan::tensors)
+      .def_property_readonly("chunks", &cuda::Plan::chunks)
+      .def_property_readonly("workspace_bytes", &cuda::Plan::workspace_bytes)
+      .def("write_items",
+           [](const cuda::Plan& p, std::uintptr_t at) { p.write_items(pointer<cuda::Item>(at)); })
+      .def("write_rows",
+           [](const cuda::Plan& p, const TensorList& list, std::uintptr_t at) {
+             return p.write_rows(list, pointer<cuda::Row>(at));
+           })
+      .def("place", &cuda::Plan::place, "items"_a, "rows"_a, "workspace"_a);
+  plan.attr("item_bytes") = sizeof(cuda::Item);
+  plan.attr("row_bytes") = sizeof(cuda::Row);
+  define_cuda_measure<GradientNorm>(m);
+  define_cuda_calls<LarsRule>(m);
+  define_cuda_calls<LambRule>(m);
+  m.def("cuda_why_not", &cuda::why_not);
+}
+
+#else
+
+void define_cuda(py::module_&) {}
+
+#endif
 
 py::dict build_info() {
   return py::dict("version"_a = FASTLARS_VERSION, "build_type"_a = FASTLARS_BUILD_TYPE,
                   "compiler"_a = FASTLARS_BUILD_COMPILER, "openmp"_a = FASTLARS_BUILD_OPENMP,
                   "cuda"_a = FASTLARS_BUILD_CUDA != 0, "cuda_reason"_a = FASTLARS_BUILD_CUDA_REASON,
+                  "cuda_serves"_a = FASTLARS_BUILD_CUDA_SERVES,
                   "cuda_version"_a = FASTLARS_BUILD_CUDA_VERSION,
                   "cuda_archs"_a = FASTLARS_BUILD_CUDA_ARCHS);
 }
@@ -230,15 +317,6 @@ PYBIND11_MODULE(_C, m) {
         "weight_dtype"_a, "grad_dtype"_a, "state_dtype"_a, "copy_dtype"_a);
 
   py::class_<GradientNorm>(m, "GradientNorm").def(py::init<>());
-  m.def(
-      "cpu_measure",
-      [](const GradientNorm& rule, TensorList& list, double lr, double gradient_scale,
-         std::uintptr_t sums) {
-        py::gil_scoped_release release;
-        cpu::measure(rule, {lr, gradient_scale}, list, reinterpret_cast<Sums*>(sums));
-      },
-      "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "sums"_a);
-
   py::class_<LarsRule>(m, "LarsRule")
       .def(py::init([](double momentum, double dampening, double weight_decay,
                        double trust_coefficient, double eps, int buffer, bool combined,
@@ -251,7 +329,6 @@ PYBIND11_MODULE(_C, m) {
            py::kw_only(), "momentum"_a, "dampening"_a, "weight_decay"_a, "trust_coefficient"_a,
            "eps"_a, "buffer"_a, "combined"_a, "nesterov"_a, "momentum_correction"_a, "trust_clip"_a,
            "adapt"_a);
-  define_rule_calls<LarsRule>(m);
 
   py::class_<LambRule>(m, "LambRule")
       .def(py::init([](double beta1, double beta2, double eps, double weight_decay, double lower,
@@ -273,7 +350,10 @@ PYBIND11_MODULE(_C, m) {
            py::kw_only(), "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "lower"_a, "upper"_a,
            "ratio_eps"_a, "decay"_a, "correction"_a, "gradient_averaging"_a, "trust_clip"_a,
            "adapt"_a);
-  define_rule_calls<LambRule>(m);
+  define_cpu_measure<GradientNorm>(m);
+  define_cpu_calls<LarsRule>(m);
+  define_cpu_calls<LambRule>(m);
+  define_cuda(m);
 
   m.def("instruction_set", &cpu::instruction_set);
   m.def("build_info", &build_info);

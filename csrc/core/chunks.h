@@ -23,13 +23,13 @@ struct Chunks {
   std::vector<int> first;  // chunks of tensor t: [first[t], first[t + 1])
 };
 
-inline Chunks cut(const std::vector<std::int64_t>& numel) {
+inline Chunks cut(const std::vector<std::int64_t>& numel, std::int64_t length = kChunk) {
   Chunks chunks;
   chunks.first.reserve(numel.size() + 1);
   for (std::size_t tensor = 0; tensor < numel.size(); ++tensor) {
     chunks.first.push_back(static_cast<int>(chunks.chunk.size()));
-    for (std::int64_t begin = 0; begin < numel[tensor]; begin += kChunk) {
-      const auto size = static_cast<int>(std::min(kChunk, numel[tensor] - begin));
+    for (std::int64_t begin = 0; begin < numel[tensor]; begin += length) {
+      const auto size = static_cast<int>(std::min(length, numel[tensor] - begin));
       chunks.chunk.push_back({static_cast<int>(tensor), begin, size});
     }
   }

@@ -56,12 +56,14 @@ FASTLARS_HD float coefficient(double value) {
   return (value > FLT_MAX && std::isfinite(value)) ? FLT_MAX : static_cast<float>(value);
 }
 
-FASTLARS_HD void set_trust(const LarsRule& rule, const Scalars& now, double trust,
-                           LarsCoefficients& c) {
-  const bool lr_inside = rule.buffer == Buffer::step;
-  const bool trust_inside = rule.buffer != Buffer::gradient;
-  c.inner = coefficient((lr_inside ? now.lr : 1.0) * (trust_inside ? trust : 1.0));
-  c.outer = coefficient((lr_inside ? 1.0 : now.lr) * (trust_inside ? 1.0 : trust));
+// The one coefficient that the trust ratio is in.
+FASTLARS_HD float trusted(const LarsRule& rule, const Scalars& now, const LarsCoefficients&,
+                          double trust) {
+  return coefficient((rule.buffer == Buffer::scaled ? 1.0 : now.lr) * trust);
+}
+
+FASTLARS_HD void set_trusted(const LarsRule& rule, float value, LarsCoefficients& c) {
+  (rule.buffer == Buffer::gradient ? c.outer : c.inner) = value;
 }
 
 // Coefficients for a trust ratio of 1.
@@ -78,7 +80,9 @@ FASTLARS_HD LarsCoefficients coefficients(const LarsRule& rule, const Scalars& n
   c.undamped = stepped_before ? static_cast<float>(1.0 - rule.dampening) : 1.0f;
   c.nesterov = rule.nesterov;
   c.combined = rule.combined;
-  set_trust(rule, now, 1.0, c);
+  c.inner = 1.0f;
+  c.outer = rule.buffer == Buffer::scaled ? coefficient(now.lr) : 1.0f;
+  set_trusted(rule, trusted(rule, now, c, 1.0), c);
   return c;
 }
 
@@ -143,14 +147,27 @@ FASTLARS_HD double trust_ratio(const LambRule& rule, const Scalars& now, const S
   return (rule.trust_clip && q > 1.0) ? 1.0 : q;
 }
 
-FASTLARS_HD void set_trust(const LambRule&, const Scalars&, double trust, LambCoefficients& c) {
-  c.rate = coefficient(c.lr * trust);
+FASTLARS_HD float trusted(const LambRule&, const Scalars&, const LambCoefficients& c,
+                          double trust) {
+  return coefficient(c.lr * trust);
+}
+
+FASTLARS_HD void set_trusted(const LambRule&, float value, LambCoefficients& c) { c.rate = value; }
+
+// base^exponent by squaring: the same bits on every device, which a library's pow does not promise.
+FASTLARS_HD double power(double base, float exponent) {
+  double result = 1.0;
+  for (auto left = static_cast<std::uint32_t>(exponent); left > 0; left /= 2) {
+    if (left % 2 == 1) result *= base;
+    base *= base;
+  }
+  return result;
 }
 
 // Coefficients for a trust ratio of 1. `step` counts from 1.
 FASTLARS_HD LambCoefficients coefficients(const LambRule& rule, const Scalars& now, float step) {
-  const double correction1 = 1.0 - std::pow(rule.beta1, static_cast<double>(step));
-  const double correction2 = 1.0 - std::pow(rule.beta2, static_cast<double>(step));
+  const double correction1 = 1.0 - power(rule.beta1, step);
+  const double correction2 = 1.0 - power(rule.beta2, step);
   const bool moments = rule.correction == Correction::moments;
   const double decay = rule.weight_decay;
   LambCoefficients c;
@@ -166,8 +183,13 @@ FASTLARS_HD LambCoefficients coefficients(const LambRule& rule, const Scalars& n
   c.update_decay = static_cast<float>(rule.decay == Decay::update ? decay : 0.0);
   c.shrink = static_cast<float>(lamb_shrink(rule, now));
   c.lr = rule.correction == Correction::rate ? now.lr / correction1 : now.lr;
-  set_trust(rule, now, 1.0, c);
+  set_trusted(rule, trusted(rule, now, c, 1.0), c);
   return c;
+}
+
+template <class Rule, class Coefficients>
+FASTLARS_HD void set_trust(const Rule& rule, const Scalars& now, double trust, Coefficients& c) {
+  set_trusted(rule, trusted(rule, now, c, trust), c);
 }
 
 FASTLARS_HD void lamb_moments(const LambCoefficients& c, float w, float g, float& m, float& v) {

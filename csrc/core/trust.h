@@ -15,6 +15,14 @@ struct Sums {
   double update;
 };
 
+// Squares of floats beyond about 1e+-19 leave float32's range. A chunk whose sum in float32 is near
+// either end is summed again in double: right for every input, at no cost for ordinary ones.
+FASTLARS_HD bool leaves_float_range(double sum) { return !(sum > 1e-25 && sum < 1e37); }
+
+FASTLARS_HD bool needs_double(const Sums& sums) {
+  return leaves_float_range(sums.weight) || leaves_float_range(sums.update);
+}
+
 // numerator / denominator, or 1 where either norm is zero: such a tensor (fresh zeros, no gradient)
 // would otherwise never move again. NaN norms compare false and give 1 too; the NaN itself reaches
 // the weights through the gradient, where it can be seen.

@@ -35,12 +35,4 @@ FASTLARS_HD Sums sum_squares(int size, const Each& each) {
   return sums;
 }
 
-// Squares of floats beyond about 1e+-19 leave float32's range. A chunk whose sum is near either end
-// is summed again in double: right for every input, at no cost for ordinary ones.
-FASTLARS_HD bool leaves_float_range(double sum) { return !(sum > 1e-25 && sum < 1e37); }
-
-FASTLARS_HD bool needs_double(const Sums& sums) {
-  return leaves_float_range(sums.weight) || leaves_float_range(sums.update);
-}
-
 }  // namespace fastlars::cpu

@@ -1,0 +1,75 @@
+// The second of two launches: the weights, with the trust ratios that the sums give. The only one
+// where the rule does not adapt.
+#include "cuda/api.h"
+#include "cuda/frame.cuh"
+#include "cuda/launch.cuh"
+
+namespace fastlars::cuda {
+namespace {
+
+template <class Rule, class Types, From from, bool Rounds>
+__global__ void __launch_bounds__(kThreads, 3) apply(const __grid_constant__ Call<Rule> call) {
+  // LAMB counts a step where it is measured.
+  constexpr bool counts = std::is_same_v<Rule, LarsRule> || from == From::unmeasured;
+  __shared__ Frame<Rule> frame;
+  const Types types(call);
+  const bool live = is_live(call);
+  const Tables& tables = call.tables;
+  const int end = share(call, block() + 1);
+  const auto trust = [&](int tensor) {
+    return call.sums == nullptr ? 1.0 : trust_ratio(call.rule, today(call), call.sums[tensor]);
+  };
+  int tensor = -1;
+  for (int i = share(call, block()); i < end; ++i) {
+    const Item item = tables.items[i];
+    if (item.tensor != tensor) {
+      tensor = item.tensor;
+      barrier();
+      if (thread() == 0) {
+        const double q = trust(tensor);
+        frame.c =
+            coefficients(call.rule, today(call), counter(call.rule, tables.rows[tensor], counts));
+        set_trust(call.rule, today(call), q, frame.c);
+        if (item.begin == 0) call.ratios[tensor] = static_cast<float>(q);
+      }
+      barrier();
+    }
+    const Chunk chunk = locate(call, types, item, live);
+    Body<Rule>::template apply<from, Rounds>(frame.c, types, chunk, nullptr, call.seed);
+  }
+  if (is_last_block(*tables.control, frame.last)) {
+    close(call, counts, [&](int empty) { call.ratios[empty] = static_cast<float>(trust(empty)); });
+  }
+}
+
+template <From from, class Rule>
+void run(const Rule& rule, const Scalars& now, const Work& work, const Sums* sums, float* ratios) {
+  for_each_launch(rule, now, work, [&](Call<Rule>& call) {
+    call.sums = rule.adapt ? sums : nullptr;
+    call.ratios = ratios;
+    if (rounds_stochastically(work.list)) {
+      launch("apply", apply<Rule, Any<Rule>, from, true>, call, work, 0);
+    } else if (is_float32(work.list)) {
+      launch("apply", apply<Rule, Float32<Rule>, from, false>, call, work, 0);
+    } else {
+      launch("apply", apply<Rule, Any<Rule>, from, false>, call, work, 0);
+    }
+  });
+}
+
+}  // namespace
+
+void apply(const LarsRule& rule, const Scalars& now, const Work& work, const Sums* sums,
+           float* ratios) {
+  run<From::memory>(rule, now, work, sums, ratios);
+}
+void apply(const LambRule& rule, const Scalars& now, const Work& work, const Sums* sums,
+           float* ratios) {
+  if (rule.adapt) {
+    run<From::memory>(rule, now, work, sums, ratios);
+  } else {
+    run<From::unmeasured>(rule, now, work, sums, ratios);
+  }
+}
+
+}  // namespace fastlars::cuda

@@ -1,0 +1,35 @@
+// What one launch is told: the rule, the numbers of the day, the tables, and the gradients.
+#pragma once
+
+#include "core/api.h"
+#include "core/rules.h"
+#include "cuda/plan.h"
+
+namespace fastlars::cuda {
+
+// Parameters of a kernel may take 4 KB on every driver and device (32 KB on newer ones). 480
+// tensors are more than ResNet-50 or BERT-large have; longer lists take several launches.
+constexpr int kParameterBytes = 4096;
+constexpr int kTensors = 480;
+
+template <class Rule>
+struct Call {
+  Rule rule;
+  Scalars now;
+  const double* device;  // learning rate, gradient scale, skip; or null, and `now` holds
+  Tables tables;
+  const Sums* sums;  // by tensor of the list, for apply
+  Sums* measured;    // by tensor of the list, from measure
+  float* ratios;     // by tensor of the list
+  std::uint64_t seed;
+  int tensor, tensors;  // the first tensor of this launch, and how many there are
+  int chunk, chunks;    // likewise
+  int ring;             // chunks that a block can hold in shared memory
+  Dtype weight_dtype, copy_dtype, grad_dtype, state_dtype;
+  std::uintptr_t grad[kTensors];
+};
+
+static_assert(sizeof(Call<LarsRule>) <= kParameterBytes, "more than a launch may take");
+static_assert(sizeof(Call<LambRule>) <= kParameterBytes, "more than a launch may take");
+
+}  // namespace fastlars::cuda

@@ -1,0 +1,98 @@
+// What every kernel does around its chunks: reads the numbers of the day, takes on a tensor's
+// coefficients, reports its sums, and leaves the device as the next launch expects it.
+#pragma once
+
+#include "cuda/lamb.cuh"
+
+namespace fastlars::cuda {
+
+// What the threads of a block share.
+template <class Rule>
+struct Frame {
+  typename Body<Rule>::Coefficients c;
+  Scratch scratch;
+  bool last;
+};
+
+// The numbers of the day, from the device where they lie there.
+template <class Rule>
+__device__ __forceinline__ Scalars today(const Call<Rule>& call) {
+  if (call.device == nullptr) return call.now;
+  return {call.device[0], call.device[1]};
+}
+
+// False where the step is to be skipped: then nothing is written.
+template <class Rule>
+__device__ __forceinline__ bool is_live(const Call<Rule>& call) {
+  return call.device == nullptr || call.device[2] == 0.0;
+}
+
+// The counter of a tensor: LARS reads the last learning rate; LAMB counts steps, from 1, and
+// `advances` where this launch is the one that takes the step.
+__device__ __forceinline__ float counter(const GradientNorm&, const Row&, bool) { return 0.0f; }
+__device__ __forceinline__ float counter(const LarsRule&, const Row& row, bool) {
+  return row.counter == 0 ? 0.0f : *reinterpret_cast<const float*>(row.counter);
+}
+__device__ __forceinline__ float counter(const LambRule&, const Row& row, bool advances) {
+  return *reinterpret_cast<const float*>(row.counter) + (advances ? 1.0f : 0.0f);
+}
+
+__device__ __forceinline__ void advance(const LarsRule&, const Scalars& now, float& counter) {
+  counter = static_cast<float>(now.lr);
+}
+__device__ __forceinline__ void advance(const LambRule&, const Scalars&, float& counter) {
+  counter += 1.0f;
+}
+
+__device__ __forceinline__ float coefficients(const GradientNorm&, const Scalars& now, float) {
+  return static_cast<float>(now.gradient_scale);
+}
+
+// Sums of squares of one chunk: the same for all threads.
+template <bool Holds, class Rule, class Types>
+__device__ __forceinline__ Sums measure_chunk(const typename Body<Rule>::Coefficients& c,
+                                              const Types& types, const Chunk& chunk,
+                                              Scratch& scratch, int& turn, float4* held) {
+  Pair<float> mine = {};
+  Body<Rule>::template measure<Holds>(c, types, chunk, mine, held);
+  const Pair<float> sum = block_sum(mine, scratch, turn);
+  if (!Body<Rule>::out_of_range(sum)) return {sum.weight, sum.update};
+  Pair<double> again = {};
+  Body<Rule>::measure_again(c, types, chunk, again);
+  const Pair<double> exact = block_sum(again, scratch, turn);
+  return {exact.weight, exact.update};
+}
+
+// Whether this block is the last one of the launch to get here: all others have done everything.
+__device__ __forceinline__ bool is_last_block(Control& control, bool& last) {
+  barrier();
+  if (thread() == 0) {
+    last = add_acq_rel(&control.exited, 1) + 1 == static_cast<std::uint32_t>(blocks());
+    if (last) control.exited = 0;
+  }
+  barrier();
+  return last;
+}
+
+// For every tensor of the launch: advances its counter where `advances`, and calls `empty(tensor)`
+// where it has no chunk that anybody would have reported. For the last block.
+template <class Rule, class F>
+__device__ __forceinline__ void close(const Call<Rule>& call, bool advances, F&& empty) {
+  for (int i = thread(); i < call.tensors; i += kThreads) {
+    const Row& row = call.tables.rows[call.tensor + i];
+    if constexpr (!std::is_same_v<Rule, GradientNorm>) {
+      if (advances && is_live(call) && row.counter != 0) {
+        advance(call.rule, today(call), *reinterpret_cast<float*>(row.counter));
+      }
+    }
+    if (row.chunks == 0) empty(call.tensor + i);
+  }
+}
+
+// A block's neighbouring chunks, the k-th of as many shares as there are blocks.
+template <class Rule>
+__device__ __forceinline__ int share(const Call<Rule>& call, int k) {
+  return call.chunk + static_cast<int>(static_cast<std::int64_t>(call.chunks) * k / blocks());
+}
+
+}  // namespace fastlars::cuda

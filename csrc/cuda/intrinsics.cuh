@@ -1,0 +1,92 @@
+// What a GPU has and C++ has not: threads of a block, barriers, atomics, shared memory. Kernels
+// reach the hardware through this file alone, so that tests can put another in its place and run
+// them on a CPU.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "core/dtype.h"
+
+namespace fastlars::cuda {
+
+constexpr int kThreads = 256;  // of every block
+constexpr int kWarps = kThreads / 32;
+
+__device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x); }
+__device__ __forceinline__ int block() { return static_cast<int>(blockIdx.x); }
+__device__ __forceinline__ int blocks() { return static_cast<int>(gridDim.x); }
+
+// All threads of the block arrive before any goes on, and see what the others wrote.
+__device__ __forceinline__ void barrier() { __syncthreads(); }
+
+// The sum over a warp: the same bits in all its lanes.
+template <class T>
+__device__ __forceinline__ T warp_sum(T value) {
+  for (int mask = 16; mask > 0; mask /= 2) value += __shfl_xor_sync(0xffffffffu, value, mask);
+  return value;
+}
+
+// Atomics on global memory, between all blocks of the device. Each returns what was there before.
+__device__ __forceinline__ std::uint32_t add_relaxed(std::uint32_t* place, std::uint32_t n) {
+  std::uint32_t before;
+  asm volatile("atom.add.relaxed.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(place)), "r"(n)
+               : "memory");
+  return before;
+}
+
+// Who sees the sum also sees all that was written before it was added to.
+__device__ __forceinline__ std::uint32_t add_acq_rel(std::uint32_t* place, std::uint32_t n) {
+  std::uint32_t before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(place)), "r"(n)
+               : "memory");
+  return before;
+}
+
+__device__ __forceinline__ std::uint64_t load_relaxed(const std::uint64_t* place) {
+  std::uint64_t value;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];"
+               : "=l"(value)
+               : "l"(__cvta_generic_to_global(place))
+               : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_relaxed(std::uint64_t* place, std::uint64_t value) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;"
+               :
+               : "l"(__cvta_generic_to_global(place)), "l"(value)
+               : "memory");
+}
+
+// Between two looks at what another block is to write.
+__device__ __forceinline__ void pause() { __nanosleep(64); }
+
+// Shared memory whose size the launch decides, on a 16-byte boundary.
+__device__ __forceinline__ float4* dynamic_shared() {
+  extern __shared__ float4 fastlars_dynamic_shared[];
+  return fastlars_dynamic_shared;
+}
+
+// Accesses of 4, 8 or 16 bytes. `Last`: nobody reads the place again before much else was read, so
+// that the cache is better kept for something else.
+template <bool Last, class V>
+__device__ __forceinline__ V read(const V* place) {
+  return Last ? __ldcs(place) : *place;
+}
+
+template <bool Last, class V>
+__device__ __forceinline__ void write(V* place, V value) {
+  if (Last) {
+    __stcs(place, value);
+  } else {
+    *place = value;
+  }
+}
+
+}  // namespace fastlars::cuda

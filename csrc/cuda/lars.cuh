@@ -1,0 +1,117 @@
+// LARS over one chunk, and the norm of gradients alone.
+#pragma once
+
+#include "cuda/reduce.cuh"
+#include "cuda/storage.cuh"
+
+namespace fastlars::cuda {
+
+// What of a chunk apply finds where: everything in memory; what measure held back in shared memory;
+// or a chunk that was not measured, because its rule does not adapt.
+enum class From { memory, held, unmeasured };
+
+// A rule's loops over one chunk.
+template <class Rule>
+struct Body;
+
+template <>
+struct Body<GradientNorm> {
+  using Coefficients = float;  // the gradient scale
+
+  static __device__ bool out_of_range(const Pair<float>& sums) {
+    return leaves_float_range(sums.update);
+  }
+
+  template <bool, class Sum, class Types>
+  static __device__ __forceinline__ void measure(const Coefficients& scale, const Types& types,
+                                                 const Chunk& chunk, Pair<Sum>& sums, float4*) {
+    sweep<kVectors>(chunk.size, [&](auto place) {
+      Raw g[place.batch];
+      load<false>(g, types.grad(), chunk.grad, place);
+#pragma unroll
+      for (int n = 0; n < place.batch; ++n) {
+#pragma unroll
+        for (int k = 0; k < kVector; ++k) {
+          if (k < place.count(n)) sums.add(0, scale * value(types.grad(), g[n], k));
+        }
+      }
+    });
+  }
+
+  template <class Types>
+  static __device__ __forceinline__ void measure_again(const Coefficients& scale,
+                                                       const Types& types, const Chunk& chunk,
+                                                       Pair<double>& sums) {
+    measure<false>(scale, types, chunk, sums, nullptr);
+  }
+};
+
+template <>
+struct Body<LarsRule> {
+  using Coefficients = LarsCoefficients;
+
+  static __device__ bool out_of_range(const Pair<float>& sums) {
+    return leaves_float_range(sums.weight) || leaves_float_range(sums.update);
+  }
+
+  // Holds: the gradients are put into `held`, from where apply takes them.
+  template <bool Holds, class Sum, class Types>
+  static __device__ __forceinline__ void measure(const Coefficients& c, const Types& types,
+                                                 const Chunk& chunk, Pair<Sum>& sums,
+                                                 float4* held) {
+    sweep<kVectors>(chunk.size, [&](auto place) {
+      Raw w[place.batch], g[place.batch];
+      load<false>(w, types.weight(), chunk.weight, place);
+      load<Holds>(g, types.grad(), chunk.grad, place);
+#pragma unroll
+      for (int n = 0; n < place.batch; ++n) {
+        float d[kVector];
+#pragma unroll
+        for (int k = 0; k < kVector; ++k) {
+          const float x = value(types.weight(), w[n], k);
+          d[k] = value(types.grad(), g[n], k);
+          if (k < place.count(n)) sums.add(x, lars_measured(c, x, d[k]));
+        }
+        if (Holds) held[place.slot(n)] = make_float4(d[0], d[1], d[2], d[3]);
+      }
+    });
+  }
+
+  template <class Types>
+  static __device__ __forceinline__ void measure_again(const Coefficients& c, const Types& types,
+                                                       const Chunk& chunk, Pair<double>& sums) {
+    measure<false>(c, types, chunk, sums, nullptr);
+  }
+
+  template <From from, bool Rounds, class Types>
+  static __device__ __forceinline__ void apply(const Coefficients& c, const Types& types,
+                                               const Chunk& chunk, const float4* held,
+                                               std::uint64_t seed) {
+    const bool has_buffer = chunk.state[0] != 0;
+    sweep<kVectors>(chunk.size, [&](auto place) {
+      Raw w[place.batch], g[place.batch], b[place.batch];
+      load<false>(w, types.weight(), chunk.weight, place);
+      if (from != From::held) load<true>(g, types.grad(), chunk.grad, place);
+      if (has_buffer) load<true>(b, types.state(), chunk.state[0], place);
+#pragma unroll
+      for (int n = 0; n < place.batch; ++n) {
+        Vector d = from == From::held ? Vector(held[place.slot(n)]) : Vector(types.grad(), g[n]);
+        float weight[kVector], buffer[kVector];
+#pragma unroll
+        for (int k = 0; k < kVector; ++k) {
+          const float x = value(types.weight(), w[n], k);
+          if (has_buffer) {
+            buffer[k] = value(types.state(), b[n], k);
+            weight[k] = lars_update(c, x, d.x[k], buffer[k]);
+          } else {
+            weight[k] = lars_update(c, x, d.x[k]);
+          }
+        }
+        if (has_buffer) store<true>(buffer, types.state(), chunk.state[0], place, n);
+        store_weight<Rounds>(weight, types, chunk, place, n, seed);
+      }
+    });
+  }
+};
+
+}  // namespace fastlars::cuda
