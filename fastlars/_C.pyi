@@ -1,9 +1,10 @@
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 class Mismatch(ValueError): ...
+class CudaError(RuntimeError): ...
 
 class Viewer:
     def __init__(self, tensor_type: type, accepted: Sequence[type]) -> None: ...
@@ -92,3 +93,57 @@ def cpu_step(
 ) -> None: ...
 def instruction_set() -> str: ...
 def build_info() -> dict[str, Any]: ...
+
+# What follows, and CudaError, exists where build_info()["cuda"] says so.
+
+class CudaPlan:
+    item_bytes: ClassVar[int]
+    row_bytes: ClassVar[int]
+    def __init__(self, layout: Layout) -> None: ...
+    @property
+    def tensors(self) -> int: ...
+    @property
+    def chunks(self) -> int: ...
+    @property
+    def workspace_bytes(self) -> int: ...
+    def write_items(self, address: int) -> None: ...
+    def write_rows(self, tensors: TensorList, address: int) -> bool: ...
+    def place(self, items: int, rows: int, workspace: int) -> None: ...
+
+def cuda_measure(
+    rule: NativeRule | GradientNorm,
+    tensors: TensorList,
+    plan: CudaPlan,
+    lr: float,
+    gradient_scale: float,
+    device: int,
+    sums: int,
+    stream: int,
+    grid: int,
+) -> None: ...
+def cuda_apply(
+    rule: NativeRule,
+    tensors: TensorList,
+    plan: CudaPlan,
+    lr: float,
+    gradient_scale: float,
+    device: int,
+    seed: int | None,
+    sums: int,
+    ratios: int,
+    stream: int,
+    grid: int,
+) -> None: ...
+def cuda_step(
+    rule: NativeRule,
+    tensors: TensorList,
+    plan: CudaPlan,
+    lr: float,
+    gradient_scale: float,
+    device: int,
+    ratios: int,
+    stream: int,
+    grid: int,
+    ring: int,
+) -> None: ...
+def cuda_why_not() -> str: ...

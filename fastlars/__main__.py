@@ -7,10 +7,11 @@ import platform
 import sys
 
 import torch
+from torch import Tensor
 
 import fastlars
 from fastlars import _C
-from fastlars.backends import choose
+from fastlars.backends import choose, cuda
 
 
 def build_lines() -> list[str]:
@@ -18,12 +19,14 @@ def build_lines() -> list[str]:
     info = _C.build_info()
     openmp = f"OpenMP {info['openmp']}" if info["openmp"] else "no OpenMP: one thread"
     if info["cuda"]:
-        cuda = f"nvcc {info['cuda_version']}, architectures {info['cuda_archs']}"
+        kernels = f"nvcc {info['cuda_version']}, architectures {info['cuda_archs']}"
+        if not torch.cuda.is_available():
+            kernels += f"; not usable here: {_C.cuda_why_not() or 'torch sees no GPU'}"
     else:
-        cuda = f"not built: {info['cuda_reason']}"
+        kernels = f"not built: {info['cuda_reason']}"
     return [
         f"extension  {info['compiler']}, {info['build_type']}, {openmp}",
-        f"cuda       {cuda}",
+        f"cuda       {kernels}",
         f"triton     {triton_version()}",
     ]
 
@@ -50,29 +53,41 @@ def device_lines() -> list[str]:
         except RuntimeError as error:
             lines.append(f"{device!s:10} refused: {error}")
             continue
-        why = choose.why_not_compiled(weight, weight.dtype, torch.float32)
-        if name == "cpu":
-            why = f"{_C.instruction_set()}, {torch.get_num_threads()} threads"
-        elif choose.forced() == name:
-            why = "FASTLARS_BACKEND asks for it"
-        elif name == "triton":
-            why = "there are no CUDA kernels for it"
-        lines.append(f"{device!s:10} {name}: {why}")
+        lines.append(f"{device!s:10} {name}: {why(name, weight)}")
     return lines
 
 
+def why(name: str, weight: Tensor) -> str:
+    """Why the back end of that name serves a weight, and how."""
+    reasons = []
+    if choose.forced() == name:
+        reasons.append("FASTLARS_BACKEND asks for it")
+    else:
+        refused = choose.told(choose.refusals(weight, weight.dtype, torch.float32)[1])
+        reasons += [refused] if refused else []
+    if name == "cpu":
+        reasons.append(f"{_C.instruction_set()}, {torch.get_num_threads()} threads")
+    elif name == "cuda":
+        reasons.append(f"{cuda.demanded_path()} path")
+    if weight.device.type == "cuda":
+        reasons.append(torch.cuda.get_device_name(weight.device))
+    return "; ".join(reasons)
+
+
 def main() -> int:
-    """Print the report; 0, or 2 where FASTLARS_BACKEND names no back end."""
+    """Print the report; 0, or 2 where a variable has a value that it cannot have."""
     print(f"fastlars   {fastlars.__version__}")
     print(f"torch      {torch.__version__}, Python {platform.python_version()}")
     try:
+        cuda.demanded_path()
         for line in [*build_lines(), *device_lines()]:
             print(line)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    forced = os.environ.get("FASTLARS_BACKEND")
-    print(f"override   FASTLARS_BACKEND={forced}" if forced else "override   none")
+    names = ("FASTLARS_BACKEND", "FASTLARS_CUDA_PATH")
+    forced = [f"{name}={os.environ[name]}" for name in names if os.environ.get(name)]
+    print(f"override   {', '.join(forced) or 'none'}")
     return 0
 
 

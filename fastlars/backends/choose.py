@@ -9,11 +9,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fastlars import _C
+from fastlars.backends import cuda
 from fastlars.backends.base import Backend
 from fastlars.backends.cpu import DTYPES, STATE_DTYPES, Cpu
 from fastlars.backends.reference import Reference
 
-NAMES = ("cpu", "triton", "reference")
+NAMES = ("cpu", "cuda", "triton", "reference")
+# type of device: the compiled back ends that may serve it, the fastest first
+COMPILED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
 @cache
@@ -24,7 +28,11 @@ def instance(name: str) -> Backend:
         from fastlars.backends.triton.backend import Triton
 
         return Triton()
-    backends: dict[str, type[Cpu] | type[Reference]] = {"cpu": Cpu, "reference": Reference}
+    backends: dict[str, type[Cpu] | type[cuda.Cuda] | type[Reference]] = {
+        "cpu": Cpu,
+        "cuda": cuda.Cuda,
+        "reference": Reference,
+    }
     return backends[name]()
 
 
@@ -66,22 +74,31 @@ def _why_not(name: str, weight: Tensor, grad_dtype: torch.dtype, state_dtype: to
     """Why the back end of that name cannot serve a weight; empty where it can."""
     for what, dtype in (("weights", weight.dtype), ("gradients", grad_dtype)):
         if dtype not in DTYPES:
-            return f"the {name} back end has no {dtype} {what}"
+            return f"compiled back ends have no {dtype} {what}"
     if state_dtype not in STATE_DTYPES:
-        return f"the {name} back end has no {state_dtype} states"
+        return f"compiled back ends have no {state_dtype} states"
     if not is_dense(weight):
-        return f"the {name} back end needs weights without gaps in memory"
+        return "compiled back ends need weights without gaps in memory"
     if name == "triton":
         return why_no_triton(weight.device)
+    if name == "cuda":
+        return cuda.why_not(weight.device)
     if weight.device.type != name:
         return f"the {name} back end does not serve {weight.device.type}"
     return ""
 
 
-def why_not_compiled(weight: Tensor, grad_dtype: torch.dtype, state_dtype: torch.dtype) -> str:
-    """Why no compiled back end can serve a weight; empty where one can."""
-    name = "cpu" if weight.device.type == "cpu" else "triton"
-    return _why_not(name, weight, grad_dtype, state_dtype)
+def refusals(
+    weight: Tensor, grad_dtype: torch.dtype, state_dtype: torch.dtype
+) -> tuple[str | None, dict[str, str]]:
+    """The compiled back end that serves a weight, if one does, and why none before it does."""
+    reasons: dict[str, str] = {}
+    for name in COMPILED.get(weight.device.type, ("triton",)):
+        reason = _why_not(name, weight, grad_dtype, state_dtype)
+        if not reason:
+            return name, reasons
+        reasons[name] = reason
+    return None, reasons
 
 
 def choose(weight: Tensor, grad_dtype: torch.dtype, state_dtype: torch.dtype) -> Backend:
@@ -98,18 +115,24 @@ def choose(weight: Tensor, grad_dtype: torch.dtype, state_dtype: torch.dtype) ->
         if reason:
             raise RuntimeError(f"FASTLARS_BACKEND={name}, but {reason}")
         return instance(name)
-    reason = why_not_compiled(weight, grad_dtype, state_dtype)
-    if not reason:
-        return instance("cpu" if weight.device.type == "cpu" else "triton")
-    if weight.device.type != "cpu":
-        _warn_once(weight.device.type, reason)
-    return instance("reference")
+    name, reasons = refusals(weight, grad_dtype, state_dtype)
+    device = weight.device.type
+    if name is None and device != "cpu":
+        _warn_once(device, "plain torch operations", told(reasons))
+    elif "cuda" in reasons and _C.build_info()["cuda"]:
+        _warn_once(device, "Triton", f"its CUDA kernels cannot run here ({reasons['cuda']})")
+    return instance(name or "reference")
+
+
+def told(reasons: dict[str, str]) -> str:
+    """Reasons in one line, each once."""
+    return "; ".join(dict.fromkeys(reasons.values()))
 
 
 @cache
-def _warn_once(device_type: str, reason: str) -> None:
+def _warn_once(device_type: str, means: str, reason: str) -> None:
     warnings.warn(
-        f"fastlars steps {device_type} parameters with plain torch operations: {reason}. "
+        f"fastlars steps {device_type} parameters with {means}: {reason}. "
         "`python -m fastlars` says more.",
         stacklevel=2,
     )

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fastlars.backends import cpu
 from fastlars.backends.base import Scalars, Tensors
+from fastlars.backends.sending import Sender
 from fastlars.backends.triton import lamb, lars, sums
 from fastlars.backends.triton.launch import OPTIONS, SMALL_OPTIONS, current
-from fastlars.backends.triton.table import BLOCK, Addresses, Chunks, Sender
+from fastlars.backends.triton.table import BLOCK, Addresses, Chunks
 from fastlars.rules import GradientNorm, LambRule, LarsRule, Rule
 
 LANES = 128
@@ -82,7 +83,7 @@ class Triton:
         self._checks = cpu.Cpu()
 
     def layout(self, weights: list[Tensor]) -> Layout:
-        sender = Sender(weights[0].device)
+        sender = Sender(weights)
         checked = self._checks.layout(weights)
         return Layout(checked, Chunks(weights, sender), Addresses(len(weights), sender))
 

@@ -7,36 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlars.backends.sending import Sender, is_capturing
 from fastlars.backends.triton.memory import COLUMNS
 
 # Elements a program works on. It fixes the order of sums, and so their bits.
 BLOCK = 4096
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether launches are recorded into a CUDA graph instead of run."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-class Sender:
-    """Copies small tensors to a device, in stream order, without a wait of the host."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.recorded: list[Tensor] = []  # what graphs copy from, or read, at every replay
-
-    def pinned(self, values: Tensor) -> Tensor:
-        """A copy of ``values`` that a device can take while the host goes on."""
-        # torch hands pinned memory out again only after the copies from it were made.
-        return values.clone() if self.device.type == "cpu" else values.pin_memory()
-
-    def send(self, source: Tensor) -> Tensor:
-        """``source``, which is pinned, on the device."""
-        sent = torch.empty_like(source, device=self.device, pin_memory=False)
-        sent.copy_(source, non_blocking=True)
-        if is_capturing(self.device):
-            self.recorded += [source, sent]
-        return sent
 
 
 class Chunks:

@@ -1,0 +1,240 @@
+"""The CUDA back end: csrc/cuda through fastlars._C, on the current stream, without a wait."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fastlars import _C
+from fastlars.backends import cpu
+from fastlars.backends.base import Scalars, Tensors
+from fastlars.backends.cpu import native
+from fastlars.backends.sending import Sender, Sent, current, is_capturing
+from fastlars.rules import GradientNorm, Rule
+
+# How a step that adapts is launched; the first is what nobody has to ask for.
+PATHS = ("two-launch", "one-launch")
+
+
+def demanded_path() -> str:
+    """The path that FASTLARS_CUDA_PATH demands, or the default."""
+    path = os.environ.get("FASTLARS_CUDA_PATH", "") or PATHS[0]
+    if path not in PATHS:
+        raise ValueError(f"FASTLARS_CUDA_PATH must be one of {', '.join(PATHS)}, got {path!r}")
+    return path
+
+
+def serves() -> str:
+    """The type of device that the kernels of this build run on."""
+    served: str = _C.build_info().get("cuda_serves", "cuda")
+    return served
+
+
+@cache
+def why_not(device: torch.device) -> str:
+    """Why the kernels cannot run on a device; empty where they can."""
+    info = _C.build_info()
+    if not info["cuda"]:
+        return f"fastlars was built without CUDA kernels ({info['cuda_reason']})"
+    if device.type != serves():
+        return f"the cuda back end does not serve {device.type}"
+    try:
+        with current(device):
+            return _C.cuda_why_not()
+    except RuntimeError as error:  # torch's, where it finds no driver
+        return str(error).strip().splitlines()[0]
+
+
+class Tables:
+    """A layout's tables on its device. Rows are sent again when weights or states have moved,
+    which after the first step is rare; gradients, which do move, are not in them."""
+
+    def __init__(self, plan: _C.CudaPlan, weights: list[Tensor]) -> None:
+        self.device = weights[0].device
+        self._plan = plan
+        self._sender = Sender(weights)
+        self._host = torch.zeros(plan.tensors * plan.row_bytes, dtype=torch.uint8)
+        self._fixed: Sent | None = None
+        self._placed: tuple[Sent, Sent] | None = None
+
+    def placed(self, tensors: _C.TensorList) -> tuple[Sent, Sent]:
+        """What never changes, and where the bound tensors lie."""
+        if self._plan.write_rows(tensors, self._host.data_ptr()):
+            self._placed = None
+        if self._placed is not None:
+            return self._placed
+        fixed = self._fixed or self._send_fixed()
+        placed = fixed, Sent(self._sender, self._send(self._host))
+        if not is_capturing(self.device):
+            # What a recording sends arrives only when it is replayed.
+            self._fixed, self._placed = fixed, placed
+        return placed
+
+    def _send(self, host: Tensor) -> Tensor:
+        return self._sender.send(self._sender.pinned(host))
+
+    def _send_fixed(self) -> Sent:
+        items = torch.empty(self._plan.chunks * self._plan.item_bytes, dtype=torch.uint8)
+        self._plan.write_items(items.data_ptr())
+        # Kernels put back to 0 what the next launch needs so.
+        workspace = torch.zeros(self._plan.workspace_bytes, dtype=torch.uint8, device=self.device)
+        return Sent(self._sender, self._send(items), workspace)
+
+
+@dataclass
+class Layout:
+    """What weights of given shapes need for every step; it outlives the tensors of the day."""
+
+    checked: _C.Layout
+    plan: _C.CudaPlan
+    tables: Tables
+    placed: tuple[Sent, Sent] | None = None  # what the plan has the addresses of
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Addresses on the device, and the tensors that own them."""
+
+    native: _C.TensorList
+    layout: Layout
+    placed: tuple[Sent, Sent]
+    tensors: Tensors
+
+    @property
+    def device(self) -> torch.device:
+        return self.layout.tables.device
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def stream(self) -> int:
+        """The current stream, ready for a launch over these tables."""
+        layout, placed = self.layout, self.placed
+        if layout.placed is not placed:
+            fixed, rows = placed
+            items, workspace = fixed.tensors
+            places = (items, rows.tensors[0], workspace)
+            layout.plan.place(*(place.data_ptr() for place in places))
+            layout.placed = placed
+        if self.device.type == "cpu":
+            return 0
+        stream = torch.cuda.current_stream(self.device)
+        for sent in placed:
+            sent.precede(stream)
+        return stream.cuda_stream
+
+    def numbers(self, now: Scalars) -> tuple[float, float, int]:
+        """Rate, scale, and where the device finds them, with the verdict of a GradScaler."""
+        there = now.device
+        if there is None:
+            return now.lr, now.gradient_scale, 0
+        # A wrong address would end the process's use of the device.
+        if there.device != self.device or there.dtype != torch.float64 or there.shape != (3,):
+            raise ValueError(f"a step on {self.device} needs its three numbers there, as float64")
+        return now.lr, now.gradient_scale, there.data_ptr()
+
+
+class Cuda:
+    """float32, bfloat16 and float16 weights and gradients in any mix; float32 or bfloat16 states.
+
+    ``measure`` and ``apply`` take one launch each, whatever the number of tensors up to 480, and
+    ``step`` takes these two or, on the one-launch path, one. Results have the same bits on either
+    path, for any grid, and from run to run.
+
+    Attributes:
+        path: "two-launch" or "one-launch".
+        grid: blocks of a launch; 0 for as many as the device holds at once.
+        ring: chunks that a block holds in shared memory on the one-launch path; 0 for what fits.
+    """
+
+    name = "cuda"
+    reads_device = True
+
+    def __init__(self) -> None:
+        self.path = demanded_path()
+        self.grid = 0
+        self.ring = 0
+        self._checks = cpu.Cpu()
+
+    def layout(self, weights: list[Tensor]) -> Layout:
+        device = weights[0].device
+        if device.type != serves() or any(weight.device != device for weight in weights):
+            raise ValueError(f"the cuda back end needs weights on one {serves()} device")
+        checked = self._checks.layout(weights)
+        plan = _C.CudaPlan(checked)
+        return Layout(checked, plan, Tables(plan, weights))
+
+    def bind(self, tensors: Tensors, layout: Layout) -> Bound:
+        found = self._checks.bind(tensors, layout.checked).native
+        return Bound(found, layout, layout.tables.placed(found), tensors)
+
+    def measure(self, rule: Rule | GradientNorm, bound: Bound, now: Scalars) -> Tensor:
+        sums = bound.empty(bound.layout.plan.tensors, 2, dtype=torch.float64)
+        lr, scale, numbers = bound.numbers(now)
+        with current(bound.device):
+            _C.cuda_measure(
+                native(rule),
+                bound.native,
+                bound.layout.plan,
+                lr,
+                scale,
+                numbers,
+                sums.data_ptr(),
+                bound.stream(),
+                self.grid,
+            )
+        return sums
+
+    def apply(self, rule: Rule, bound: Bound, now: Scalars, sums: Tensor | None) -> Tensor:
+        shape = (bound.layout.plan.tensors, 2)
+        ratios = bound.empty(shape[0], dtype=torch.float32)
+        address = 0
+        if rule.adapt:
+            if sums is None or sums.shape != shape or sums.dtype != torch.float64:
+                raise ValueError(f"apply needs float64 sums of shape [{shape[0]}, 2]")
+            if sums.device != bound.device:
+                raise ValueError(f"apply needs sums on {bound.device}, got some on {sums.device}")
+            sums = sums.contiguous()
+            address = sums.data_ptr()
+        lr, scale, numbers = bound.numbers(now)
+        with current(bound.device):
+            _C.cuda_apply(
+                native(rule),
+                bound.native,
+                bound.layout.plan,
+                lr,
+                scale,
+                numbers,
+                now.seed,
+                address,
+                ratios.data_ptr(),
+                bound.stream(),
+                self.grid,
+            )
+        return ratios
+
+    def step(self, rule: Rule, bound: Bound, now: Scalars) -> Tensor:
+        if not rule.adapt:
+            return self.apply(rule, bound, now, None)
+        if self.path == "two-launch" or now.seed is not None:
+            return self.apply(rule, bound, now, self.measure(rule, bound, now))
+        ratios = bound.empty(bound.layout.plan.tensors, dtype=torch.float32)
+        lr, scale, numbers = bound.numbers(now)
+        with current(bound.device):
+            _C.cuda_step(
+                native(rule),
+                bound.native,
+                bound.layout.plan,
+                lr,
+                scale,
+                numbers,
+                ratios.data_ptr(),
+                bound.stream(),
+                self.grid,
+                self.ring,
+            )
+        return ratios
