@@ -21,7 +21,7 @@ struct Work {
   const TensorList& list;
   const double* device;  // learning rate, gradient scale, skip, on the device; or null
   void* stream;
-  int grid;  // blocks; 0 is as many as the device holds at once
+  int grid;      // blocks; 0 is as many as the device holds at once
   int ring = 0;  // chunks that a block of `step` holds in shared memory; 0 is what fits
 };
 

@@ -7,35 +7,38 @@
 namespace fastlars::cuda {
 namespace {
 
+// Blocks that a multiprocessor is to hold: two where the registers of three would not do.
+template <class Types, From from>
+constexpr int kBlocks = from == From::unmeasured && Types::has_copies ? 2 : 3;
+
 template <class Rule, class Types, From from, bool Rounds>
-__global__ void __launch_bounds__(kThreads, 3) apply(const __grid_constant__ Call<Rule> call) {
+__global__ void __launch_bounds__(kThreads, (kBlocks<Types, from>))
+    apply(const __grid_constant__ Call<Rule> call) {
   // LAMB counts a step where it is measured.
   constexpr bool counts = std::is_same_v<Rule, LarsRule> || from == From::unmeasured;
   __shared__ Frame<Rule> frame;
   const Types types(call);
   const bool live = is_live(call);
   const Tables& tables = call.tables;
-  const int end = share(call, block() + 1);
   const auto trust = [&](int tensor) {
     return call.sums == nullptr ? 1.0 : trust_ratio(call.rule, today(call), call.sums[tensor]);
   };
-  int tensor = -1;
-  for (int i = share(call, block()); i < end; ++i) {
-    const Item item = tables.items[i];
-    if (item.tensor != tensor) {
-      tensor = item.tensor;
-      barrier();
-      if (thread() == 0) {
-        const double q = trust(tensor);
-        frame.c =
-            coefficients(call.rule, today(call), counter(call.rule, tables.rows[tensor], counts));
-        set_trust(call.rule, today(call), q, frame.c);
-        if (item.begin == 0) call.ratios[tensor] = static_cast<float>(q);
-      }
-      barrier();
+  for (int i = first_chunk(call); i < end_chunk(call);) {
+    const int tensor = tables.items[i].tensor;
+    const Row& row = tables.rows[tensor];
+    const int end = min(row.first + row.chunks, end_chunk(call));
+    barrier();
+    if (thread() == 0) {
+      const double q = trust(tensor);
+      frame.c = coefficients(call.rule, today(call), counter(call.rule, row, counts));
+      set_trust(call.rule, today(call), q, frame.c);
+      if (i == row.first) call.ratios[tensor] = static_cast<float>(q);
     }
-    const Chunk chunk = locate(call, types, item, live);
-    Body<Rule>::template apply<from, Rounds>(frame.c, types, chunk, nullptr, call.seed);
+    barrier();
+    for (; i < end; ++i) {
+      const Chunk chunk = locate(call, types, tables.items[i], live);
+      Body<Rule>::template apply<from, Rounds>(frame.c, types, chunk, nullptr, call.seed);
+    }
   }
   if (is_last_block(*tables.control, frame.last)) {
     close(call, counts, [&](int empty) { call.ratios[empty] = static_cast<float>(trust(empty)); });

@@ -10,8 +10,11 @@ namespace fastlars::cuda {
 template <class Rule>
 struct Frame {
   typename Body<Rule>::Coefficients c;
-  Scratch scratch;
+  float known;  // the counter that `c` is for
+  int chunks;   // of the tensor at hand that this block measures
   bool last;
+  Scratch chunk[2][2];  // two chunks in turn: there is no other barrier between them
+  Scratch tensor;
 };
 
 // The numbers of the day, from the device where they lie there.
@@ -52,14 +55,14 @@ __device__ __forceinline__ float coefficients(const GradientNorm&, const Scalars
 template <bool Holds, class Rule, class Types>
 __device__ __forceinline__ Sums measure_chunk(const typename Body<Rule>::Coefficients& c,
                                               const Types& types, const Chunk& chunk,
-                                              Scratch& scratch, int& turn, float4* held) {
+                                              Scratch (&scratch)[2], float4* held) {
   Pair<float> mine = {};
   Body<Rule>::template measure<Holds>(c, types, chunk, mine, held);
-  const Pair<float> sum = block_sum(mine, scratch, turn);
+  const Pair<float> sum = block_sum(mine, scratch[0]);
   if (!Body<Rule>::out_of_range(sum)) return {sum.weight, sum.update};
   Pair<double> again = {};
   Body<Rule>::measure_again(c, types, chunk, again);
-  const Pair<double> exact = block_sum(again, scratch, turn);
+  const Pair<double> exact = block_sum(again, scratch[1]);
   return {exact.weight, exact.update};
 }
 
@@ -89,10 +92,15 @@ __device__ __forceinline__ void close(const Call<Rule>& call, bool advances, F&&
   }
 }
 
-// A block's neighbouring chunks, the k-th of as many shares as there are blocks.
+// A block's neighbouring chunks: [first_chunk, end_chunk).
 template <class Rule>
-__device__ __forceinline__ int share(const Call<Rule>& call, int k) {
-  return call.chunk + static_cast<int>(static_cast<std::int64_t>(call.chunks) * k / blocks());
+__device__ __forceinline__ int first_chunk(const Call<Rule>& call) {
+  return call.chunk + block() * call.share;
+}
+template <class Rule>
+__device__ __forceinline__ int end_chunk(const Call<Rule>& call) {
+  const int end = (block() + 1) * call.share;
+  return call.chunk + (end < call.chunks ? end : call.chunks);
 }
 
 }  // namespace fastlars::cuda

@@ -73,11 +73,12 @@ __device__ __forceinline__ float4* dynamic_shared() {
   return fastlars_dynamic_shared;
 }
 
-// Accesses of 4, 8 or 16 bytes. `Last`: nobody reads the place again before much else was read, so
-// that the cache is better kept for something else.
+// Accesses of 2, 4, 8 or 16 bytes of global memory. They stay in the order in which they are
+// written. `Last`: nobody reads the place again before much else was read, so that the cache is
+// better kept for something else.
 template <bool Last, class V>
 __device__ __forceinline__ V read(const V* place) {
-  return Last ? __ldcs(place) : *place;
+  return Last ? __ldcs(place) : __ldca(place);
 }
 
 template <bool Last, class V>
@@ -85,7 +86,7 @@ __device__ __forceinline__ void write(V* place, V value) {
   if (Last) {
     __stcs(place, value);
   } else {
-    *place = value;
+    __stwb(place, value);
   }
 }
 

@@ -89,8 +89,8 @@ struct Body<LambRule> {
   static __device__ __forceinline__ void apply(const Coefficients& c, const Types& types,
                                                const Chunk& chunk, const float4* held,
                                                std::uint64_t seed) {
-    constexpr int arrays = from == From::unmeasured ? kBatch : kVectors;
-    sweep<arrays>(chunk.size, [&](auto place) {
+    constexpr bool many = from == From::unmeasured || from == From::forgotten;
+    sweep<many ? kBatch : kVectors>(chunk.size, [&](auto place) {
       Raw w[place.batch], g[place.batch], m[place.batch], v[place.batch];
       load<false>(w, types.weight(), chunk.weight, place);
       if (from == From::unmeasured) load<true>(g, types.grad(), chunk.grad, place);

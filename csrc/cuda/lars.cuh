@@ -6,9 +6,10 @@
 
 namespace fastlars::cuda {
 
-// What of a chunk apply finds where: everything in memory; what measure held back in shared memory;
-// or a chunk that was not measured, because its rule does not adapt.
-enum class From { memory, held, unmeasured };
+// Where apply finds what measure saw or made of a chunk: in memory; held back in shared memory; in
+// memory again, because others were held since; nowhere, because the rule does not adapt and the
+// chunk was not measured.
+enum class From { memory, held, forgotten, unmeasured };
 
 // A rule's loops over one chunk.
 template <class Rule>
@@ -22,10 +23,10 @@ struct Body<GradientNorm> {
     return leaves_float_range(sums.update);
   }
 
-  template <bool, class Sum, class Types>
+  template <bool, int Batch = kVectors, class Sum, class Types>
   static __device__ __forceinline__ void measure(const Coefficients& scale, const Types& types,
                                                  const Chunk& chunk, Pair<Sum>& sums, float4*) {
-    sweep<kVectors>(chunk.size, [&](auto place) {
+    sweep<Batch>(chunk.size, [&](auto place) {
       Raw g[place.batch];
       load<false>(g, types.grad(), chunk.grad, place);
 #pragma unroll
@@ -42,7 +43,7 @@ struct Body<GradientNorm> {
   static __device__ __forceinline__ void measure_again(const Coefficients& scale,
                                                        const Types& types, const Chunk& chunk,
                                                        Pair<double>& sums) {
-    measure<false>(scale, types, chunk, sums, nullptr);
+    measure<false, 1>(scale, types, chunk, sums, nullptr);
   }
 };
 
@@ -55,11 +56,11 @@ struct Body<LarsRule> {
   }
 
   // Holds: the gradients are put into `held`, from where apply takes them.
-  template <bool Holds, class Sum, class Types>
+  template <bool Holds, int Batch = kVectors, class Sum, class Types>
   static __device__ __forceinline__ void measure(const Coefficients& c, const Types& types,
                                                  const Chunk& chunk, Pair<Sum>& sums,
                                                  float4* held) {
-    sweep<kVectors>(chunk.size, [&](auto place) {
+    sweep<Batch>(chunk.size, [&](auto place) {
       Raw w[place.batch], g[place.batch];
       load<false>(w, types.weight(), chunk.weight, place);
       load<Holds>(g, types.grad(), chunk.grad, place);
@@ -80,19 +81,21 @@ struct Body<LarsRule> {
   template <class Types>
   static __device__ __forceinline__ void measure_again(const Coefficients& c, const Types& types,
                                                        const Chunk& chunk, Pair<double>& sums) {
-    measure<false>(c, types, chunk, sums, nullptr);
+    measure<false, 1>(c, types, chunk, sums, nullptr);
   }
 
   template <From from, bool Rounds, class Types>
   static __device__ __forceinline__ void apply(const Coefficients& c, const Types& types,
                                                const Chunk& chunk, const float4* held,
                                                std::uint64_t seed) {
+    // Beside what the one launch keeps track of, registers do not hold more.
+    constexpr int batch = from == From::memory ? kVectors : kVectors / 2;
     const bool has_buffer = chunk.state[0] != 0;
-    sweep<kVectors>(chunk.size, [&](auto place) {
+    sweep<batch>(chunk.size, [&](auto place) {
       Raw w[place.batch], g[place.batch], b[place.batch];
+      if (has_buffer) load<true>(b, types.state(), chunk.state[0], place);
       load<false>(w, types.weight(), chunk.weight, place);
       if (from != From::held) load<true>(g, types.grad(), chunk.grad, place);
-      if (has_buffer) load<true>(b, types.state(), chunk.state[0], place);
 #pragma unroll
       for (int n = 0; n < place.batch; ++n) {
         Vector d = from == From::held ? Vector(held[place.slot(n)]) : Vector(types.grad(), g[n]);

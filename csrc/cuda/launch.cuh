@@ -43,7 +43,7 @@ void for_each_launch(const Rule& rule, const Scalars& now, const Work& work, F&&
   call.measured = nullptr;
   call.ratios = nullptr;
   call.seed = list.seed;
-  call.ring = 0;
+  call.share = call.ring = 0;
   call.weight_dtype = list.weight_dtype;
   call.copy_dtype = list.copy_dtype;
   call.grad_dtype = list.grad_dtype;
@@ -60,13 +60,15 @@ void for_each_launch(const Rule& rule, const Scalars& now, const Work& work, F&&
 }
 
 template <class Rule>
-void launch(const char* name, void (*kernel)(Call<Rule>), const Call<Rule>& call, const Work& work,
+void launch(const char* name, void (*kernel)(Call<Rule>), Call<Rule>& call, const Work& work,
             int shared_bytes) {
-  const int most = work.grid > 0
-                       ? work.grid
-                       : blocks_at_once(reinterpret_cast<const void*>(kernel), shared_bytes, name);
+  // Asked for any grid: on the way it lets the kernel have its shared memory.
+  const int at_once = blocks_at_once(reinterpret_cast<const void*>(kernel), shared_bytes, name);
+  const int most = work.grid > 0 ? work.grid : at_once;
+  const int grid = std::max(1, std::min(most, call.chunks));
+  call.share = (call.chunks + grid - 1) / grid;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(std::max(1, std::min(most, call.chunks)));
+  config.gridDim = dim3(grid);
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(work.stream);

@@ -21,31 +21,29 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Rule>)
   const Types types(call);
   const bool live = is_live(call);
   const Tables& tables = call.tables;
-  const int end = share(call, block() + 1);
-  float known = NAN;  // the counter that the coefficients are for
-  int turn = 0;
-  for (int i = share(call, block()); i < end;) {
+  if (thread() == 0) frame.known = NAN;
+  for (int i = first_chunk(call); i < end_chunk(call);) {
     const int tensor = tables.items[i].tensor;
     const Row& row = tables.rows[tensor];
-    const float current = counter(call.rule, row, counts);
-    if (current != known) {
-      known = current;
-      barrier();
-      if (thread() == 0) frame.c = coefficients(call.rule, today(call), current);
-      barrier();
+    const int end = min(row.first + row.chunks, end_chunk(call));
+    barrier();
+    if (thread() == 0) {
+      const float current = counter(call.rule, row, counts);
+      if (current != frame.known) frame.c = coefficients(call.rule, today(call), current);
+      frame.known = current;
+      frame.chunks = end - i;
     }
-    const int first = i;
-    const int last = row.first + row.chunks < end ? row.first + row.chunks : end;
-    for (; i < last; ++i) {
+    barrier();
+    for (; i < end; ++i) {
       const Chunk chunk = locate(call, types, tables.items[i], live);
       const Sums sums =
-          measure_chunk<false, Rule>(frame.c, types, chunk, frame.scratch, turn, nullptr);
+          measure_chunk<false, Rule>(frame.c, types, chunk, frame.chunk[i % 2], nullptr);
       if (thread() == 0) tables.slots[i] = sums;
     }
-    if (thread() == 0) frame.last = arrive(tables, tensor, row, last - first);
+    if (thread() == 0) frame.last = arrive(tables, tensor, row, frame.chunks);
     barrier();
     if (frame.last) {
-      const Sums sums = total(tables, row, frame.scratch, turn);
+      const Sums sums = total(tables, row, frame.tensor);
       if (thread() == 0) call.measured[tensor] = sums;
     }
   }

@@ -17,41 +17,39 @@ struct Pair {
   }
 };
 
-// Where warps leave their sums. Two places in turn: a warp may write its next sums while another
-// still reads the last.
+// Where warps leave their sums.
 struct Scratch {
-  double weight[2][kWarps], update[2][kWarps];
+  double weight[kWarps], update[kWarps];
 };
 
-// The same sums for all threads. `turn` is 0 or 1, and changes.
+// The same sums for all threads. Some may still read the scratch when others go on: it is free
+// behind the next barrier.
 template <class T>
-__device__ __forceinline__ Pair<T> block_sum(Pair<T> mine, Scratch& scratch, int& turn) {
+__device__ __forceinline__ Pair<T> block_sum(Pair<T> mine, Scratch& scratch) {
   mine.weight = warp_sum(mine.weight);
   mine.update = warp_sum(mine.update);
   if (thread() % 32 == 0) {
-    scratch.weight[turn][thread() / 32] = mine.weight;
-    scratch.update[turn][thread() / 32] = mine.update;
+    scratch.weight[thread() / 32] = mine.weight;
+    scratch.update[thread() / 32] = mine.update;
   }
   barrier();
   Pair<T> sum = {};
 #pragma unroll
   for (int warp = 0; warp < kWarps; ++warp) {
-    sum.weight += static_cast<T>(scratch.weight[turn][warp]);
-    sum.update += static_cast<T>(scratch.update[turn][warp]);
+    sum.weight += static_cast<T>(scratch.weight[warp]);
+    sum.update += static_cast<T>(scratch.update[warp]);
   }
-  turn = 1 - turn;
   return sum;
 }
 
 // Of a tensor whose chunks have all been measured.
-__device__ __forceinline__ Sums total(const Tables& tables, const Row& row, Scratch& scratch,
-                                      int& turn) {
+__device__ __forceinline__ Sums total(const Tables& tables, const Row& row, Scratch& scratch) {
   Pair<double> mine = {};
   for (int i = thread(); i < row.chunks; i += kThreads) {
     mine.weight += tables.slots[row.first + i].weight;
     mine.update += tables.slots[row.first + i].update;
   }
-  const Pair<double> sum = block_sum(mine, scratch, turn);
+  const Pair<double> sum = block_sum(mine, scratch);
   return {sum.weight, sum.update};
 }
 

@@ -64,7 +64,7 @@ struct Queue {
 };
 
 // Decides what a block does next. It lies in shared memory, for registers are scarce, but belongs
-// to the first thread. What is under way from global memory is not in it: a value must have come
+// to the first thread. The ticket under way from global memory is not in it: it must have come
 // before it can be put into shared memory.
 template <class Rule>
 struct Scheduler {
@@ -74,62 +74,59 @@ struct Scheduler {
   float known;  // the counter that `c` is for
   typename Body<Rule>::Coefficients c;
 
-  struct Awaited {
-    std::uint32_t ticket;  // claimed, and not yet measured
-    std::uint64_t seen;    // the flag of the queue's head
-  };
-
-  __device__ Awaited open(const Call<Rule>& call, const Scalars& today) {
+  // Returns the first ticket.
+  __device__ std::uint32_t open(const Call<Rule>& call) {
     queue = {call.tables.links, {}, 0, 0, 0, 0};
-    now = today;
+    now = today(call);
     epoch = call.tables.control->epoch + 1;
     known = NAN;
-    return {add_relaxed(&call.tables.control->ticket, 1), 0};
+    return claim(call);
   }
 
-  __device__ bool is_ready(const Awaited& awaited) const {
-    return static_cast<std::uint32_t>(awaited.seen >> 32) == epoch;
+  __device__ std::uint32_t claim(const Call<Rule>& call) const {
+    return add_relaxed(&call.tables.control->ticket, 1);
   }
 
-  __device__ void look(const Call<Rule>& call, Awaited& awaited) const {
-    awaited.seen = load_relaxed(&call.tables.flags[queue.head.tensor]);
+  // The flag of the queue's head, which is 0 where there is none.
+  __device__ std::uint64_t look(const Call<Rule>& call) const {
+    return queue.empty() ? 0 : load_relaxed(&call.tables.flags[queue.head.tensor]);
   }
 
-  __device__ void take_on(const Call<Rule>& call, int tensor, Task<Rule>& task) {
-    const float current = counter(call.rule, call.tables.rows[tensor], true);
+  __device__ bool is_set(std::uint64_t flag) const {
+    return !queue.empty() && static_cast<std::uint32_t>(flag >> 32) == epoch;
+  }
+
+  // Takes the ticket that is claimed and not yet measured, and returns the next. The answer to a
+  // claim travels while the chunk is worked on.
+  __device__ std::uint32_t next(const Call<Rule>& call, std::uint32_t ticket, Task<Rule>& task) {
+    const bool has_ticket = ticket < static_cast<std::uint32_t>(call.chunks);
+    std::uint64_t flag = look(call);
+    while (!has_ticket && !queue.empty() && !is_set(flag)) {
+      pause();
+      flag = look(call);
+    }
+    const bool applies = is_set(flag);
+    if (!applies && !has_ticket) {
+      task.what = Do::leave;
+      return ticket;
+    }
+    task.what = applies ? Do::apply : Do::measure;
+    task.chunk = applies ? queue.head.chunk : call.chunk + static_cast<int>(ticket);
+    task.slot = (applies ? queue.popped : queue.pushed) % call.ring;
+    const Row& row = call.tables.rows[call.tables.items[task.chunk].tensor];
+    const float current = counter(call.rule, row, true);
     if (current != known) c = coefficients(call.rule, now, current);
     known = current;
     task.c = c;
-  }
-
-  __device__ void next(const Call<Rule>& call, Awaited& awaited, Task<Rule>& task) {
-    const bool has_ticket = awaited.ticket < static_cast<std::uint32_t>(call.chunks);
-    while (!has_ticket && !queue.empty() && !is_ready(awaited)) {
-      pause();
-      look(call, awaited);
-    }
-    if (!queue.empty() && is_ready(awaited)) {
-      task.what = Do::apply;
-      task.chunk = queue.head.chunk;
-      task.slot = queue.popped % call.ring;
+    if (applies) {
+      set_trusted(call.rule, float_of(static_cast<std::uint32_t>(flag)), task.c);
       task.held = queue.holds_head(call.ring);
-      take_on(call, queue.head.tensor, task);
-      set_trusted(call.rule, float_of(static_cast<std::uint32_t>(awaited.seen)), task.c);
       queue.pop();
-    } else if (has_ticket) {
-      task.what = Do::measure;
-      task.chunk = call.chunk + static_cast<int>(awaited.ticket);
-      task.slot = queue.pushed % call.ring;
-      task.held = true;
-      take_on(call, call.tables.items[task.chunk].tensor, task);
-      queue.measured = queue.pushed + 1;
-      // Early: the answer travels while the chunk is worked on.
-      awaited.ticket = add_relaxed(&call.tables.control->ticket, 1);
-    } else {
-      task.what = Do::leave;
+      return ticket;
     }
-    awaited.seen = 0;  // an epoch that has passed
-    if (!queue.empty()) look(call, awaited);
+    task.held = true;
+    queue.measured = queue.pushed + 1;
+    return claim(call);
   }
 };
 
@@ -137,32 +134,34 @@ template <class Rule>
 struct Shared {
   Scheduler<Rule> scheduler;
   Task<Rule> task[2];  // in turn: the first thread makes up one while others work on another
-  Scratch scratch;
-  bool last;
+  Scratch chunk[2], tensor;
+  bool live, last;
 };
 
 template <class Rule, class Types>
-__global__ void __launch_bounds__(kThreads, kBlocks) step(const __grid_constant__ Call<Rule> call) {
+__global__ void __launch_bounds__(kThreads, kBlocks<Types>)
+    step(const __grid_constant__ Call<Rule> call) {
   __shared__ Shared<Rule> shared;
   float4* const ring = dynamic_shared();
   const Types types(call);
-  const bool live = is_live(call);
   const Tables& tables = call.tables;
   Scheduler<Rule>& scheduler = shared.scheduler;
-  typename Scheduler<Rule>::Awaited awaited = {};
-  if (thread() == 0) awaited = scheduler.open(call, today(call));
-  int turn = 0;
+  std::uint32_t ticket = 0;
+  if (thread() == 0) {
+    ticket = scheduler.open(call);
+    shared.live = is_live(call);
+  }
   for (int round = 0;; round = 1 - round) {
     Task<Rule>& task = shared.task[round];
-    if (thread() == 0) scheduler.next(call, awaited, task);
+    if (thread() == 0) ticket = scheduler.next(call, ticket, task);
     barrier();
     if (task.what == Do::leave) break;
     const Item item = tables.items[task.chunk];
-    const Chunk chunk = locate(call, types, item, live);
+    const Chunk chunk = locate(call, types, item, shared.live);
     float4* const held = ring + task.slot * (kChunk / kVector);
     if (task.what == Do::measure) {
       const Row& row = tables.rows[item.tensor];
-      const Sums sums = measure_chunk<true, Rule>(task.c, types, chunk, shared.scratch, turn, held);
+      const Sums sums = measure_chunk<true, Rule>(task.c, types, chunk, shared.chunk, held);
       if (thread() == 0) {
         tables.slots[task.chunk] = sums;
         shared.last = arrive(tables, item.tensor, row, 1);
@@ -170,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) step(const __grid_constant_
       }
       barrier();
       if (!shared.last) continue;
-      const Sums all = total(tables, row, shared.scratch, turn);
+      const Sums all = total(tables, row, shared.tensor);
       if (thread() == 0) {
         const double trust = trust_ratio(call.rule, scheduler.now, all);
         const float rate = trusted(call.rule, scheduler.now, task.c, trust);
@@ -183,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) step(const __grid_constant_
     if (task.held) {
       Body<Rule>::template apply<From::held, false>(task.c, types, chunk, held, 0);
     } else {
-      Body<Rule>::template apply<From::memory, false>(task.c, types, chunk, nullptr, 0);
+      Body<Rule>::template apply<From::forgotten, false>(task.c, types, chunk, nullptr, 0);
     }
   }
   if (is_last_block(*tables.control, shared.last)) {
@@ -197,27 +196,31 @@ __global__ void __launch_bounds__(kThreads, kBlocks) step(const __grid_constant_
   }
 }
 
-template <class Rule>
+template <class Types, class Rule>
 void run(const Rule& rule, const Scalars& now, const Work& work, float* ratios) {
   for_each_launch(rule, now, work, [&](Call<Rule>& call) {
     call.ratios = ratios;
-    call.ring = work.ring > 0 ? work.ring : ring_of_device(kBlocks, kHeldBytes, kMostHeld);
-    const int bytes = call.ring * kHeldBytes;
-    if (is_float32(work.list)) {
-      launch("step", step<Rule, Float32<Rule>>, call, work, bytes);
-    } else {
-      launch("step", step<Rule, Any<Rule>>, call, work, bytes);
-    }
+    call.ring = work.ring > 0 ? work.ring : ring_of_device(kBlocks<Types>, kHeldBytes, kMostHeld);
+    launch("step", step<Rule, Types>, call, work, call.ring * kHeldBytes);
   });
+}
+
+template <class Rule>
+void run_typed(const Rule& rule, const Scalars& now, const Work& work, float* ratios) {
+  if (is_float32(work.list)) {
+    run<Float32<Rule>>(rule, now, work, ratios);
+  } else {
+    run<Any<Rule>>(rule, now, work, ratios);
+  }
 }
 
 }  // namespace
 
 void step(const LarsRule& rule, const Scalars& now, const Work& work, float* ratios) {
-  run(rule, now, work, ratios);
+  run_typed(rule, now, work, ratios);
 }
 void step(const LambRule& rule, const Scalars& now, const Work& work, float* ratios) {
-  run(rule, now, work, ratios);
+  run_typed(rule, now, work, ratios);
 }
 
 }  // namespace fastlars::cuda
