@@ -1,8 +1,9 @@
 # Sets up .venv, trains, tests, measures. `make help` lists the targets.
 #
-# PYTHON       the interpreter that .venv is made from
+# PYTHON       the interpreter that .venv is made from; in `make gpu`, the one that has torch
 # TRAIN_ARGS   arguments of the trainer in `make train`; without any, ResNet-50 with LARS on digits
 # BENCH_CSV    where `make bench` writes its figures
+# GPU_CSV      where `make gpu` writes its figures
 # PYTEST_ARGS  more arguments for pytest in `make test` and `make bench`, such as PYTEST_ARGS="-k lamb"
 
 PYTHON ?= python3
@@ -10,6 +11,7 @@ PYTHON ?= python3
 TRAIN_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_CSV ?= .benchmarks/run.csv
+GPU_CSV ?= .benchmarks/gpu.csv
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -27,13 +29,14 @@ LEVEL := $(firstword $(filter dev,$(WANTED)) $(filter test,$(WANTED)) trainer)
 STAMP := $(VENV)/.installed-$(LEVEL)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test bench lint format clean
+.PHONY: help setup train test bench gpu gpu-build gpu-test gpu-bench lint format clean
 .NOTPARALLEL:
 
 help:
 	@echo 'make train   train ResNet-50 with LARS on handwritten digits; writes a new folder in runs'
 	@echo 'make test    run the tests'
 	@echo 'make bench   time the optimizers beside others, and print one table'
+	@echo 'make gpu     build for the GPU that is here, test and time on it, without .venv or network'
 	@echo 'make lint    check style and types'
 	@echo 'make format  bring the sources into style'
 	@echo 'make setup   set up $(VENV), and nothing else'
@@ -54,6 +57,28 @@ bench: $(STAMP)
 	$(RUN) -m pytest benchmarks --benchmark-json .benchmarks/run.json $(PYTEST_ARGS)
 	@$(RUN) benchmarks/report.py .benchmarks/run.json --csv $(BENCH_CSV)
 
+# Machines with GPUs come with a torch that fits them, and often without a network. The steps can be run
+# one by one: make gpu-build, gpu-test, gpu-bench.
+gpu: gpu-build gpu-test gpu-bench
+
+gpu-build:
+	@$(FIND_PYTHON)
+	@$(PYTHON) -c "$$GPU_CHECK"
+	FASTLARS_CUDA=1 FASTLARS_CUDA_ARCHS="$${FASTLARS_CUDA_ARCHS:-$$($(PYTHON) -c "$$GPU_ARCHS")}" \
+	    $(PYTHON) -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(PYTHON) -m fastlars
+
+# Only files that have such tests: others need packages that a GPU machine may lack. A step that never
+# ends shows where it hangs.
+gpu-test:
+	$(PYTHON) -m pytest -m gpu --benchmark-disable -o faulthandler_timeout=120 \
+	    $$(grep -lE 'mark\.gpu|marks\("' tests/test_*.py) $(PYTEST_ARGS)
+
+gpu-bench:
+	@mkdir -p .benchmarks
+	$(PYTHON) -m pytest benchmarks/test_gpu_step.py --benchmark-json .benchmarks/gpu.json $(PYTEST_ARGS)
+	@$(PYTHON) benchmarks/report.py .benchmarks/gpu.json --csv $(GPU_CSV)
+
 lint: $(STAMP)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -69,6 +94,9 @@ clean:
 	rm -rf build dist *.egg-info fastlars/*.so $(VENV)/.installed-*
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find fastlars tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+FIND_PYTHON = command -v $(PYTHON) >/dev/null || \
+    { echo 'fastlars: $(PYTHON) was not found; choose a Python with make PYTHON=/path/to/python3' >&2; exit 1; }
 
 # Says in one line what is missing, before anything is downloaded. Runs on old Pythons too.
 define CHECK
@@ -97,9 +125,40 @@ if subprocess.run(probe, input=b"#include <optional>\n", stderr=subprocess.DEVNU
 endef
 export CHECK
 
+# Likewise for `make gpu`, which downloads nothing.
+define GPU_CHECK
+import os, shutil, sys
+from importlib.util import find_spec
+
+def stop(text):
+    sys.exit("fastlars: " + text)
+
+packages = {"torch": "torch", "numpy": "numpy", "pip": "pip", "pytest": "pytest", "pytest_benchmark": "pytest-benchmark",
+            "setuptools": "setuptools", "scikit_build_core": "scikit-build-core", "pybind11": "pybind11"}
+missing = [package for module, package in packages.items() if find_spec(module) is None]
+missing += [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None and find_spec(tool) is None]
+if missing:
+    stop("%s lacks %s; make PYTHON=/path/to/python3 gpu takes another" % (sys.executable, ", ".join(missing)))
+import torch
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
+    stop("torch 2.10 or newer is needed, %s has %s" % (sys.executable, torch.__version__))
+if not torch.cuda.is_available():
+    stop("torch %s of %s sees no CUDA device here" % (torch.__version__, sys.executable))
+homes = [os.environ.get(name, "") + "/bin/nvcc" for name in ("CUDA_HOME", "CUDA_PATH")]
+if not any(map(shutil.which, ["nvcc", os.environ.get("CUDACXX", ""), "/usr/local/cuda/bin/nvcc"] + homes)):
+    stop("nvcc was not found in PATH, CUDACXX, CUDA_HOME, CUDA_PATH or /usr/local/cuda")
+endef
+export GPU_CHECK
+
+define GPU_ARCHS
+import torch
+found = {"%d%d" % torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+print(" ".join(sorted(found)))
+endef
+export GPU_ARCHS
+
 $(STAMP): $(SOURCES)
-	@command -v $(PYTHON) >/dev/null || \
-	    { echo 'fastlars: $(PYTHON) was not found; choose a Python with make PYTHON=/path/to/python3' >&2; exit 1; }
+	@$(FIND_PYTHON)
 	@$(PYTHON) -c "$$CHECK"
 	@$(RUN) -c '' 2>/dev/null || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
 	$(RUN) -m pip install --disable-pip-version-check -e '.[$(EXTRAS_$(LEVEL))]'

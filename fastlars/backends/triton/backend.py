@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlars.backends import cpu
 from fastlars.backends.base import Scalars, Tensors
-from fastlars.backends.sending import Sender
+from fastlars.backends.sending import Sender, is_capturing
 from fastlars.backends.triton import lamb, lars, sums
 from fastlars.backends.triton.launch import OPTIONS, SMALL_OPTIONS, current
 from fastlars.backends.triton.table import BLOCK, Addresses, Chunks
@@ -53,6 +53,7 @@ class Layout:
     """What weights of given shapes need for every step; it outlives the tensors of the day."""
 
     checked: Any  # fastlars._C.Layout
+    sender: Sender
     chunks: Chunks
     addresses: Addresses
 
@@ -85,10 +86,13 @@ class Triton:
     def layout(self, weights: list[Tensor]) -> Layout:
         sender = Sender(weights)
         checked = self._checks.layout(weights)
-        return Layout(checked, Chunks(weights, sender), Addresses(len(weights), sender))
+        chunks = Chunks(weights, sender)
+        return Layout(checked, sender, chunks, Addresses(len(weights), sender))
 
     def bind(self, tensors: Tensors, layout: Layout) -> Bound:
         checked = self._checks.bind(tensors, layout.checked)
+        if is_capturing(layout.chunks.device):
+            layout.sender.recorded.append(layout.chunks)
         return Bound(layout.chunks, layout.addresses.table(checked.native), tensors)
 
     def measure(self, rule: Rule | GradientNorm, bound: Bound, now: Scalars) -> Tensor:

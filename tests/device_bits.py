@@ -1,0 +1,140 @@
+"""What a back end for GPUs must do with numbers: tests that every one of them inherits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from backend_cases import BF16, DEFAULTS, F16, F32, OPTIONS, PLAIN, Kinds, Row, Run, label
+from device_cases import (
+    DEVICES,
+    LAYOUTS,
+    SIZES,
+    SOME_ROWS,
+    Twin,
+    assert_same_runs,
+    optimizer,
+    set_gradients,
+)
+from fastlars.backends.base import Scalars
+from fastlars.rules import GradientNorm
+from problems import ORDINARY, Problem
+from tolerances import assert_close, assert_same_bits
+
+KINDS = (Kinds(BF16, F16, BF16), Kinds(F16, BF16, F32), Kinds(F32, BF16, F32, copy=F16))
+CASES = (
+    *((row, PLAIN, ORDINARY) for row in SOME_ROWS),
+    *((row, kinds, ORDINARY) for row in DEFAULTS for kinds in KINDS),
+    *((row, PLAIN, problem) for row in DEFAULTS[::2] for problem in (LAYOUTS, SIZES)),
+)
+CORRECTIONS = [*DEFAULTS, *(row for row in OPTIONS if "correction" in row.name)][:7]
+
+
+class Bits:
+    """Bit for bit the compiled CPU back end's results, where both do the same arithmetic."""
+
+    backend: str
+
+    @property
+    def device(self) -> str:
+        return DEVICES[self.backend]
+
+    def twin(self, row: Row, kinds: Kinds, problem: Problem) -> Twin:
+        return Twin(self.backend, row, kinds, problem)
+
+    @pytest.mark.parametrize(
+        ("row", "kinds", "problem"),
+        CASES,
+        ids=lambda x: label(x) if isinstance(x, Kinds) else getattr(x, "name", None),
+    )
+    def test_apply_equals_cpu_for_equal_sums(
+        self, row: Row, kinds: Kinds, problem: Problem
+    ) -> None:
+        run, twin = Run("cpu", row, kinds, problem), self.twin(row, kinds, problem)
+        for step in range(2):
+            run.take_gradients(step)
+            twin.take_gradients(step)
+            now, expected, found = row.now(step), None, None
+            bound, other = run.bind(), twin.bind()
+            if row.rule.adapt:
+                expected = run.backend.measure(row.rule, bound, now)
+                found = twin.backend.measure(row.rule, other, now)
+                assert_close("sums", "sum", found.cpu(), expected)
+                found.copy_(expected)
+            ratios = run.backend.apply(row.rule, bound, now, expected)
+            assert_same_bits(
+                "ratios", twin.backend.apply(row.rule, other, now, found).cpu(), ratios
+            )
+            assert_same_runs(f"step {step}", twin, run)
+
+    @pytest.mark.parametrize("row", DEFAULTS, ids=lambda row: row.name)
+    def test_stochastic_rounding_draws_the_same_bits_as_cpu(self, row: Row) -> None:
+        kinds = Kinds(BF16, F32, F32)
+        run, twin = Run("cpu", row, kinds, SIZES), self.twin(row, kinds, SIZES)
+        for step, seed in enumerate((3, 2**61 + 12345)):
+            for each in (run, twin):
+                each.take_gradients(step)
+            now = row.now(step, seed)
+            found = run.backend.measure(row.rule, run.bind(), now) if row.rule.adapt else None
+            bound = twin.bind()
+            if found is not None:
+                twin.backend.measure(row.rule, bound, now)
+            run.backend.apply(row.rule, run.bind(), now, found)
+            there = None if found is None else found.to(self.device)
+            twin.backend.apply(row.rule, bound, now, there)
+            assert_same_runs(f"step {step}", twin, run)
+
+    @pytest.mark.parametrize("row", DEFAULTS[::2], ids=lambda row: row.name)
+    def test_sums_are_the_same_from_run_to_run(self, row: Row) -> None:
+        found = []
+        for _ in range(2):
+            twin = self.twin(row, PLAIN, SIZES)
+            twin.take_gradients(0)
+            norms = twin.backend.measure(GradientNorm(), twin.bind(), row.now(0))
+            sums = twin.backend.measure(row.rule, twin.bind(), row.now(0))
+            found.append(torch.cat([norms, sums]))
+        assert_same_bits("sums", found[1].cpu(), found[0].cpu())
+
+    @pytest.mark.parametrize("row", CORRECTIONS, ids=lambda row: row.name)
+    def test_numbers_on_the_device_equal_numbers_by_value(self, row: Row) -> None:
+        by_value, on_device = (self.twin(row, PLAIN, ORDINARY) for _ in range(2))
+        for step in range(2):
+            now = row.now(step)
+            values = [now.lr, now.gradient_scale, 0.0]
+            there = torch.tensor(values, dtype=torch.float64, device=self.device)
+            for run, given in ((by_value, now), (on_device, Scalars(9.0, 9.0, None, there))):
+                run.take_gradients(step)
+                run.backend.step(row.rule, run.bind(), given)
+            assert_same_runs("device", on_device, by_value)
+        before = [x.clone() for _, x in on_device.written()]
+        there[2] = 1.0
+        on_device.backend.step(row.rule, on_device.bind(), Scalars(9.0, 9.0, None, there))
+        for (name, x), was in zip(on_device.written(), before, strict=True):
+            assert_same_bits(f"skipped: {name}", x.cpu(), was.cpu())
+
+    @pytest.mark.parametrize("name", ["LARS", "LAMB"])
+    def test_optimizer_reads_scaler_clip_and_rate_on_the_device(
+        self, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        expected, other = optimizer(name, "cpu", max_grad_norm=0.5)
+        rate = torch.tensor(0.1, device=self.device)
+        params, tested = optimizer(name, self.device, max_grad_norm=0.5, lr=rate, capturable=True)
+        for step, found_inf in enumerate((0.0, 1.0, 0.0)):
+            rate.fill_(0.1 * (step + 1))
+            other.param_groups[0]["lr"] = 0.1 * (step + 1)
+            for tensors, each, device in ((expected, other, "cpu"), (params, tested, self.device)):
+                monkeypatch.setenv("FASTLARS_BACKEND", "cpu" if each is other else self.backend)
+                set_gradients(tensors, step)
+                each.grad_scale = torch.full((1,), 4.0, device=device)  # type: ignore[attr-defined]
+                each.found_inf = torch.full((1,), found_inf, device=device)  # type: ignore[attr-defined]
+                each.step()
+        for p, q in zip(params, expected, strict=True):
+            assert_close(name, "weight", p.detach().cpu(), q.detach().double(), 3.0)
+            for key, value in other.state[q].items():
+                found = tested.state[p][key]
+                assert found.device.type == torch.device(self.device).type
+                assert_close(key, "state", found.cpu(), value.double(), 3.0)
+
+    def test_capturable_refuses_random_numbers(self) -> None:
+        with pytest.raises(ValueError, match="stochastic_rounding does not go with capturable"):
+            optimizer("LARS", self.device, capturable=True, stochastic_rounding=True)

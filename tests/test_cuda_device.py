@@ -1,0 +1,142 @@
+"""The CUDA back end beside torch on a GPU: streams, graphs, profiler, sanitizer, errors."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from backend_cases import DEFAULTS, PLAIN
+from device_cases import NEEDS_KERNELS, SIZES, Twin, assert_same_runs, optimizer, set_gradients
+from device_streams import SHAPES, Streams, each_optimizer
+from fastlars import _C
+from fastlars.backends.choose import instance
+from fastlars.backends.cuda import PATHS, Cuda
+
+pytestmark = [pytest.mark.gpu, NEEDS_KERNELS]
+TESTS = Path(__file__).parent
+KERNELS = {"two-launch": ("measure", "apply"), "one-launch": ("step",)}
+SANITIZER = shutil.which("compute-sanitizer") or shutil.which(
+    "compute-sanitizer", path="/usr/local/cuda/bin"
+)
+
+# A process that has launched nothing yet.
+FIRST_LAUNCH = """
+import torch
+from backend_cases import DEFAULTS, PLAIN
+from device_cases import SIZES, Twin, assert_same_runs
+
+for row in DEFAULTS[::2]:
+    eager, recorded = (Twin("cuda", row, PLAIN, SIZES) for _ in range(2))
+    for run in (eager, recorded):
+        run.take_gradients(0)
+    graph = torch.cuda.CUDAGraph()
+    bound = recorded.bind() if {planned} else None
+    with torch.cuda.graph(graph):
+        recorded.backend.step(row.rule, bound or recorded.bind(), row.now(0))
+    graph.replay()
+    eager.step(0)
+    assert_same_runs(row.name, recorded, eager)
+"""
+# Whole chunks, ragged ones, tensors off every boundary, all types; both paths.
+SANITIZED = """
+import torch
+from backend_cases import BF16, DEFAULTS, F16, F32, PLAIN, Kinds
+from device_cases import LAYOUTS, SIZES, Twin
+from fastlars.backends.cuda import PATHS
+
+for row in DEFAULTS:
+    for kinds in (PLAIN, Kinds(F32, BF16, BF16, copy=F16)):
+        for problem in (SIZES, LAYOUTS):
+            for path in PATHS:
+                twin = Twin("cuda", row, kinds, problem)
+                twin.backend.path = path
+                for step in range(2):
+                    twin.take_gradients(step)
+                    twin.step(step)
+torch.cuda.synchronize()
+print("stepped")
+"""
+
+
+@pytest.fixture(autouse=True, params=PATHS)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(instance("cuda"), "path", request.param)
+    return request.param
+
+
+class TestStreams(Streams):
+    backend = "cuda"
+
+
+def _run(code: str, *before: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
+    return subprocess.run(
+        [*before, sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("planned", [True, False], ids=["planned before", "planned in it"])
+def test_first_launch_in_a_recording(planned: bool, path: str) -> None:
+    done = _run(FIRST_LAUNCH.format(planned=planned), FASTLARS_CUDA_PATH=path)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+@each_optimizer
+def test_profiler_lists_our_kernels(name: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLARS_BACKEND", "cuda")
+    params, tested = optimizer(name, "cuda", SHAPES)
+    set_gradients(params, 0)
+    tested.step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        tested.step()
+        torch.cuda.synchronize()
+    ours = {event.key: event.count for event in profile.key_averages() if "fastlars" in event.key}
+    assert sum(ours.values()) == len(KERNELS[path]), ours
+    for kernel in KERNELS[path]:
+        assert any(f"::{kernel}<" in key for key in ours), ours
+
+
+def test_an_error_names_the_kernel_and_leaves_torch_usable(path: str) -> None:
+    expected, run = (Twin("cuda", DEFAULTS[0], PLAIN, SIZES) for _ in range(2))
+    backend = Cuda()
+    backend.path, backend.ring = "one-launch", 100_000  # more shared memory than there is
+    run.backend = backend
+    for each in (expected, run):
+        each.take_gradients(0)
+    bound = run.bind()
+    with pytest.raises(_C.CudaError, match=r"fastlars kernel step: cudaError"):
+        backend.step(run.row.rule, bound, run.row.now(0))
+    assert float(torch.ones(3, device="cuda").sum()) == 3.0
+    torch.cuda.synchronize()
+    backend.ring, backend.path = 0, path
+    backend.step(run.row.rule, bound, run.row.now(0))
+    expected.step(0)
+    assert_same_runs("after an error", run, expected)
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool: str, path: str) -> None:
+    if path != PATHS[0]:
+        pytest.skip("one process checks both paths")
+    if SANITIZER is None:
+        pytest.skip("compute-sanitizer was found neither in PATH nor in /usr/local/cuda/bin")
+    options = ("--tool", tool, "--kernel-name", "kns=fastlars", "--report-api-errors", "no")
+    # torch's cache would hide what lies beyond a tensor.
+    done = _run(
+        SANITIZED, SANITIZER, *options, "--error-exitcode", "9", PYTORCH_NO_CUDA_MEMORY_CACHING="1"
+    )
+    if "Device not supported" in done.stdout:
+        pytest.skip("compute-sanitizer does not support this device")
+    assert "stepped" in done.stdout, done.stdout[-4000:]
+    assert done.returncode == 0, done.stdout[-4000:]

@@ -1,0 +1,118 @@
+"""What the CUDA back end sends and launches, with notes taken instead of launches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastlars import _C
+from fastlars.backends import cuda
+from fastlars.backends.base import Kinds, Scalars, Tensors
+from fastlars.backends.cuda import Cuda, Tables
+from fastlars.rules import GradientNorm, LambRule, LarsRule, Rule
+
+
+class Plan:
+    """Stands in for fastlars._C.CudaPlan."""
+
+    item_bytes, row_bytes, chunks, tensors, workspace_bytes = 16, 48, 3, 2, 100
+
+    def __init__(self, layout: object = None) -> None:
+        self.changed = True
+        self.places: list[tuple[int, ...]] = []
+
+    def write_items(self, address: int) -> None:
+        pass
+
+    def write_rows(self, tensors: object, address: int) -> bool:
+        changed, self.changed = self.changed, False
+        return changed
+
+    def place(self, *addresses: int) -> None:
+        self.places.append(addresses)
+
+
+def test_tables_are_sent_when_something_moved() -> None:
+    plan = Plan()
+    tables = Tables(plan, [torch.ones(3)])
+    fixed, rows = first = tables.placed(None)
+    assert [x.numel() for x in (*fixed.tensors, *rows.tensors)] == [48, 100, 96]
+    assert int(fixed.tensors[1].sum()) == 0
+    assert tables.placed(None) is first
+    plan.changed = True
+    other = tables.placed(None)
+    assert other[0] is fixed
+    assert other[1] is not rows
+
+
+def test_a_table_that_could_not_be_sent_is_sent_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan()
+    tables = Tables(plan, [torch.ones(3)])
+    tables.placed(None)
+    plan.changed = True
+
+    def fails(values: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as context:
+        context.setattr(tables._sender, "send", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            tables.placed(None)
+    assert tables.placed(None) is tables.placed(None)
+
+
+def test_what_a_recording_sends_is_for_that_recording_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight = torch.ones(3)
+    tables = Tables(Plan(), [weight])
+    with monkeypatch.context() as context:
+        context.setattr(cuda, "is_capturing", lambda device: True)
+        recorded = tables.placed(None)
+    eager = tables.placed(None)
+    assert all(a is not b for a, b in zip(recorded, eager, strict=True))
+    with monkeypatch.context() as context:
+        context.setattr(cuda, "is_capturing", lambda device: True)
+        assert tables.placed(None) is eager
+
+
+@pytest.mark.parametrize(
+    ("path", "rule", "seed", "calls"),
+    [
+        ("two-launch", LarsRule(), None, ["measure", "apply"]),
+        ("two-launch", LarsRule(adapt=False), None, ["apply"]),
+        ("one-launch", LarsRule(), None, ["step"]),
+        ("one-launch", LambRule(), None, ["step"]),
+        ("one-launch", LambRule(adapt=False), None, ["apply"]),
+        ("one-launch", LarsRule(), 7, ["measure", "apply"]),
+    ],
+)
+def test_launches(
+    path: str, rule: Rule, seed: int | None, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def takes_notes(name: str) -> Any:
+        return lambda *arguments: made.append(name)
+
+    for name in ("measure", "apply", "step"):
+        monkeypatch.setattr(_C, f"cuda_{name}", takes_notes(name), raising=False)
+    monkeypatch.setattr(_C, "CudaPlan", Plan, raising=False)
+    monkeypatch.setattr(cuda, "serves", lambda: "cpu")
+    backend = Cuda()
+    backend.path = path
+    weights = [torch.ones(2), torch.ones(3)]
+    states = tuple([torch.zeros_like(w) for w in weights] for _ in rule.states)
+    counters = [torch.zeros(()) for _ in weights] if rule.counter else None
+    kinds = Kinds(*[torch.float32] * 3)
+    tensors = Tensors(weights, [w.clone() for w in weights], states, counters, None, kinds)
+    layout = backend.layout(weights)
+    ratios = backend.step(rule, backend.bind(tensors, layout), Scalars(0.1, seed=seed))
+    assert made == calls
+    assert (ratios.shape, ratios.dtype) == ((2,), torch.float32)
+    sums = backend.measure(GradientNorm(), backend.bind(tensors, layout), Scalars(0.1))
+    assert (sums.shape, sums.dtype) == ((2, 2), torch.float64)
+    assert len(layout.plan.places) == 1
