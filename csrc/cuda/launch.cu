@@ -68,8 +68,12 @@ int blocks_at_once(const void* kernel, int shared_bytes, const char* name) {
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
   if (shared_bytes > 0) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-          name);
+    // All that there is: a smaller limit would hold for the next launch with a larger ring, too.
+    cudaFuncAttributes of_kernel;
+    check(cudaFuncGetAttributes(&of_kernel, kernel), name);
+    const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, name) -
+                     static_cast<int>(of_kernel.sharedSizeBytes);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
   }
   int each = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, shared_bytes), name);

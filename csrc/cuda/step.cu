@@ -12,9 +12,11 @@
 namespace fastlars::cuda {
 namespace {
 
-constexpr int kBlocks =
-    3;  // on a multiprocessor: registers and a ring of four chunks allow no more
-constexpr int kMostHeld = 4;
+// Blocks that a multiprocessor is to hold: two where the registers of three would not do.
+template <class Types>
+constexpr int kBlocks = Types::has_copies ? 2 : 3;
+
+constexpr int kMostHeld = 4;  // chunks in a ring
 constexpr int kHeldBytes = kChunk * sizeof(float);
 
 enum class Do : int { measure, apply, leave };
@@ -139,7 +141,7 @@ struct Shared {
 };
 
 template <class Rule, class Types>
-__global__ void __launch_bounds__(kThreads, kBlocks<Types>)
+__global__ void __launch_bounds__(kThreads, (kBlocks<Types>))
     step(const __grid_constant__ Call<Rule> call) {
   __shared__ Shared<Rule> shared;
   float4* const ring = dynamic_shared();
