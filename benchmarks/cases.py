@@ -1,42 +1,33 @@
-"""What is benchmarked: parameter shapes of real models, and the optimizers that step them."""
+"""What is benchmarked: the optimizers that step, and how a step is checked before it is timed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import nn
 
 import fastlars
+from fastlars.backends import choose
+from shapes import Shapes
 
-Shapes = list[tuple[int, ...]]
+# Small enough that hundreds of steps leave the weights ordinary numbers.
+LR = 1e-6
+DECAY = 1e-4
+# Large enough that a step shows in bfloat16 weights.
+CHECK_LR = {"lars": 100.0, "lamb": 0.1}
+# A chunk and a bit, many chunks, and tensors with a ragged end.
+CHECK_SHAPES: Shapes = [(64, 32), (32, 16, 3, 3), (301, 100), (3,)]
+# Roundings of sums in another order; in bfloat16 a few weights then fall on the other side.
+CHECK_ERROR = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 
-
-def resnet50() -> Shapes:
-    """161 tensors, 25.6 M parameters."""
-    from torchvision.models import resnet50 as build
-
-    with torch.device("meta"):
-        return [tuple(p.shape) for p in build().parameters()]
-
-
-def bert_large() -> Shapes:
-    """BERT-large with its pre-training heads: 398 tensors, 336 M parameters."""
-    hidden, inner, vocabulary, positions = 1024, 4096, 30522, 512
-
-    def linear(n_in: int, n_out: int) -> Shapes:
-        return [(n_out, n_in), (n_out,)]
-
-    norm: Shapes = [(hidden,), (hidden,)]
-    embeddings: Shapes = [(vocabulary, hidden), (positions, hidden), (2, hidden), *norm]
-    attention = 4 * linear(hidden, hidden) + norm
-    layer = attention + linear(hidden, inner) + linear(inner, hidden) + norm
-    heads = linear(hidden, hidden) + norm + [(vocabulary,)] + linear(hidden, 2)
-    return embeddings + 24 * layer + linear(hidden, hidden) + heads
-
-
-MODELS: dict[str, Callable[[], Shapes]] = {"resnet50": resnet50, "bert_large": bert_large}
+Build = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+Record = Callable[[Callable[[], object]], Callable[[], object]]
 
 
 @dataclass(frozen=True)
@@ -45,22 +36,41 @@ class Contender:
 
     Attributes:
         build: makes the optimizer from parameters.
-        bytes_per_parameter: the least that its rule must move: fp32 arrays read and written. None
-            where the implementation makes passes that nobody counted.
         package: whose version belongs beside the number.
+        bytes_per_parameter: the least that its rule must move: every array read and written once.
+            None where the implementation makes passes that nobody counted.
+        backend: what FASTLARS_BACKEND is while fastlars plans the first step; None leaves the
+            choice to fastlars, as users do.
+        path: what FASTLARS_CUDA_PATH is meanwhile.
+        graph: the step is recorded into a CUDA graph, and its replay is timed.
+        exact: the rule is fastlars's to the last detail, so that its steps must be the same.
     """
 
-    build: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    build: Build
     package: str
     bytes_per_parameter: int | None = None
+    backend: str | None = None
+    path: str | None = None
+    graph: bool = False
+    exact: bool = False
+
+    @contextmanager
+    def planning(self) -> Iterator[None]:
+        """Optimizers that take their first step in here are served by what the contender names."""
+        wanted = {"FASTLARS_BACKEND": self.backend, "FASTLARS_CUDA_PATH": self.path}
+        chosen = {name: value for name, value in wanted.items() if value is not None}
+        with mock.patch.dict(os.environ, chosen), warnings.catch_warnings():
+            # Of a slower back end; the table says which one it was.
+            warnings.filterwarnings("ignore", message="fastlars steps ")
+            # A back end reads its path once, and is kept; optimizers keep the one they planned for.
+            choose.instance.cache_clear()
+            try:
+                yield
+            finally:
+                choose.instance.cache_clear()
 
 
-# Small enough that hundreds of steps leave the weights ordinary numbers.
-LR = 1e-6
-DECAY = 1e-4
-
-
-def _timm(name: str) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+def timm(name: str) -> Build:
     def build(params: list[nn.Parameter]) -> torch.optim.Optimizer:
         import timm.optim
 
@@ -73,43 +83,122 @@ def _timm(name: str) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
     return build
 
 
-def _foreach(name: str) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+def pytorch_optimizer(name: str) -> Build:
     def build(params: list[nn.Parameter]) -> torch.optim.Optimizer:
-        import pytorch_optimizer
+        import pytorch_optimizer as package
 
-        kind = getattr(pytorch_optimizer, name)
-        return kind(params, lr=LR, weight_decay=DECAY, foreach=True)
+        return getattr(package, name)(params, lr=LR, weight_decay=DECAY, foreach=True)
 
     return build
 
 
+def sgd(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=LR, momentum=0.9, weight_decay=DECAY, fused=True)
+
+
+def adamw(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=LR, weight_decay=DECAY, fused=True)
+
+
 LARS: dict[str, Contender] = {
-    "fastlars": Contender(lambda ps: fastlars.LARS(ps, lr=LR, weight_decay=DECAY), "fastlars", 20),
-    "torch SGD(fused)": Contender(
-        lambda ps: torch.optim.SGD(ps, lr=LR, momentum=0.9, weight_decay=DECAY, fused=True),
-        "torch",
-        20,
+    "fastlars": Contender(
+        lambda ps: fastlars.LARS(ps, lr=LR, weight_decay=DECAY), "fastlars", 20, exact=True
     ),
-    "timm Lars": Contender(_timm("Lars"), "timm"),
-    "pytorch_optimizer LARS(foreach)": Contender(_foreach("LARS"), "pytorch_optimizer"),
+    "torch SGD(fused)": Contender(sgd, "torch", 20),
+    "timm Lars": Contender(timm("Lars"), "timm"),
+    "pytorch_optimizer LARS(foreach)": Contender(pytorch_optimizer("LARS"), "pytorch_optimizer"),
 }
 LAMB: dict[str, Contender] = {
-    "fastlars": Contender(lambda ps: fastlars.LAMB(ps, lr=LR, weight_decay=DECAY), "fastlars", 28),
-    "torch AdamW(fused)": Contender(
-        lambda ps: torch.optim.AdamW(ps, lr=LR, weight_decay=DECAY, fused=True), "torch", 28
+    "fastlars": Contender(
+        lambda ps: fastlars.LAMB(ps, lr=LR, weight_decay=DECAY), "fastlars", 28, exact=True
     ),
-    "timm Lamb": Contender(_timm("Lamb"), "timm"),
-    "pytorch_optimizer Lamb(foreach)": Contender(_foreach("Lamb"), "pytorch_optimizer"),
+    "torch AdamW(fused)": Contender(adamw, "torch", 28),
+    "timm Lamb": Contender(timm("Lamb"), "timm"),
+    "pytorch_optimizer Lamb(foreach)": Contender(pytorch_optimizer("Lamb"), "pytorch_optimizer"),
 }
 RULES: dict[str, dict[str, Contender]] = {"lars": LARS, "lamb": LAMB}
 
 
-def parameters(shapes: Shapes) -> list[nn.Parameter]:
+def parameters(
+    shapes: Shapes,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> list[nn.Parameter]:
     """Parameters with gradients, of ordinary size."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(shape: tuple[int, ...], size: float) -> torch.Tensor:
+        values = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        return values.mul_(size)
+
     params = []
     for shape in shapes:
-        p = nn.Parameter(torch.randn(shape, generator=generator).mul_(0.05))
-        p.grad = torch.randn(shape, generator=generator).mul_(1e-3)
+        p = nn.Parameter(random(shape, 0.05))
+        p.grad = random(shape, 1e-3)
         params.append(p)
     return params
+
+
+def gradients(params: list[nn.Parameter]) -> list[torch.Tensor]:
+    """The parameters' gradients, all of which :func:`parameters` made."""
+    return [p.grad for p in params if p.grad is not None]
+
+
+def _moved(
+    contender: Contender, rule: str, params: list[nn.Parameter], record: Record
+) -> list[torch.Tensor]:
+    """How far three steps move the weights, on the CPU."""
+    before = [p.detach().clone() for p in params]
+    grads = gradients(params)
+    saved = [g.clone() for g in grads]
+    with contender.planning():
+        optimizer = contender.build(params)
+        for group in optimizer.param_groups:
+            group["lr"] = CHECK_LR[rule]
+        step: Callable[[], object] = optimizer.step
+        for number in range(3):
+            step()
+            torch._foreach_copy_(grads, saved)
+            if number == 0 and contender.graph:
+                step = record(step)
+    after = [p.detach() for p in params]
+    return [(a.double() - b.double()).cpu() for a, b in zip(after, before, strict=True)]
+
+
+def check(
+    contender: Contender,
+    ours: Contender,
+    rule: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    record: Record = lambda call: call,
+) -> None:
+    """No time without a right result: three steps on a small problem move the weights alike.
+
+    Args:
+        contender: whose steps are looked at; exact ones are held to the specification's numbers,
+            others, whose rules differ in details, to their direction.
+        ours: fastlars, of which the reference back end on the CPU takes the same steps.
+        device: where the contender's steps are taken.
+        dtype: of the parameters; low precision goes with masters.
+        record: makes a CUDA graph of a step, for contenders that are to be recorded.
+    """
+    original = parameters(CHECK_SHAPES, dtype=dtype)
+    copies = []
+    for p in original:
+        copy = nn.Parameter(p.detach().clone().to(device))
+        copy.grad = p.grad.clone().to(device) if p.grad is not None else None
+        copies.append(copy)
+    specification = Contender(ours.build, ours.package, backend="reference")
+    moved = (
+        _moved(contender, rule, copies, record),
+        _moved(specification, rule, original, record),
+    )
+    for mine, right in zip(*moved, strict=True):
+        assert mine.abs().sum() > 0.0, "the step moves nothing"
+        cosine = torch.nn.functional.cosine_similarity(mine.flatten(), right.flatten(), dim=0)
+        assert cosine > 0.99, f"the step points elsewhere: cosine {float(cosine):.4f}"
+        if contender.exact:
+            error = float((mine - right).norm() / right.norm())
+            assert error < CHECK_ERROR[dtype], f"the step is off by {error:.2g} of its length"

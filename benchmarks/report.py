@@ -34,6 +34,16 @@ COLUMNS = [
     "date",
     "commit",
 ]
+# Of runs on a GPU, where "memory" is a copy on the device.
+GPU_COLUMNS = [
+    "backend",
+    "host_ms",
+    "touched_per_parameter",
+    "extra_memory",
+    "gpu",
+    "driver",
+    "cuda",
+]
 
 
 def rows(run: dict[str, Any]) -> list[dict[str, Any]]:
@@ -52,7 +62,8 @@ def rows(run: dict[str, Any]) -> list[dict[str, Any]]:
         info = benchmark["extra_info"]
         if "contender" in info:
             row = {"group": benchmark["group"], **info, **common}
-            out.append({name: _short(row.get(name, "")) for name in COLUMNS})
+            columns = COLUMNS + GPU_COLUMNS if "gpu" in info else COLUMNS
+            out.append({name: _short(row.get(name, "")) for name in columns})
     return out
 
 
@@ -61,27 +72,63 @@ def _short(value: Any) -> Any:
 
 
 def markdown(table: list[dict[str, Any]]) -> str:
-    """The table that `make bench` prints."""
+    """The tables that `make bench` and `make gpu` print."""
+    kinds = [r for r in table if "gpu" not in r], [r for r in table if "gpu" in r]
+    return "\n\n".join(make(rows) for make, rows in zip((_cpu, _gpu), kinds, strict=True) if rows)
+
+
+def _spread(row: dict[str, Any]) -> str:
+    return f"{row['p20_ms']} .. {row['p80_ms']}"
+
+
+def _percent(share: str) -> str:
+    return f"{float(share):.0%}" if share else ""
+
+
+def _cpu(table: list[dict[str, Any]]) -> str:
     lines = [
         "| case | optimizer | median ms | 20% .. 80% | kernel ms | fastlars / this | GB/s "
         "| of memory |",
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in table:
-        spread = f"{row['p20_ms']} .. {row['p80_ms']}"
-        share = f"{float(row['share_of_memory']):.0%}" if row["share_of_memory"] else ""
         lines.append(
-            f"| {row['group']} | {row['contender']} {row['version']} | {row['p50_ms']} | {spread} "
-            f"| {row['kernel_ms']} | {row['fastlars_over_this']} | {row['gb_s']} | {share} |"
+            f"| {row['group']} | {row['contender']} {row['version']} | {row['p50_ms']} "
+            f"| {_spread(row)} | {row['kernel_ms']} | {row['fastlars_over_this']} | {row['gb_s']} "
+            f"| {_percent(row['share_of_memory'])} |"
         )
-    if table:
-        first = table[-1]
-        lines.append("")
+    first = table[-1]
+    lines.append("")
+    lines.append(
+        f"{first['machine']}, {first['threads']} threads, torch {first['torch']}, Python "
+        f"{first['python']}, {first['date']}, commit {first['commit']}; memory: "
+        f"{first['memory_gb_s']} GB/s"
+    )
+    return "\n".join(lines)
+
+
+def _gpu(table: list[dict[str, Any]]) -> str:
+    lines = [
+        "| case | optimizer | device ms | 20% .. 80% | host ms | fastlars / this "
+        "| bytes a parameter | GB/s | of copy | extra memory |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in table:
+        name = f"{row['contender']} {row['version']}"
+        if row["backend"]:
+            name += f" ({row['backend']})"
         lines.append(
-            f"{first['machine']}, {first['threads']} threads, torch {first['torch']}, Python "
-            f"{first['python']}, {first['date']}, commit {first['commit']}; memory: "
-            f"{first['memory_gb_s']} GB/s"
+            f"| {row['group']} | {name} | {row['p50_ms']} | {_spread(row)} | {row['host_ms']} "
+            f"| {row['fastlars_over_this']} | {row['bytes_per_parameter']} | {row['gb_s']} "
+            f"| {_percent(row['share_of_memory'])} | {float(row['extra_memory']):.2%} |"
         )
+    first = table[-1]
+    lines.append("")
+    lines.append(
+        f"{first['gpu']}, driver {first['driver']}, CUDA {first['cuda']}, torch {first['torch']}, "
+        f"Python {first['python']}, {first['date']}, commit {first['commit']}; copy: "
+        f"{first['memory_gb_s']} GB/s"
+    )
     return "\n".join(lines)
 
 
@@ -99,9 +146,10 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{run}: not a pytest-benchmark run: {error!r}", file=sys.stderr)
             return 2
     if arguments.csv:
+        columns = max([COLUMNS, *map(list, table)], key=len)
         arguments.csv.parent.mkdir(parents=True, exist_ok=True)
         with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(table)
     print(markdown(table))

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import fastlars
-from cases import parameters, resnet50
+from cases import parameters
 from fastlars.backends.cpu import Cpu
+from shapes import resnet50
 from timing import interleave
 
 ROUNDS = 2001

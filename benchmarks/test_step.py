@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from cases import DECAY, LR, MODELS, RULES, Contender, parameters
+from cases import DECAY, LR, RULES, Contender, check, gradients, parameters
+from shapes import MODELS
 from timing import Sample, interleave
 
 ROUNDS = {"resnet50": 61, "bert_large": 11}
 CASES = [
     pytest.param(model, rule, name, id=f"{model}-{rule}-{name.replace(' ', '_')}")
-    for model in MODELS
+    for model in ROUNDS
     for rule in RULES
     for name in RULES[rule]
 ]
@@ -39,24 +40,6 @@ def memory_rate() -> float:
     return 3 * a.nbytes / seconds
 
 
-def check(contender: Contender, reference: Contender, rule: str) -> None:
-    """No time without a right result: two steps on a small problem move the weights alike."""
-    shapes = [(64, 32), (32, 16, 3, 3)]
-    moved = []
-    for one in (contender, reference):
-        params = parameters(shapes)
-        before = [p.detach().clone() for p in params]
-        optimizer = one.build(params)
-        for group in optimizer.param_groups:
-            group["lr"] = 1.0 if rule == "lars" else 0.01
-        optimizer.step()
-        moved.append([p.detach() - b for p, b in zip(params, before, strict=True)])
-    for mine, theirs in zip(*moved, strict=True):
-        assert mine.abs().sum() > 0.0
-        cosine = torch.nn.functional.cosine_similarity(mine.flatten(), theirs.flatten(), dim=0)
-        assert cosine > 0.99, f"the step points elsewhere: cosine {float(cosine):.4f}"
-
-
 @pytest.mark.parametrize(("model", "rule", "name"), CASES)
 def test_step(benchmark: Any, model: str, rule: str, name: str) -> None:
     gc.collect()  # of the test before: optimizers sit in reference cycles, BERT's hold gigabytes
@@ -65,8 +48,8 @@ def test_step(benchmark: Any, model: str, rule: str, name: str) -> None:
     params = parameters(MODELS[model]())
     numel = sum(p.numel() for p in params)
     # Some contenders write into the gradients; without mending they would shrink to nothing.
-    saved = [p.grad.clone() for p in params if p.grad is not None]
-    grads = [p.grad for p in params]
+    grads = gradients(params)
+    saved = [g.clone() for g in grads]
 
     def restore() -> None:
         torch._foreach_copy_(grads, saved)

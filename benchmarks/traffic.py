@@ -1,0 +1,78 @@
+"""Bytes that a step of fastlars moves on a GPU, counted from what its kernels read and write.
+
+Counted by design, from the chunks of csrc/cuda/plan.h; nothing here is measured. What reaches the
+memory lies between the two figures: what a second pass finds in the cache costs no traffic.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+CHUNK = 4096
+# Of csrc/cuda/plan.h: what says where a chunk and a tensor lie, and where a chunk's sums go.
+ITEM, ROW, SUMS = 16, 48, 16
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Bytes an element of every array; ``copy`` is the low-precision parameter of a master."""
+
+    weight: int = 4
+    grad: int = 4
+    state: int = 4
+    copy: int = 0
+
+
+FLOAT32 = Widths()
+MASTERS = Widths(grad=2, copy=2)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes a parameter.
+
+    Attributes:
+        least: every array once: what no order of work can avoid.
+        touched: what the kernels ask for, from memory or from cache.
+    """
+
+    least: float
+    touched: float
+
+
+def elements(rule: str, path: str, widths: Widths) -> Traffic:
+    """Bytes an element, without tables."""
+    w, g, s = widths.weight, widths.grad, widths.state
+    written = w + widths.copy
+    if rule == "lars":
+        measure = w + g
+        # The one-launch path has kept the gradient on chip; the weight it takes from the cache.
+        apply = w + s + (0 if path == "one-launch" else g) + written + s
+        return Traffic(w + g + s + written + s, measure + apply)
+    measure = w + g + 2 * s + 2 * s
+    # The update is kept on chip, or else computed again from the moments.
+    apply = w + (0 if path == "one-launch" else 2 * s) + written
+    return Traffic(w + g + 2 * s + written + 2 * s, measure + apply)
+
+
+def chunks(sizes: list[int]) -> int:
+    """Into how many chunks tensors of these sizes are cut."""
+    return sum(math.ceil(size / CHUNK) for size in sizes)
+
+
+def traffic(rule: str, path: str, sizes: list[int], widths: Widths = FLOAT32) -> Traffic:
+    """Bytes a parameter, tables included.
+
+    Args:
+        rule: ``"lars"`` or ``"lamb"``.
+        path: ``"one-launch"``, or ``"two-launch"``, whose order of work Triton's kernels share.
+        sizes: elements of every tensor; all are adapted.
+        widths: of the arrays.
+    """
+    count, total = chunks(sizes), sum(sizes)
+    moved = elements(rule, path, widths)
+    # A slot is written by its chunk and read by the last chunk of the tensor to arrive.
+    least = count * (ITEM + 2 * SUMS) + len(sizes) * ROW
+    touched = count * (2 * ITEM + 2 * SUMS + 2 * ROW)
+    return Traffic(moved.least + least / total, moved.touched + touched / total)
