@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from operator import is_
 from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 
-from fastlars.backends.base import Backend, Mismatch, Scalars
+from fastlars.backends.base import Mismatch
 from fastlars.optim import checkpoint
 from fastlars.optim.checks import check_lr, check_options, check_overlap
-from fastlars.optim.numbers import Numbers, numbers
-from fastlars.optim.plan import Plan, Sublist, location, options_of
+from fastlars.optim.numbers import numbers
+from fastlars.optim.plan import Plan, location, options_of
 from fastlars.optim.traced import TracedStep
-from fastlars.rules import GradientNorm, Rule
+from fastlars.optim.work import Work, check_recording, take
+from fastlars.rules import Rule
 
 Params = Iterable[Any]
 # Options that every optimizer has beside its rule.
@@ -29,49 +29,6 @@ OPTIONS: dict[str, Any] = {
     "state_dtype": torch.float32,
     "capturable": False,
 }
-
-
-@dataclass
-class Work:
-    """One sublist, ready to be stepped."""
-
-    group: dict[str, Any]
-    rule: Rule
-    sublist: Sublist
-    bound: Any
-
-    @property
-    def backend(self) -> Backend:
-        return self.sublist.backend
-
-    @property
-    def device(self) -> torch.device:
-        return self.sublist.weights[0].device
-
-    @property
-    def sign(self) -> float:
-        return -1.0 if self.group["maximize"] else 1.0
-
-    def square_norms(self, now: Numbers) -> Tensor:
-        """Sums of squares of the gradients, for the global norm."""
-        scalars = now.unclipped(self.sign, self.device)
-        return self.backend.measure(GradientNorm(), self.bound, scalars)
-
-    def scalars(self, now: Numbers) -> Scalars:
-        """What the back end needs to know of this step."""
-        seed = None
-        if self.group["stochastic_rounding"] and self.sublist.kinds.weight == torch.bfloat16:
-            # From torch's own generator: torch.manual_seed makes it reproducible, and a saved
-            # generator state resumes it.
-            seed = int(torch.randint(2**62, ()))
-        limit = self.group["max_grad_norm"]
-        return now.scalars(self.group["lr"], self.sign, limit, seed, self.device)
-
-
-def _check_recording(works: list[Work]) -> None:
-    fixed = any(w.device.type == "cuda" and not w.group["capturable"] for w in works)
-    if fixed and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("a step is recorded into a CUDA graph only with capturable=True")
 
 
 class FusedOptimizer(TracedStep, torch.optim.Optimizer):
@@ -162,7 +119,7 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         if found_inf is not None and not self._reads_device() and float(found_inf) != 0.0:
             return loss
         works = self._prepare()
-        _check_recording(works)
+        check_recording(works)
         now = numbers(
             all(work.backend.reads_device for work in works),
             getattr(self, "grad_scale", None),
@@ -170,16 +127,7 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         )
         if now.skip:
             return loss
-        if any(work.group["max_grad_norm"] is not None for work in works):
-            now.take_norm([work.square_norms(now) for work in works])
-        self._last = []
-        for work in works:
-            ratios = work.backend.step(work.rule, work.bound, work.scalars(now))
-            self._last.append((work.sublist.weights, ratios))
-        for work in works:
-            # Autograd compares versions to notice that a saved tensor was overwritten; a write
-            # through an address does not move them.
-            torch.autograd.graph.increment_version(work.sublist.weights)
+        self._last = take(works, now)
         return loss
 
     def trust_ratios(self) -> dict[Tensor, float]:

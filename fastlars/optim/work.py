@@ -1,0 +1,73 @@
+"""Work: what a step has to do, list by list, once everything is checked and bound."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlars.backends.base import Backend, Scalars
+from fastlars.optim.numbers import Numbers
+from fastlars.optim.plan import Sublist
+from fastlars.rules import GradientNorm, Rule
+
+
+@dataclass
+class Work:
+    """One sublist, ready to be stepped."""
+
+    group: dict[str, Any]
+    rule: Rule
+    sublist: Sublist
+    bound: Any
+
+    @property
+    def backend(self) -> Backend:
+        return self.sublist.backend
+
+    @property
+    def device(self) -> torch.device:
+        return self.sublist.weights[0].device
+
+    @property
+    def sign(self) -> float:
+        return -1.0 if self.group["maximize"] else 1.0
+
+    def square_norms(self, now: Numbers) -> Tensor:
+        """Sums of squares of the gradients, for the global norm."""
+        scalars = now.unclipped(self.sign, self.device)
+        return self.backend.measure(GradientNorm(), self.bound, scalars)
+
+    def scalars(self, now: Numbers) -> Scalars:
+        """What the back end needs to know of this step."""
+        seed = None
+        if self.group["stochastic_rounding"] and self.sublist.kinds.weight == torch.bfloat16:
+            # From torch's own generator: torch.manual_seed makes it reproducible, and a saved
+            # generator state resumes it.
+            seed = int(torch.randint(2**62, ()))
+        limit = self.group["max_grad_norm"]
+        return now.scalars(self.group["lr"], self.sign, limit, seed, self.device)
+
+
+def check_recording(works: list[Work]) -> None:
+    """Raise where a CUDA graph is recorded that would replay today's numbers for ever."""
+    fixed = any(w.device.type == "cuda" and not w.group["capturable"] for w in works)
+    if fixed and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a step is recorded into a CUDA graph only with capturable=True")
+
+
+def take(works: list[Work], now: Numbers) -> list[tuple[list[Tensor], Tensor]]:
+    """Step every list; parameters and their trust ratios."""
+    if any(work.group["max_grad_norm"] is not None for work in works):
+        now.take_norm([work.square_norms(now) for work in works])
+    taken = []
+    for work in works:
+        ratios = work.backend.step(work.rule, work.bound, work.scalars(now))
+        taken.append((work.sublist.weights, ratios))
+    for work in works:
+        # Autograd compares versions to notice that a saved tensor was overwritten; a write through
+        # an address does not move them.
+        torch.autograd.graph.increment_version(work.sublist.weights)
+    return taken
