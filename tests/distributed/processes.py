@@ -1,0 +1,190 @@
+"""Real processes with a gloo group between them, for tests: ``run(2, function, argument)``."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# A server imports torch once, and forks every process from there: it starts in a moment, and has
+# nothing of this process but the arguments.
+_context = get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.parallel", "fastlars"])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one process returned, or the traceback of what it raised."""
+
+    rank: int
+    value: Any = None
+    error: str = ""
+    seconds: float = 0.0
+
+
+class WorkerError(RuntimeError):
+    """A process raised, died or did not end in time; the message holds its traceback."""
+
+
+def run(
+    size: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    timeout: float = 90.0,
+    group_timeout: float = 30.0,
+) -> list[Any]:
+    """What ``function(*arguments)`` returns in each of ``size`` new processes, by rank.
+
+    Each has one thread and is in a gloo group (``torch.distributed.get_rank()`` tells them apart).
+    ``function`` stands at the top of a file; arguments and return values are pickled.
+
+    Raises:
+        WorkerError: for the first process that raises or dies, at once; the others are killed.
+    """
+    outcomes = _start(size, function, arguments, timeout, group_timeout, stop_early=True)
+    failed = [outcome for outcome in outcomes if outcome.error]
+    if failed:
+        first = min(failed, key=lambda outcome: outcome.seconds)
+        raise WorkerError(f"rank {first.rank} of {size}:\n{first.error}")
+    return [outcome.value for outcome in outcomes]
+
+
+def outcomes(
+    size: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    timeout: float = 90.0,
+    group_timeout: float = 30.0,
+) -> list[Outcome]:
+    """As :func:`run`, but says how every process ended, for tests of failures."""
+    return _start(size, function, arguments, timeout, group_timeout, stop_early=False)
+
+
+def _start(
+    size: int,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    timeout: float,
+    group_timeout: float,
+    stop_early: bool,
+) -> list[Outcome]:
+    file = inspect.getsourcefile(function)
+    assert file is not None
+    call = (str(Path(file).resolve()), function.__module__, function.__qualname__)
+    # Plain pickle: multiprocessing's would share memory that dies with its process.
+    payload = pickle.dumps(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        begun, processes, found = time.monotonic(), [], {}
+        readers: dict[Connection, int] = {}
+        try:
+            for rank in range(size):
+                reader, writer = _context.Pipe(duplex=False)
+                where = (rank, size, f"{folder}/store", group_timeout)
+                process = _context.Process(
+                    target=_work, args=(writer, where, call, payload), daemon=True
+                )
+                process.start()
+                writer.close()
+                processes.append(process)
+                readers[reader] = rank
+            while readers and not (stop_early and any(o.error for o in found.values())):
+                ready = wait(list(readers), timeout=begun + timeout - time.monotonic())
+                if not ready:
+                    break
+                for reader in ready:
+                    rank = readers.pop(reader)
+                    found[rank] = _read(reader, rank, processes[rank], time.monotonic() - begun)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+    late = f"did not end within {timeout:g} s, and was killed"
+    return [found.get(rank) or Outcome(rank, error=late, seconds=timeout) for rank in range(size)]
+
+
+def _read(reader: Any, rank: int, process: Any, seconds: float) -> Outcome:
+    try:
+        value, error = pickle.loads(reader.recv_bytes())
+    except EOFError:
+        process.join()
+        return Outcome(rank, None, f"died with exit code {process.exitcode}", seconds)
+    return Outcome(rank, value, error, seconds)
+
+
+def _work(
+    writer: Any,
+    where: tuple[int, int, str, float],
+    call: tuple[str, str, str],
+    payload: bytes,
+) -> None:
+    """In the new process."""
+    rank, size, store, seconds = where
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    value, error = None, ""
+    try:
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(store, size),
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=seconds),
+        )
+        file, module, name = call
+        function: Any = _load(file, module)
+        for part in name.split("."):
+            function = getattr(function, part)
+        value = function(*pickle.loads(payload))
+        if dist.is_initialized():
+            _part()
+    except BaseException:
+        error = traceback.format_exc()
+    try:
+        answer = pickle.dumps((value, error))
+    except Exception:
+        answer = pickle.dumps((None, traceback.format_exc()))
+    writer.send_bytes(answer)
+    writer.close()
+    # Threads of a broken group may never end.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _part() -> None:
+    """Wait for the others: one that leaves early closes its connections to them."""
+    try:
+        dist.barrier()
+    except RuntimeError:
+        return  # another one failed, and says so itself
+    dist.destroy_process_group()
+
+
+def _load(file: str, name: str) -> ModuleType:
+    """The module of a test file, under the name that pytest gave it."""
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

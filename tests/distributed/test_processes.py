@@ -1,0 +1,49 @@
+"""The helper that starts processes: values come back by rank, failures as they were."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from distributed.processes import WorkerError, outcomes, run
+
+
+def total(start: torch.Tensor) -> torch.Tensor:
+    start = start + dist.get_rank()
+    dist.all_reduce(start)
+    return start
+
+
+def fail_on(rank: int, how: str) -> int:
+    if dist.get_rank() != rank:
+        return dist.get_rank()
+    if how == "raise":
+        raise ValueError("as asked")
+    if how == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+    return -1
+
+
+def test_values_come_back_by_rank() -> None:
+    assert [int(value) for value in run(2, total, torch.tensor(4))] == [9, 9]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [("raise", "ValueError: as asked"), ("die", "exit code -9"), ("hang", "did not end within")],
+)
+def test_a_failure_says_what_it_was(how: str, message: str) -> None:
+    zero, one = outcomes(2, fail_on, 1, how, timeout=4, group_timeout=2)
+    assert zero.value == 0
+    assert message in one.error
+
+
+def test_the_first_error_is_raised_at_once() -> None:
+    with pytest.raises(WorkerError, match=r"rank 1 of 2:(?s:.*)as asked"):
+        run(2, fail_on, 1, "raise")
