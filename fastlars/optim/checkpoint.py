@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastlars.optim.checks import check_lr, check_options
 from fastlars.optim.plan import counter_dtype, like, location, wanted
+from fastlars.optim.sharded import is_dtensor, mesh_of, placed
 from fastlars.rules import Rule
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _state_of(optimizer: FusedOptimizer, p: Tensor, group: Dict, state: Dict) ->
     out: Dict = {}
     for name, value in state.items():
         if name in types:
-            out[name] = like(p, value, types[name])
+            out[name] = like(p, placed(value, p) if is_dtensor(p) else value, types[name])
         elif name == rule.counter:
             out[name] = torch.tensor(float(value), dtype=counter_dtype(p), device=p.device)
         else:
@@ -155,6 +156,11 @@ def _check_state(p: Tensor, state: Dict, rule: Rule, group: Dict, where: str) ->
             or (name == rule.counter and value.numel() != 1)
         ):
             raise ValueError(f"{where}: {name} is no tensor of real numbers that fits")
+        if is_dtensor(value) and mesh_of(value) != mesh_of(p):
+            raise ValueError(
+                f"{where}: {name} is a DTensor on {mesh_of(value)}, the parameter on {mesh_of(p)}: "
+                "load it through torch.distributed.checkpoint"
+            )
         if name != rule.counter and value.shape != p.shape:
             raise ValueError(
                 f"{where}: {name} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}"

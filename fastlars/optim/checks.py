@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlars.backends.choose import is_dense
+from fastlars.optim.sharded import is_dtensor, shard
 
 FLAGS = frozenset(
     {"adapt", "always_adapt", "maximize", "master_weights", "stochastic_rounding", "capturable"}
@@ -58,7 +59,15 @@ def check_options(group: dict[str, Any]) -> None:
 
 
 def check_parameter(weight: Tensor, where: str) -> None:
-    """Raise unless ``weight`` is a floating-point tensor with memory of its own."""
+    """Raise unless ``weight`` is a floating-point tensor with memory of its own, or a shard."""
+    if getattr(weight, "_fsdp_flattened", False):
+        raise TypeError(
+            f"{where} is a flat parameter of FSDP1, which does not know its layers: shard the "
+            "model with FSDP2, torch.distributed.fsdp.fully_shard"
+        )
+    if is_dtensor(weight):
+        _check_placement(weight, where)
+        weight = shard(weight)
     kind = type(weight).__name__
     if weight.is_complex():
         raise TypeError(f"{where} is complex: step torch.view_as_real of it instead")
@@ -80,13 +89,41 @@ def check_parameter(weight: Tensor, where: str) -> None:
         raise ValueError(f"{where} is expanded: several of its elements share one memory cell")
 
 
+def _check_placement(weight: Any, where: str) -> None:
+    if any(placement.is_partial() for placement in weight.placements):
+        raise TypeError(f"{where} is a DTensor whose sum is pending, placed {weight.placements}")
+    if weight.device_mesh.get_coordinate() is None:
+        raise ValueError(f"{where} is a DTensor on {weight.device_mesh}, without this process")
+
+
+def check_rounding(weight: Any, where: str) -> None:
+    """Raise if ``weight`` has replicas that random numbers would drive apart."""
+    if is_dtensor(weight) and weight.dtype == torch.bfloat16:
+        sizes = zip(weight.placements, weight.device_mesh.shape, strict=True)
+        if any(placement.is_replicate() and size > 1 for placement, size in sizes):
+            raise ValueError(
+                f"{where} is replicated over a part of {weight.device_mesh}, and "
+                "stochastic_rounding would round its replicas differently: use master_weights"
+            )
+
+
+def _check_alike(weight: Any, other: Any, what: str, where: str) -> None:
+    """Raise unless both are DTensors of one mesh, or neither is one."""
+    if is_dtensor(weight) != is_dtensor(other):
+        kinds = [f"a {'DTensor' if is_dtensor(t) else 'plain tensor'}" for t in (weight, other)]
+        raise TypeError(f"{where} is {kinds[0]}, its {what} {kinds[1]}")
+    if is_dtensor(weight) and weight.device_mesh != other.device_mesh:
+        raise ValueError(f"{where} is on {weight.device_mesh}, its {what} on {other.device_mesh}")
+
+
 def check_gradient(weight: Tensor, grad: Tensor, where: str) -> None:
     """Raise unless ``grad`` can be held against ``weight`` element by element."""
+    _check_alike(weight, grad, "gradient", where)
     if grad.layout != torch.strided:
         raise TypeError(f"{where} has a sparse gradient ({grad.layout}): only dense ones are taken")
     if not grad.is_floating_point():
         raise TypeError(f"{where} has a gradient of {grad.dtype}")
-    if type(grad).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if not is_dtensor(grad) and type(grad).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise TypeError(f"{where} has a gradient of type {type(grad).__name__}")
     if grad.shape != weight.shape:
         raise ValueError(
@@ -102,6 +139,13 @@ def check_state(weight: Tensor, name: str, value: Any, dtype: torch.dtype, where
         raise TypeError(f"{where}: its {name} is a {type(value).__name__}, not a tensor")
     if value.layout != torch.strided:
         raise TypeError(f"{where}: its {name} is a sparse tensor ({value.layout})")
+    _check_alike(weight, value, name, where)
+    placements = [getattr(t, "placements", None) for t in (weight, value)]
+    if placements[0] != placements[1]:
+        raise ValueError(
+            f"{where} is placed {placements[0]}, its {name} {placements[1]}: "
+            "the parameter was sharded anew after its state was made"
+        )
     if value.shape != weight.shape:
         raise ValueError(
             f"{where} has shape {tuple(weight.shape)}, its {name} {tuple(value.shape)}: "
@@ -143,7 +187,8 @@ def check_overlap(parameters: list[tuple[Tensor, str]]) -> None:
     Stepped one after the other they would take two steps; stepped in one launch, an undefined one.
     """
     by_storage: dict[int, list[tuple[Tensor, str]]] = defaultdict(list)
-    for parameter, where in parameters:
+    for whole, where in parameters:
+        parameter = shard(whole)
         if parameter.layout == torch.strided and not parameter.is_meta and parameter.numel() > 0:
             by_storage[parameter.untyped_storage()._cdata].append((parameter, where))
     for sharers in by_storage.values():

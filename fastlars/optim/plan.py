@@ -17,7 +17,14 @@ from torch import Tensor
 
 from fastlars.backends.base import Backend, Kinds, Mismatch, Tensors
 from fastlars.backends.choose import choose
-from fastlars.optim.checks import check_counter, check_gradient, check_parameter, check_state
+from fastlars.optim.checks import (
+    check_counter,
+    check_gradient,
+    check_parameter,
+    check_rounding,
+    check_state,
+)
+from fastlars.optim.sharded import Shards, mesh_of, shard, shards_of, tables, unwrapped
 from fastlars.rules import Rule
 
 State = dict[Tensor, dict[str, Any]]
@@ -46,10 +53,11 @@ def has_master(weight: Tensor, group: dict[str, Any]) -> bool:
 
 
 def like(weight: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """``value`` with the device and the strides of ``weight``."""
+    """``value`` with the device and the strides of ``weight``; DTensors are sharded alike."""
     # empty_like keeps the strides of a weight without gaps, which is all that a kernel pairs by.
     out = torch.empty_like(weight, dtype=dtype, requires_grad=False)
-    return out.copy_(value)
+    shard(out).copy_(shard(value))
+    return out
 
 
 def wanted(weight: Tensor, rule: Rule, group: dict[str, Any]) -> dict[str, torch.dtype]:
@@ -62,7 +70,7 @@ def wanted(weight: Tensor, rule: Rule, group: dict[str, Any]) -> dict[str, torch
 
 @dataclass
 class Sublist:
-    """Parameters of a group that agree in device, types and back end."""
+    """Parameters of a group that agree in device, types, back end and mesh."""
 
     indices: list[int]
     weights: list[Tensor]
@@ -71,11 +79,12 @@ class Sublist:
     layout: Any
     single: list[int]  # weights of one element
     states: list[dict[str, Any]]
+    shards: Shards | None = None  # of weights that are DTensors
 
 
 def options_of(group: dict[str, Any], rule: Rule) -> tuple[Any, ...]:
-    """What decides states and their types."""
-    names = ("master_weights", "state_dtype", "capturable")
+    """What decides states and their types, and what is refused."""
+    names = ("master_weights", "state_dtype", "capturable", "stochastic_rounding")
     return (rule.states, rule.counter, *map(group.__getitem__, names))
 
 
@@ -119,6 +128,8 @@ class Plan:
     def _check(self, place: str, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
         check_parameter(p, place)
         check_gradient(p, g, place)
+        if group["stochastic_rounding"]:
+            check_rounding(p, place)
         states = self.state.get(p, {})
         for name, dtype in wanted(p, self.rule, group).items():
             if name in states:
@@ -133,7 +144,7 @@ class Plan:
             if name not in states:
                 start = p.detach() if name == "master" else torch.zeros((), dtype=dtype)
                 states[name] = like(p, start, dtype)
-            elif states[name].stride() != p.stride():
+            elif shard(states[name]).stride() != shard(p).stride():
                 states[name] = like(p, states[name], dtype)
         counter = self.rule.counter
         if counter is not None and counter not in states:
@@ -157,7 +168,7 @@ class Plan:
             if has_master(p, group):
                 kinds = Kinds(torch.float32, g.dtype, state_dtype(p, group), copy=p.dtype)
             try:
-                backend = choose(p, g.dtype, kinds.state)
+                backend = choose(shard(p), g.dtype, kinds.state)
             except RuntimeError as error:
                 raise RuntimeError(f"{place}: {error}") from None
             if group["capturable"] and not backend.reads_device:
@@ -165,17 +176,22 @@ class Plan:
                     f"{place}: capturable=True needs a back end that reads lr and step on the "
                     f"device, but {backend.name} serves it"
                 )
-            by_kind[p.device, kinds, backend].append(i)
+            by_kind[p.device, kinds, backend, mesh_of(p)].append(i)
         return by_kind
 
     def _cut(self) -> list[Sublist]:
         sublists = []
-        for (_, kinds, backend), indices in self.kinds.items():
+        found = tables([(mesh, indices) for (*_, mesh), indices in self.kinds.items()])
+        for ((_, kinds, backend, _), indices), place in zip(self.kinds.items(), found, strict=True):
             weights = [self.params[i] for i in indices]
-            layout = backend.layout(weights)
-            single = [i for i, w in enumerate(weights) if w.numel() == 1]
+            local = [shard(w) for w in weights]
+            layout = backend.layout(local)
+            single = [i for i, w in enumerate(local) if w.numel() == 1]
             states = [self.state[w] for w in weights]
-            sublists.append(Sublist(indices, weights, kinds, backend, layout, single, states))
+            shards = shards_of(*place, weights) if place is not None else None
+            sublists.append(
+                Sublist(indices, weights, kinds, backend, layout, single, states, shards)
+            )
         return sublists
 
     def gather(self, sublist: Sublist, grads: list[Any]) -> Tensors:
@@ -187,7 +203,7 @@ class Plan:
         weights, copies = sublist.weights, None
         if sublist.kinds.copy is not None:
             weights, copies = [s["master"] for s in states], weights
-        return Tensors(
+        tensors = Tensors(
             weights=weights,
             grads=grads,
             states=tuple([s[name] for s in states] for name in self.rule.states),
@@ -195,6 +211,7 @@ class Plan:
             copies=copies,
             kinds=sublist.kinds,
         )
+        return tensors if sublist.shards is None else unwrapped(tensors)
 
     def bind(self, grads: list[Any]) -> list[tuple[Sublist, Any]]:
         """Every sublist's tensors, checked by its back end; nothing is written.
@@ -219,7 +236,7 @@ class Plan:
                 # Such as a contiguous gradient of a channels_last weight.
                 tensors.grads = [
                     g if g.stride() == w.stride() else like(w, g, g.dtype)
-                    for w, g in zip(sublist.weights, tensors.grads, strict=True)
+                    for w, g in zip(tensors.copies or tensors.weights, tensors.grads, strict=True)
                 ]
                 bound.append((sublist, sublist.backend.bind(tensors, sublist.layout)))
         return bound

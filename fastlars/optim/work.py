@@ -11,6 +11,7 @@ from torch import Tensor
 from fastlars.backends.base import Backend, Scalars
 from fastlars.optim.numbers import Numbers
 from fastlars.optim.plan import Sublist
+from fastlars.optim.sharded import complete, shard
 from fastlars.rules import GradientNorm, Rule
 
 
@@ -61,13 +62,33 @@ def check_recording(works: list[Work]) -> None:
 def take(works: list[Work], now: Numbers) -> list[tuple[list[Tensor], Tensor]]:
     """Step every list; parameters and their trust ratios."""
     if any(work.group["max_grad_norm"] is not None for work in works):
-        now.take_norm([work.square_norms(now) for work in works])
+        parts = [(work.sublist.shards, work.square_norms(now)) for work in works]
+        now.take_norm(complete(parts))
+    each = [work.scalars(now) for work in works]
+    sums = _sharded_sums(works, each)
     taken = []
-    for work in works:
-        ratios = work.backend.step(work.rule, work.bound, work.scalars(now))
+    for i, (work, scalars) in enumerate(zip(works, each, strict=True)):
+        if i in sums:
+            ratios = work.backend.apply(work.rule, work.bound, scalars, sums[i])
+        else:
+            ratios = work.backend.step(work.rule, work.bound, scalars)
         taken.append((work.sublist.weights, ratios))
     for work in works:
         # Autograd compares versions to notice that a saved tensor was overwritten; a write through
         # an address does not move them.
         torch.autograd.graph.increment_version(work.sublist.weights)
+        if work.sublist.shards is not None:
+            torch.autograd.graph.increment_version([shard(w) for w in work.sublist.weights])
     return taken
+
+
+def _sharded_sums(works: list[Work], each: list[Scalars]) -> dict[int, Tensor]:
+    """Sums of squares over all shards, by the place of the list; of adapted DTensors alone."""
+    places = [i for i, w in enumerate(works) if w.sublist.shards is not None and w.rule.adapt]
+    if not places:
+        return {}
+    parts = [
+        (works[i].sublist.shards, works[i].backend.measure(works[i].rule, works[i].bound, each[i]))
+        for i in places
+    ]
+    return dict(zip(places, complete(parts), strict=True))
