@@ -1,6 +1,8 @@
 """fastlars: LARS and LAMB at the price of SGD."""
 
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
+from types import ModuleType as _ModuleType
 
 from fastlars import conventions, schedules
 from fastlars.groups import parameter_groups
@@ -10,3 +12,9 @@ from fastlars.optim.lars import LARS
 __version__ = _version("fastlars")
 
 __all__ = ["LAMB", "LARS", "__version__", "conventions", "parameter_groups", "schedules"]
+
+
+def __getattr__(name: str) -> _ModuleType:
+    if name == "distributed":  # on demand: one GPU does not need it, and not every torch has it
+        return _import_module("fastlars.distributed")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

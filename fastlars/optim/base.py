@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from operator import is_
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -31,6 +31,14 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+class Ahead(Protocol):
+    """Steps parameters before ``step()`` does, as fastlars.distributed.overlap has it."""
+
+    def step(self) -> list[tuple[list[Tensor], Tensor]]:
+        """What is left to do; all parameters that were stepped, and their trust ratios."""
+        ...
+
+
 class FusedOptimizer(TracedStep, torch.optim.Optimizer):
     """Steps all parameters of a group in one call of a compiled back end.
 
@@ -46,6 +54,8 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
     marks: ClassVar[frozenset[str]] = frozenset()
     # Optimizers of torch whose states mean the same.
     loads_from: ClassVar[tuple[checkpoint.Source, ...]] = ()
+
+    _ahead: Ahead | None = None
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         check_lr(defaults["lr"])
@@ -112,6 +122,9 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._ahead is not None:
+            self._last = self._ahead.step()
+            return loss
         found_inf = getattr(self, "found_inf", None)
         if torch.compiler.is_compiling() and found_inf is None:
             self._step_traced()

@@ -1,0 +1,139 @@
+"""overlap(): the optimizer's step during the backward pass of a DDP module."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch.nn.parallel import DistributedDataParallel
+
+from fastlars.distributed.average import COMPRESSIONS, Average
+from fastlars.distributed.engine import Engine
+from fastlars.distributed.hook import Slot, reduce_and_step
+from fastlars.distributed.refusals import check_ddp, check_optimizer
+from fastlars.optim.base import FusedOptimizer
+
+MODES = ("step", "norms")
+
+
+class Handle:
+    """Ends an overlap."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def remove(self) -> None:
+        """Go back to ordinary steps.
+
+        Between a backward pass and its ``optimizer.step()``, that step is still overlapped. DDP
+        keeps its hook, which from now on averages as DDP does without one.
+        """
+        if self._engine.started:
+            self._engine.leaving = True
+        else:
+            self._engine.release()
+
+
+def overlap(
+    ddp: DistributedDataParallel,
+    optimizer: FusedOptimizer,
+    *,
+    compression: Literal["fp16", "bf16"] | None = None,
+    mode: Literal["step", "norms"] = "step",
+) -> Handle:
+    """Step the parameters of a DDP bucket as soon as it is reduced, while backward goes on.
+
+    Call it once, before the first backward pass; the training loop stays as it is.
+    ``optimizer.step()`` steps what no bucket held. Without compression, parameters and states have
+    the bits that they have without overlap. The first step, which DDP reduces in one bucket, is
+    not overlapped.
+
+    Hyper-parameters are read during backward: change them before it or after ``optimizer.step()``,
+    as schedulers do. Parameters are new when backward returns, not before.
+
+    Args:
+        ddp: module; any of its options but those below. With ``static_graph=True``, parameters may
+            stay unused.
+        optimizer: :class:`fastlars.LARS` or :class:`fastlars.LAMB` over parameters of ``ddp``, and
+            others if need be.
+        compression: ``"fp16"`` or ``"bf16"`` divides gradients by the number of processes, rounds
+            them to that type and adds them up in it; buckets of 16 bits already stay as they are.
+            The step reads the sum where it lies. ``p.grad`` is not what was stepped with then: for
+            parameters that were stepped during backward it holds this process's own gradient.
+        mode: ``"norms"`` takes only the sums of squares during backward, and LAMB's moments with
+            them; weights change in ``optimizer.step()``. With ``max_grad_norm`` in any group, only
+            the gradients' norms are taken during backward, in either mode.
+
+    Returns:
+        A handle whose ``remove()`` goes back to ordinary steps.
+
+    Raises:
+        TypeError: not a DDP module, or not an optimizer of this package.
+        ValueError: an unknown ``compression`` or ``mode``, or no parameter in common.
+        RuntimeError: what does not go with it: ``find_unused_parameters`` without
+            ``static_graph``, DDP's ``mixed_precision``, another communication hook,
+            ``torch.compile``'s python reducer, an optimizer in backward, ``capturable``,
+            ``stochastic_rounding``. Later, from where it shows: a ``GradScaler`` (at the first
+            step, before anything is changed), a second backward pass before ``optimizer.step()``
+            without ``no_sync()``, ``join(divide_by_initial_world_size=False)``, gradients or
+            hyper-parameters that were changed between backward and ``optimizer.step()``.
+
+    Example:
+        >>> import os, tempfile, torch, torch.distributed as dist, fastlars.distributed
+        >>> store = dist.FileStore(os.path.join(tempfile.mkdtemp(), "store"), 1)
+        >>> dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 2))
+        >>> optimizer = fastlars.LARS(ddp.parameters(), lr=0.1)
+        >>> handle = fastlars.distributed.overlap(ddp, optimizer)
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     ddp(torch.ones(3, 4)).sum().backward()
+        ...     optimizer.step()
+        >>> handle.remove()
+        >>> dist.destroy_process_group()
+    """
+    if compression not in COMPRESSIONS:
+        raise ValueError(f"compression must be None, 'fp16' or 'bf16', got {compression!r}")
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
+    check_ddp(ddp)
+    check_optimizer(optimizer, ddp)
+    slot = _slot(ddp)
+    engine = Engine(ddp, optimizer, slot.average, COMPRESSIONS[compression], mode)
+    before_forward = ddp.register_forward_pre_hook(engine.arm)
+    slot.engine = engine
+    optimizer._ahead = engine
+
+    def release() -> None:
+        before_forward.remove()
+        if slot.engine is engine:
+            slot.engine = None
+            optimizer._ahead = None
+
+    engine.release = release
+    return Handle(engine)
+
+
+def _slot(ddp: DistributedDataParallel) -> Slot:
+    """What our hook on ``ddp`` works for; registers it where there is none."""
+    hooks = ddp._comm_hooks
+    slots = [state for _, state in hooks if isinstance(state, Slot)]
+    if slots and slots[0].engine is not None:
+        raise RuntimeError("this DDP module is overlapped already: remove() its handle first")
+    if slots:
+        return slots[0]
+    if hooks:
+        raise RuntimeError(
+            "overlap does not go with another communication hook: DDP takes one alone, and has "
+            f"{getattr(hooks[0][0], '__qualname__', hooks[0][0])}"
+        )
+    slot = Slot(Average(ddp))
+    try:
+        ddp.register_comm_hook(slot, reduce_and_step)
+    except RuntimeError as error:
+        hooks.clear()  # DDP notes the hook before its reducer refuses it
+        slot.average.close()
+        raise RuntimeError(
+            "overlap does not go with another communication hook: DDP takes one alone, and has one "
+            "that it built itself"
+        ) from error
+    return slot

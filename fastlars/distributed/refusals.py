@@ -1,0 +1,87 @@
+"""What overlap refuses, by name, before it changes anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.nn.parallel import DistributedDataParallel
+
+from fastlars.optim.base import FusedOptimizer
+
+
+def check_ddp(ddp: Any) -> None:
+    """Raise unless ``ddp`` is a DDP module whose gradients pass through hooks of ours alone."""
+    if not isinstance(ddp, DistributedDataParallel):
+        raise TypeError(
+            "overlap needs a torch.nn.parallel.DistributedDataParallel module, "
+            f"got {type(ddp).__name__}"
+        )
+    if ddp._use_python_reducer:
+        raise RuntimeError(
+            "overlap does not go with torch.compile's python reducer, which has no buckets: set "
+            'torch._dynamo.config.optimize_ddp = "ddp_optimizer" before DDP is made'
+        )
+    if ddp.mixed_precision is not None:
+        raise RuntimeError(
+            "overlap does not go with DDP's mixed_precision, which has a communication hook of its "
+            "own: use torch.autocast, or parameters of bfloat16 with master_weights=True"
+        )
+    if ddp.find_unused_parameters and not ddp.static_graph:
+        raise RuntimeError(
+            "overlap does not go with find_unused_parameters=True: which parameters are unused is "
+            "known only after their zeros were averaged. If they are the same at every step, "
+            "static_graph=True goes"
+        )
+    if any(hasattr(p, "_in_backward_optimizers") for p in ddp.parameters()):
+        raise RuntimeError(
+            "overlap does not go with _apply_optimizer_in_backward: two optimizers would step "
+            "the same parameters"
+        )
+
+
+def check_optimizer(optimizer: Any, ddp: DistributedDataParallel) -> None:
+    """Raise unless ``optimizer`` is ours, and steps parameters of ``ddp``."""
+    if not isinstance(optimizer, FusedOptimizer):
+        raise TypeError(
+            f"overlap needs a fastlars optimizer (LARS, LAMB), got {type(optimizer).__name__}"
+        )
+    if optimizer._ahead is not None:
+        raise RuntimeError("this optimizer is overlapped already: remove() its handle first")
+    own = {p for group in optimizer.param_groups for p in group["params"]}
+    if not any(p in own for p in ddp.parameters() if p.requires_grad):
+        raise ValueError("the optimizer steps none of the DDP module's parameters")
+    check_groups(optimizer)
+
+
+def check_groups(optimizer: FusedOptimizer) -> None:
+    """Raise where a group's options do not go with overlap."""
+    for number, group in enumerate(optimizer.param_groups):
+        if group["capturable"]:
+            raise RuntimeError(
+                f"group {number}: overlap does not go with capturable=True: a CUDA graph would "
+                "record the reductions too"
+            )
+        if group["stochastic_rounding"]:
+            raise RuntimeError(
+                f"group {number}: overlap does not go with stochastic_rounding: random numbers "
+                "would depend on the buckets"
+            )
+
+
+def check_scaler(optimizer: FusedOptimizer) -> None:
+    """Raise where a GradScaler takes the step."""
+    given = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
+    if any(value is not None for value in given):
+        raise RuntimeError(
+            "overlap does not go with GradScaler: buckets are stepped before it has seen all "
+            "gradients. bfloat16 needs no scaler"
+        )
+
+
+def check_join(ddp: DistributedDataParallel) -> None:
+    """Raise where DDP averages over those processes only that have inputs left."""
+    if ddp._join_config.enable and not ddp._divide_by_initial_world_size:
+        raise RuntimeError(
+            "overlap does not go with join(divide_by_initial_world_size=False): a communication "
+            "hook is not told how many processes are left"
+        )
