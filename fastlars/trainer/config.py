@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, NoReturn, get_type_hints
 
 from fastlars.trainer import recipes
@@ -141,6 +141,13 @@ class Config:
         "be at least 0",
         shapes_run=False,
     )
+    timeout: float = _setting(
+        1800.0,  # saving to a slow disk, or the slowest reader at the start
+        "seconds that a process waits for another one before it gives up",
+        _finite(0, above=True),
+        "be above 0",
+        shapes_run=False,
+    )
     max_steps: int = _setting(
         0,
         "stop with a checkpoint after so many steps of the run; 0: at its end",
@@ -151,14 +158,19 @@ class Config:
 
     def __post_init__(self) -> None:
         for setting in fields(self):
-            value, meta = getattr(self, setting.name), setting.metadata
-            if meta["check"] is not None and not meta["check"](value):
-                raise TrainerError(f"{flag(setting.name)} must {meta['must']}, got {value}")
+            _check(setting, getattr(self, setting.name))
 
     def shaping(self) -> dict[str, Any]:
         """The settings that a resumed run must share, and `data`, which it takes over."""
         return {f.name: getattr(self, f.name) for f in fields(self)
                 if f.metadata["shapes_run"] or f.name == "data"}  # fmt: skip
+
+
+def _check(setting: Field[Any], value: Any) -> None:
+    meta = setting.metadata
+    if meta["check"] is not None and not meta["check"](value):
+        text = f"{flag(setting.name)} must {meta['must']}, got {value}"
+        raise TrainerError(text, everywhere=True)
 
 
 def flag(name: str) -> str:
@@ -224,4 +236,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[dict[str, Any], str | None]:
         help="go on from a checkpoint (default: the one in --output) with the settings in it",
     )
     given = vars(parser.parse_args(arguments))
+    for setting in fields(Config):  # before processes connect, which takes some of them
+        if setting.name in given:
+            _check(setting, given[setting.name])
     return given, given.pop("resume", None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +18,6 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from torch.nn.parallel import DistributedDataParallel
 
 from fastlars.trainer.errors import TrainerError
-
-_TIMEOUT = timedelta(minutes=30)  # saving to a slow disk, or the slowest reader at the start
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,12 @@ def parallel(model: torch.nn.Module, world: World) -> torch.nn.Module:
     return DistributedDataParallel(model, device_ids=devices, **options)
 
 
-def restarted() -> bool:
-    """Whether torchrun started this process again after another one had failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def restarted(here: World) -> bool:
+    """Whether torchrun started these processes again after one had failed.
+
+    Each host's torchrun counts its own failures: one that was itself started again begins at 0.
+    """
+    return any(here.gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0))
 
 
 def may_restart() -> bool:
@@ -140,25 +143,30 @@ def may_restart() -> bool:
 
 
 @contextmanager
-def world(device: str) -> Iterator[World]:
-    """The processes of this run, connected for as long as the context lasts."""
+def world(device: str, timeout: float) -> Iterator[World]:
+    """The processes of this run, connected for as long as the context lasts.
+
+    Args:
+        device: "cpu", "cuda" or "auto".
+        timeout: seconds that a process waits for another one before it gives up.
+    """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     place = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if size == 1:
         yield World(0, 1, place)
         return
-    cuda = place.type == "cuda"
+    cuda, patience = place.type == "cuda", timedelta(seconds=timeout)
     dist.init_process_group(
-        "nccl" if cuda else "gloo", store=_store(rank, size), rank=rank, world_size=size,
-        timeout=_TIMEOUT, device_id=place if cuda else None,
+        "nccl" if cuda else "gloo", store=_store(rank, size, patience), rank=rank,
+        world_size=size, timeout=patience, device_id=place if cuda else None,
     )  # fmt: skip
     try:
-        yield World(rank, size, place, dist.new_group(backend="gloo", timeout=_TIMEOUT))
+        yield World(rank, size, place, dist.new_group(backend="gloo", timeout=patience))
     finally:
         dist.destroy_process_group()
 
 
-def _store(rank: int, size: int) -> Store:
+def _store(rank: int, size: int, patience: timedelta) -> Store:
     """Where the processes find each other.
 
     torchrun keeps one store over restarts, with the addresses of the processes that died still
@@ -170,10 +178,38 @@ def _store(rank: int, size: int) -> Store:
         int(os.environ["MASTER_PORT"]),
         size,
         is_master=rank == 0 and not agents,
-        timeout=_TIMEOUT,
+        timeout=patience,
     )
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"fastlars/attempt-{attempt}", store)
+    return PrefixStore(f"fastlars/{_attempt(store, rank, size, patience)}", store)
+
+
+def _attempt(store: Store, rank: int, size: int, patience: timedelta) -> str:
+    """A name that this attempt's processes share, and no earlier one's.
+
+    TORCHELASTIC_RESTART_COUNT would not do: hosts disagree about it where only one of them saw a
+    failure, or where one's torchrun was started anew. So every process says that it is here, and
+    takes a name from the first one only in answer to that very word.
+    """
+    end = time.monotonic() + patience.total_seconds()
+    mine = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"here-{rank}", mine)
+    while time.monotonic() < end:
+        for other in range(1, size) if rank == 0 else ():
+            if store.check([f"here-{other}"]):
+                word = store.get(f"here-{other}").decode()
+                store.set(f"answer-{other}", f"{word} {mine}")
+        if rank == 0 and store.add(f"met-{mine}", 0) == size - 1:
+            return mine
+        if rank > 0 and store.check([f"answer-{rank}"]):
+            word, name = store.get(f"answer-{rank}").decode().split()
+            if word == mine:
+                store.add(f"met-{name}", 1)
+                return name
+        time.sleep(0.02)
+    raise TrainerError(
+        f"process {rank} did not meet the others within {patience.total_seconds():g} s"
+    )
 
 
 def _device(wanted: str, local_rank: int) -> torch.device:

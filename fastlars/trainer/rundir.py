@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from fastlars.trainer import checkpoint
-from fastlars.trainer.distributed import may_restart, restarted
+from fastlars.trainer.distributed import may_restart
 from fastlars.trainer.errors import TrainerError
 
 _DEFAULT = Path("runs")
@@ -69,12 +69,13 @@ def new(output: str, data: str, recipe: str) -> RunDirectory:
     return RunDirectory(_DEFAULT / f"{name}-{number}")
 
 
-def to_resume(resume: str | None, output: str) -> Path | None:
+def to_resume(resume: str | None, output: str, restarted: bool) -> Path | None:
     """The checkpoint to go on from, if any.
 
     Args:
         resume: what --resume names: a file, a run directory, "" for the one in `output`, or None.
         output: what --output names, "" for nothing.
+        restarted: whether torchrun started the run again.
     """
     if resume:
         path = Path(resume)
@@ -82,7 +83,7 @@ def to_resume(resume: str | None, output: str) -> Path | None:
     in_output = Path(output) / checkpoint.NAME if output else None
     if resume is None:
         # torchrun repeats the command line as it was: a restart means going on.
-        again = restarted() and in_output is not None and in_output.exists()
+        again = restarted and in_output is not None and in_output.exists()
         return in_output if again else None
     if in_output is None:
         raise TrainerError("--resume needs the PATH of a checkpoint, or --output with one in it")

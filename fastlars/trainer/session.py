@@ -15,7 +15,7 @@ import torchvision
 from fastlars.trainer import checkpoint, config, data, model, optimizer, plan, rundir
 from fastlars.trainer.config import Config
 from fastlars.trainer.data import Data
-from fastlars.trainer.distributed import World, world
+from fastlars.trainer.distributed import World, restarted, world
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.log import Display, MetricsLog
 from fastlars.trainer.loop import Loop, Parts, Progress, fingerprint
@@ -25,10 +25,11 @@ from fastlars.trainer.signals import StopSignals
 
 def run(given: dict[str, Any], resume: str | None) -> int:
     """Train as the command line says; the process's exit status."""
-    with world(given.get("device", Config.device)) as here:
-        started = time.perf_counter()
+    device, timeout = given.get("device", Config.device), given.get("timeout", Config.timeout)
+    with world(device, timeout) as here:
+        started, again = time.perf_counter(), restarted(here)
         with here.together():
-            source = rundir.to_resume(resume, given.get("output", ""))
+            source = rundir.to_resume(resume, given.get("output", ""), again)
             state = checkpoint.load(source) if source else None
             settings = (
                 config.resumed(given, state["config"], str(source))

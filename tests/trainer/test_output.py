@@ -114,10 +114,9 @@ def test_discard_spares_other_files(tmp_path: Path) -> None:
 def test_a_restart_by_torchrun_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "checkpoint.pt").write_text("there")
     output = str(tmp_path)
-    assert rundir.to_resume(None, output) is None
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert rundir.to_resume(None, output) == tmp_path / "checkpoint.pt"
-    assert rundir.to_resume(None, str(tmp_path / "fresh")) is None
+    assert rundir.to_resume(None, output, restarted=False) is None
+    assert rundir.to_resume(None, output, restarted=True) == tmp_path / "checkpoint.pt"
+    assert rundir.to_resume(None, str(tmp_path / "fresh"), restarted=True) is None
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     with pytest.raises(TrainerError, match="--max-restarts needs --output"):
         rundir.new("", "digits", "lars")
