@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastlars.backends.base import Tensors
+from fastlars.backends.base import Mismatch, Tensors
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -123,13 +123,16 @@ def unwrapped(tensors: Tensors) -> Tensors:
     # A gradient may still be a sum over ranks that is pending, as those of norms are under
     # sequence parallelism: torch's optimizers reduce them too.
     grads = [_arrived(placed(g, p)) for g, p in zip(tensors.grads, params, strict=True)]
-    return replace(
-        tensors,
-        weights=list(map(_local, tensors.weights)),
-        grads=grads,
-        states=tuple(list(map(_local, state)) for state in tensors.states),
-        copies=None if tensors.copies is None else list(map(_local, tensors.copies)),
-    )
+    try:
+        return replace(
+            tensors,
+            weights=list(map(_local, tensors.weights)),
+            grads=grads,
+            states=tuple(list(map(_local, state)) for state in tensors.states),
+            copies=None if tensors.copies is None else list(map(_local, tensors.copies)),
+        )
+    except AttributeError:  # a state was replaced by a plain tensor
+        raise Mismatch("states", 0, "type") from None
 
 
 def _arrived(grad: Tensor) -> Tensor:

@@ -1,0 +1,84 @@
+"""Sharded steps are unsharded steps to rounding, with one small all-reduce for each mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import fastlars
+from distributed.processes import run
+
+STEPS = 3
+USUAL = {"lr": 0.5, "weight_decay": 0.01, "trust_coefficient": 0.1}
+# name: the class, and options that a step of shards could get wrong
+RECIPES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "LARS": (fastlars.LARS, USUAL),
+    "LARS combined": (
+        fastlars.LARS,
+        {**USUAL, "ratio": "combined", "buffer": "gradient", "nesterov": True, "maximize": True},
+    ),
+    "LARS dampening": (fastlars.LARS, {**USUAL, "dampening": 0.3}),
+    "LAMB": (fastlars.LAMB, {"lr": 0.02, "weight_decay": 0.01, "max_grad_norm": None}),
+    "LAMB clipped": (fastlars.LAMB, {"lr": 0.02, "weight_decay": 0.01, "max_grad_norm": 0.05}),
+}
+# Parameters on each mesh that are adapted, and all of them, of which a clip takes the norm.
+TABLES: dict[str, tuple[list[int], list[int]]] = {
+    "fsdp": ([5], [6]),
+    "fsdp bf16": ([5], [6]),
+    "fsdp columns": ([5], [6]),
+    "hsdp": ([5], [6]),
+    "tensor parallel": ([4], [4]),
+    "sequence parallel": ([5], [6]),
+    "two dimensions": ([4, 1], [4, 2]),
+    "part of the ranks": ([4], [4]),  # its other mesh is of one rank, which has no one to ask
+    "side by side": ([2], [2]),
+}
+
+
+def step_all() -> dict[str, Any]:
+    """By layout and recipe: what was wrong, and what the last step moved."""
+    from distributed.sharded_cases import LAYOUTS, Pair, backward, split_replicas
+
+    found = {}
+    for layout, shard in LAYOUTS.items():
+        for recipe, (kind, options) in RECIPES.items():
+            model = shard()
+            pair = Pair(model.parameters(), kind, **options)
+            wrong = []
+            for step in range(STEPS):
+                backward(model, step)
+                moved = pair.step()
+                wrong += pair.differences()
+            wrong += split_replicas(model.parameters())
+            found[layout, recipe] = wrong, moved
+    return found
+
+
+@pytest.fixture(scope="module")
+def stepped() -> list[dict[str, Any]]:
+    return run(4, step_all, timeout=200)
+
+
+@pytest.mark.parametrize("layout", TABLES)
+def test_sharded_is_unsharded_to_rounding(stepped: list[dict[str, Any]], layout: str) -> None:
+    for rank, found in enumerate(stepped):
+        for recipe in RECIPES:
+            wrong, _ = found[layout, recipe]
+            assert not wrong, f"rank {rank}, {recipe}:\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize("layout", TABLES)
+def test_a_step_moves_one_small_array_for_each_mesh(
+    stepped: list[dict[str, Any]], layout: str
+) -> None:
+    adapted, everything = TABLES[layout]
+    for recipe in RECIPES:
+        tables = [*everything, *adapted] if recipe == "LAMB clipped" else adapted
+        expected = [("allreduce_", (tensors, 2)) for tensors in tables]
+        if layout == "sequence parallel":
+            # Both gradients of the norm are sums that torch left pending.
+            expected = [("all_reduce", (6,)), ("all_reduce", (6,)), *expected]
+        for found in stepped:
+            _, moved = found[layout, recipe]
+            assert moved == expected, recipe
