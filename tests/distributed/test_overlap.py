@@ -1,0 +1,160 @@
+"""Overlap has the bits of no overlap, whatever the buckets, options and number of processes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fastlars
+from distributed.overlap_cases import (
+    Result,
+    Setting,
+    buckets,
+    images,
+    make,
+    make_optimizer,
+    resnet,
+    train_all,
+    train_joined,
+)
+from distributed.processes import run
+
+ONE, THREE, MANY = 25, 0.25, 0.001  # bucket_cap_mb for the narrow ResNet-18
+BF16 = torch.bfloat16
+
+
+def both(setting: Setting, size: int = 2, **keywords: Any) -> list[Result]:
+    """With overlap, in every process; all that overlap must not change was compared."""
+    overlapped = replace(setting, overlap=keywords)
+    found = run(size, train_all, setting, overlapped)
+    for plain, result in found:
+        result.assert_same(plain)
+        found[0][0].assert_same(replace(plain, losses=found[0][0].losses))
+    return [result for _, result in found]
+
+
+@cache
+def twenty_steps(kind: str) -> list[Result]:
+    setting = Setting(kind, net=resnet, steps=20)
+    return [results[0] for results in run(2, train_all, setting)]
+
+
+@pytest.mark.parametrize("cap", [ONE, THREE, MANY])
+@pytest.mark.parametrize("kind", ["LARS", "LAMB"])
+def test_twenty_steps_of_resnet_18(kind: str, cap: float) -> None:
+    setting = Setting(kind, resnet, {}, ddp={"bucket_cap_mb": cap}, steps=20)
+    for (result,), plain in zip(run(2, train_all, setting), twenty_steps(kind), strict=True):
+        # A sum of two has no order: these bits do not depend on the buckets.
+        result.assert_same(plain)
+        assert result.early[0] == 0
+        assert set(result.early[1:]) == {len(result.params)}
+
+
+@pytest.mark.parametrize(("cap", "least", "most"), [(ONE, 1, 1), (THREE, 3, 3), (MANY, 20, 100)])
+def test_there_are_as_many_buckets_as_the_tests_think(cap: float, least: int, most: int) -> None:
+    (count, _) = run(2, buckets, Setting(net=resnet, ddp={"bucket_cap_mb": cap}))
+    assert least <= count <= most
+
+
+@pytest.mark.parametrize("kind", ["LARS", "LAMB"])
+def test_one_process_with_the_joined_batch(kind: str) -> None:
+    """To rounding: convolutions add up another batch in another order."""
+    setting = Setting(kind, overlap={}, ddp={"bucket_cap_mb": MANY}, steps=4)
+    joined = train_joined(setting, 2)
+    for (result,) in run(2, train_all, setting):
+        for mine, theirs in zip(result.params, joined.params, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+VIEW = {"gradient_as_bucket_view": True, "bucket_cap_mb": MANY}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting(ddp={"bucket_cap_mb": MANY}),
+        Setting(ddp=VIEW),
+        Setting(ddp=VIEW, keep=True),
+        Setting(ddp=VIEW, backwards=3),
+        Setting(ddp={"batched_grad_copy": True, "bucket_cap_mb": MANY}),
+    ],
+    ids=["copies", "views", "kept views", "accumulated views", "batched copies"],
+)
+def test_three_processes(setting: Setting) -> None:
+    """A third is no float: DDP multiplies by it here, and divides by three there."""
+    results = both(setting, 3)
+    assert results[0].early[-1] == len(results[0].params)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting(optimizer={"momentum_correction": True, "maximize": True}),
+        Setting(optimizer={"momentum": 0.0, "ratio": "combined"}),
+        Setting("LAMB", optimizer={"bias_correction": "rate", "state_dtype": BF16}),
+        Setting(dtype=BF16, optimizer={"master_weights": True}),
+        Setting(dtype=torch.float64),
+        Setting(optimizer={"lr": torch.tensor(1.5)}),
+    ],
+    ids=["correction", "combined", "LAMB bfloat16 states", "masters", "float64", "lr tensor"],
+)
+@pytest.mark.parametrize("mode", ["step", "norms"])
+def test_options(setting: Setting, mode: str) -> None:
+    results = both(replace(setting, ddp=VIEW), mode=mode)
+    assert results[0].early[-1] == len(results[0].params)
+
+
+@pytest.mark.parametrize("ddp", [VIEW, {"bucket_cap_mb": MANY}], ids=["views", "copies"])
+@pytest.mark.parametrize("mode", ["step", "norms"])
+@pytest.mark.parametrize("kind", ["LARS", "LAMB"])
+def test_a_global_clip(kind: str, mode: str, ddp: dict[str, Any]) -> None:
+    """Only norms are taken early, and the norm is that of all gradients."""
+    setting = Setting(kind, ddp=ddp, optimizer={"max_grad_norm": 0.5})
+    results = both(setting, mode=mode)
+    assert results[0].early[-1] == len(results[0].params)
+
+
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("mode", ["step", "norms"])
+def test_accumulation_under_no_sync(mode: str, view: bool) -> None:
+    ddp = {"gradient_as_bucket_view": view, "bucket_cap_mb": MANY}
+    both(Setting("LAMB", ddp=ddp, backwards=3), mode=mode)
+
+
+def stepped_before(mode: str) -> tuple[bool, bool]:
+    """Whether the last layer has moved when the first one's gradient comes; and after step()."""
+    setting = Setting(ddp=VIEW)
+    net = make(setting)
+    ddp = DistributedDataParallel(net, **setting.ddp)
+    optimizer = make_optimizer(setting, net)
+    fastlars.distributed.overlap(ddp, optimizer, mode=mode)
+    first, *_, last, _ = net.parameters()
+    moved = []
+
+    def look(_: Any) -> None:
+        if optimizer._ahead.started:
+            # Not a race: the callback is queued, and needs no more of this thread.
+            optimizer._ahead.started[0].future.wait()
+            moved.append(not torch.equal(last, before))
+
+    first.register_hook(look)
+    for step in range(3):
+        before = last.detach().clone()
+        optimizer.zero_grad()
+        x, y = images(step, 0, torch.float32)
+        nn.functional.cross_entropy(ddp(x), y).backward()
+        optimizer.step()
+    return all(moved) and len(moved) == 2, not torch.equal(last, before)
+
+
+@pytest.mark.parametrize("mode", ["step", "norms"])
+def test_it_overlaps(mode: str) -> None:
+    for during, after in run(2, stepped_before, mode):
+        assert during is (mode == "step")
+        assert after
