@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fastlars
 from distributed.processes import run
 
-Stepped = list[tuple[list[str], list[str], list[Tensor]]]
+Stepped = list[tuple[list[str], list[str], list[str], list[Tensor]]]
 USUAL: dict[str, Any] = {"lr": 0.5, "weight_decay": 0.01, "trust_coefficient": 0.1}
 BF16 = torch.bfloat16
 
@@ -72,6 +72,30 @@ def infinite() -> list[str]:
     return pair.differences()
 
 
+def cut_differently() -> list[str]:
+    """One rank's shard of the second parameter has gaps, and so a list of its own there."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    from distributed.sharded_cases import Pair, here, set_gradients
+
+    params = []
+    for size in (3, 5, 4):
+        local = torch.randn(size, 2)
+        if size == 5 and dist.get_rank() == 1:
+            local = torch.stack((local, local), dim=2)[..., 0]
+        params.append(nn.Parameter(DTensor.from_local(local, _mesh(4), [Shard(0)])))
+    pair = Pair(params, fastlars.LARS, **USUAL)
+    set_gradients(params, 0)
+    before = [(p._version, here(p)._version) for p in params]
+    moved = pair.step()
+    assert moved == [("allreduce_", (3, 2))]
+    # Autograd has to notice that a parameter has changed, and that its shard has.
+    for p, (outer, inner) in zip(params, before, strict=True):
+        assert p._version > outer
+        assert here(p)._version > inner
+    return pair.differences()
+
+
 def scaled() -> list[Tensor]:
     """Weights after a GradScaler's steps; one rank's gradient overflows in the second."""
     from distributed.sharded_cases import set_gradients, whole
@@ -106,8 +130,8 @@ def mixed_of_both() -> list[str]:
     return lars + mixed(fastlars.LAMB, [5], lr=0.05, master_weights=True)
 
 
-def all_steps() -> tuple[list[str], list[str], list[Tensor]]:
-    return mixed_of_both(), infinite(), scaled()
+def all_steps() -> tuple[list[str], list[str], list[str], list[Tensor]]:
+    return mixed_of_both(), infinite(), cut_differently(), scaled()
 
 
 @pytest.fixture(scope="module")
@@ -116,17 +140,22 @@ def stepped() -> Stepped:
 
 
 def test_mixed_types_masters_and_unused_layers(stepped: Stepped) -> None:
-    for wrong, _, _ in stepped:
+    for wrong, *_ in stepped:
         assert not wrong
 
 
 def test_replicas_of_an_infinity_count_once(stepped: Stepped) -> None:
-    for _, wrong, _ in stepped:
+    for _, wrong, *_ in stepped:
+        assert not wrong
+
+
+def test_ranks_may_cut_their_lists_differently(stepped: Stepped) -> None:
+    for _, _, wrong, _ in stepped:
         assert not wrong
 
 
 def test_an_overflow_on_one_rank_skips_the_step_on_all(stepped: Stepped) -> None:
-    for _, _, (bare, first, second, scale) in stepped:
+    for *_, (bare, first, second, scale) in stepped:
         assert torch.equal(first, bare)
         assert torch.equal(second, first)
         assert float(scale) == 2.0
