@@ -61,7 +61,7 @@ class Engine:
         self._armed = False  # by a forward pass that DDP prepares a reduction for
         self._arrived = False  # the first bucket
         self._reduced = False  # a whole backward pass
-        self._refusing = False
+        self._refused = False
         self._kind: str | None = None
         self._values: list[list[Any]] = []
         self._versions: int | None = None
@@ -137,15 +137,17 @@ class Engine:
 
     def _refuse(self, buffer: Tensor) -> Future[Tensor]:
         """Let this backward pass end as any, and then raise: DDP stays usable."""
-        if not self._refusing:
-            self._refusing = True
-            Variable._execution_engine.queue_callback(self._raise_second)
+        if not self._refused:
+            self._refused = True
+            # After DDP's own callback, which it queues at the last bucket.
+            engine = Variable._execution_engine
+            engine.queue_callback(lambda: engine.queue_callback(self._raise_second))
         done: Future[Tensor] = Future(devices=None if buffer.is_cpu else [buffer.device])
         done.set_result(buffer)
         return done
 
-    def _raise_second(self) -> None:
-        self._refusing = False
+    @staticmethod
+    def _raise_second() -> None:
         raise RuntimeError(
             "a second backward pass before optimizer.step(): overlap has used the gradients of the "
             "first one already. To accumulate gradients, run all backward passes of a step but the "
@@ -193,6 +195,11 @@ class Engine:
             check_scaler(self.optimizer)
             check_groups(self.optimizer)
             self.wait()
+            if self._refused:
+                raise RuntimeError(
+                    "gradients hold a second backward pass, which overlap refused: go on with "
+                    "zero_grad() and a backward pass"
+                )
             if self.started:
                 self._check_unchanged()
             taken = self._step()
