@@ -98,6 +98,10 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
             for name, value in (OPTIONS | self.defaults).items():
                 group.setdefault(name, value)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As of every optimizer of torch; ``load_state_dict`` takes it back."""
+        return checkpoint.portable(super().state_dict())
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` gave, from this class or one whose state means the same.
 

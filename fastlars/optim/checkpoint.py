@@ -45,12 +45,26 @@ class Source:
         return self.keys <= group.keys()
 
 
+def portable(state_dict: Dict) -> Dict:
+    """``state_dict`` with types by their names: torch.distributed.checkpoint gathers no others."""
+    groups = [{**g, "state_dtype": str(g["state_dtype"])} for g in state_dict["param_groups"]]
+    return {**state_dict, "param_groups": groups}
+
+
+def _with_types(group: Dict) -> Dict:
+    name = group.get("state_dtype")
+    if not isinstance(name, str):
+        return group
+    return {**group, "state_dtype": getattr(torch, name.removeprefix("torch."), name)}
+
+
 def load(optimizer: FusedOptimizer, load_base: Callable[[Dict], None], state_dict: Dict) -> None:
     """Load through ``load_base``, torch's method, and mend what it does to the states."""
     loaded: Dict = {}
 
     def check(_: Any, incoming: Dict) -> Dict:
         loaded.update(_translated(optimizer, incoming))
+        loaded["param_groups"] = [_with_types(group) for group in loaded["param_groups"]]
         _check(optimizer, loaded)
         return loaded
 

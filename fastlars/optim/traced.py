@@ -42,6 +42,11 @@ class TracedStep:
         number = next(i for i, other in enumerate(self.param_groups) if other is group)
         rule = self.rule_of(group)
         for sublist in Plan(group, number, rule, self.state).ready().sublists:
+            if sublist.shards is not None:
+                raise RuntimeError(
+                    f"group {number}: DTensors are not stepped inside torch.compile: leave "
+                    "optimizer.step() out of the compiled region"
+                )
             params = [group["params"][i] for i in sublist.indices]
             states = [self.state[p] for p in params]
             weights += params

@@ -115,10 +115,17 @@ def test_a_checkpoint_of_four_ranks_continues_on_two(tmp_path: Path) -> None:
 
 def continue_whole_states() -> dict[str, list[Tensor]]:
     """The next step of an optimizer, as it is and with its states gathered and loaded again."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
     from distributed.sharded_cases import set_gradients, whole
 
+    options = StateDictOptions(full_state_dict=True)
     after = {}
-    for way in ("kept", "loaded"):
+    for way in ("kept", "loaded", "loaded by torch", "flat"):
         model, optimizer = build("LAMB", "fsdp")
         for step in range(2):
             set_gradients(model.parameters(), step)
@@ -128,7 +135,20 @@ def continue_whole_states() -> dict[str, list[Tensor]]:
             for state in states["state"].values():
                 state.update({name: whole(value) for name, value in state.items()})
             optimizer.state.clear()
+            optimizer.zero_grad()
             optimizer.load_state_dict(states)
+        elif way == "loaded by torch":
+            states = get_optimizer_state_dict(model, optimizer, options=options)
+            optimizer.state.clear()
+            optimizer.zero_grad()
+            set_optimizer_state_dict(model, optimizer, states, options=options)
+        elif way == "flat":
+            o = StateDictOptions(flatten_optimizer_state_dict=True)
+            states = get_optimizer_state_dict(model, optimizer, options=o)
+            states = {k: (v.clone() if isinstance(v, Tensor) else v) for k, v in states.items()}
+            optimizer.state.clear()
+            optimizer.zero_grad()
+            set_optimizer_state_dict(model, optimizer, states, options=o)
         set_gradients(model.parameters(), 2)
         optimizer.step()
         after[way] = [whole(p) for p in model.parameters()]
@@ -137,5 +157,28 @@ def continue_whole_states() -> dict[str, list[Tensor]]:
 
 def test_whole_states_are_cut_into_shards() -> None:
     for found in run(2, continue_whole_states):
-        for i, (a, e) in enumerate(zip(found["loaded"], found["kept"], strict=True)):
-            assert_same_bits(f"weight {i}", a, e)
+        kept = found.pop("kept")
+        for way, weights in found.items():
+            for i, (a, e) in enumerate(zip(weights, kept, strict=True)):
+                assert_same_bits(f"{way}, weight {i}", a, e)
+
+
+def refuse_inside_compile() -> str:
+    """What a compiled step says of DTensors."""
+    from distributed.sharded_cases import set_gradients, whole
+
+    model, optimizer = build("LARS", "fsdp")
+    set_gradients(model.parameters(), 0)
+    before = [whole(p).clone() for p in model.parameters()]
+    try:
+        torch.compile(optimizer.step, backend="aot_eager", fullgraph=True)()
+    except Exception as error:
+        for p, b in zip(model.parameters(), before, strict=True):
+            assert_same_bits("weight", whole(p), b)
+        return str(error)
+    return "stepped"
+
+
+def test_a_compiled_step_refuses_shards() -> None:
+    for said in run(2, refuse_inside_compile):
+        assert "DTensors are not stepped inside torch.compile" in said
