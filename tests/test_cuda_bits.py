@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from backend_cases import BF16, DEFAULTS, F16, F32, F64, PLAIN, Kinds, Row, in_float64, label
+from backend_cases import BF16, DEFAULTS, F16, F32, F64, PLAIN, ROWS, Kinds, Row, in_float64, label
 from device_bits import Bits
 from device_cases import DEVICES, LAYOUTS, SIZES, Twin, assert_same_runs, marks, moved
 from fastlars import _C
@@ -21,7 +21,7 @@ from fastlars.backends.base import Scalars
 from fastlars.backends.choose import instance
 from fastlars.backends.cuda import PATHS, Cuda
 from fastlars.rules import GradientNorm, LarsRule
-from problems import PROBLEMS, Entry, Problem
+from problems import ORDINARY, PROBLEMS, Entry, Problem
 from test_backends import CASES, _compare
 from tolerances import assert_same_bits
 
@@ -43,6 +43,10 @@ class TestBits(Bits):
     @pytest.fixture(autouse=True, params=PATHS)
     def _path(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(instance("cuda"), "path", request.param)
+
+    @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+    def test_apply_of_every_option_equals_cpu(self, row: Row) -> None:
+        self.assert_apply_equals_cpu(row, PLAIN, ORDINARY)
 
 
 def _launched(path: str, grid: int, ring: int) -> Cuda:
