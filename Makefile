@@ -54,7 +54,7 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	@mkdir -p .benchmarks
-	$(RUN) -m pytest benchmarks --benchmark-json .benchmarks/run.json $(PYTEST_ARGS)
+	$(RUN) -m pytest benchmarks -m 'not gpu' --benchmark-json .benchmarks/run.json $(PYTEST_ARGS)
 	@$(RUN) benchmarks/report.py .benchmarks/run.json --csv $(BENCH_CSV)
 
 # Machines with GPUs come with a torch that fits them, and often without a network. The steps can be run
