@@ -16,7 +16,7 @@ GPU_CSV ?= .benchmarks/gpu.csv
 VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
-CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
+CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES) $(shell find tests -type f))
 
 # What is installed only grows: training needs the fewest packages, tests more, style checks the most.
 # The stamp's name says how far it went, so that one build of the extension serves all targets.
