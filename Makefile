@@ -16,7 +16,7 @@ GPU_CSV ?= .benchmarks/gpu.csv
 VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
-CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
+CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES) $(shell find tests -type f))
 
 # What is installed only grows: training needs the fewest packages, tests more, style checks the most.
 # The stamp's name says how far it went, so that one build of the extension serves all targets.
@@ -54,7 +54,7 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	@mkdir -p .benchmarks
-	$(RUN) -m pytest benchmarks --benchmark-json .benchmarks/run.json $(PYTEST_ARGS)
+	$(RUN) -m pytest benchmarks -m 'not gpu' --benchmark-json .benchmarks/run.json $(PYTEST_ARGS)
 	@$(RUN) benchmarks/report.py .benchmarks/run.json --csv $(BENCH_CSV)
 
 # Machines with GPUs come with a torch that fits them, and often without a network. The steps can be run

@@ -9,14 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import emulated
 from fastlars.backends.base import Backend, Kinds, Scalars, Tensors
 from fastlars.backends.choose import instance
 from fastlars.rules import LambRule, LarsRule, Rule
 from problems import ORDINARY, Problem, place
 
-# The back ends that this process can test on CPU tensors: test_triton.py runs Triton's rows in a
-# process of their own, where kernels are interpreted.
-NAMES: tuple[str, ...] = ("triton",) if "TRITON_INTERPRET" in os.environ else ("cpu", "reference")
+# The back ends that this process can test on CPU tensors: test_triton.py and test_cuda_on_cpu.py
+# run the others' rows in processes of their own, where kernels are interpreted, or compiled for
+# the CPU.
+NAMES: tuple[str, ...] = ("cpu", "reference")
+if "TRITON_INTERPRET" in os.environ:
+    NAMES = ("triton",)
+elif emulated.VARIABLE in os.environ:
+    NAMES = ("cuda",)
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 # The rate changes at every step, so that it matters where it enters.
 RATES = (0.5, 0.25, 0.8)

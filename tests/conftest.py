@@ -13,6 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+import emulated
+
+if emulated.VARIABLE in os.environ:
+    # Before anything imports fastlars: its kernels for GPUs are then run on the CPU.
+    emulated.load()
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips tests marked gpu where there is no CUDA device."""

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
 
-def _compiler() -> str:
+def compiler() -> str:
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
         if name and shutil.which(name):
             return name
@@ -37,7 +37,7 @@ def load(instruction_set: str) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "core.so"
         sources = [f"-I{ROOT / 'csrc'}", str(Path(__file__).with_name("core.cpp"))]
-        command = [_compiler(), *flags, "-shared", "-fPIC", *sources, "-o", str(library)]
+        command = [compiler(), *flags, "-shared", "-fPIC", *sources, "-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         loaded = ctypes.CDLL(str(library))

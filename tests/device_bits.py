@@ -50,6 +50,9 @@ class Bits:
     def test_apply_equals_cpu_for_equal_sums(
         self, row: Row, kinds: Kinds, problem: Problem
     ) -> None:
+        self.assert_apply_equals_cpu(row, kinds, problem)
+
+    def assert_apply_equals_cpu(self, row: Row, kinds: Kinds, problem: Problem) -> None:
         run, twin = Run("cpu", row, kinds, problem), self.twin(row, kinds, problem)
         for step in range(2):
             run.take_gradients(step)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fastlars
-from backend_cases import DEFAULTS, OPTIONS, ROWS, Kinds, Row, Run
+from backend_cases import DEFAULTS, OPTIONS, Kinds, Row, Run
 from fastlars import _C
 from fastlars.backends import cuda
 from fastlars.backends.base import Tensors
@@ -26,8 +26,8 @@ INTERPRETED = "TRITON_INTERPRET" in os.environ
 BUILT = _C.build_info()["cuda"]
 EMULATED = BUILT and cuda.serves() == "cpu"
 DEVICES = {"triton": "cpu" if INTERPRETED else "cuda", "cuda": "cpu" if EMULATED else "cuda"}
-# Every row is run by test_backends.py; there, these kernels are slow.
-SOME_ROWS = (*DEFAULTS, *OPTIONS[::5]) if INTERPRETED or EMULATED else ROWS
+# Triton compiles, or interprets, every row anew. test_backends.py has them all.
+SOME_ROWS = (*DEFAULTS, *OPTIONS[::5])
 LAYOUTS = next(problem for problem in PROBLEMS if problem.name == "layouts")
 NEEDS_KERNELS = pytest.mark.skipif(
     not BUILT, reason=f"the CUDA kernels were not built: {_C.build_info()['cuda_reason']}"

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import fastlars
+from fastlars.backends.choose import instance
+from fastlars.rules import LarsRule
 
 CASES = {
     "lars": (fastlars.LARS, {"lr": 1.0}),
@@ -74,6 +76,31 @@ def test_operator_passes_opcheck() -> None:
     arguments = (text, w, g, b, [], [], [], 1.0, None, 1.0, None, None, False)
     torch.library.opcheck(torch.ops.fastlars.step.default, arguments)
     torch.library.opcheck(torch.ops.fastlars.square_norm.default, (g,))
+
+
+def test_operator_keeps_layouts_and_notices_other_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    backend = type(instance("cpu"))
+    layout = backend.layout
+    monkeypatch.setattr(
+        backend, "layout", lambda self, ws: (made.append(len(ws)), layout(self, ws))[1]
+    )
+    rule = fastlars.optim.compiled.encode(LarsRule(momentum=0.0, adapt=False))
+
+    def step(w: torch.Tensor) -> None:
+        torch.ops.fastlars.step(
+            rule, [w], [torch.ones_like(w)], [], [], [], [], 1.0, None, 1.0, None, None, False
+        )
+
+    weight = torch.zeros(3)
+    step(weight)
+    step(weight)
+    assert made == [1]
+    assert weight.tolist() == [-2.0, -2.0, -2.0]
+    weight.resize_(5).zero_()
+    step(weight)
+    assert made == [1, 1]
+    assert weight.tolist() == [-1.0] * 5
 
 
 def test_rule_survives_as_text() -> None:

@@ -13,14 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from backend_cases import BF16, DEFAULTS, F16, F32, F64, PLAIN, Kinds, Row, in_float64, label
+from backend_cases import BF16, DEFAULTS, F16, F32, F64, PLAIN, ROWS, Kinds, Row, in_float64, label
 from device_bits import Bits
 from device_cases import DEVICES, LAYOUTS, SIZES, Twin, assert_same_runs, marks, moved
+from fastlars import _C
 from fastlars.backends.base import Scalars
 from fastlars.backends.choose import instance
 from fastlars.backends.cuda import PATHS, Cuda
 from fastlars.rules import GradientNorm, LarsRule
-from problems import PROBLEMS, Entry, Problem
+from problems import ORDINARY, PROBLEMS, Entry, Problem
 from test_backends import CASES, _compare
 from tolerances import assert_same_bits
 
@@ -42,6 +43,10 @@ class TestBits(Bits):
     @pytest.fixture(autouse=True, params=PATHS)
     def _path(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(instance("cuda"), "path", request.param)
+
+    @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+    def test_apply_of_every_option_equals_cpu(self, row: Row) -> None:
+        self.assert_apply_equals_cpu(row, PLAIN, ORDINARY)
 
 
 def _launched(path: str, grid: int, ring: int) -> Cuda:
@@ -116,14 +121,18 @@ def test_equals_reference_in_float64(row: Row, kinds: Kinds, problems: list[Prob
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("kinds", KINDS, ids=label)
-@pytest.mark.parametrize("name", ["weights", "grads", "states", "copies"])
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        *((name, kinds) for name in ("weights", "grads", "states") for kinds in KINDS),
+        ("copies", KINDS[-1]),
+    ],
+    ids=lambda x: label(x) if isinstance(x, Kinds) else x,
+)
 def test_alignment_does_not_show(name: str, kinds: Kinds, path: str) -> None:
     """One array at a time is off its boundary; a chunk and a half, so that both loops run."""
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(6145, generator=generator) for _ in range(3)]
-    if name == "copies" and kinds.copy is None:
-        pytest.skip("these types have no copies")
 
     def trained(layout: str) -> Twin:
         problem = Problem(layout, lambda _: [Entry(values[0], tuple(values[1:]), layout)])
@@ -216,3 +225,20 @@ def test_addresses_of_other_devices_never_reach_a_kernel() -> None:
             backend.measure(rule, bound, Scalars(0.1, device=wrong))
     with pytest.raises(ValueError, match="needs weights on one"):
         backend.layout([*twin.tensors.weights, torch.zeros(3, device="meta")])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_an_error_names_the_kernel_and_leaves_torch_usable(path: str) -> None:
+    expected, run = (Twin("cuda", DEFAULTS[0], PLAIN, SIZES) for _ in range(2))
+    for each in (expected, run):
+        each.take_gradients(0)
+    # More shared memory than any device has.
+    backend = run.backend = _launched("one-launch", 0, 100_000)
+    bound = run.bind()
+    with pytest.raises(_C.CudaError, match="fastlars kernel step: cudaError"):
+        backend.step(run.row.rule, bound, run.row.now(0))
+    assert float(torch.ones(3, device=DEVICE).sum()) == 3.0
+    backend.ring, backend.path = 0, path
+    backend.step(run.row.rule, bound, run.row.now(0))
+    expected.step(0)
+    assert_same_runs("after an error", run, expected)

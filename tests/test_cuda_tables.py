@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fastlars import _C
-from fastlars.backends import cuda
+from fastlars.backends import cuda, sending
 from fastlars.backends.base import Kinds, Scalars, Tensors
 from fastlars.backends.cuda import Cuda, Tables
+from fastlars.backends.sending import Sender, Sent
 from fastlars.rules import GradientNorm, LambRule, LarsRule, Rule
 
 
@@ -77,6 +79,58 @@ def test_what_a_recording_sends_is_for_that_recording_alone(
     with monkeypatch.context() as context:
         context.setattr(cuda, "is_capturing", lambda device: True)
         assert tables.placed(None) is eager
+
+
+class Stream:
+    """Stands in for torch.cuda.Stream, and for a tensor that is used on it."""
+
+    def __init__(self, handle: int) -> None:
+        self.cuda_stream = handle
+        self.notes: list[tuple[str, object]] = []
+
+    def record_event(self) -> str:
+        return f"event of {self.cuda_stream}"
+
+    def wait_event(self, event: object) -> None:
+        self.notes.append(("waits", event))
+
+    def record_stream(self, stream: Stream) -> None:
+        stream.notes.append(("uses", self))
+
+
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether launches are recorded; a test may change its one element."""
+    now = [False]
+    monkeypatch.setattr(sending, "is_capturing", lambda device: now[0])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now[0])
+    return now
+
+
+def test_other_streams_wait_for_tables_once(
+    capturing: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filling, side, tensor = Stream(1), Stream(2), Stream(0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: filling)
+    sender = SimpleNamespace(device=torch.device("cuda", 0), recorded=[])
+    sent = Sent(sender, tensor)
+    for stream in (filling, side, side):
+        sent.precede(stream)
+    assert filling.notes == []
+    assert side.notes == [("waits", "event of 1"), ("uses", tensor)]
+    capturing[0] = True
+    recording = Stream(3)
+    for _ in range(2):
+        sent.precede(recording)
+    assert recording.notes == []
+    assert sender.recorded == [sent]
+
+
+def test_what_graphs_read_lives_as_long_as_their_weights() -> None:
+    weight = torch.ones(3)
+    Sender([weight]).recorded.append("a table")
+    assert Sender([weight, torch.ones(2)]).recorded == ["a table"]
+    assert Sender([torch.ones(3)]).recorded == []
 
 
 @pytest.mark.parametrize(

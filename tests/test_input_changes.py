@@ -228,5 +228,7 @@ def test_a_back_end_that_is_demanded_but_cannot(row: Row, monkeypatch: pytest.Mo
     case = Case(row)
     case.set_gradients()
     case.refuses(
-        ValueError, "must be one of cpu, triton, reference, got 'abacus'", where="FASTLARS_BACKEND"
+        ValueError,
+        "must be one of cpu, cuda, triton, reference, got 'abacus'",
+        where="FASTLARS_BACKEND",
     )

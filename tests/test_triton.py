@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from child import passing, python
 from fastlars.backends import choose
 
 triton = pytest.importorskip("triton")
@@ -28,7 +29,6 @@ from fastlars.backends.triton.probe import interprets  # noqa: E402
 from fastlars.backends.triton.table import BLOCK  # noqa: E402
 from fastlars.rules import LambRule, LarsRule  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
 F32, BF16, F16 = tl.float32, tl.bfloat16, tl.float16
 SM_90, GFX942 = GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)
 POINTERS = {
@@ -39,18 +39,6 @@ POINTERS = {
     "sums": "*fp64",
     "ratios": "*fp32",
 }
-
-
-def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env={**kept, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 @pytest.mark.slow
@@ -64,15 +52,8 @@ def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
     ],
 )
 def test_interpreted(path: str, least: int) -> None:
-    done = _run(
-        *("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{path}"),
-        *("-k", "triton", "-W", "ignore::RuntimeWarning"),
-        TRITON_INTERPRET="1",
-    )
-    assert done.returncode == 0, done.stdout[-8000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None
-    assert int(passed[1]) >= least, done.stdout[-2000:]
+    options = ("-k", "triton", "-W", "ignore::RuntimeWarning")
+    assert passing(path, *options, TRITON_INTERPRET="1") >= least
 
 
 def test_interpreter_stays_in_its_own_process() -> None:
@@ -84,9 +65,9 @@ def test_interpreter_stays_in_its_own_process() -> None:
 
 
 def test_report_says_why() -> None:
-    done = _run("-m", "fastlars", FASTLARS_BACKEND="triton")
+    done = python("-m", "fastlars", FASTLARS_BACKEND="triton")
     assert "Triton serves cpu in its interpreter alone" in done.stdout
-    done = _run("-m", "fastlars", FASTLARS_BACKEND="triton", TRITON_INTERPRET="1")
+    done = python("-m", "fastlars", FASTLARS_BACKEND="triton", TRITON_INTERPRET="1")
     assert "triton: FASTLARS_BACKEND asks for it" in done.stdout
     assert f"triton     {triton.__version__}" in done.stdout
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlars.backends.base import Backend, Kinds, Scalars, Tensors
+from fastlars.backends.base import Backend, Kinds, Mismatch, Scalars, Tensors
 from fastlars.backends.choose import choose
 from fastlars.optim.checks import check_lr
+from fastlars.optim.numbers import numbers, square
 from fastlars.optim.plan import LOW_PRECISION, like
 from fastlars.rules import GradientNorm, LambRule, LarsRule, Rule
 
@@ -76,6 +77,28 @@ def _lists(
     return lists
 
 
+# What a back end keeps for the weights of an operator, which has no place of its own to keep it.
+# Weights that only look like those of before are noticed when they are bound.
+_layouts: OrderedDict[Any, Any] = OrderedDict()
+_MOST_LAYOUTS = 256
+
+
+def _bind(rule: str, backend: Backend, tensors: Tensors) -> Any:
+    """Checked tensors, over the layout of the last step of the same weights."""
+    weights = tensors.weights
+    key = (rule, backend, tensors.kinds, len(weights), weights[0]._cdata)
+    if key in _layouts:
+        _layouts.move_to_end(key)
+        try:
+            return backend.bind(tensors, _layouts[key])
+        except Mismatch:
+            pass
+    _layouts[key] = backend.layout(weights)
+    if len(_layouts) > _MOST_LAYOUTS:
+        _layouts.popitem(last=False)
+    return backend.bind(tensors, _layouts[key])
+
+
 def _step(
     rule: str,
     weights: list[Tensor],
@@ -91,27 +114,30 @@ def _step(
     max_grad_norm: float | None,
     stochastic_rounding: bool,
 ) -> None:
-    check_lr(lr if lr_tensor is None else lr_tensor)
-    rate = float(lr_tensor) if lr_tensor is not None else float(lr or 0.0)
-    if square_norm is not None and max_grad_norm is not None:
-        norm = float(square_norm) ** 0.5
-        scale = scale * max_grad_norm / norm if norm > max_grad_norm else scale
+    rate = lr if lr_tensor is None else lr_tensor
+    check_lr(rate)
     states = tuple(state for state in (first, second) if state)
-    for backend, tensors in _lists(weights, grads, states, counters, masters):
+    lists = _lists(weights, grads, states, counters, masters)
+    now = numbers(all(backend.reads_device for backend, _ in lists), None, None)
+    if square_norm is not None:
+        now.take_square(square_norm)
+    for backend, tensors in lists:
         seed = None
         if stochastic_rounding and tensors.kinds.weight == torch.bfloat16:
             seed = int(torch.randint(2**62, ()))
-        bound = backend.bind(tensors, backend.layout(tensors.weights))
-        backend.step(decode(rule), bound, Scalars(rate, scale, seed))
+        device = tensors.weights[0].device
+        bound = _bind(rule, backend, tensors)
+        backend.step(decode(rule), bound, now.scalars(rate, scale, max_grad_norm, seed, device))
 
 
 def _square_norm(grads: list[Tensor]) -> Tensor:
-    total = 0.0
-    for backend, tensors in _lists(grads, grads, (), [], []):
-        bound = backend.bind(tensors, backend.layout(tensors.weights))
-        sums = backend.measure(GradientNorm(), bound, Scalars(0.0))
-        total += sum(sums[:, 1].tolist())
-    return torch.tensor(total, dtype=torch.float64)
+    lists = _lists(grads, grads, (), [], [])
+    on_device = all(backend.reads_device for backend, _ in lists)
+    sums = [
+        backend.measure(GradientNorm(), _bind("", backend, tensors), Scalars(0.0))
+        for backend, tensors in lists
+    ]
+    return square(sums, on_device).to(grads[0].device)
 
 
 _library = torch.library.Library("fastlars", "DEF")
@@ -126,5 +152,7 @@ _library.impl("step", _step, "CompositeExplicitAutograd")
 _library.impl("square_norm", _square_norm, "CompositeExplicitAutograd")
 torch.library.register_fake("fastlars::step", lambda *args: None, lib=_library)
 torch.library.register_fake(
-    "fastlars::square_norm", lambda grads: torch.empty((), dtype=torch.float64), lib=_library
+    "fastlars::square_norm",
+    lambda grads: torch.empty((), dtype=torch.float64, device=grads[0].device),
+    lib=_library,
 )

@@ -29,7 +29,11 @@ class HostNumbers:
 
     def take_norm(self, sums: list[Tensor]) -> None:
         """The global norm, from every list's sums of squares."""
-        self._norm = math.sqrt(sum(x for each in sums for x in each[:, 1].tolist()))
+        self.take_square(square(sums, on_device=False))
+
+    def take_square(self, square: Tensor) -> None:
+        """The global norm, from its square."""
+        self._norm = math.sqrt(float(square))
 
     def scalars(
         self, lr: Any, sign: float, limit: float | None, seed: int | None, device: torch.device
@@ -57,9 +61,11 @@ class DeviceNumbers:
 
     def take_norm(self, sums: list[Tensor]) -> None:
         """The global norm, from every list's sums of squares."""
-        first = sums[0].device
-        squares = [each[:, 1].sum().to(first, non_blocking=True) for each in sums]
-        self._norm = torch.stack(squares).sum().sqrt()
+        self.take_square(square(sums, on_device=True))
+
+    def take_square(self, square: Tensor) -> None:
+        """The global norm, from its square."""
+        self._norm = square.sqrt()
 
     def scalars(
         self, lr: Any, sign: float, limit: float | None, seed: int | None, device: torch.device
@@ -75,6 +81,16 @@ class DeviceNumbers:
 
     def _unscaled(self, sign: float, device: torch.device) -> float | Tensor:
         return sign if self._grad_scale is None else sign / _double(self._grad_scale, device)
+
+
+def square(sums: list[Tensor], on_device: bool) -> Tensor:
+    """The square of the global norm, from every list's sums of squares."""
+    first = sums[0].device
+    if on_device:
+        squares = [each[:, 1].sum().to(first, non_blocking=True) for each in sums]
+        return torch.stack(squares).sum()
+    total = sum(x for each in sums for x in each[:, 1].tolist())
+    return torch.tensor(total, dtype=torch.float64)
 
 
 def _double(value: Tensor, device: torch.device) -> Tensor:
