@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from fastlars.distributed.average import COMPRESSIONS, Average
 from fastlars.distributed.engine import Engine
 from fastlars.distributed.hook import Slot, reduce_and_step
-from fastlars.distributed.refusals import check_ddp, check_optimizer
+from fastlars.distributed.refusals import check_ddp, check_join, check_optimizer
 from fastlars.optim.base import FusedOptimizer
 
 MODES = ("step", "norms")
@@ -99,7 +100,7 @@ def overlap(
     check_optimizer(optimizer, ddp)
     slot = _slot(ddp)
     engine = Engine(ddp, optimizer, slot.average, COMPRESSIONS[compression], mode)
-    before_forward = ddp.register_forward_pre_hook(engine.arm)
+    before_forward = ddp.register_forward_pre_hook(_before_forward)
     slot.engine = engine
     optimizer._ahead = engine
 
@@ -111,6 +112,11 @@ def overlap(
 
     engine.release = release
     return Handle(engine)
+
+
+def _before_forward(ddp: torch.nn.Module, _: Any) -> None:
+    assert isinstance(ddp, DistributedDataParallel)
+    check_join(ddp)
 
 
 def _slot(ddp: DistributedDataParallel) -> Slot:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastlars.backends.base import Mismatch
 from fastlars.distributed.average import Average, Future, compress, first_value
 from fastlars.distributed.buckets import Bucket, Part, Started, measured, parts_of
-from fastlars.distributed.refusals import check_groups, check_join, check_scaler
+from fastlars.distributed.refusals import check_groups, check_scaler
 from fastlars.optim.base import FusedOptimizer
 from fastlars.optim.numbers import numbers
 from fastlars.optim.work import Work, check_recording, take
@@ -52,13 +52,11 @@ class Engine:
         # The first step is left to optimizer.step(): it makes states and plans, with all their
         # checks, and shows a GradScaler before it is too late. DDP has but one bucket then anyway.
         self._knows = False
-        # Here, not as a decorator: it imports torch._dynamo, as DDP does when one is made.
-        self.arm = torch.compiler.disable(self._arm)
+        # Not as a decorator: it imports torch._dynamo, as DDP does when one is made.
         self.step = torch.compiler.disable(self._finish)
         self._rearm()
 
     def _rearm(self) -> None:
-        self._armed = False  # by a forward pass that DDP prepares a reduction for
         self._arrived = False  # the first bucket
         self._reduced = False  # a whole backward pass
         self._refused = False
@@ -67,20 +65,15 @@ class Engine:
         self._versions: int | None = None
         self.started: list[Started] = []
 
-    def _arm(self, *_: Any) -> None:
-        """Before a forward pass: the backward pass after it may step."""
-        check_join(self.ddp)
-        if torch.is_grad_enabled() and self.ddp.require_backward_grad_sync:
-            self._armed = True
-
     def reduce(self, bucket: GradBucket) -> Future[Tensor]:
         """DDP's hook: average the bucket, and step it where that can be done now."""
         buffer = bucket.buffer()
         if self._reduced:
             return self._refuse(buffer)
         kept = self._bucket(bucket) if buffer.layout == torch.strided else None
-        # Not armed: a process that joined others, which still train, and takes no steps itself.
-        started = self._begin(kept) if self._armed and kept is not None else None
+        # Else a process reduces what others, which it has joined, still train with.
+        in_backward = torch._C._current_graph_task_id() != -1
+        started = self._begin(kept) if in_backward and kept is not None else None
         if kept is None or kept.reduced is buffer:
             future = self._average.start(self._average.scale(buffer, bucket))
             result = future.then(first_value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -63,8 +64,8 @@ def test_in_the_hook(how: str) -> None:
         assert "ZeroDivisionError: as asked" in one.error
     else:
         assert "did not end within" in one.error
-    assert "RuntimeError" in zero.error
-    assert "Timed out" in zero.error or "Connection closed" in zero.error
+    # gloo's words, which depend on what it was doing.
+    assert re.search(r"RuntimeError:.*(time.?out|timed out|closed|reset)", zero.error, re.I)
     assert zero.seconds < 11
 
 
