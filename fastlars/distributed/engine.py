@@ -69,11 +69,14 @@ class Engine:
         """DDP's hook: average the bucket, and step it where that can be done now."""
         buffer = bucket.buffer()
         if self._reduced:
-            return self._refuse(buffer)
+            return self._refuse(bucket)
         kept = self._bucket(bucket) if buffer.layout == torch.strided else None
         # Else a process reduces what others, which it has joined, still train with.
         in_backward = torch._C._current_graph_task_id() != -1
         started = self._begin(kept) if in_backward and kept is not None else None
+        if in_backward and bucket.is_last():
+            # Not with the first one: backward passes within this one (checkpoints) end earlier.
+            Variable._execution_engine.queue_callback(self._end_of_backward)
         if kept is None or kept.reduced is buffer:
             future = self._average.start(self._average.scale(buffer, bucket))
             result = future.then(first_value)
@@ -101,7 +104,6 @@ class Engine:
             self._arrived = True
             self._kind = self._choose()
             self._values = self._hyper_parameters()
-            Variable._execution_engine.queue_callback(self._end_of_backward)
         works = kept.works(self.optimizer) if self._kind is not None else None
         if not works:
             return None
@@ -128,11 +130,12 @@ class Engine:
         with torch.no_grad():
             started.take(self._kind)
 
-    def _refuse(self, buffer: Tensor) -> Future[Tensor]:
+    def _refuse(self, bucket: GradBucket) -> Future[Tensor]:
         """Let this backward pass end as any, and then raise: DDP stays usable."""
-        if not self._refused:
-            self._refused = True
-            # After DDP's own callback, which it queues at the last bucket.
+        buffer = bucket.buffer()
+        self._refused = True
+        if bucket.is_last():
+            # After DDP's own callback, which it queues after its last bucket.
             engine = Variable._execution_engine
             engine.queue_callback(lambda: engine.queue_callback(self._raise_second))
         done: Future[Tensor] = Future(devices=None if buffer.is_cpu else [buffer.device])

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,114 +9,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastlars
-from distributed.overlap_cases import Result, Setting, count_early, images, make, result, train
+from distributed.overlap_cases import Result, Setting, make, result, train
+from distributed.overlap_loops import MANY, both, loop, loss_of, same, start
 from distributed.processes import run
-
-MANY = {"bucket_cap_mb": 0.001}
-Loop = Callable[[bool, str], Result]
-
-
-def both(loop: Loop, mode: str) -> list[list[Result]]:
-    return [loop(overlapped, mode) for overlapped in (False, True)]
-
-
-def same(loop: Loop, mode: str = "step", size: int = 2) -> list[Result]:
-    """The overlapped runs' results."""
-    found = run(size, both, loop, mode)
-    for plain, overlapped in found:
-        overlapped.assert_same(plain)
-        overlapped.losses, found[0][0].losses = [], []
-        overlapped.assert_same(found[0][0])
-    return [overlapped for _, overlapped in found]
-
-
-def start(
-    net: nn.Module, overlapped: bool, mode: str, params: Any = None, **ddp: Any
-) -> tuple[DistributedDataParallel, Any]:
-    module = DistributedDataParallel(net, **{**MANY, **ddp})
-    params = list(net.parameters()) if params is None else params
-    optimizer = fastlars.LAMB(params, lr=0.05, weight_decay=1e-3)
-    if overlapped:
-        fastlars.distributed.overlap(module, optimizer, mode=mode)
-    return module, optimizer
-
-
-def loss_of(module: nn.Module, step: int) -> Tensor:
-    x, y = images(step, dist.get_rank(), torch.float32)
-    return nn.functional.cross_entropy(module(x), y)
-
-
-def loop(module: nn.Module, optimizer: Any, steps: int = 5) -> list[int]:
-    early = []
-    for step in range(steps):
-        optimizer.zero_grad()
-        loss_of(module, step).backward()
-        early.append(count_early(optimizer))
-        optimizer.step()
-    return early
-
-
-def frozen(overlapped: bool, mode: str) -> Result:
-    net = make(Setting())
-    net[2].weight.requires_grad_(False)
-    ddp, optimizer = start(net, overlapped, mode)
-    return result(net, optimizer, early=loop(ddp, optimizer))
-
-
-def test_frozen_parameters() -> None:
-    (first, _) = same(frozen)
-    assert first.early[-1] == len(first.params) - 1
-
-
-class Tied(nn.Module):
-    """One matrix, used first and last."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(10, 768) / 30)
-        self.inner = nn.Linear(10, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.inner(nn.functional.linear(x.flatten(1), self.weight)).tanh()
-        return nn.functional.linear(hidden @ self.weight, self.weight)
-
-
-def tied(overlapped: bool, mode: str) -> Result:
-    torch.manual_seed(3)
-    net = Tied()
-    ddp, optimizer = start(net, overlapped, mode)
-    return result(net, optimizer, early=loop(ddp, optimizer))
-
-
-@pytest.mark.parametrize("mode", ["step", "norms"])
-def test_tied_weights(mode: str) -> None:
-    (first, _) = same(tied, mode)
-    assert first.early[-1] == len(first.params)
-
-
-class Idle(nn.Module):
-    """Has a layer that no output depends on, in the middle of a bucket."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = make(Setting())
-        self.idle = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
-def unused(overlapped: bool, mode: str) -> Result:
-    net = Idle()
-    # static_graph: DDP averages zeros for the idle layer, which without overlap is left alone.
-    ddp, optimizer = start(net, overlapped, mode, static_graph=True, bucket_cap_mb=25)
-    return result(net, optimizer, early=loop(ddp, optimizer))
-
-
-@pytest.mark.parametrize("mode", ["step", "norms"])
-def test_unused_parameters_of_a_static_graph(mode: str) -> None:
-    (first, _) = same(unused, mode)
-    assert first.early[-1] == len(first.params) - 2
 
 
 def elsewhere(overlapped: bool, mode: str) -> Result:
