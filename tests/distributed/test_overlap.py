@@ -120,6 +120,12 @@ def test_a_global_clip(kind: str, mode: str, ddp: dict[str, Any]) -> None:
     assert results[0].early[-1] == len(results[0].params)
 
 
+def test_the_norms_are_added_up_in_order() -> None:
+    """Which only shows where weights have the precision of the sum."""
+    options = {"max_grad_norm": 0.5}
+    both(Setting(net=resnet, dtype=torch.float64, steps=12, optimizer=options))
+
+
 @pytest.mark.parametrize("view", [False, True])
 @pytest.mark.parametrize("mode", ["step", "norms"])
 def test_accumulation_under_no_sync(mode: str, view: bool) -> None:

@@ -56,7 +56,13 @@ def fail(how: str) -> None:
             return original(self, *arguments)
 
         Bucket.works = broken  # type: ignore[method-assign]
-    train(ddp, optimizer, range(BROKEN, BROKEN + 1))
+    before = {p: p.detach().clone() for p in ddp.parameters()}
+    try:
+        train(ddp, optimizer, range(BROKEN, BROKEN + 1))
+    except RuntimeError:
+        broken = optimizer._ahead.started[1].params()
+        assert all(torch.equal(p, before[p]) for p in broken), "stepped without its sum"
+        raise
 
 
 @pytest.mark.parametrize("how", ["raise", "hang"])
@@ -67,6 +73,7 @@ def test_in_the_hook(how: str) -> None:
     else:
         assert "exit code 7" in one.error
         assert zero.seconds < one.seconds  # and not because the other one was gone
+    assert "stepped without" not in zero.error
     # gloo's words, which depend on what it was doing.
     assert re.search(r"RuntimeError:.*(time.?out|timed out|closed|reset)", zero.error, re.I)
 

@@ -159,17 +159,18 @@ def raises(text: str, optimizer: Any) -> Any:
     before.assert_unchanged()
 
 
-def scaled(steps: int) -> None:
+def scaled(before: int) -> None:
     """GradScaler shows itself in step(): the first one is not overlapped for that."""
     ddp, optimizer = pair()
+    train(ddp, optimizer, before)
     overlap(ddp, optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    backward(ddp, 0, 2.0)
     scaler.scale(torch.ones(()))
     with raises("GradScaler", optimizer):
+        backward(ddp, 0, 2.0)
         scaler.step(optimizer)
     del optimizer.grad_scale, optimizer.found_inf  # which GradScaler leaves behind an error
-    train(ddp, optimizer, steps)
+    train(ddp, optimizer, 2)
 
 
 def second_backward(mode: str, after: int) -> None:
@@ -215,14 +216,16 @@ def changed(what: str) -> None:
 
 
 def later_option(name: str) -> None:
-    """Options that a group gets after overlap()."""
-    ddp, optimizer = pair()
+    """Options that a group gets after overlap(); no bucket of another group is stepped either."""
+    ddp, _ = pair(bucket_cap_mb=0.001)
+    params = list(ddp.parameters())
+    optimizer = fastlars.LAMB([{"params": params[:4]}, {"params": params[4:]}], lr=0.05)
     overlap(ddp, optimizer)
     train(ddp, optimizer, 2)
     optimizer.param_groups[0][name] = True
     optimizer.zero_grad()
-    backward(ddp, 3)
     with raises(f"group 0: overlap does not go with {name}", optimizer):
+        backward(ddp, 3)
         optimizer.step()
 
 
@@ -246,6 +249,7 @@ def another_hook(_: str) -> None:
 @pytest.mark.parametrize(
     ("function", "argument"),
     [
+        (scaled, 0),
         (scaled, 2),
         (joined, ""),
         (changed, "clipped"),
