@@ -24,6 +24,7 @@ from distributed.overlap_cases import (
     train_joined,
 )
 from distributed.processes import run
+from fastlars.distributed.buckets import Measured, Started, measured, parts_of
 
 ONE, THREE, MANY = 25, 0.25, 0.001  # bucket_cap_mb for the narrow ResNet-18
 BF16 = torch.bfloat16
@@ -120,10 +121,21 @@ def test_a_global_clip(kind: str, mode: str, ddp: dict[str, Any]) -> None:
     assert results[0].early[-1] == len(results[0].params)
 
 
-def test_the_norms_are_added_up_in_order() -> None:
-    """Which only shows where weights have the precision of the sum."""
-    options = {"max_grad_norm": 0.5}
-    both(Setting(net=resnet, dtype=torch.float64, steps=12, optimizer=options))
+def test_norms_of_interleaved_buckets_come_back_in_order() -> None:
+    """Their sum, and so its last bit, depends on the order."""
+    params = [nn.Parameter(torch.ones(2 + i)) for i in range(6)]
+    optimizer = fastlars.LARS(params, lr=0.1)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    started = []
+    for mine in (params[1::2], params[::2]):
+        parts = parts_of(optimizer, {p: p.grad for p in mine if p.grad is not None})
+        started.append(Started.of([w for part in parts for w in part.works(optimizer)], True))
+        started[-1].take("clip")
+    (work,) = measured(optimizer._prepare(), started)
+    assert isinstance(work, Measured)
+    assert work.sums[:, 1].tolist() == [2.0 + i for i in range(6)]
 
 
 @pytest.mark.parametrize("view", [False, True])
