@@ -25,6 +25,8 @@ from fastlars.trainer import distributed
 from fastlars.trainer.distributed import World
 from fastlars.trainer.errors import TrainerError
 
+pytestmark = pytest.mark.xdist_group("elastic")  # with one undisturbed run for both files
+
 
 def test_killed_in_backward_in_the_optimizer_and_while_saving(
     undisturbed: Path, tmp_path: Path
