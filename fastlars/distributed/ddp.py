@@ -49,7 +49,8 @@ def overlap(
     not overlapped.
 
     Hyper-parameters are read during backward: change them before it or after ``optimizer.step()``,
-    as schedulers do. Parameters are new when backward returns, not before.
+    as schedulers do. Parameters are new when backward returns, and change while it runs: after an
+    error in it, some may be a step ahead of others, so go on from a checkpoint.
 
     Args:
         ddp: module; any of its options but those below. With ``static_graph=True``, parameters may
