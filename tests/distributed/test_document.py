@@ -38,8 +38,8 @@ def train(folder: Path, deaths: str) -> str:
 
 def test_the_script_is_killed_between_two_buckets(tmp_path: Path) -> None:
     """Some weights are written, others not; it ends with the bits of a run without a death."""
-    # torch 2.15 aborts one in some ten processes of DDP over gloo when they end, with overlap and
-    # without; torchrun then starts both once more, at step 20, where nothing is left to do.
+    # A process may be aborted when it ends, with overlap and without: docs/distributed.md says why.
+    # torchrun then starts both once more, at step 20, where nothing is left to do.
     assert set(resumed_at(train(tmp_path / "whole", ""))) <= {20}
     # The second attempt begins with step 5: its death is in step 13.
     assert resumed_at(train(tmp_path / "killed", "0:7 1:8"))[:4] == [5, 5, 10, 10]
