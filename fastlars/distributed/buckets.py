@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from operator import is_
 
@@ -18,16 +17,6 @@ from fastlars.optim.numbers import Numbers, numbers
 from fastlars.optim.plan import Plan
 from fastlars.optim.work import Work
 from fastlars.rules import GradientNorm
-
-
-def part_of(whole: Plan, indices: list[int], grads: list[Tensor]) -> Plan:
-    """The plan of some of a group's parameters, with gradients that lie elsewhere than theirs."""
-    plan = copy.copy(whole)
-    plan.params = [whole.params[i] for i in indices]
-    plan.places = [whole.places[i] for i in indices]
-    plan.grad_types = list(map(type, grads))
-    plan.kinds = plan._sort(list(grads))
-    return plan.ready()
 
 
 @dataclass
@@ -53,7 +42,7 @@ class Part:
         if whole is None:
             raise KeyError(self.number)
         if self.plan is None or whole is not self.whole:
-            self.whole, self.plan = whole, part_of(whole, self.indices, self.grads)
+            self.whole, self.plan = whole, whole.part(self.indices, self.grads)
         return [Work(group, rule, sublist, bound) for sublist, bound in self.plan.bind(self.grads)]
 
     def take_plan_of(self, other: Part | None) -> None:

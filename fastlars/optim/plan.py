@@ -7,6 +7,7 @@ and a plan that no longer fits is made anew.
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from dataclasses import dataclass
 from operator import is_
@@ -116,6 +117,15 @@ class Plan:
         self.sublists = self._cut()
         self.whole = [s.indices for s in self.sublists] == [list(range(len(self.params)))]
         return self
+
+    def part(self, indices: list[int], grads: list[Tensor]) -> Plan:
+        """The plan of some of these parameters, ready, with gradients that lie elsewhere."""
+        plan = copy.copy(self)
+        plan.params = [self.params[i] for i in indices]
+        plan.places = [self.places[i] for i in indices]
+        plan.grad_types = list(map(type, grads))
+        plan.kinds = plan._sort(list(grads))
+        return plan.ready()
 
     def fits(self, params: list[Tensor], grads: list[Tensor | None]) -> bool:
         """Whether the plan was made for these parameters and gradients."""

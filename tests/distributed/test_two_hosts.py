@@ -103,6 +103,7 @@ def test_a_cut_cable_and_a_lost_host(
     finally:
         for torchrun in run.torchruns:
             stop(torchrun)
-    first, *_, last = resumed_at(run.log(0))
+    # Two restarts, no third one in which hosts that went on differently would have met again.
+    first, last = resumed_at(run.log(0))
     assert 5 <= first <= 22 <= last < STEPS
     assert_same_runs(undisturbed, run.path)
