@@ -22,7 +22,18 @@ from tolerances import assert_same_bits
 pytestmark = marks("cuda")
 CHUNK = 4096
 ADAPTING = [row for row in DEFAULTS if row.rule.adapt]
-MOST_BLOCKS, MOST_HELD = 12, 4
+MOST_BLOCKS = 12
+
+
+def _most_held() -> int:
+    """Chunks, 16 KB each, that a block can hold: three on GPUs of compute capability 7.5."""
+    if not torch.cuda.is_available():
+        return 4
+    room: int = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
+    return min(4, (room - 2048) // 2**14)
+
+
+MOST_HELD = _most_held()
 
 
 def _problem(name: str, sizes: list[int], steps: int) -> Problem:
@@ -112,7 +123,7 @@ def test_awkward_lists(name: str, row: Row) -> None:
 
 @pytest.mark.parametrize("row", ADAPTING, ids=lambda row: row.name)
 def test_resnet18(row: Row) -> None:
-    choices = [(1, 1), (12, 2), (5, 4)]
+    choices = [(1, 1), (12, 2), (5, MOST_HELD)]
     tested = Scheduled(row, _problem("ResNet-18", _resnet18(), len(choices)), "one-launch")
     assert tested.layout.plan.tensors == 62
     _compare(tested, choices.__getitem__)

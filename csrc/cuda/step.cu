@@ -202,9 +202,7 @@ template <class Types, class Rule>
 void run(const Rule& rule, const Scalars& now, const Work& work, float* ratios) {
   for_each_launch(rule, now, work, [&](Call<Rule>& call) {
     call.ratios = ratios;
-    // A ring that is asked for may take what there is; by itself it leaves room for other blocks.
-    call.ring = work.ring > 0 ? ring_of_device(1, kHeldBytes, work.ring)
-                              : ring_of_device(kBlocks<Types>, kHeldBytes, kMostHeld);
+    call.ring = work.ring > 0 ? work.ring : ring_of_device(kBlocks<Types>, kHeldBytes, kMostHeld);
     launch("step", step<Rule, Types>, call, work, call.ring * kHeldBytes);
   });
 }
