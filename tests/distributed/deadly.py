@@ -10,7 +10,6 @@ import os
 import runpy
 import signal
 import sys
-import threading
 from typing import Any
 
 from fastlars.backends.cpu import Cpu
@@ -20,23 +19,27 @@ deaths = [death.split(":") for death in os.environ.get("DEATHS", "").split()]
 attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 rank, step = deaths[attempt] if attempt < len(deaths) else ("", "-1")
 taken = 0
+in_step = False  # else a list is written during backward
 original, original_step = Cpu.step, FusedOptimizer.step
 
 
 def deadly(self: Cpu, *arguments: Any) -> Any:
     """A list of tensors is written; it may be the last."""
     result = original(self, *arguments)
-    elsewhere = threading.current_thread() is not threading.main_thread()
-    if elsewhere and rank == os.environ["RANK"] and taken == int(step):
+    if not in_step and rank == os.environ["RANK"] and taken == int(step):
         os.kill(os.getpid(), signal.SIGKILL)
     return result
 
 
 def counted(self: FusedOptimizer, *arguments: Any, **keywords: Any) -> Any:
     """optimizer.step() of this attempt."""
-    global taken
+    global taken, in_step
     taken += 1
-    return original_step(self, *arguments, **keywords)
+    in_step = True
+    try:
+        return original_step(self, *arguments, **keywords)
+    finally:
+        in_step = False
 
 
 Cpu.step = deadly  # type: ignore[method-assign]
