@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -172,21 +173,24 @@ class Cuda:
         found = self._checks.bind(tensors, layout.checked).native
         return Bound(found, layout, layout.tables.placed(found), tensors)
 
+    def _launch(
+        self,
+        call: Callable[..., None],
+        rule: Rule | GradientNorm,
+        bound: Bound,
+        now: Scalars,
+        *arguments: int | None,
+        last: tuple[int, ...] = (),
+    ) -> None:
+        """Call into the extension on the current stream; ``arguments`` are the call's own."""
+        plan, numbers = bound.layout.plan, bound.numbers(now)
+        with current(bound.device):
+            where = (bound.stream(), self.grid)
+            call(native(rule), bound.native, plan, *numbers, *arguments, *where, *last)
+
     def measure(self, rule: Rule | GradientNorm, bound: Bound, now: Scalars) -> Tensor:
         sums = bound.empty(bound.layout.plan.tensors, 2, dtype=torch.float64)
-        lr, scale, numbers = bound.numbers(now)
-        with current(bound.device):
-            _C.cuda_measure(
-                native(rule),
-                bound.native,
-                bound.layout.plan,
-                lr,
-                scale,
-                numbers,
-                sums.data_ptr(),
-                bound.stream(),
-                self.grid,
-            )
+        self._launch(_C.cuda_measure, rule, bound, now, sums.data_ptr())
         return sums
 
     def apply(self, rule: Rule, bound: Bound, now: Scalars, sums: Tensor | None) -> Tensor:
@@ -200,21 +204,7 @@ class Cuda:
                 raise ValueError(f"apply needs sums on {bound.device}, got some on {sums.device}")
             sums = sums.contiguous()
             address = sums.data_ptr()
-        lr, scale, numbers = bound.numbers(now)
-        with current(bound.device):
-            _C.cuda_apply(
-                native(rule),
-                bound.native,
-                bound.layout.plan,
-                lr,
-                scale,
-                numbers,
-                now.seed,
-                address,
-                ratios.data_ptr(),
-                bound.stream(),
-                self.grid,
-            )
+        self._launch(_C.cuda_apply, rule, bound, now, now.seed, address, ratios.data_ptr())
         return ratios
 
     def step(self, rule: Rule, bound: Bound, now: Scalars) -> Tensor:
@@ -223,18 +213,5 @@ class Cuda:
         if self.path == "two-launch" or now.seed is not None:
             return self.apply(rule, bound, now, self.measure(rule, bound, now))
         ratios = bound.empty(bound.layout.plan.tensors, dtype=torch.float32)
-        lr, scale, numbers = bound.numbers(now)
-        with current(bound.device):
-            _C.cuda_step(
-                native(rule),
-                bound.native,
-                bound.layout.plan,
-                lr,
-                scale,
-                numbers,
-                ratios.data_ptr(),
-                bound.stream(),
-                self.grid,
-                self.ring,
-            )
+        self._launch(_C.cuda_step, rule, bound, now, ratios.data_ptr(), last=(self.ring,))
         return ratios
