@@ -13,7 +13,7 @@ struct Body<LambRule> {
   static constexpr int kBatch = kVectors / 2;
 
   static __device__ bool out_of_range(const Pair<float>& sums) {
-    return leaves_float_range(sums.weight) || leaves_float_range(sums.update);
+    return needs_double({sums.weight, sums.update});
   }
 
   // The direction is taken from the moments as they are stored, because that is what apply reads.

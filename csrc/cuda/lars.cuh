@@ -52,7 +52,7 @@ struct Body<LarsRule> {
   using Coefficients = LarsCoefficients;
 
   static __device__ bool out_of_range(const Pair<float>& sums) {
-    return leaves_float_range(sums.weight) || leaves_float_range(sums.update);
+    return needs_double({sums.weight, sums.update});
   }
 
   // Holds: the gradients are put into `held`, from where apply takes them.
