@@ -3,6 +3,7 @@
 # PYTHON       the interpreter that .venv is made from; in `make gpu`, the one that has torch
 # TRAIN_ARGS   arguments of the trainer in `make train`; without any, ResNet-50 with LARS on digits
 # BENCH_CSV    where `make bench` writes its figures
+# BENCH_COMPARE  rows to hold its ratios against, such as benchmarks/results/cpu.csv
 # GPU_CSV      where `make gpu` writes its figures
 # PYTEST_ARGS  more arguments for pytest in `make test` and `make bench`, such as PYTEST_ARGS="-k lamb"
 
@@ -11,6 +12,7 @@ PYTHON ?= python3
 TRAIN_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_CSV ?= .benchmarks/run.csv
+BENCH_COMPARE ?=
 GPU_CSV ?= .benchmarks/gpu.csv
 
 VENV := .venv
@@ -55,7 +57,8 @@ test: $(STAMP)
 bench: $(STAMP)
 	@mkdir -p .benchmarks
 	$(RUN) -m pytest benchmarks -m 'not gpu' --benchmark-json .benchmarks/run.json $(PYTEST_ARGS)
-	@$(RUN) benchmarks/report.py .benchmarks/run.json --csv $(BENCH_CSV)
+	@$(RUN) benchmarks/report.py .benchmarks/run.json --csv $(BENCH_CSV) --pictures .benchmarks \
+	    $(if $(BENCH_COMPARE),--compare $(BENCH_COMPARE))
 
 # Machines with GPUs come with a torch that fits them, and often without a network. The steps can be run
 # one by one: make gpu-build, gpu-test, gpu-bench.

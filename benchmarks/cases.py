@@ -92,6 +92,15 @@ def pytorch_optimizer(name: str) -> Build:
     return build
 
 
+def optax(name: str) -> Build:
+    def build(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+        from optax_step import OptaxStep
+
+        return OptaxStep(params, name, LR, DECAY)  # type: ignore[return-value]
+
+    return build
+
+
 def sgd(params: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=LR, momentum=0.9, weight_decay=DECAY, fused=True)
 
@@ -107,6 +116,7 @@ LARS: dict[str, Contender] = {
     "torch SGD(fused)": Contender(sgd, "torch", 20),
     "timm Lars": Contender(timm("Lars"), "timm"),
     "pytorch_optimizer LARS(foreach)": Contender(pytorch_optimizer("LARS"), "pytorch_optimizer"),
+    "optax lars(jit)": Contender(optax("lars"), "optax"),
 }
 LAMB: dict[str, Contender] = {
     "fastlars": Contender(
@@ -115,6 +125,7 @@ LAMB: dict[str, Contender] = {
     "torch AdamW(fused)": Contender(adamw, "torch", 28),
     "timm Lamb": Contender(timm("Lamb"), "timm"),
     "pytorch_optimizer Lamb(foreach)": Contender(pytorch_optimizer("Lamb"), "pytorch_optimizer"),
+    "optax lamb(jit)": Contender(optax("lamb"), "optax"),
 }
 RULES: dict[str, dict[str, Contender]] = {"lars": LARS, "lamb": LAMB}
 
@@ -161,6 +172,8 @@ def _moved(
             torch._foreach_copy_(grads, saved)
             if number == 0 and contender.graph:
                 step = record(step)
+        if hasattr(optimizer, "settle"):  # it steps copies of its own
+            optimizer.settle()
     after = [p.detach() for p in params]
     return [(a.double() - b.double()).cpu() for a, b in zip(after, before, strict=True)]
 

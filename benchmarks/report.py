@@ -1,6 +1,7 @@
 """From pytest-benchmark's JSON to one CSV for the repository and one table for people.
 
-``python benchmarks/report.py RUN.json [RUN.json ...] [--csv OUT.csv]``
+``python benchmarks/report.py RUN.json [RUN.json ...] [--csv OUT.csv] [--compare OLD.csv]
+[--pictures FOLDER]``
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+import compare
+import figures
 
 COLUMNS = [
     "group",
@@ -137,6 +141,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="what pytest --benchmark-json wrote")
     parser.add_argument("--csv", type=Path, help="write the rows here too")
+    parser.add_argument(
+        "--compare", type=Path, help="committed rows; exit with 1 where fastlars has lost ground"
+    )
+    parser.add_argument("--pictures", type=Path, help="folder for roofline.png and cost.png")
     arguments = parser.parse_args(argv)
     table = []
     for run in arguments.runs:
@@ -153,7 +161,22 @@ def main(argv: list[str] | None = None) -> int:
             writer.writeheader()
             writer.writerows(table)
     print(markdown(table))
-    return 0
+    if arguments.pictures:
+        figures.draw(table, arguments.pictures)
+    return _compare(arguments.compare, table) if arguments.compare else 0
+
+
+def _compare(committed: Path, table: list[dict[str, Any]]) -> int:
+    """Say which ratios are worse than the committed ones; the exit status."""
+    old = compare.read(committed)
+    lost = compare.regressions(old, table)
+    print(
+        f"\n{compare.shared(old, table)} ratios compared with {committed}, {len(lost)} worse by "
+        f"more than a factor of {compare.TOLERANCE}",
+        *lost,
+        sep="\n",
+    )
+    return int(bool(lost))
 
 
 if __name__ == "__main__":

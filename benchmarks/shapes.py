@@ -74,3 +74,9 @@ MODELS: dict[str, Callable[[], Shapes]] = {
     "tiny": tiny,
     "giant": giant,
 }
+
+# What a step costs as one tensor grows, and as tensors of 64 elements become more.
+SWEEP: dict[str, Callable[[], Shapes]] = {
+    **{f"1 x 1e{power}": (lambda n=10**power: [(n,)]) for power in (0, 2, 4, 6, 8, 9)},
+    **{f"{count} x 64": (lambda n=count: [(64,)] * n) for count in (1, 10, 100, 1_000)},
+}

@@ -15,16 +15,17 @@ from typing import Any
 import pytest
 import torch
 
-from cases import DECAY, LR, RULES, Contender, check, gradients, parameters
-from shapes import MODELS
+from cases import DECAY, LR, Contender, check, gradients, parameters
+from cpu_cases import CASES, Case, contenders, free_bytes
 from timing import Sample, interleave
+from traffic import elements
 
-ROUNDS = {"resnet50": 61, "bert_large": 11}
-CASES = [
-    pytest.param(model, rule, name, id=f"{model}-{rule}-{name.replace(' ', '_')}")
-    for model in ROUNDS
-    for rule in RULES
-    for name in RULES[rule]
+ROUNDS = 61
+LIMIT_S = 12.0
+ROWS = [
+    pytest.param(case, name, id=f"{case}-{name}".replace(" ", "_"))
+    for case in CASES
+    for name in contenders(case)
 ]
 
 
@@ -40,13 +41,17 @@ def memory_rate() -> float:
     return 3 * a.nbytes / seconds
 
 
-@pytest.mark.parametrize(("model", "rule", "name"), CASES)
-def test_step(benchmark: Any, model: str, rule: str, name: str) -> None:
+@pytest.mark.parametrize(("case", "name"), ROWS)
+def test_step(benchmark: Any, case: Case, name: str) -> None:
     gc.collect()  # of the test before: optimizers sit in reference cycles, BERT's hold gigabytes
-    contender, ours = RULES[rule][name], RULES[rule]["fastlars"]
-    check(contender, ours, rule)
-    params = parameters(MODELS[model]())
-    numel = sum(p.numel() for p in params)
+    if case.needed_bytes() > free_bytes():
+        pytest.skip(
+            f"{case} needs about {case.needed_bytes() / 1e9:.0f} GB of memory, "
+            f"{free_bytes() / 1e9:.0f} are free"
+        )
+    contender, ours = contenders(case)[name], contenders(case)["fastlars"]
+    check(contender, ours, case.rule, dtype=case.torch_dtype)
+    params = parameters(case.shapes(), dtype=case.torch_dtype)
     # Some contenders write into the gradients; without mending they would shrink to nothing.
     grads = gradients(params)
     saved = [g.clone() for g in grads]
@@ -55,21 +60,20 @@ def test_step(benchmark: Any, model: str, rule: str, name: str) -> None:
         torch._foreach_copy_(grads, saved)
 
     theirs = contender.build(params)
-    rounds = ROUNDS[model]
     calls = {name: theirs.step}
     if name != "fastlars":
         calls["fastlars"] = ours.build(params).step
-    samples = interleave(calls, rounds, between={name: restore})
-    report(benchmark, samples, contender, name, numel)
-    benchmark.group = f"{model} {rule}"
+    samples = interleave(calls, ROUNDS, between={name: restore}, limit_s=LIMIT_S)
+    report(benchmark, samples, contender, name, case)
+    benchmark.group = str(case)
     benchmark.pedantic(theirs.step, setup=restore, rounds=3, warmup_rounds=0)
 
 
 def report(
-    benchmark: Any, samples: dict[str, Sample], contender: Contender, name: str, numel: int
+    benchmark: Any, samples: dict[str, Sample], contender: Contender, name: str, case: Case
 ) -> None:
     """Put the interleaved figures where report.py finds them."""
-    mine = samples[name]
+    mine, numel = samples[name], case.numel
     benchmark.extra_info.update(
         contender=name,
         version=importlib.metadata.version(contender.package),
@@ -85,10 +89,13 @@ def report(
         fastlars_over_this=samples["fastlars"].median / mine.median,
         memory_gb_s=memory_rate() / 1e9,
     )
-    if contender.bytes_per_parameter is not None:
-        rate = contender.bytes_per_parameter * numel / mine.median
+    least: float | None = contender.bytes_per_parameter
+    if contender.package == "fastlars":
+        least = elements(case.rule, "two-launch", case.widths).least
+    if least is not None:
+        rate = least * numel / mine.median
         benchmark.extra_info.update(
-            bytes_per_parameter=contender.bytes_per_parameter,
+            bytes_per_parameter=least,
             gb_s=rate / 1e9,
             share_of_memory=rate / memory_rate(),
         )

@@ -1,0 +1,103 @@
+"""What is made of benchmark figures: comparison with committed ones, pictures, memory needed."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import compare
+import figures
+import report
+from cases import RULES, check
+from cpu_cases import CASES, Case, contenders, free_bytes
+from shapes import SWEEP
+
+
+def row(group: str, contender: str, ratio: float | str, **others: Any) -> dict[str, Any]:
+    numbers = {"p50_ms": "2.5", "parameters": "1000", "bytes_per_parameter": "20"}
+    return {
+        "group": group, "contender": contender, "fastlars_over_this": str(ratio),
+        "memory_gb_s": "50", **numbers, **others,
+    }  # fmt: skip
+
+
+OLD = [row("a", "fastlars", 1), row("a", "torch", 1.2), row("b", "torch", 1.5)]
+
+
+def test_a_ratio_that_grew_is_a_regression_and_no_time_is() -> None:
+    slower_machine = [{**line, "p50_ms": "250"} for line in OLD]
+    assert compare.regressions(OLD, slower_machine) == []
+    noise = [row("a", "torch", 1.3), row("b", "torch", 1.1), row("c", "torch", 9.0)]
+    assert compare.regressions(OLD, noise) == []
+    assert compare.shared(OLD, noise) == 2
+    (line,) = compare.regressions(OLD, [row("a", "torch", 1.5), row("b", "torch", 1.5)])
+    assert line == "a: fastlars / torch is 1.5, was 1.2"
+
+
+@pytest.mark.parametrize(("ratio", "status"), [(1.3, 0), (2.0, 1)])
+def test_the_report_ends_in_the_comparison(
+    ratio: float, status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    committed, run = tmp_path / "old.csv", tmp_path / "run.json"
+    with committed.open("w", newline="") as file:
+        writer = csv.DictWriter(file, OLD[0])
+        writer.writeheader()
+        writer.writerows(OLD)
+    info = {"contender": "torch", "version": "1", "fastlars_over_this": ratio, "p50_ms": 1.0}
+    numbers = {"p20_ms": 1.0, "p80_ms": 1.0, "rounds": 5, "parameters": 10, "memory_gb_s": 50.0}
+    content = {
+        "machine_info": {"cpu": {}, "machine": "x86_64", "python_version": "3.12", "torch": "2"},
+        "datetime": "2030-01-02T03:04:05",
+        "commit_info": {"id": "0123456789abcdef"},
+        "benchmarks": [{"group": "a", "extra_info": info | numbers | {"threads": 2}}],
+    }
+    run.write_text(json.dumps(content))
+    assert report.main([str(run), "--compare", str(committed)]) == status
+    assert "1 ratios compared" in capsys.readouterr().out
+
+
+def test_pictures_have_a_point_for_every_row(tmp_path: Path) -> None:
+    rows = [row(f"{model} {rule}", name, 1)
+            for model in ("resnet50", "1 x 1e4", "100 x 64", "tiny")
+            for rule in ("lars", "lamb")
+            for name in ("fastlars", "SGD" if rule == "lars" else "AdamW")]  # fmt: skip
+    rows.append(row("resnet50 lars bf16 + masters", "fastlars", 1))
+    rows.append(row("host, 161 tensors of 1 element", "fastlars LARS", ""))
+    lines = figures._roofline(rows).axes[0].lines
+    labels = [line.get_label() for line in lines]
+    assert labels == ["fastlars", "SGD", "fastlars, bfloat16", "memory, 50 GB/s"]
+    assert lines[0].get_xydata().tolist() == [[2e-5, 2.5]] * 2  # ResNet-50 and 10,000 tensors
+    memory = lines[-1].get_xydata()
+    assert memory[:, 1] == pytest.approx(1e3 * memory[:, 0] / 50)
+    left, right = figures._cost(rows).axes
+    assert [list(line.get_xdata()) for line in left.lines] == [[1000.0]] * 4
+    assert sorted(right.lines[0].get_xdata()) == [100, 10_000]
+    drawn = figures.draw(rows, tmp_path)
+    assert [path.name for path in drawn] == ["roofline.png", "cost.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+    assert figures.draw(rows[-1:], tmp_path) == []
+
+
+def test_cases_cover_one_element_to_a_thousand_million() -> None:
+    sizes = {Case(name, "lars", "float32").numel for name in SWEEP if name.startswith("1 x 1e")}
+    assert (min(sizes), max(sizes)) == (1, 10**9)
+    assert len(set(map(str, CASES))) == len(CASES)
+    assert all(next(iter(contenders(case))) == "fastlars" for case in CASES)
+
+
+def test_memory_is_asked_for_what_two_optimizers_keep() -> None:
+    # Weights, gradients and their copies, and a momentum each.
+    assert Case("resnet50", "lars", "float32").needed_bytes() == 25_557_032 * (4 + 8 + 8)
+    assert Case("resnet50", "lamb", "float32").needed_bytes() == 25_557_032 * (4 + 8 + 16)
+    assert 2**28 < free_bytes() < 2**50
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+def test_optax_steps_as_the_specification_does(rule: str) -> None:
+    name = next(name for name in RULES[rule] if name.startswith("optax"))
+    check(RULES[rule][name], RULES[rule]["fastlars"], rule, dtype=torch.float32)
