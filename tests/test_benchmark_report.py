@@ -12,6 +12,7 @@ import torch
 
 import compare
 import figures
+import iteration
 import report
 from cases import RULES, check
 from cpu_cases import CASES, Case, contenders, free_bytes
@@ -101,3 +102,19 @@ def test_memory_is_asked_for_what_two_optimizers_keep() -> None:
 def test_optax_steps_as_the_specification_does(rule: str) -> None:
     name = next(name for name in RULES[rule] if name.startswith("optax"))
     check(RULES[rule][name], RULES[rule]["fastlars"], rule, dtype=torch.float32)
+
+
+def test_shares_of_an_iteration_are_those_of_its_times() -> None:
+    rows = iteration.measure("resnet50", torch.device("cpu"), 5, (2, 32))
+    assert [r["contender"] for r in rows][:2] == ["fastlars", "torch SGD(fused)"]
+    for line in rows:
+        step, passes = float(line["step_ms"]), float(line["passes_ms"])
+        assert float(line["share_of_iteration"]) == pytest.approx(step / (step + passes), abs=1e-3)
+    assert "| resnet50 | 2 x 32 | fastlars" in iteration.markdown(rows)
+
+
+def test_bert_large_has_the_parameters_of_bert_large() -> None:
+    with torch.device("meta"):
+        model = iteration.BertLarge()
+        assert model(torch.zeros(2, 5, dtype=torch.long)).shape == (2, 5, 30522)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(335e6, rel=0.01)
