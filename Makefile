@@ -26,18 +26,19 @@ EXTRAS_trainer := trainer
 EXTRAS_test := test
 EXTRAS_dev := test,dev
 WANTED := $(patsubst $(VENV)/.installed-%,%,$(wildcard $(VENV)/.installed-*)) \
-    $(if $(filter test bench,$(MAKECMDGOALS)),test) $(if $(filter lint format,$(MAKECMDGOALS)),dev)
+    $(if $(filter test bench docs,$(MAKECMDGOALS)),test) $(if $(filter lint format,$(MAKECMDGOALS)),dev)
 LEVEL := $(firstword $(filter dev,$(WANTED)) $(filter test,$(WANTED)) trainer)
 STAMP := $(VENV)/.installed-$(LEVEL)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test bench gpu gpu-build gpu-test gpu-bench lint format clean
+.PHONY: help setup train test bench docs gpu gpu-build gpu-test gpu-bench lint format clean
 .NOTPARALLEL:
 
 help:
 	@echo 'make train   train ResNet-50 with LARS on handwritten digits; writes a new folder in runs'
 	@echo 'make test    run the tests'
 	@echo 'make bench   time the optimizers beside others, and print one table'
+	@echo 'make docs    build the documentation site in .site'
 	@echo 'make gpu     build for the GPU that is here, test and time on it, without .venv or network'
 	@echo 'make lint    check style and types'
 	@echo 'make format  bring the sources into style'
@@ -59,6 +60,10 @@ bench: $(STAMP)
 	$(RUN) -m pytest benchmarks -m 'not gpu' --benchmark-json .benchmarks/run.json $(PYTEST_ARGS)
 	@$(RUN) benchmarks/report.py .benchmarks/run.json --csv $(BENCH_CSV) --pictures .benchmarks \
 	    $(if $(BENCH_COMPARE),--compare $(BENCH_COMPARE))
+
+docs: $(STAMP)
+	$(RUN) -m sphinx -q -W --keep-going docs .site
+	@echo 'the site: .site/index.html'
 
 # Machines with GPUs come with a torch that fits them, and often without a network. The steps can be run
 # one by one: make gpu-build, gpu-test, gpu-bench.
@@ -95,7 +100,7 @@ format: $(STAMP)
 
 clean:
 	rm -rf build dist *.egg-info fastlars/*.so $(VENV)/.installed-*
-	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .benchmarks .site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find fastlars tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 FIND_PYTHON = command -v $(PYTHON) >/dev/null || \

@@ -30,7 +30,7 @@ class LAMB(FusedOptimizer):
 
     You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", ICLR 2020
     (`arXiv:1904.00962 <https://arxiv.org/abs/1904.00962>`_). Norms are of one parameter tensor
-    each. Where |w| or |u| is 0, the ratio is 1. t counts the steps of each parameter by itself.
+    each. Where a norm is 0, the ratio is 1. t counts the steps of each parameter by itself.
     Other libraries' forms are in :mod:`fastlars.conventions`.
 
     Args:

@@ -33,7 +33,7 @@ class LARS(FusedOptimizer):
 
     You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks", 2017
     (`arXiv:1708.03888 <https://arxiv.org/abs/1708.03888>`_), Algorithm 1 with the coefficient of
-    eq. 6. Norms are of one parameter tensor each. Where |w| or |g| is 0, q is 1. Other libraries'
+    eq. 6. Norms are of one parameter tensor each. Where a norm is 0, q is 1. Other libraries'
     forms are in :mod:`fastlars.conventions`.
 
     Args:
