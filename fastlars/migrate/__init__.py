@@ -1,0 +1,155 @@
+"""Optimizer states of other libraries, for LARS and LAMB to go on from.
+
+A convention (:mod:`fastlars.conventions`) makes a new run compute what another library computes;
+:func:`load` lets a run that another library has begun go on in the middle. Only what is exact is
+loaded: a buffer that holds something else than the optimizer's own is refused, and nothing is
+changed then. docs/migrating.md has an example for every library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+
+from fastlars.conventions import Convention
+from fastlars.migrate.formats import FORMATS
+from fastlars.migrate.reading import States, from_dict, from_tree
+from fastlars.optim.base import FusedOptimizer
+from fastlars.optim.plan import has_master
+
+__all__ = ["FORMATS", "load"]
+
+
+def load(
+    optimizer: FusedOptimizer,
+    state: Any,
+    source: str | Convention,
+    *,
+    params: Iterable[Any] | None = None,
+    convert: Callable[[Any], Any] | None = None,
+    lr: float | None = None,
+) -> None:
+    """Let ``optimizer`` go on from the states of another library's optimizer.
+
+    Momentum buffers, moments and step counts are taken over. Hyper-parameters stay the optimizer's
+    own, learning rates too: set them, or let a scheduler. States keep their values, take the device
+    and layout of their parameters and the ``state_dtype`` of their group; float32 masters, if asked
+    for, start from the weights.
+
+    Args:
+        optimizer: :class:`fastlars.LARS` or :class:`fastlars.LAMB`, usually under the convention.
+        state: the other optimizer's ``state_dict()``; for ``optax_*`` its state; for ``mlperf_*``
+            the momentum of every variable.
+        source: a convention, its name, ``"bitsandbytes_lars"`` or ``"bitsandbytes_lamb"``.
+        params: the parameters in the other optimizer's order, or pairs of name and parameter, such
+            as ``model.named_parameters()``; by default in the order of ``optimizer``. Those that
+            ``optimizer`` does not step must be without states.
+        convert: for ``optax_*`` and ``mlperf_*``: makes of a tree shaped like the parameters a dict
+            of arrays by parameter name, or a list in the order of ``params``: the function with
+            which the weights were moved. By default the tree is such a dict or list.
+        lr: the rate of the last step, for ``momentum_correction`` and ``dampening``; by default the
+            state_dict's. Trees have none.
+
+    Raises:
+        ValueError, TypeError: the state is of another optimizer, means something else than the
+            optimizer's own, or does not fit the parameters. Nothing is loaded then.
+
+    Example:
+        >>> import torch, fastlars
+        >>> from fastlars import conventions, migrate
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> buffer = torch.tensor([0.25, 0.5])  # of torchlars.LARS(torch.optim.SGD(...))
+        >>> group = {"lr": 1.0, "momentum": 0.9, "dampening": 0, "nesterov": False, "params": [0]}
+        >>> old = {"state": {0: {"momentum_buffer": buffer}}, "param_groups": [group]}
+        >>> optimizer = fastlars.LARS([w], lr=1.0, **conventions.torchlars(momentum=0.9))
+        >>> migrate.load(optimizer, old, conventions.torchlars)
+        >>> optimizer.state[w]["momentum_buffer"]
+        tensor([0.2500, 0.5000])
+    """
+    name = source.name if isinstance(source, Convention) else source
+    if name not in FORMATS:
+        raise ValueError(f"source must be one of {', '.join(FORMATS)}, got {name!r}")
+    form = FORMATS[name]
+    if type(optimizer).__name__ != form.optimizer:
+        raise TypeError(
+            f"{name} states are for fastlars.{form.optimizer}, got {type(optimizer).__name__}"
+        )
+    for number, group in enumerate(optimizer.param_groups):
+        if form.buffer and form.buffer not in _meanings(optimizer, group):
+            raise ValueError(
+                f"group {number}: a {name} momentum buffer is that of buffer={form.buffer!r}, "
+                f"not of buffer={group['buffer']!r}, adapt={group['adapt']}"
+            )
+    names, order = _ordered(optimizer, params)
+    read = from_tree if form.tree else from_dict
+    found = read(form, name, state, names, convert, lr)
+    if len(found) != len(order):
+        raise ValueError(f"{name}: states of {len(found)} parameters for {len(order)} of them")
+    _install(optimizer, name, order, found)
+
+
+def _meanings(optimizer: FusedOptimizer, group: dict[str, Any]) -> set[str]:
+    """What a group's momentum buffer holds: with a ratio of 1, scaled and plain are the same."""
+    alike = {"scaled", "gradient"}
+    rule: Any = optimizer.rule_of(group)
+    return alike if not rule.adapt and rule.buffer in alike else {rule.buffer}
+
+
+def _ordered(
+    optimizer: FusedOptimizer, params: Iterable[Any] | None
+) -> tuple[list[str | None], list[Tensor]]:
+    """Names, as far as they are known, and parameters, in the other optimizer's order."""
+    named: list[tuple[str | None, Tensor]] = []
+    if params is None:
+        for group in optimizer.param_groups:
+            names = group.get("param_names") or [None] * len(group["params"])
+            named += zip(names, group["params"], strict=True)
+    else:
+        named = [(None, p) if isinstance(p, Tensor) else tuple(p) for p in params]
+    return [name for name, _ in named], [p for _, p in named]
+
+
+def _install(
+    optimizer: FusedOptimizer, name: str, order: list[Tensor], found: list[States]
+) -> None:
+    """Load ``found`` as a state_dict of our own, whose checks then hold for it."""
+    whole = optimizer.state_dict()
+    index: dict[Tensor, int] = {}
+    for group, saved in zip(optimizer.param_groups, whole["param_groups"], strict=True):
+        index |= dict(zip(group["params"], saved["params"], strict=True))
+    if len(set(order)) != len(order):
+        raise ValueError("params has a parameter twice")
+    given = dict(zip(order, found, strict=True))
+    strangers = [i for i, p in enumerate(order) if p not in index and given[p]]
+    if strangers:
+        raise ValueError(f"params: number {strangers[0]} has states, but is not of this optimizer")
+    if index.keys() - given.keys():
+        raise ValueError(f"params lacks {len(index.keys() - given.keys())} of this optimizer's")
+    state = {}
+    for number, group in enumerate(optimizer.param_groups):
+        rule = optimizer.rule_of(group)
+        for p in group["params"]:
+            theirs = given[p]
+            if not any(each in theirs for each in rule.states):
+                continue
+            for option in ("betas", "grad_averaging"):
+                _check_same(name, number, option, theirs, group)
+            wanted = [*rule.states, *([rule.counter] if rule.counter is not None else [])]
+            state[index[p]] = {each: theirs.get(each) for each in wanted}
+            if has_master(p, group):
+                state[index[p]]["master"] = p.detach()
+    optimizer.load_state_dict({**whole, "state": state})
+
+
+def _check_same(name: str, number: int, option: str, theirs: States, group: dict[str, Any]) -> None:
+    """Moments under other betas, or averaged otherwise, are other numbers."""
+    if option not in group:
+        return
+    ours, other = group[option], theirs.get(option, group[option] if option == "betas" else True)
+    ours, other = (tuple(x)[:2] if option == "betas" else bool(x) for x in (ours, other))
+    if ours != other:
+        raise ValueError(
+            f"group {number}: {name} moments were made with {option}={other}, this group has {ours}"
+        )

@@ -1,0 +1,80 @@
+"""How each library stores the states of its optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+_MOMENTS = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+_BUFFER = {"momentum_buffer": "momentum_buffer"}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a library stores the states of one of its optimizers.
+
+    Attributes:
+        optimizer: the class here that takes them.
+        names: of states: the library's, ours.
+        buffer: what its momentum buffer holds, as :class:`fastlars.LARS` calls it.
+        sign: of its momentum buffer; -1 where the library adds it to the weights.
+        step: where it counts: in each parameter group, or in each state.
+        keys: what its parameter groups have.
+        demands: values that a group's options must have, where it has them: others change what the
+            states mean.
+        refused: states that have no counterpart.
+        tree: whether a state is a tree of arrays, rather than a ``state_dict`` of torch.
+    """
+
+    optimizer: str
+    names: Mapping[str, str]
+    buffer: str = ""
+    sign: int = 1
+    step: str = ""
+    keys: frozenset[str] = frozenset()
+    demands: Mapping[str, Any] = field(default_factory=dict)
+    refused: tuple[str, ...] = ()
+    tree: bool = False
+
+
+def _lars(buffer: str, *keys: str, names: Mapping[str, str] = _BUFFER, **more: Any) -> Format:
+    return Format("LARS", names, buffer=buffer, keys=frozenset({"momentum", *keys}), **more)
+
+
+def _lamb(step: str, *keys: str, names: Mapping[str, str] = _MOMENTS, **more: Any) -> Format:
+    return Format("LAMB", names, step=step, keys=frozenset({"betas", *keys}), **more)
+
+
+_SGD = ("dampening", "nesterov")
+_MLPERF = Format("LARS", {"momentum": "momentum_buffer"}, buffer="step", sign=-1, tree=True)
+
+#: By the name of the convention; bitsandbytes, whose rules are others, has none.
+FORMATS: Mapping[str, Format] = {
+    "timm_lars": _lars("scaled", "trust_coeff"),
+    "pytorch_optimizer_lars": _lars("scaled", "trust_coefficient"),
+    "apex_larc": _lars("scaled", *_SGD),
+    "torchlars": _lars("scaled", *_SGD),
+    "vicreg_lars": _lars("scaled", names={"mu": "momentum_buffer"}),
+    "barlow_twins_lars": _lars("scaled", names={"mu": "momentum_buffer"}),
+    "nus_lars": _lars("gradient"),
+    "torch_sgd": _lars("gradient", *_SGD),
+    "bitsandbytes_lars": Format(
+        "LARS",
+        {"state1": "momentum_buffer"},
+        buffer="gradient",
+        keys=frozenset({"betas"}),
+        refused=("absmax1",),
+    ),
+    "optax_lars": Format("LARS", {"trace": "momentum_buffer"}, buffer="step", sign=-1, tree=True),
+    "mlperf_lars": _MLPERF,
+    "mlperf_mxnet_lars": _MLPERF,
+    "timm_lamb": _lamb("group", "grad_averaging"),
+    "apex_lamb": _lamb("group", "grad_averaging"),
+    "pytorch_optimizer_lamb": _lamb("group", "grad_averaging", demands={"adanorm": False}),
+    "torch_adamw": _lamb("state", "amsgrad", refused=("max_exp_avg_sq",)),
+    "bitsandbytes_lamb": _lamb(
+        "state", names={"state1": "exp_avg", "state2": "exp_avg_sq"}, refused=("absmax1",)
+    ),
+    "optax_lamb": Format("LAMB", {"mu": "exp_avg", "nu": "exp_avg_sq", "count": "step"}, tree=True),
+}
