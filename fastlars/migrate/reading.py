@@ -82,7 +82,7 @@ def _find(state: Any, fields: tuple[str, ...]) -> dict[str, Any]:
     found, left = [], [state]
     while left:
         node = left.pop()
-        if all(hasattr(node, each) for each in fields):
+        if set(fields) <= set(getattr(node, "_fields", ())):
             found.append(node)
         elif isinstance(node, (tuple, list)):
             left += node

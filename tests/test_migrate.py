@@ -1,0 +1,237 @@
+"""Runs that another library has begun, continued by fastlars: the same weights.
+
+Every row of tests/peer_rows.py trains half its steps with the peer, or its formula, whose states
+are then stored as the peer's published code stores them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from multiprocessing import get_context
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastlars
+import peers
+from fastlars import conventions, migrate
+from input_cases import through_file
+from optimizers import one_thread as one_thread
+from peer_rows import ROWS, Row
+from peers import STEPS, Model, distance, learning_rate
+
+HALF = STEPS // 2
+BACKEND = {torch.float64: "reference", torch.float32: "cpu"}
+TOLERANCE = {
+    torch.float64: 1e-13,  # operations in another order: roundings of 1e-16 in 20 steps
+    torch.float32: 2e-6,  # the same with 6e-8
+}
+# Formulas keep their states under names of their own.
+PUBLISHED = {
+    "apex_lamb": {"m": "exp_avg", "v": "exp_avg_sq"},
+    "nus_lars": {"buf": "momentum_buffer"},
+}
+TORCH_LIKE = [row for row in ROWS if not isinstance(row.make, str) and "mlperf" not in str(row)]
+MLPERF = [row for row in ROWS if "mlperf" in str(row)]
+# Masks nest a state deeper; other options do not show in it, and every row costs seconds of JAX.
+MASKED = [row for row in ROWS if {"mask", "weight_decay_mask"} & row.options.keys()]
+OPTAX = [next(row for row in ROWS if row.convention == "optax_lamb"), *MASKED]
+each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+def advance(model: nn.Module, optimizer: Any, row: Row, steps: Iterable[int]) -> None:
+    for t in steps:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(row.peak, t)
+        for p, g in zip(model.parameters(), peers._values()[1][t], strict=True):
+            p.grad = g.to(p.dtype, copy=True)
+        optimizer.step()
+
+
+def begun(row: Row, dtype: torch.dtype) -> tuple[Model, Any]:
+    """A model that the peer has trained for half of the steps, and the peer."""
+    model = Model(dtype)
+    assert not isinstance(row.make, str)
+    peer = row.make(row.peer_groups(model, 0.0), lr=1.0, **row.options)
+    advance(model, peer, row, range(HALF))
+    return model, peer
+
+
+def successor(row: Row, weights: Iterable[torch.Tensor], dtype: torch.dtype) -> tuple[Model, Any]:
+    model = Model(dtype)
+    for p, w in zip(model.parameters(), weights, strict=True):
+        p.data.copy_(w)
+    convention = conventions.by_name[row.convention](**row.ours)
+    groups = row.groups(model, convention.get("weight_decay", 0.0))
+    return model, getattr(fastlars, convention.optimizer)(groups, lr=1.0, **convention)
+
+
+def published(row: Row, peer: Any) -> dict[str, Any]:
+    state_dict = peer.inner.state_dict() if hasattr(peer, "inner") else peer.state_dict()
+    renamed = PUBLISHED.get(row.convention, {})
+    for index, states in state_dict["state"].items():
+        state_dict["state"][index] = {renamed.get(k, k): v for k, v in states.items()}
+    return through_file(state_dict)
+
+
+def in_the_order_of(peer: Any, model: nn.Module, of_peer: nn.Module) -> list[nn.Parameter]:
+    names = {p: name for name, p in of_peer.named_parameters()}
+    order = [p for group in peer.param_groups for p in group["params"]]
+    return [model.get_parameter(names[p]) for p in order]
+
+
+def assert_needs_and_has_the_states(row: Row, dtype: torch.dtype, both: list[Any]) -> None:
+    """``both``: weights with the states loaded, weights without, and the peer's."""
+    loaded, fresh, theirs = both
+    assert distance(loaded, theirs) <= TOLERANCE[dtype]
+    ours = {**conventions.by_name[row.convention], **row.ours}
+    if ours.get("momentum", 0.9) != 0.0:
+        assert distance(fresh, theirs) > 10 * TOLERANCE[dtype], "the states do not matter here"
+
+
+def weights(model: nn.Module) -> list[torch.Tensor]:
+    return [p.detach() for p in model.parameters()]
+
+
+@each_dtype
+@pytest.mark.parametrize("row", TORCH_LIKE, ids=str)
+def test_goes_on_with_a_state_dict(
+    row: Row, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTLARS_BACKEND", BACKEND[dtype])
+    of_peer, peer = begun(row, dtype)
+    state_dict = published(row, peer)
+    results = []
+    for fresh in (False, True):
+        model, optimizer = successor(row, weights(of_peer), dtype)
+        if not fresh:
+            params = in_the_order_of(peer, model, of_peer)
+            migrate.load(optimizer, state_dict, row.convention, params=params)
+        advance(model, optimizer, row, range(HALF, STEPS))
+        results.append(weights(model))
+    advance(of_peer, peer, row, range(HALF, STEPS))
+    assert_needs_and_has_the_states(row, dtype, [*results, weights(of_peer)])
+
+
+@each_dtype
+@pytest.mark.parametrize("row", MLPERF, ids=str)
+def test_goes_on_with_momentum_by_name(
+    row: Row, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTLARS_BACKEND", BACKEND[dtype])
+    of_peer, peer = begun(row, dtype)
+    momentum = {f"{n}:0": peer.state[p]["mom"].numpy() for n, p in of_peer.named_parameters()}
+    results = []
+    for fresh in (False, True):
+        model, optimizer = successor(row, weights(of_peer), dtype)
+        if not fresh:
+            migrate.load(
+                optimizer,
+                momentum,
+                conventions.by_name[row.convention],
+                params=model.named_parameters(),
+                convert=lambda tree: {key.removesuffix(":0"): value for key, value in tree.items()},
+                lr=learning_rate(row.peak, HALF - 1),
+            )
+        advance(model, optimizer, row, range(HALF, STEPS))
+        results.append(weights(model))
+    advance(of_peer, peer, row, range(HALF, STEPS))
+    assert_needs_and_has_the_states(row, dtype, [*results, weights(of_peer)])
+
+
+def optax_goes_on() -> list[list[Any]]:
+    """All rows of optax, with the states loaded, without, and by optax; in a process of its own."""
+    os.environ |= {"JAX_PLATFORMS": "cpu", "FASTLARS_BACKEND": "reference"}
+    import jax
+    import optax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_enable_x64", True)
+    torch.set_num_threads(1)
+    results = []
+    for row in OPTAX:
+        first, grads = peers._values()
+        masks = {key: [w.ndim > 1 for w in first] for key in row.options if "mask" in key}
+        rates = jax.numpy.array([learning_rate(row.peak, t) for t in range(STEPS)])
+        rule = getattr(optax, str(row.make))(rates.__getitem__, **(row.options | masks))
+        params = [jax.numpy.array(w.numpy()) for w in first]
+        state = rule.init(params)
+        ours: list[Any] = []
+        for t, now in enumerate(grads):
+            if t == HALF:
+                begun = [torch.tensor(jax.device_get(p)) for p in params]
+                ours = [successor(row, begun, torch.float64) for _ in range(2)]
+                model, optimizer = ours[0]
+                migrate.load(optimizer, state, row.convention, params=model.parameters())
+            updates = [jax.numpy.array(g.numpy()) for g in now]
+            updates, state = rule.update(updates, state, params)
+            params = optax.apply_updates(params, updates)
+        for model, optimizer in ours:
+            advance(model, optimizer, row, range(HALF, STEPS))
+        results.append([[w.numpy() for w in weights(model)] for model, _ in ours])
+        results[-1].append([jax.device_get(p) for p in params])
+    return results
+
+
+@cache
+def of_optax() -> list[list[Any]]:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(optax_goes_on).result(timeout=300)
+
+
+@pytest.mark.parametrize("row", OPTAX, ids=str)
+def test_goes_on_with_optax(row: Row) -> None:
+    each = of_optax()[OPTAX.index(row)]
+    both = [[torch.tensor(array) for array in arrays] for arrays in each]
+    assert_needs_and_has_the_states(row, torch.float64, both)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_takes_the_moments_of_bitsandbytes(nested: bool) -> None:
+    """From release 0.50 on, state_dict() hides tensors from FSDP one dict deeper."""
+    p, gone = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+    hidden = {"state1": torch.full((3,), 0.25), "state2": torch.full((3,), 0.5)}
+    states = {"step": 7, **({"__bnb_optimizer_quant_state__": hidden} if nested else hidden)}
+    group = {"lr": 1.0, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0, "params": [0, 1]}
+    optimizer = fastlars.LAMB([p])
+    old = {"state": {1: states}, "param_groups": [group]}
+    migrate.load(optimizer, through_file(old), "bitsandbytes_lamb", params=[gone, p])
+    ours = optimizer.state[p]
+    assert torch.equal(ours["exp_avg"], hidden["state1"])
+    assert torch.equal(ours["exp_avg_sq"], hidden["state2"])
+    assert ours["step"] == 7.0
+
+
+def test_masters_start_from_the_weights() -> None:
+    p = nn.Parameter(torch.full((3,), 1.25, dtype=torch.bfloat16))
+    group = {"lr": 1.0, "momentum": 0.9, "params": [0]}
+    old = {"state": {0: {"mu": torch.full((3,), 0.5)}}, "param_groups": [group]}
+    optimizer = fastlars.LARS([p], lr=1.0, master_weights=True, **conventions.vicreg_lars)
+    migrate.load(optimizer, old, conventions.vicreg_lars)
+    ours = optimizer.state[p]
+    assert ours["master"].dtype == ours["momentum_buffer"].dtype == torch.float32
+    assert ours["master"].tolist() == [1.25] * 3
+    assert ours["momentum_buffer"].tolist() == [0.5] * 3
+
+
+def test_hyper_parameters_stay() -> None:
+    p = nn.Parameter(torch.ones(3))
+    group = {"lr": 0.25, "momentum": 0.5, "params": [0]}
+    old = {"state": {0: {"mu": torch.ones(3)}}, "param_groups": [group]}
+    optimizer = fastlars.LARS([p], lr=2.0, **conventions.vicreg_lars(weight_decay=0.125))
+    before = dict(optimizer.param_groups[0])
+    migrate.load(optimizer, old, conventions.vicreg_lars)
+    after = optimizer.param_groups[0]
+    assert {name: after[name] for name in before} == before
+
+
+def test_every_convention_has_a_format() -> None:
+    named = {name for name in migrate.FORMATS if not name.startswith("bitsandbytes")}
+    assert named == set(conventions.by_name)
+    for name in named:
+        assert migrate.FORMATS[name].optimizer == conventions.by_name[name].optimizer

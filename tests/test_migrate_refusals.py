@@ -1,0 +1,148 @@
+"""States of other libraries that would be no exact continuation: refused, and nothing changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastlars
+from fastlars import migrate
+from optimizers import Snapshot
+from optimizers import one_thread as one_thread
+
+
+def parameters() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.full((2, 3), 1.0)), nn.Parameter(torch.full((3,), 2.0))]
+
+
+def lars(**options: Any) -> fastlars.LARS:
+    return fastlars.LARS(parameters(), lr=0.5, **{"momentum": 0.9, "buffer": "scaled", **options})
+
+
+def lamb(**options: Any) -> fastlars.LAMB:
+    return fastlars.LAMB(parameters(), lr=0.5, **options)
+
+
+def timm_lars(**states: Any) -> dict[str, Any]:
+    group = {"lr": 0.1, "momentum": 0.9, "trust_coeff": 1e-3, "params": [0, 1]}
+    buffers = {0: {"momentum_buffer": torch.ones(2, 3)}, 1: {"momentum_buffer": torch.ones(3)}}
+    return {"state": {**buffers, **states.get("state", {})}, "param_groups": [group]}
+
+
+def moments(names: tuple[str, str] = ("exp_avg", "exp_avg_sq"), **more: Any) -> dict[str, Any]:
+    shapes = {0: (2, 3), 1: (3,)}
+    return {
+        "state": {
+            i: {names[0]: torch.ones(s), names[1]: torch.full(s, 2.0), **more.get("each", {})}
+            for i, s in shapes.items()
+        },
+        "param_groups": [
+            {"betas": (0.9, 0.999), "params": [0, 1], "lr": 0.1, **more.get("group", {})}
+        ],
+    }
+
+
+ADAMW = {"group": {"amsgrad": False}}
+TIMM_LAMB = {"grad_averaging": True, "step": 3}
+QUANTIZED = {"each": {"absmax1": torch.ones(1), "step": 3}}
+
+REFUSED: list[tuple[Any, Any, Any, dict[str, Any], str]] = [
+    (lars, timm_lars(), "timm", {}, r"source must be one of timm_lars, .*, got 'timm'"),
+    (lars, moments(), "timm_lamb", {}, "timm_lamb states are for fastlars.LAMB, got LARS"),
+    (
+        lambda: lars(buffer="step"),
+        timm_lars(),
+        "timm_lars",
+        {},
+        "group 0: a timm_lars momentum buffer is that of buffer='scaled', not of buffer='step'",
+    ),
+    (lars, timm_lars(), "nus_lars", {}, "group 0: a nus_lars .* of buffer='gradient', not of"),
+    (lars, timm_lars(), "torchlars", {}, "not of torchlars: group 0 has no .'dampening', 'nester"),
+    (lars, [], "timm_lars", {}, r"a timm_lars state is a state_dict\(\), with"),
+    (lars, timm_lars(), "timm_lars", {"convert": dict}, "convert is for trees of arrays, and a"),
+    (lars, timm_lars(), "timm_lars", {"params": []}, "states of 2 parameters for 0 of them"),
+    (
+        lars,
+        timm_lars(state={1: {"mu": torch.ones(3)}}),
+        "timm_lars",
+        {},
+        "the timm_lars state of parameter 1 has no momentum_buffer",
+    ),
+    (
+        lars,
+        timm_lars(state={1: {"momentum_buffer": torch.ones(4)}}),
+        "timm_lars",
+        {},
+        r"group 0, parameter 1: momentum_buffer has shape \(4,\), the parameter \(3,\)",
+    ),
+    (
+        lars,
+        timm_lars(),
+        "timm_lars",
+        {"params": parameters()},
+        "params: number 0 has states, but is not of this optimizer",
+    ),
+    (
+        lambda: lamb(betas=(0.8, 0.999)),
+        moments(group=TIMM_LAMB),
+        "timm_lamb",
+        {},
+        r"group 0: timm_lamb moments were made with betas=\(0.9, 0.999\), this group has \(0.8,",
+    ),
+    (
+        lambda: lamb(grad_averaging=False),
+        moments(group=TIMM_LAMB),
+        "timm_lamb",
+        {},
+        "group 0: timm_lamb moments were made with grad_averaging=True, this group has False",
+    ),
+    (
+        lamb,
+        moments(group={**TIMM_LAMB, "adanorm": True}),
+        "pytorch_optimizer_lamb",
+        {},
+        "group 0: pytorch_optimizer_lamb states with adanorm mean something else",
+    ),
+    (lamb, moments(each={"max_exp_avg_sq": 1}, **ADAMW), "torch_adamw", {}, "has max_exp_avg_sq"),
+    (lamb, moments(**ADAMW), "torch_adamw", {}, "group 0, parameter 0: no step"),
+    (lamb, moments(("state1", "state2"), **QUANTIZED), "bitsandbytes_lamb", {}, "has absmax1"),
+    (lamb, (), "optax_lamb", {}, "the optax state has 0 parts with mu, nu, count, not 1"),
+    (
+        lambda: lars(buffer="step"),
+        {"w": [1.0]},
+        "mlperf_lars",
+        {},
+        "mlperf_lars: a dict of states needs the names of the parameters",
+    ),
+    (
+        lambda: lars(buffer="step"),
+        [torch.ones(2, 3)],
+        "mlperf_lars",
+        {},
+        "mlperf_lars: states must be a dict or a list of 2: pass convert",
+    ),
+    (
+        lambda: lars(buffer="step", momentum_correction=True),
+        [torch.ones(2, 3), torch.ones(3)],
+        "mlperf_mxnet_lars",
+        {},
+        "group 0, parameter 0: no last_lr",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "state", "source", "options", "message"), REFUSED)
+def test_refuses_what_is_not_exact(
+    make: Any, state: Any, source: str, options: dict[str, Any], message: str
+) -> None:
+    optimizer = make()
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    before = Snapshot(optimizer)
+    with pytest.raises((ValueError, TypeError), match=message):
+        migrate.load(optimizer, state, source, **options)
+    before.assert_unchanged()
