@@ -20,18 +20,20 @@ RUN := $(VENV)/bin/python
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES) $(shell find tests -type f))
 
-# What is installed only grows: training needs the fewest packages, tests more, style checks the most.
+# What is installed only grows: training needs the fewest packages, then tests, style checks, releases.
 # The stamp's name says how far it went, so that one build of the extension serves all targets.
 EXTRAS_trainer := trainer
 EXTRAS_test := test
 EXTRAS_dev := test,dev
+EXTRAS_release := test,dev,release
 WANTED := $(patsubst $(VENV)/.installed-%,%,$(wildcard $(VENV)/.installed-*)) \
-    $(if $(filter test bench docs,$(MAKECMDGOALS)),test) $(if $(filter lint format,$(MAKECMDGOALS)),dev)
-LEVEL := $(firstword $(filter dev,$(WANTED)) $(filter test,$(WANTED)) trainer)
+    $(if $(filter test bench docs,$(MAKECMDGOALS)),test) $(if $(filter lint format,$(MAKECMDGOALS)),dev) \
+    $(if $(filter dist,$(MAKECMDGOALS)),release)
+LEVEL := $(firstword $(foreach level,release dev test,$(filter $(level),$(WANTED))) trainer)
 STAMP := $(VENV)/.installed-$(LEVEL)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test bench docs gpu gpu-build gpu-test gpu-bench lint format clean
+.PHONY: help setup train test bench docs gpu gpu-build gpu-test gpu-bench lint format dist clean
 .NOTPARALLEL:
 
 help:
@@ -42,6 +44,7 @@ help:
 	@echo 'make gpu     build for the GPU that is here, test and time on it, without .venv or network'
 	@echo 'make lint    check style and types'
 	@echo 'make format  bring the sources into style'
+	@echo 'make dist    build, repair and try the sdist and the wheel of this Python in dist'
 	@echo 'make setup   set up $(VENV), and nothing else'
 	@echo 'make clean   remove what was built and cached; $(VENV) and runs stay'
 	@echo
@@ -97,6 +100,17 @@ format: $(STAMP)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+
+# The wheel is built from the sdist, and what is tried is the wheel as it would be published. libgomp
+# stays outside: torch brings one, and a second would be a pool of threads of its own.
+dist: $(STAMP)
+	rm -rf dist
+	$(RUN) -m build --no-isolation --outdir dist .
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) -m auditwheel repair --exclude libgomp.so.1 -w dist dist/*.whl
+	rm dist/*-linux_*.whl
+	$(RUN) -m twine check --strict dist/*
+	FASTLARS_WHEEL="$$(echo dist/*.whl)" $(RUN) -m pytest tests/package/test_wheel.py $(PYTEST_ARGS)
+	@ls -l dist
 
 clean:
 	rm -rf build dist *.egg-info fastlars/*.so $(VENV)/.installed-*

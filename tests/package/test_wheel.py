@@ -36,7 +36,7 @@ ALONE = ("-I", "-B")
 
 def folders(torch_is: str) -> set[Path]:
     """Where the packages are that an environment borrows."""
-    if torch_is == "newest":
+    if torch_is == "present":
         return {Path(str(module.__file__)).parents[1] for module in (torch, numpy, pytest)}
     named = os.environ.get("FASTLARS_OLD_TORCH")
     if not named:
@@ -44,7 +44,7 @@ def folders(torch_is: str) -> set[Path]:
     return {Path(named).resolve(strict=True)}
 
 
-@pytest.fixture(scope="session", params=["newest", "oldest"])
+@pytest.fixture(scope="session", params=["present", "oldest"])
 def python(
     request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
