@@ -48,9 +48,12 @@ def _of_parameter(form: Format, name: str, index: Any, state: Any, shared: State
         return {}
     bad = [key for key in form.refused if key in theirs]
     missing = [key for key in form.names if key not in theirs]
-    if bad or missing:
-        what = f"has {bad[0]}, which has no counterpart here" if bad else f"has no {missing[0]}"
-        raise ValueError(f"the {name} state of parameter {index} {what}")
+    if bad:
+        raise ValueError(
+            f"the {name} state of parameter {index} has {bad[0]}, which has no counterpart here"
+        )
+    if missing:
+        raise ValueError(f"the {name} state of parameter {index} has no {missing[0]}")
     ours = {mine: theirs[key] for key, mine in form.names.items()}
     return shared | ours | ({"step": theirs.get("step")} if form.step == "state" else {})
 
