@@ -125,7 +125,8 @@ def test_goes_on_with_momentum_by_name(
 ) -> None:
     monkeypatch.setenv("FASTLARS_BACKEND", BACKEND[dtype])
     of_peer, peer = begun(row, dtype)
-    momentum = {f"{n}:0": peer.state[p]["mom"].numpy() for n, p in of_peer.named_parameters()}
+    named = reversed(list(of_peer.named_parameters()))
+    momentum = {f"{name}:0": peer.state[p]["mom"].numpy() for name, p in named}
     results = []
     for fresh in (False, True):
         model, optimizer = successor(row, weights(of_peer), dtype)

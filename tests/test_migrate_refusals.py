@@ -146,3 +146,23 @@ def test_refuses_what_is_not_exact(
     with pytest.raises((ValueError, TypeError), match=message):
         migrate.load(optimizer, state, source, **options)
     before.assert_unchanged()
+
+
+@pytest.mark.parametrize(
+    ("choose", "message"),
+    [
+        (lambda a, b: [a, a], "params has a parameter twice"),
+        (lambda a, b: [a, nn.Parameter(torch.ones(3))], "params lacks 1 of this optimizer's"),
+        (lambda a, b: [{"params": [a, b]}], "params must be tensors, or pairs of name and tensor"),
+    ],
+)
+def test_refuses_orders_that_are_none(choose: Any, message: str) -> None:
+    optimizer = lars()
+    old = timm_lars()
+    del old["state"][1]
+    before = Snapshot(optimizer)
+    with pytest.raises((ValueError, TypeError), match=message):
+        migrate.load(
+            optimizer, old, "timm_lars", params=choose(*optimizer.param_groups[0]["params"])
+        )
+    before.assert_unchanged()

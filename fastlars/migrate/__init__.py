@@ -17,9 +17,13 @@ from fastlars.conventions import Convention
 from fastlars.migrate.formats import FORMATS
 from fastlars.migrate.reading import States, from_dict, from_tree
 from fastlars.optim.base import FusedOptimizer
+from fastlars.optim.lamb import LAMB
+from fastlars.optim.lars import LARS
 from fastlars.optim.plan import has_master
 
 __all__ = ["FORMATS", "load"]
+
+_KINDS: dict[str, type[FusedOptimizer]] = {"LARS": LARS, "LAMB": LAMB}
 
 
 def load(
@@ -72,7 +76,7 @@ def load(
     if name not in FORMATS:
         raise ValueError(f"source must be one of {', '.join(FORMATS)}, got {name!r}")
     form = FORMATS[name]
-    if type(optimizer).__name__ != form.optimizer:
+    if not isinstance(optimizer, _KINDS[form.optimizer]):
         raise TypeError(
             f"{name} states are for fastlars.{form.optimizer}, got {type(optimizer).__name__}"
         )
@@ -107,7 +111,13 @@ def _ordered(
             names = group.get("param_names") or [None] * len(group["params"])
             named += zip(names, group["params"], strict=True)
     else:
-        named = [(None, p) if isinstance(p, Tensor) else tuple(p) for p in params]
+        for each in params:
+            name, p = each if isinstance(each, tuple) and len(each) == 2 else (None, each)
+            if not isinstance(p, Tensor):
+                raise TypeError(
+                    f"params must be tensors, or pairs of name and tensor, got {each!r}"
+                )
+            named.append((name, p))
     return [name for name, _ in named], [p for _, p in named]
 
 
