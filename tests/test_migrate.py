@@ -161,7 +161,7 @@ def optax_goes_on() -> list[list[Any]]:
         rates = jax.numpy.array([learning_rate(row.peak, t) for t in range(STEPS)])
         rule = getattr(optax, str(row.make))(rates.__getitem__, **(row.options | masks))
         params = [jax.numpy.array(w.numpy()) for w in first]
-        state = rule.init(params)
+        state, update = rule.init(params), jax.jit(rule.update)
         ours: list[Any] = []
         for t, now in enumerate(grads):
             if t == HALF:
@@ -170,7 +170,7 @@ def optax_goes_on() -> list[list[Any]]:
                 model, optimizer = ours[0]
                 migrate.load(optimizer, state, row.convention, params=model.parameters())
             updates = [jax.numpy.array(g.numpy()) for g in now]
-            updates, state = rule.update(updates, state, params)
+            updates, state = update(updates, state, params)
             params = optax.apply_updates(params, updates)
         for model, optimizer in ours:
             advance(model, optimizer, row, range(HALF, STEPS))
