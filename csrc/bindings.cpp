@@ -227,8 +227,7 @@ void define_cuda_measure(py::module_& m) {
 }
 
 template <class Rule>
-void define_cuda_calls(py::module_& m) {
-  define_cuda_measure<Rule>(m);
+void define_cuda_apply(py::module_& m) {
   m.def(
       "cuda_apply",
       [](const Rule& rule, TensorList& list, const cuda::Plan& plan, double lr,
@@ -241,6 +240,10 @@ void define_cuda_calls(py::module_& m) {
       },
       Released(), "rule"_a, "tensors"_a, "plan"_a, "lr"_a, "gradient_scale"_a, "device"_a, "seed"_a,
       "sums"_a, "ratios"_a, "stream"_a, "grid"_a);
+}
+
+template <class Rule>
+void define_cuda_step(py::module_& m) {
   m.def(
       "cuda_step",
       [](const Rule& rule, TensorList& list, const cuda::Plan& plan, double lr,
@@ -271,8 +274,13 @@ void define_cuda(py::module_& m) {
   plan.attr("item_bytes") = sizeof(cuda::Item);
   plan.attr("row_bytes") = sizeof(cuda::Row);
   define_cuda_measure<GradientNorm>(m);
-  define_cuda_calls<LarsRule>(m);
-  define_cuda_calls<LambRule>(m);
+  define_cuda_measure<LarsRule>(m);
+  define_cuda_measure<LambRule>(m);
+  define_cuda_apply<LarsRule>(m);
+  define_cuda_apply<LambRule>(m);
+  define_cuda_apply<RmspropWarmupRule>(m);
+  define_cuda_step<LarsRule>(m);
+  define_cuda_step<LambRule>(m);
   m.def("cuda_why_not", &cuda::why_not);
 }
 

@@ -61,7 +61,7 @@ def _lamb(name: str, *, scale: float = 1.0, **options: Any) -> Row:
 def _rmsprop(
     name: str, *, rates: tuple[float, ...] = RATES, scale: float = 1.0, **options: Any
 ) -> Row:
-    # Three steps: before the center, behind it, and one that is warmed up. The eps as above.
+    # Three steps: before the center, behind it, and one that is warmed up. The eps as of LAMB.
     usual = {"center_steps": 0.6, "period_steps": 2.5, "momentum": 0.75, "weight_decay": 0.1}
     usual |= {"lr_rmsprop": 0.2, "square_decay": 0.8, "eps": 1e-2}
     return Row(f"RMSprop warm-up {name}", RmspropWarmupRule(**{**usual, **options}), rates, scale)
@@ -72,7 +72,7 @@ DEFAULTS = (
     _lars("without adaptation", adapt=False),
     _lamb("of the paper"),
     _lamb("without adaptation", adapt=False),
-    _rmsprop("across the transition"),
+    _rmsprop("across the transition", period_steps=0.7),  # warmed up at the second step
 )
 USUAL = DEFAULTS[::2]  # a row of each rule
 ADAPTED = USUAL[:2]

@@ -20,6 +20,7 @@ from backend_cases import (
     label,
 )
 from device_cases import (
+    CLASSES,
     DEVICES,
     LAYOUTS,
     SIZES,
@@ -128,7 +129,7 @@ class Bits:
         for (name, x), was in zip(on_device.written(), before, strict=True):
             assert_same_bits(f"skipped: {name}", x.cpu(), was.cpu())
 
-    @pytest.mark.parametrize("name", ["LARS", "LAMB"])
+    @pytest.mark.parametrize("name", CLASSES)
     def test_optimizer_reads_scaler_clip_and_rate_on_the_device(
         self, name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
