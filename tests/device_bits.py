@@ -22,6 +22,7 @@ from backend_cases import (
 from device_cases import (
     CLASSES,
     DEVICES,
+    INTERPRETED,
     LAYOUTS,
     SIZES,
     SOME_ROWS,
@@ -128,6 +129,27 @@ class Bits:
         on_device.backend.step(row.rule, on_device.bind(), Scalars(9.0, 9.0, None, there))
         for (name, x), was in zip(on_device.written(), before, strict=True):
             assert_same_bits(f"skipped: {name}", x.cpu(), was.cpu())
+
+    def test_rmsprop_warmup_has_the_bits_of_cpu_across_its_transition(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if INTERPRETED:
+            pytest.skip("it takes 300 steps, which test_rmsprop_warmup.py takes in the interpreter")
+        options = {"center_steps": 120.0, "period_steps": 90.5}
+        trained = []
+        for name, device in (("cpu", "cpu"), (self.backend, self.device)):
+            monkeypatch.setenv("FASTLARS_BACKEND", name)
+            params, tested = optimizer("RMSpropWarmup", device, **options)
+            for step in range(300):
+                tested.param_groups[0]["lr"] = 0.1 / (1 + step % 7)
+                set_gradients(params, step)
+                tested.step()
+            trained.append((params, tested))
+        (expected, other), (params, tested) = trained
+        for p, q in zip(params, expected, strict=True):
+            assert_same_bits("weight", p.detach().cpu(), q.detach())
+            for key, value in other.state[q].items():
+                assert_same_bits(key, tested.state[p][key].cpu(), value)
 
     @pytest.mark.parametrize("name", CLASSES)
     def test_optimizer_reads_scaler_clip_and_rate_on_the_device(

@@ -39,8 +39,9 @@ class RMSpropWarmup(FusedOptimizer):
     Args:
         params: parameters or parameter groups; see :func:`fastlars.parameter_groups`.
         lr: learning rate :math:`\gamma \ge 0` of SGD, a number or a 1-element tensor. At 0 the step
-            has no RMSprop term. b holds :math:`\gamma_\text{RMSprop} / \gamma`: a rate that grows
-            from almost 0 makes steps far too long; the paper's begins at half its largest.
+            has no RMSprop term. b holds :math:`\gamma_\text{RMSprop} / \gamma` of steps past, so
+            that a rate which grows many times over within some steps makes these too long; the
+            paper's only falls.
         momentum: :math:`\mu_1`, in [0, 1).
         weight_decay: :math:`\lambda \ge 0`.
         center_steps: c, in steps, finite and :math:`\ge 0`: where both terms have half the weight.
