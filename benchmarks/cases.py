@@ -20,7 +20,7 @@ from shapes import Shapes
 LR = 1e-6
 DECAY = 1e-4
 # Large enough that a step shows in bfloat16 weights.
-CHECK_LR = {"lars": 100.0, "lamb": 0.1}
+CHECK_LR = {"lars": 100.0, "lamb": 0.1, "rmsprop": 1e-4, "rmsprop-warm": 0.1}
 # A chunk and a bit, many chunks, and tensors with a ragged end.
 CHECK_SHAPES: Shapes = [(64, 32), (32, 16, 3, 3), (301, 100), (3,)]
 # Roundings of sums in another order; in bfloat16 a few weights then fall on the other side.
@@ -109,6 +109,17 @@ def adamw(params: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=LR, weight_decay=DECAY, fused=True)
 
 
+def rmsprop(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    # foreach: torch has no fused one.
+    return torch.optim.RMSprop(
+        params, lr=LR, momentum=0.9, alpha=0.99, weight_decay=DECAY, foreach=True
+    )
+
+
+def rmsprop_warmup(**options: float) -> Build:
+    return lambda params: fastlars.RMSpropWarmup(params, lr=LR, weight_decay=DECAY, **options)
+
+
 LARS: dict[str, Contender] = {
     "fastlars": Contender(
         lambda ps: fastlars.LARS(ps, lr=LR, weight_decay=DECAY), "fastlars", 20, exact=True
@@ -127,7 +138,25 @@ LAMB: dict[str, Contender] = {
     "pytorch_optimizer Lamb(foreach)": Contender(pytorch_optimizer("Lamb"), "pytorch_optimizer"),
     "optax lamb(jit)": Contender(optax("lamb"), "optax"),
 }
-RULES: dict[str, dict[str, Contender]] = {"lars": LARS, "lamb": LAMB}
+# Far from its center, where nearly all of it is RMSprop; and from the second step on warmed up.
+RMSPROP: dict[str, Contender] = {
+    "fastlars": Contender(
+        rmsprop_warmup(center_steps=1e6, period_steps=1e5), "fastlars", 28, exact=True
+    ),
+    "torch RMSprop(foreach)": Contender(rmsprop, "torch"),
+}
+WARM: dict[str, Contender] = {
+    "fastlars": Contender(
+        rmsprop_warmup(center_steps=0, period_steps=1, lr_rmsprop=0.0), "fastlars", 20, exact=True
+    ),
+    "torch SGD(fused)": Contender(sgd, "torch", 20),
+}
+RULES: dict[str, dict[str, Contender]] = {
+    "lars": LARS,
+    "lamb": LAMB,
+    "rmsprop": RMSPROP,
+    "rmsprop-warm": WARM,
+}
 
 
 def parameters(

@@ -90,7 +90,7 @@ def report(
         memory_gb_s=memory_rate() / 1e9,
     )
     least: float | None = contender.bytes_per_parameter
-    if contender.package == "fastlars":
+    if contender.package == "fastlars" and least is None:
         least = elements(case.rule, "two-launch", case.widths).least
     if least is not None:
         rate = least * numel / mine.median

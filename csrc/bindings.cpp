@@ -190,7 +190,6 @@ void define_cpu_measure(py::module_& m) {
 
 template <class Rule>
 void define_cpu_calls(py::module_& m) {
-  define_cpu_measure<Rule>(m);
   m.def(
       "cpu_apply",
       [](const Rule& rule, TensorList& list, double lr, double gradient_scale,
@@ -228,8 +227,7 @@ void define_cuda_measure(py::module_& m) {
 }
 
 template <class Rule>
-void define_cuda_calls(py::module_& m) {
-  define_cuda_measure<Rule>(m);
+void define_cuda_apply(py::module_& m) {
   m.def(
       "cuda_apply",
       [](const Rule& rule, TensorList& list, const cuda::Plan& plan, double lr,
@@ -242,6 +240,10 @@ void define_cuda_calls(py::module_& m) {
       },
       Released(), "rule"_a, "tensors"_a, "plan"_a, "lr"_a, "gradient_scale"_a, "device"_a, "seed"_a,
       "sums"_a, "ratios"_a, "stream"_a, "grid"_a);
+}
+
+template <class Rule>
+void define_cuda_step(py::module_& m) {
   m.def(
       "cuda_step",
       [](const Rule& rule, TensorList& list, const cuda::Plan& plan, double lr,
@@ -272,8 +274,13 @@ void define_cuda(py::module_& m) {
   plan.attr("item_bytes") = sizeof(cuda::Item);
   plan.attr("row_bytes") = sizeof(cuda::Row);
   define_cuda_measure<GradientNorm>(m);
-  define_cuda_calls<LarsRule>(m);
-  define_cuda_calls<LambRule>(m);
+  define_cuda_measure<LarsRule>(m);
+  define_cuda_measure<LambRule>(m);
+  define_cuda_apply<LarsRule>(m);
+  define_cuda_apply<LambRule>(m);
+  define_cuda_apply<RmspropWarmupRule>(m);
+  define_cuda_step<LarsRule>(m);
+  define_cuda_step<LambRule>(m);
   m.def("cuda_why_not", &cuda::why_not);
 }
 
@@ -350,9 +357,20 @@ PYBIND11_MODULE(_C, m) {
            py::kw_only(), "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "lower"_a, "upper"_a,
            "ratio_eps"_a, "decay"_a, "correction"_a, "gradient_averaging"_a, "trust_clip"_a,
            "adapt"_a);
+  py::class_<RmspropWarmupRule>(m, "RmspropWarmupRule")
+      .def(py::init([](double momentum, double weight_decay, double square_decay, double eps,
+                       double lr_rmsprop, double center, double rise, double below, double shrink) {
+             return RmspropWarmupRule{momentum, weight_decay, square_decay, eps,   lr_rmsprop,
+                                      center,   rise,         below,        shrink};
+           }),
+           py::kw_only(), "momentum"_a, "weight_decay"_a, "square_decay"_a, "eps"_a, "lr_rmsprop"_a,
+           "center"_a, "rise"_a, "below"_a, "shrink"_a);
   define_cpu_measure<GradientNorm>(m);
+  define_cpu_measure<LarsRule>(m);
+  define_cpu_measure<LambRule>(m);
   define_cpu_calls<LarsRule>(m);
   define_cpu_calls<LambRule>(m);
+  define_cpu_calls<RmspropWarmupRule>(m);
   define_cuda(m);
 
   m.def("instruction_set", &cpu::instruction_set);

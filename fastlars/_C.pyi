@@ -53,7 +53,23 @@ class LambRule:
         adapt: bool,
     ) -> None: ...
 
-NativeRule = LarsRule | LambRule
+class RmspropWarmupRule:
+    def __init__(
+        self,
+        *,
+        momentum: float,
+        weight_decay: float,
+        square_decay: float,
+        eps: float,
+        lr_rmsprop: float,
+        center: float,
+        rise: float,
+        below: float,
+        shrink: float,
+    ) -> None: ...
+
+AdaptingRule = LarsRule | LambRule
+NativeRule = AdaptingRule | RmspropWarmupRule
 
 def bind(
     layout: Layout,
@@ -68,7 +84,7 @@ def bind(
     copy_dtype: int,
 ) -> TensorList: ...
 def cpu_measure(
-    rule: NativeRule | GradientNorm,
+    rule: AdaptingRule | GradientNorm,
     tensors: TensorList,
     lr: float,
     gradient_scale: float,
@@ -111,7 +127,7 @@ class CudaPlan:
     def place(self, items: int, rows: int, workspace: int) -> None: ...
 
 def cuda_measure(
-    rule: NativeRule | GradientNorm,
+    rule: AdaptingRule | GradientNorm,
     tensors: TensorList,
     plan: CudaPlan,
     lr: float,
@@ -135,7 +151,7 @@ def cuda_apply(
     grid: int,
 ) -> None: ...
 def cuda_step(
-    rule: NativeRule,
+    rule: AdaptingRule,
     tensors: TensorList,
     plan: CudaPlan,
     lr: float,

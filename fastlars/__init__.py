@@ -1,4 +1,4 @@
-"""fastlars: LARS and LAMB at the price of SGD."""
+"""fastlars: LARS, LAMB and RMSprop warm-up at the price of SGD."""
 
 from importlib import import_module as _import_module
 from importlib.metadata import version as _version
@@ -8,10 +8,19 @@ from fastlars import conventions, schedules
 from fastlars.groups import parameter_groups
 from fastlars.optim.lamb import LAMB
 from fastlars.optim.lars import LARS
+from fastlars.optim.rmsprop_warmup import RMSpropWarmup
 
 __version__ = _version("fastlars")
 
-__all__ = ["LAMB", "LARS", "__version__", "conventions", "parameter_groups", "schedules"]
+__all__ = [
+    "LAMB",
+    "LARS",
+    "RMSpropWarmup",
+    "__version__",
+    "conventions",
+    "parameter_groups",
+    "schedules",
+]
 
 
 def __getattr__(name: str) -> _ModuleType:

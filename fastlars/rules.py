@@ -19,6 +19,12 @@ def at_least_zero(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be finite and at least 0, got {value}")
 
 
+def above_zero(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a finite number above 0."""
+    if not 0.0 < _number(name, value) < math.inf:
+        raise ValueError(f"{name} must be finite and above 0, got {value}")
+
+
 def below_one(name: str, value: Any) -> None:
     """Raise unless ``value`` lies in [0, 1)."""
     if not 0.0 <= _number(name, value) < 1.0:
@@ -141,6 +147,73 @@ class LambRule:
 
 
 @dataclass(frozen=True)
+class RmspropWarmupRule:
+    r"""RMSprop warm-up (Akiba et al. 2017). Field by field as in :class:`fastlars.RMSpropWarmup`.
+
+    Example:
+        >>> rule = RmspropWarmupRule(center_steps=100.0, period_steps=50.0)
+        >>> [round(rule.sgd_share(step), 4) for step in (0, 80, 100, 110, 125)]
+        [0.0092, 0.2247, 0.5, 0.7, 1.0]
+    """
+
+    center_steps: float
+    period_steps: float
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    lr_rmsprop: float = 3e-4
+    square_decay: float = 0.99
+    eps: float = 1e-8
+    transition: Literal["smooth", "printed"] = "smooth"
+
+    TRANSITIONS: ClassVar[tuple[str, ...]] = ("smooth", "printed")
+    # No norm is measured.
+    adapt: ClassVar[bool] = False
+    states: ClassVar[tuple[str, ...]] = ("momentum_buffer", "square_avg")
+    counter: ClassVar[str] = "step"
+    NEVER_STEPPED: ClassVar[float] = 0.0
+    # Adding 1 changes no float32 from here on.
+    MOST_STEPS: ClassVar[float] = 2.0**24
+
+    def __post_init__(self) -> None:
+        below_one("momentum", self.momentum)
+        below_one("square_decay", self.square_decay)
+        for name in ("weight_decay", "lr_rmsprop", "center_steps"):
+            at_least_zero(name, getattr(self, name))
+        for name in ("eps", "period_steps"):
+            above_zero(name, getattr(self, name))
+        one_of("transition", self.transition, self.TRANSITIONS)
+        if self.center_steps + self.rise / 2.0 >= self.MOST_STEPS:
+            raise ValueError(
+                "center_steps and period_steps must end the transition within 2^24 steps, which is "
+                f"how far a float32 counts, got {self.center_steps} and {self.period_steps}"
+            )
+
+    @property
+    def rise(self) -> float:
+        """Steps that the linear branch would take from 0 to 1."""
+        return self.period_steps / (1.0 if self.transition == "smooth" else 2.0)
+
+    # Compiled back ends take the exponential as below * shrink^n, a power of whole numbers, because
+    # the last bits of exp are not the same on every device.
+
+    @property
+    def below(self) -> float:
+        """The share of SGD at the center, rounded down to a whole step."""
+        return self.sgd_share(math.floor(self.center_steps))
+
+    @property
+    def shrink(self) -> float:
+        """By which that share is smaller one step earlier."""
+        return math.exp(-2.0 / self.period_steps)
+
+    def sgd_share(self, step: float) -> float:
+        """The share of SGD in the update of a parameter that has taken ``step`` steps."""
+        if step < self.center_steps:
+            return 0.5 * math.exp(2.0 * (step - self.center_steps) / self.period_steps)
+        return min(0.5 + (step - self.center_steps) / self.rise, 1.0)
+
+
+@dataclass(frozen=True)
 class GradientNorm:
     """No rule of its own: measures gradients alone, for a global norm."""
 
@@ -148,4 +221,4 @@ class GradientNorm:
     counter: ClassVar[None] = None
 
 
-Rule = LarsRule | LambRule
+Rule = LarsRule | LambRule | RmspropWarmupRule

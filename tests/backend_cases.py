@@ -12,7 +12,7 @@ from torch import Tensor
 import emulated
 from fastlars.backends.base import Backend, Kinds, Scalars, Tensors
 from fastlars.backends.choose import instance
-from fastlars.rules import LambRule, LarsRule, Rule
+from fastlars.rules import LambRule, LarsRule, RmspropWarmupRule, Rule
 from problems import ORDINARY, Problem, place
 
 # The back ends that this process can test on CPU tensors: test_triton.py and test_cuda_on_cpu.py
@@ -58,12 +58,24 @@ def _lamb(name: str, *, scale: float = 1.0, **options: Any) -> Row:
     return Row(f"LAMB {name}", rule, RATES, scale)
 
 
+def _rmsprop(
+    name: str, *, rates: tuple[float, ...] = RATES, scale: float = 1.0, **options: Any
+) -> Row:
+    # Three steps: before the center, behind it, and one that is warmed up. The eps as of LAMB.
+    usual = {"center_steps": 0.6, "period_steps": 2.5, "momentum": 0.75, "weight_decay": 0.1}
+    usual |= {"lr_rmsprop": 0.2, "square_decay": 0.8, "eps": 1e-2}
+    return Row(f"RMSprop warm-up {name}", RmspropWarmupRule(**{**usual, **options}), rates, scale)
+
+
 DEFAULTS = (
     _lars("of the paper"),
     _lars("without adaptation", adapt=False),
     _lamb("of the paper"),
     _lamb("without adaptation", adapt=False),
+    _rmsprop("across the transition", period_steps=0.7),  # warmed up at the second step
 )
+USUAL = DEFAULTS[::2]  # a row of each rule
+ADAPTED = USUAL[:2]
 OPTIONS = (
     *(
         _lars(
@@ -112,6 +124,16 @@ OPTIONS = (
     _lamb("maximize, unscaled", scale=-0.125),
     _lamb("without adaptation, decoupled", adapt=False, decay="decoupled"),
     _lamb("without adaptation, rate", adapt=False, bias_correction="rate"),
+    _rmsprop("before the center", center_steps=7.3, period_steps=4.0),
+    _rmsprop("behind the center", center_steps=0.0, period_steps=20.0),
+    _rmsprop("printed", transition="printed"),
+    _rmsprop("without weight decay", weight_decay=0.0),
+    _rmsprop("without momentum", momentum=0.0),
+    _rmsprop("without memory of squares", square_decay=0.0),
+    _rmsprop("eps", eps=0.5),
+    _rmsprop("maximize, unscaled", scale=-0.125),
+    _rmsprop("from rate 0", rates=(0.0, 0.5, 0.25)),
+    _rmsprop("without RMSprop", lr_rmsprop=0.0),
 )
 ROWS = DEFAULTS + OPTIONS
 
@@ -141,7 +163,7 @@ def label(kinds: Kinds) -> str:
 
 def fits(problem: Problem, kinds: Kinds, rule: Rule) -> bool:
     """Whether a problem's values can be told apart in these types."""
-    if isinstance(rule, LambRule) and not problem.squares_fit:
+    if not isinstance(rule, LarsRule) and not problem.squares_fit:
         return False
     return problem.half_range or F16 not in (kinds.weight, kinds.grad, kinds.copy)
 
@@ -152,7 +174,7 @@ def is_tested(backend: str, row: Row, kinds: Kinds, problem: Problem) -> bool:
         typed = kinds == PLAIN or (row in DEFAULTS and problem is ORDINARY)
         return typed and problem.name in {"ordinary", "zeros", "tiny", "NaN gradient"}
     if backend == "triton":  # interpreted, at 10 ms and more a chunk
-        usual, some = row in DEFAULTS[::2], kinds in SOME_KINDS
+        usual, some = row in USUAL, kinds in SOME_KINDS
         if problem is ORDINARY:
             return kinds == PLAIN or usual or (some and row in INSTANCES)
         typed = kinds == PLAIN or (some and problem.name in TYPED)

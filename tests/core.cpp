@@ -51,6 +51,10 @@ double lamb(double weight, double update, double lower, double upper, double eps
   return lamb_ratio({weight, update}, lower, upper, eps);
 }
 
+double share(double center, double rise, double below, double shrink, double steps) {
+  return sgd_share({0, 0, 0, 0, 0, center, rise, below, shrink}, steps);
+}
+
 // Chunks as rows (tensor, begin, size), then -1; returns how many there are.
 int chunks(const std::int64_t* numel, int tensors, std::int64_t* rows, int* first) {
   const Chunks cuts = cut(std::vector<std::int64_t>(numel, numel + tensors));

@@ -41,7 +41,7 @@ def load(instruction_set: str) -> ctypes.CDLL:
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         loaded = ctypes.CDLL(str(library))
-    for name in ("lars", "lamb"):
+    for name in ("lars", "lamb", "share"):
         getattr(loaded, name).restype = ctypes.c_double
     return loaded
 

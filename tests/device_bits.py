@@ -5,9 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 
-from backend_cases import BF16, DEFAULTS, F16, F32, OPTIONS, PLAIN, Kinds, Row, Run, label
+from backend_cases import (
+    ADAPTED,
+    BF16,
+    DEFAULTS,
+    F16,
+    F32,
+    OPTIONS,
+    PLAIN,
+    USUAL,
+    Kinds,
+    Row,
+    Run,
+    label,
+)
 from device_cases import (
+    CLASSES,
     DEVICES,
+    INTERPRETED,
     LAYOUTS,
     SIZES,
     SOME_ROWS,
@@ -25,9 +40,9 @@ KINDS = (Kinds(BF16, F16, BF16), Kinds(F16, BF16, F32), Kinds(F32, BF16, F32, co
 CASES = (
     *((row, PLAIN, ORDINARY) for row in SOME_ROWS),
     *((row, kinds, ORDINARY) for row in DEFAULTS for kinds in KINDS),
-    *((row, PLAIN, problem) for row in DEFAULTS[::2] for problem in (LAYOUTS, SIZES)),
+    *((row, PLAIN, problem) for row in USUAL for problem in (LAYOUTS, SIZES)),
 )
-CORRECTIONS = [*DEFAULTS, *(row for row in OPTIONS if "correction" in row.name)][:7]
+CORRECTIONS = [*DEFAULTS, *(row for row in OPTIONS if "correction" in row.name)][:8]
 
 
 class Bits:
@@ -87,7 +102,7 @@ class Bits:
             twin.backend.apply(row.rule, bound, now, there)
             assert_same_runs(f"step {step}", twin, run)
 
-    @pytest.mark.parametrize("row", DEFAULTS[::2], ids=lambda row: row.name)
+    @pytest.mark.parametrize("row", ADAPTED, ids=lambda row: row.name)
     def test_sums_are_the_same_from_run_to_run(self, row: Row) -> None:
         found = []
         for _ in range(2):
@@ -115,7 +130,28 @@ class Bits:
         for (name, x), was in zip(on_device.written(), before, strict=True):
             assert_same_bits(f"skipped: {name}", x.cpu(), was.cpu())
 
-    @pytest.mark.parametrize("name", ["LARS", "LAMB"])
+    def test_rmsprop_warmup_has_the_bits_of_cpu_across_its_transition(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if INTERPRETED:
+            pytest.skip("it takes 300 steps, which test_rmsprop_warmup.py takes in the interpreter")
+        options = {"center_steps": 120.0, "period_steps": 90.5}
+        trained = []
+        for name, device in (("cpu", "cpu"), (self.backend, self.device)):
+            monkeypatch.setenv("FASTLARS_BACKEND", name)
+            params, tested = optimizer("RMSpropWarmup", device, **options)
+            for step in range(300):
+                tested.param_groups[0]["lr"] = 0.1 / (1 + step % 7)
+                set_gradients(params, step)
+                tested.step()
+            trained.append((params, tested))
+        (expected, other), (params, tested) = trained
+        for p, q in zip(params, expected, strict=True):
+            assert_same_bits("weight", p.detach().cpu(), q.detach())
+            for key, value in other.state[q].items():
+                assert_same_bits(key, tested.state[p][key].cpu(), value)
+
+    @pytest.mark.parametrize("name", CLASSES)
     def test_optimizer_reads_scaler_clip_and_rate_on_the_device(
         self, name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:

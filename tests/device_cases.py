@@ -95,6 +95,9 @@ def assert_same_runs(what: str, a: Run, b: Run) -> None:
 
 # The optimizers.
 
+CLASSES = ("LARS", "LAMB", "RMSpropWarmup")
+_NEEDED: dict[str, dict[str, object]] = {"RMSpropWarmup": {"center_steps": 1, "period_steps": 2}}
+
 
 def optimizer(
     name: str,
@@ -106,7 +109,9 @@ def optimizer(
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(shape, generator=generator) for shape in shapes]
     params = [torch.nn.Parameter(value.to(device)) for value in values]
-    made = getattr(fastlars, name)(params, **{"lr": 0.1, "weight_decay": 0.1, **options})
+    made = getattr(fastlars, name)(
+        params, **{"lr": 0.1, "weight_decay": 0.1, **_NEEDED.get(name, {}), **options}
+    )
     return list(params), made
 
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 import fastlars
-from device_cases import optimizer, set_gradients
+from device_cases import CLASSES, optimizer, set_gradients
 from tolerances import assert_same_bits
 
 # Many chunks, some of them ragged; the last tensors lie off every boundary that matters.
 SHAPES = ((300, 1000), (4096,), (50,), (12_289,), (), (0, 3), (7, 11))
 STEPS = 4
 Trained = tuple[list[Tensor], torch.optim.Optimizer]
-each_optimizer = pytest.mark.parametrize("name", ["LARS", "LAMB"])
+each_optimizer = pytest.mark.parametrize("name", CLASSES)
 
 
 def _written(trained: Trained) -> list[Tensor]:

@@ -41,6 +41,11 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
 
+    @property
+    def adapts(self) -> bool:
+        """Whether the class takes trust ratios, and has options for them."""
+        return self.kind is not fastlars.RMSpropWarmup
+
     def make(self, params: Iterable[Any], **overrides: Any) -> FusedOptimizer:
         return self.kind(params, **{**self.options, **overrides})
 
@@ -56,6 +61,12 @@ def _lars(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Row:
 def _lamb(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Row:
     usual = {"lr": 0.05, "weight_decay": 0.01}
     return Row(f"LAMB {name}", fastlars.LAMB, {**usual, **options}, dtype)
+
+
+def _rmsprop(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Row:
+    # The tests take a few steps: some of them before the center, some behind it, some warmed up.
+    usual = {"lr": 0.05, "weight_decay": 0.01, "center_steps": 1.5, "period_steps": 3.0}
+    return Row(f"RMSprop warm-up {name}", fastlars.RMSpropWarmup, {**usual, **options}, dtype)
 
 
 ROWS = (
@@ -79,6 +90,10 @@ ROWS = (
     _lamb("bfloat16 state", state_dtype=BF16),
     _lamb("masters, bfloat16 state", dtype=BF16, master_weights=True, state_dtype=BF16),
     _lamb("float64", dtype=F64),
+    _rmsprop("of the paper"),
+    _rmsprop("printed", transition="printed"),
+    _rmsprop("masters, bfloat16 state", dtype=BF16, master_weights=True, state_dtype=BF16),
+    _rmsprop("float64", dtype=F64),
 )
 # One row of each class, for what does not depend on options.
 SIMPLE = tuple(row for row in ROWS if row.name.endswith("of the paper"))

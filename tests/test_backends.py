@@ -27,6 +27,7 @@ from backend_cases import (
     ROWS,
     SOME_KINDS,
     TYPED,
+    USUAL,
     Row,
     Run,
     fits,
@@ -36,7 +37,7 @@ from backend_cases import (
 )
 from fastlars.backends.base import Kinds, Mismatch, Scalars, Tensors
 from fastlars.backends.choose import instance
-from fastlars.rules import GradientNorm, LambRule, LarsRule
+from fastlars.rules import GradientNorm, LambRule, LarsRule, RmspropWarmupRule, Rule
 from problems import LARGE, ORDINARY, SMALL, Problem, place
 from tolerances import assert_close, assert_same_bits
 
@@ -49,8 +50,8 @@ CASES = [
     *((row, PLAIN, problem) for row in ROWS for problem in SMALL),
     *((row, kinds, ORDINARY) for row in INSTANCES for kinds in KINDS[1:]),
     *((row, kinds, ORDINARY) for row in OPTIONS if row not in INSTANCES for kinds in SOME_KINDS),
-    *((row, k, p) for row in DEFAULTS[::2] for k in KINDS[1:] for p in SMALL if p.name in TYPED),
-    *((row, kinds, problem) for row in DEFAULTS[::2] for kinds in KINDS[::20] for problem in LARGE),
+    *((row, k, p) for row in USUAL for k in KINDS[1:] for p in SMALL if p.name in TYPED),
+    *((row, kinds, problem) for row in USUAL for kinds in KINDS[::20] for problem in LARGE),
 ]
 
 CASES = [
@@ -76,7 +77,7 @@ def _largest(*values: torch.Tensor) -> float:
     return max((float(x.max()) for x in finite if x.numel()), default=0.0)
 
 
-def _condition(rule: LarsRule | LambRule, tensors: Tensors, now: Scalars) -> list[float]:
+def _condition(rule: Rule, tensors: Tensors, now: Scalars) -> list[float]:
     """How much larger a relative error is in a sum with the decay than in its two terms.
 
     Where gradient and decay nearly cancel, as they may in a tensor of one element, all that is left
@@ -84,6 +85,8 @@ def _condition(rule: LarsRule | LambRule, tensors: Tensors, now: Scalars) -> lis
     """
     if isinstance(rule, LarsRule):
         rule = dataclasses.replace(rule, ratio="combined")
+    if isinstance(rule, RmspropWarmupRule):
+        rule = LarsRule(weight_decay=rule.weight_decay, ratio="combined")
     reference, copy = instance("reference"), in_float64(tensors)
     sums = reference.measure(rule, reference.bind(copy, reference.layout(copy.weights)), now)
     w, u = sums.sqrt().nan_to_num(0.0, 0.0).unbind(1)

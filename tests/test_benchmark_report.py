@@ -98,7 +98,7 @@ def test_memory_is_asked_for_what_two_optimizers_keep() -> None:
     assert 2**28 < free_bytes() < 2**50
 
 
-@pytest.mark.parametrize("rule", list(RULES))
+@pytest.mark.parametrize("rule", ["lars", "lamb"])
 def test_optax_steps_as_the_specification_does(rule: str) -> None:
     name = next(name for name in RULES[rule] if name.startswith("optax"))
     check(RULES[rule][name], RULES[rule]["fastlars"], rule, dtype=torch.float32)

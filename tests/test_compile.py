@@ -20,6 +20,7 @@ CASES = {
     "lamb": (fastlars.LAMB, {"lr": 0.01}),
     "lamb-clip": (fastlars.LAMB, {"lr": 0.01, "max_grad_norm": 0.1}),
     "lamb-masters": (fastlars.LAMB, {"lr": 0.01, "master_weights": True}),
+    "rmsprop": (fastlars.RMSpropWarmup, {"lr": 0.01, "center_steps": 1, "period_steps": 3}),
 }
 
 

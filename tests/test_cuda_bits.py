@@ -13,7 +13,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from backend_cases import BF16, DEFAULTS, F16, F32, F64, PLAIN, ROWS, Kinds, Row, in_float64, label
+from backend_cases import (
+    BF16,
+    DEFAULTS,
+    F16,
+    F32,
+    F64,
+    PLAIN,
+    ROWS,
+    USUAL,
+    Kinds,
+    Row,
+    in_float64,
+    label,
+)
 from device_bits import Bits
 from device_cases import DEVICES, LAYOUTS, SIZES, Twin, assert_same_runs, marks, moved
 from fastlars import _C
@@ -55,7 +68,7 @@ def _launched(path: str, grid: int, ring: int) -> Cuda:
     return backend
 
 
-@pytest.mark.parametrize("row", DEFAULTS[::2], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", USUAL, ids=lambda row: row.name)
 @pytest.mark.parametrize(
     ("kinds", "problem"),
     [

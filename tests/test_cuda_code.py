@@ -48,6 +48,9 @@ KERNELS = {
     "apply<LambRule, Float32, unmeasured>": (3, 8, 3),
     "apply<LambRule, Any, unmeasured>": (2, 8, 3),
     "apply<LambRule, Any, unmeasured, rounds>": (2, 8, 2),
+    "apply<RmspropWarmupRule, Float32, unmeasured>": (3, 12, 14),
+    "apply<RmspropWarmupRule, Any, unmeasured>": (2, 12, 14),
+    "apply<RmspropWarmupRule, Any, unmeasured, rounds>": (2, 12, 8),
     "step<LarsRule, Float32>": (3, 8, 4),
     "step<LarsRule, Any>": (2, 8, 4),
     "step<LambRule, Float32>": (3, 8, 4),
@@ -71,7 +74,9 @@ def cuobjdump(*options: str) -> str:
 
 def short(mangled: str) -> str:
     """A kernel's name as in KERNELS."""
-    name = re.search(r"(measure|apply|step)I.*?(GradientNorm|LarsRule|LambRule)", mangled)
+    name = re.search(
+        r"(measure|apply|step)I.*?(GradientNorm|LarsRule|LambRule|RmspropWarmupRule)", mangled
+    )
     if name is None:
         return mangled
     words = [name[2], "Float32" if "Float32" in mangled else "Any"]

@@ -14,7 +14,7 @@ from fastlars.backends import cuda, sending
 from fastlars.backends.base import Kinds, Scalars, Tensors
 from fastlars.backends.cuda import Cuda, Tables
 from fastlars.backends.sending import Sender, Sent
-from fastlars.rules import GradientNorm, LambRule, LarsRule, Rule
+from fastlars.rules import GradientNorm, LambRule, LarsRule, RmspropWarmupRule, Rule
 
 
 class Plan:
@@ -141,6 +141,7 @@ def test_what_graphs_read_lives_as_long_as_their_weights() -> None:
         ("one-launch", LarsRule(), None, ["step"]),
         ("one-launch", LambRule(), None, ["step"]),
         ("one-launch", LambRule(adapt=False), None, ["apply"]),
+        ("one-launch", RmspropWarmupRule(1.0, 1.0), None, ["apply"]),
         ("one-launch", LarsRule(), 7, ["measure", "apply"]),
     ],
 )

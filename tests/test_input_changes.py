@@ -175,7 +175,11 @@ def test_a_state_that_no_longer_fits(row: Row, name: str) -> None:
     case.refuses(error, first)
 
 
-COUNTERS = [(SIMPLE[1], "step"), (Row("", fastlars.LARS, {"lr": 0.1, "dampening": 0.1}), "last_lr")]
+COUNTERS = [
+    (SIMPLE[1], "step"),
+    (SIMPLE[2], "step"),
+    (Row("", fastlars.LARS, {"lr": 0.1, "dampening": 0.1}), "last_lr"),
+]
 
 
 @pytest.mark.parametrize(("row", "name"), COUNTERS, ids=str)

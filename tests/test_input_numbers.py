@@ -35,13 +35,16 @@ NUMBERS = [
     ("max_grad_norm", "1", TypeError),
     ("state_dtype", torch.float16, ValueError),
     ("state_dtype", "float32", ValueError),
-    ("adapt", 2, TypeError),
     ("maximize", None, TypeError),
-    ("always_adapt", "yes", TypeError),
-    ("trust_clip", "no", TypeError),
     ("master_weights", None, TypeError),
 ]
+ADAPTING = [
+    ("adapt", 2, TypeError),
+    ("always_adapt", "yes", TypeError),
+    ("trust_clip", "no", TypeError),
+]
 LARS_NUMBERS = [
+    *ADAPTING,
     ("momentum", 1.0, ValueError),
     ("momentum", -0.1, ValueError),
     ("momentum", NAN, ValueError),
@@ -53,6 +56,7 @@ LARS_NUMBERS = [
     ("nesterov", "yes", TypeError),
 ]
 LAMB_NUMBERS = [
+    *ADAPTING,
     ("betas", (1.0, 0.9), ValueError),
     ("betas", (0.9, NAN), ValueError),
     ("betas", 0.9, TypeError),
@@ -65,9 +69,26 @@ LAMB_NUMBERS = [
     ("decay", "l2", ValueError),
     ("grad_averaging", None, TypeError),
 ]
+RMSPROP_NUMBERS = [
+    ("momentum", 1.0, ValueError),
+    ("square_decay", 1.0, ValueError),
+    ("square_decay", NAN, ValueError),
+    ("lr_rmsprop", -1e-4, ValueError),
+    ("lr_rmsprop", INF, ValueError),
+    ("eps", 0.0, ValueError),
+    ("center_steps", -1.0, ValueError),
+    ("center_steps", INF, ValueError),
+    ("center_steps", None, TypeError),
+    ("center_steps", 2.0**24, ValueError),
+    ("period_steps", 0.0, ValueError),
+    ("period_steps", NAN, ValueError),
+    ("period_steps", "5 epochs", TypeError),
+    ("period_steps", 2.0**25, ValueError),
+    ("transition", "linear", ValueError),
+]
 HYPER_PARAMETERS = [
     (row, *number)
-    for row, own in zip(SIMPLE, (LARS_NUMBERS, LAMB_NUMBERS), strict=True)
+    for row, own in zip(SIMPLE, (LARS_NUMBERS, LAMB_NUMBERS, RMSPROP_NUMBERS), strict=True)
     for number in NUMBERS + own
 ]
 # How a message may call it, where it is not by its own name.
@@ -98,9 +119,9 @@ def test_hyper_parameters_out_of_range(row: Row, name: str, value: Any, error: A
 
 
 def test_options_that_exclude_each_other() -> None:
-    for kind in (fastlars.LARS, fastlars.LAMB):
+    for row in SIMPLE:
         with pytest.raises(ValueError, match=r"stochastic_rounding.*masters"):
-            kind(parameters(), lr=0.1, master_weights=True, stochastic_rounding=True)
+            row.make(parameters(), master_weights=True, stochastic_rounding=True)
     for options in ({"momentum": 0.0, "nesterov": True}, {"dampening": 0.1, "nesterov": True}):
         with pytest.raises(ValueError, match="nesterov needs a momentum and no dampening"):
             fastlars.LARS(parameters(), lr=0.1, **options)

@@ -22,9 +22,9 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fastlars.backends.triton import lamb, lars, sums  # noqa: E402
+from fastlars.backends.triton import lamb, lars, rmsprop_warmup, sums  # noqa: E402
 from fastlars.backends.triton.backend import choices  # noqa: E402
-from fastlars.backends.triton.launch import OPTIONS  # noqa: E402
+from fastlars.backends.triton.launch import LARGE_OPTIONS, OPTIONS  # noqa: E402
 from fastlars.backends.triton.probe import interprets  # noqa: E402
 from fastlars.backends.triton.table import BLOCK  # noqa: E402
 from fastlars.rules import LambRule, LarsRule  # noqa: E402
@@ -49,6 +49,7 @@ POINTERS = {
         ("test_core.py", 4),
         ("test_trust.py", 10),
         ("test_triton_bits.py", 45),
+        ("test_rmsprop_warmup.py", 6),
     ],
 )
 def test_interpreted(path: str, least: int) -> None:
@@ -105,6 +106,10 @@ def test_a_device_that_triton_does_not_serve_gets_the_reference_with_one_warning
 # Generated code.
 
 
+def _options(kernel: Any) -> dict[str, Any]:
+    return LARGE_OPTIONS if kernel is rmsprop_warmup.apply else OPTIONS
+
+
 def _compile(kernel: Any, target: Any, **constants: Any) -> Any:
     signature: dict[str, str] = {}
     constants = {"device": None, "BLOCK": BLOCK, **constants}
@@ -120,7 +125,7 @@ def _compile(kernel: Any, target: Any, **constants: Any) -> Any:
         if kind.startswith("*")
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=target, options=OPTIONS)
+    return triton.compile(source, target=target, options=_options(kernel))
 
 
 PLAIN = {"WEIGHTS": F32, "GRADS": F32, "STATES": F32, "COPIES": None, "STOCHASTIC": False}
@@ -135,7 +140,11 @@ KERNELS = {
     "LAMB measure": (lamb.measure, LAMB, 4, 2),
     "LAMB apply": (lamb.apply, LAMB, 3, 1),
     "LAMB apply without sums": (lamb.apply, {**LAMB, "sums": None}, 4, 3),
+    "RMSprop warm-up apply": (rmsprop_warmup.apply, {}, 4, 3),
 }
+
+# Kernels that are compiled for all of TYPES.
+TYPED = ["LARS measure", "LARS apply", "LAMB measure", "LAMB apply", "RMSprop warm-up apply"]
 TYPES = {
     "bf16": {"WEIGHTS": BF16, "GRADS": BF16, "STATES": BF16},
     "f16": {"WEIGHTS": F16, "GRADS": F16, "STATES": F32},
@@ -176,22 +185,23 @@ def test_sm_90_has_wide_accesses_and_no_spills(name: str, tmp_path: Path) -> Non
     compiled = _compile(kernel, SM_90, **{**PLAIN, **constants})
     ptx = compiled.asm["ptx"]
     _assert_ieee(ptx)
-    each = BLOCK // (OPTIONS["num_warps"] * 32) // 4  # accesses of 4 floats by a thread
+    threads = _options(kernel)["num_warps"] * 32
+    each = BLOCK // threads // 4  # accesses of 4 floats by a thread
     assert len(re.findall(r"ld\.global[\w.]*\.v4\.b32", ptx)) >= reads * each
     assert len(re.findall(r"st\.global[\w.]*\.v4\.b32", ptx)) >= writes * each
-    if not name.startswith("LAMB"):  # whose square roots and divisions are made of them
+    if "LARS" in name:  # square roots and divisions of float32, which others have, are made of them
         sass = _dump("-sass", compiled.asm["cubin"], tmp_path)
         assert "FMUL" in sass
         # A division in float64 has one; an update would have one for each of its elements.
         assert sass.count("FFMA") < 4 * each
     usage = _resources(compiled.asm["cubin"], tmp_path)
     assert usage["STACK"] == usage["LOCAL"] == 0
-    # Two programs of 256 threads at least share the 65,536 registers of a multiprocessor.
+    # 512 threads at least share the 65,536 registers of a multiprocessor.
     assert usage["REG"] <= 128
 
 
 @pytest.mark.parametrize("types", TYPES)
-@pytest.mark.parametrize("name", ["LARS measure", "LARS apply", "LAMB measure", "LAMB apply"])
+@pytest.mark.parametrize("name", TYPED)
 def test_sm_90_compiles_every_type_without_spills(name: str, types: str, tmp_path: Path) -> None:
     kernel, constants, *_ = KERNELS[name]
     compiled = _compile(kernel, SM_90, **{**PLAIN, **constants, **TYPES[types]})
@@ -205,7 +215,7 @@ def test_sm_90_compiles_every_type_without_spills(name: str, types: str, tmp_pat
 def test_gfx942_has_wide_accesses_and_no_spills(name: str) -> None:
     kernel, constants, reads, writes = KERNELS[name]
     code = _compile(kernel, GFX942, **{**PLAIN, **constants}).asm["amdgcn"]
-    each = BLOCK // (OPTIONS["num_warps"] * 64) // 4
+    each = BLOCK // (_options(kernel)["num_warps"] * 64) // 4
     assert len(re.findall(r"(?:buffer|global)_load_dwordx4", code)) >= reads * each
     assert len(re.findall(r"(?:buffer|global)_store_dwordx4", code)) >= writes * each
     spills = re.findall(
@@ -216,7 +226,7 @@ def test_gfx942_has_wide_accesses_and_no_spills(name: str) -> None:
 
 
 @pytest.mark.parametrize("types", TYPES)
-@pytest.mark.parametrize("name", ["LARS measure", "LARS apply", "LAMB measure", "LAMB apply"])
+@pytest.mark.parametrize("name", TYPED)
 def test_gfx942_compiles_every_type(name: str, types: str) -> None:
     kernel, constants, *_ = KERNELS[name]
     compiled = _compile(kernel, GFX942, **{**PLAIN, **constants, **TYPES[types]})

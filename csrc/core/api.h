@@ -17,15 +17,19 @@ void measure(const LarsRule& rule, const Scalars& now, TensorList& list, Sums* s
 void measure(const LambRule& rule, const Scalars& now, TensorList& list, Sums* sums);
 
 // Writes the weights with the ratios that `sums` give, and those ratios. `sums` is not read where
-// the rule does not adapt; LAMB's moments and step counters then advance here instead.
+// the rule does not adapt; LAMB's moments and step counters then advance here instead. RMSprop
+// warm-up never adapts.
 void apply(const LarsRule& rule, const Scalars& now, TensorList& list, const Sums* sums,
            float* ratios);
 void apply(const LambRule& rule, const Scalars& now, TensorList& list, const Sums* sums,
+           float* ratios);
+void apply(const RmspropWarmupRule& rule, const Scalars& now, TensorList& list, const Sums* sums,
            float* ratios);
 
 // measure, then apply, a block of layers at a time.
 void step(const LarsRule& rule, const Scalars& now, TensorList& list, float* ratios);
 void step(const LambRule& rule, const Scalars& now, TensorList& list, float* ratios);
+void step(const RmspropWarmupRule& rule, const Scalars& now, TensorList& list, float* ratios);
 
 // The instruction set that the loops run with: "avx2" or "baseline".
 const char* instruction_set();

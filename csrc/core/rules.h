@@ -1,5 +1,6 @@
-// LARS and LAMB: the update arithmetic, once, for host and device. A back end derives a tensor's
-// coefficients, then calls these functions element by element; it adds loops and nothing else.
+// LARS, LAMB and RMSprop warm-up: the update arithmetic, once, for host and device. A back end
+// derives a tensor's coefficients, then calls these functions element by element; it adds loops and
+// nothing else.
 #pragma once
 
 #include <cfloat>
@@ -16,6 +17,12 @@ struct Scalars {
   double gradient_scale;  // unscaling, global clip and the sign of `maximize`, in one factor
 };
 
+// What a tensor's counter is once a step was taken.
+template <class Rule>
+FASTLARS_HD float advanced(const Rule&, const Scalars& now, float counter) {
+  return Rule::counts_steps ? counter + 1.0f : static_cast<float>(now.lr);
+}
+
 // What the momentum buffer b holds (d is the decayed gradient, q the trust ratio):
 //   step:      b = mu b + lr q d,  w -= b           Algorithm 1 of the paper
 //   scaled:    b = mu b + q d,     w -= lr b        ports over torch.optim.SGD
@@ -23,6 +30,7 @@ struct Scalars {
 enum class Buffer : int { step = 0, scaled = 1, gradient = 2 };
 
 struct LarsRule {
+  static constexpr bool counts_steps = false;  // its counter is the last learning rate
   double momentum, dampening, weight_decay, trust_coefficient, eps;
   Buffer buffer;
   bool combined, nesterov, momentum_correction, trust_clip, adapt;
@@ -118,6 +126,7 @@ enum class Decay : int { update = 0, decoupled = 1, gradient = 2 };
 enum class Correction : int { moments = 0, none = 1, rate = 2 };
 
 struct LambRule {
+  static constexpr bool counts_steps = true;
   double beta1, beta2, eps, weight_decay, lower, upper, ratio_eps;
   Decay decay;
   Correction correction;
@@ -154,8 +163,9 @@ FASTLARS_HD float trusted(const LambRule&, const Scalars&, const LambCoefficient
 
 FASTLARS_HD void set_trusted(const LambRule&, float value, LambCoefficients& c) { c.rate = value; }
 
-// base^exponent by squaring: the same bits on every device, which a library's pow does not promise.
-FASTLARS_HD double power(double base, float exponent) {
+// base to the whole part of exponent, by squaring: the same bits on every device, which a library's
+// pow does not promise.
+FASTLARS_HD double power(double base, double exponent) {
   double result = 1.0;
   for (auto left = static_cast<std::uint32_t>(exponent); left > 0; left /= 2) {
     if (left % 2 == 1) result *= base;
@@ -208,6 +218,77 @@ FASTLARS_HD float lamb_direction(const LambCoefficients& c, float w, float m, fl
 
 FASTLARS_HD float lamb_update(const LambCoefficients& c, float w, float u) {
   return c.shrink * w - c.rate * u;
+}
+
+// RMSprop warm-up (Akiba, Suzuki, Fukuda 2017), with d the decayed gradient:
+//   m = mu2 m + (1 - mu2) d^2,  b = mu1 b + a d + r d / (sqrt(m) + eps),  w -= lr b
+// The share a of SGD rises to 1 with a tensor's steps, and r = (1 - a) lr_rmsprop / lr.
+struct RmspropWarmupRule {
+  static constexpr bool counts_steps = true;
+  static constexpr bool adapt = false;
+  double momentum, weight_decay, square_decay, eps, lr_rmsprop;
+  double center;  // in steps: there a is 1/2, and from there on it rises linearly
+  double rise;    // steps that it would take from 0 to 1 at that pace
+  double below;   // a at the center, rounded down to a whole step
+  double shrink;  // by which a is smaller one step earlier than there
+};
+
+struct RmspropWarmupCoefficients {
+  float gradient_scale, weight_decay, momentum;
+  float square_decay, square_weight, eps;
+  float sgd, rmsprop;  // a and r
+  float lr;
+  bool warming;  // false: a is 1 for good, and squares are neither read nor written
+};
+
+// No norm is measured for it.
+FASTLARS_HD double trust_ratio(const RmspropWarmupRule&, const Scalars&, const Sums&) {
+  return 1.0;
+}
+FASTLARS_HD void set_trust(const RmspropWarmupRule&, const Scalars&, double,
+                           RmspropWarmupCoefficients&) {}
+
+// a after `steps` steps. Its exponential is a power of numbers that the host has made, because the
+// last bits of exp are not the same on every device.
+FASTLARS_HD double sgd_share(const RmspropWarmupRule& rule, double steps) {
+  if (steps < rule.center) return rule.below * power(rule.shrink, rule.center - steps);
+  const double share = 0.5 + (steps - rule.center) / rule.rise;
+  return share < 1.0 ? share : 1.0;
+}
+
+// `step` counts from 1.
+FASTLARS_HD RmspropWarmupCoefficients coefficients(const RmspropWarmupRule& rule,
+                                                   const Scalars& now, float step) {
+  const double share = sgd_share(rule, static_cast<double>(step) - 1.0);
+  RmspropWarmupCoefficients c;
+  c.gradient_scale = static_cast<float>(now.gradient_scale);
+  c.weight_decay = static_cast<float>(rule.weight_decay);
+  c.momentum = static_cast<float>(rule.momentum);
+  c.square_decay = static_cast<float>(rule.square_decay);
+  c.square_weight = static_cast<float>(1.0 - rule.square_decay);
+  c.eps = static_cast<float>(rule.eps);
+  c.sgd = static_cast<float>(share);
+  c.rmsprop = now.lr > 0.0 ? coefficient((1.0 - share) * rule.lr_rmsprop / now.lr) : 0.0f;
+  c.lr = coefficient(now.lr);
+  c.warming = share < 1.0;
+  return c;
+}
+
+// Returns the new weight, advances the buffer and the mean of squares.
+FASTLARS_HD float rmsprop_warmup_update(const RmspropWarmupCoefficients& c, float w, float g,
+                                        float& buffer, float& square) {
+  const float d = c.gradient_scale * g + c.weight_decay * w;
+  square = c.square_decay * square + c.square_weight * (d * d);
+  const float direction = c.sgd * d + c.rmsprop * (d / (std::sqrt(square) + c.eps));
+  buffer = c.momentum * buffer + direction;
+  return w - c.lr * buffer;
+}
+
+// Once warmed up: SGD with momentum.
+FASTLARS_HD float rmsprop_warmup_update(const RmspropWarmupCoefficients& c, float w, float g,
+                                        float& buffer) {
+  buffer = c.momentum * buffer + (c.gradient_scale * g + c.weight_decay * w);
+  return w - c.lr * buffer;
 }
 
 }  // namespace fastlars

@@ -1,4 +1,5 @@
-// One chunk of one tensor, measured or applied. Implemented per rule in lars.cpp and lamb.cpp.
+// One chunk of one tensor, measured or applied. Implemented per rule in lars.cpp, lamb.cpp and
+// rmsprop_warmup.cpp.
 #pragma once
 
 #include "core/api.h"
@@ -14,6 +15,8 @@ void apply_chunk(const TensorList& list, const Chunk& chunk, const LarsCoefficie
                  bool measured);
 // `measured`: the moments have advanced already; otherwise they advance here, in the same pass.
 void apply_chunk(const TensorList& list, const Chunk& chunk, const LambCoefficients& c,
+                 bool measured);
+void apply_chunk(const TensorList& list, const Chunk& chunk, const RmspropWarmupCoefficients& c,
                  bool measured);
 
 }  // namespace fastlars::cpu

@@ -43,35 +43,20 @@ Sums total(const std::vector<Sums>& partial, const Chunks& chunks, int tensor) {
   return sums;
 }
 
-// The counter of a tensor: LARS reads the last learning rate; LAMB counts steps, from 1, and
-// `advances` where this call is the one that takes the step.
-float counter(const LarsRule&, const TensorList& list, int tensor, bool) {
+// The counter of a tensor. Steps count from 1, and `advances` where this call takes the step.
+template <class Rule>
+float counter(const TensorList& list, int tensor, bool advances) {
   if (list.counter.empty()) return 0.0f;
-  return *reinterpret_cast<const float*>(list.counter[tensor]);
+  const float found = *reinterpret_cast<const float*>(list.counter[tensor]);
+  return Rule::counts_steps && advances ? found + 1.0f : found;
 }
 
-float counter(const LambRule&, const TensorList& list, int tensor, bool advances) {
-  return *reinterpret_cast<const float*>(list.counter[tensor]) + (advances ? 1.0f : 0.0f);
-}
-
-void advance_counters(const LambRule&, const Scalars&, TensorList& list) {
-  for (auto address : list.counter) *reinterpret_cast<float*>(address) += 1.0f;
-}
-
-void remember_lr(const LarsRule&, const Scalars& now, TensorList& list) {
-  for (auto address : list.counter) *reinterpret_cast<float*>(address) = static_cast<float>(now.lr);
-}
-
-void after_measure(const LarsRule&, const Scalars&, TensorList&) {}
-void after_measure(const LambRule& rule, const Scalars& now, TensorList& list) {
-  advance_counters(rule, now, list);
-}
-
-void after_apply(const LarsRule& rule, const Scalars& now, TensorList& list, bool) {
-  remember_lr(rule, now, list);
-}
-void after_apply(const LambRule& rule, const Scalars& now, TensorList& list, bool measured) {
-  if (!measured) advance_counters(rule, now, list);
+template <class Rule>
+void advance_counters(const Rule& rule, const Scalars& now, TensorList& list) {
+  for (auto address : list.counter) {
+    auto& place = *reinterpret_cast<float*>(address);
+    place = advanced(rule, now, place);
+  }
 }
 
 // Per tensor, for a trust ratio of 1. Neighbours mostly share a counter, and LAMB's powers are
@@ -82,7 +67,7 @@ auto all_coefficients(const Rule& rule, const Scalars& now, const TensorList& li
   all.reserve(list.count());
   float previous = 0.0f;
   for (int tensor = 0; tensor < list.count(); ++tensor) {
-    const float current = counter(rule, list, tensor, advances);
+    const float current = counter<Rule>(list, tensor, advances);
     all.push_back(tensor > 0 && current == previous ? all.back()
                                                     : coefficients(rule, now, current));
     previous = current;
@@ -103,7 +88,7 @@ void measure_list(const Rule& rule, const Scalars& now, TensorList& list, Sums* 
   for (int tensor = 0; tensor < list.count(); ++tensor) {
     sums[tensor] = total(partial, chunks, tensor);
   }
-  after_measure(rule, now, list);
+  if (Rule::counts_steps) advance_counters(rule, now, list);
 }
 
 template <class Rule>
@@ -122,7 +107,8 @@ void apply_list(const Rule& rule, const Scalars& now, TensorList& list, const Su
     const Chunk& chunk = chunks.chunk[i];
     apply_chunk(list, chunk, all[chunk.tensor], measured);
   }
-  after_apply(rule, now, list, measured);
+  // What counts steps has counted this one where it was measured.
+  if (!measured || !Rule::counts_steps) advance_counters(rule, now, list);
 }
 
 template <class Rule>
@@ -160,8 +146,7 @@ void step_list(const Rule& rule, const Scalars& now, TensorList& list, float* ra
   for (int tensor = 0; tensor < list.count(); ++tensor) {
     ratios[tensor] = static_cast<float>(trust_ratio(rule, now, total(partial, chunks, tensor)));
   }
-  after_measure(rule, now, list);
-  after_apply(rule, now, list, true);
+  advance_counters(rule, now, list);
 }
 
 }  // namespace
@@ -192,11 +177,18 @@ void apply(const LambRule& rule, const Scalars& now, TensorList& list, const Sum
            float* ratios) {
   apply_list(rule, now, list, sums, ratios);
 }
+void apply(const RmspropWarmupRule& rule, const Scalars& now, TensorList& list, const Sums* sums,
+           float* ratios) {
+  apply_list(rule, now, list, sums, ratios);
+}
 void step(const LarsRule& rule, const Scalars& now, TensorList& list, float* ratios) {
   step_list(rule, now, list, ratios);
 }
 void step(const LambRule& rule, const Scalars& now, TensorList& list, float* ratios) {
   step_list(rule, now, list, ratios);
+}
+void step(const RmspropWarmupRule& rule, const Scalars& now, TensorList& list, float* ratios) {
+  apply_list(rule, now, list, nullptr, ratios);
 }
 
 }  // namespace fastlars::cpu

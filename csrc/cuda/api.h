@@ -34,6 +34,8 @@ void apply(const LarsRule& rule, const Scalars& now, const Work& work, const Sum
            float* ratios);
 void apply(const LambRule& rule, const Scalars& now, const Work& work, const Sums* sums,
            float* ratios);
+void apply(const RmspropWarmupRule& rule, const Scalars& now, const Work& work, const Sums* sums,
+           float* ratios);
 
 // One launch, with the bits of measure and apply. For rules that adapt; rounds to nearest.
 void step(const LarsRule& rule, const Scalars& now, const Work& work, float* ratios);

@@ -14,8 +14,8 @@ constexpr int kBlocks = from == From::unmeasured && Types::has_copies ? 2 : 3;
 template <class Rule, class Types, From from, bool Rounds>
 __global__ void __launch_bounds__(kThreads, (kBlocks<Types, from>))
     apply(const __grid_constant__ Call<Rule> call) {
-  // LAMB counts a step where it is measured.
-  constexpr bool counts = std::is_same_v<Rule, LarsRule> || from == From::unmeasured;
+  // What counts steps has counted this one where it was measured.
+  constexpr bool counts = !Rule::counts_steps || from == From::unmeasured;
   __shared__ Frame<Rule> frame;
   const Types types(call);
   const bool live = is_live(call);
@@ -73,6 +73,10 @@ void apply(const LambRule& rule, const Scalars& now, const Work& work, const Sum
   } else {
     run<From::unmeasured>(rule, now, work, sums, ratios);
   }
+}
+void apply(const RmspropWarmupRule& rule, const Scalars& now, const Work& work, const Sums* sums,
+           float* ratios) {
+  run<From::unmeasured>(rule, now, work, sums, ratios);
 }
 
 }  // namespace fastlars::cuda

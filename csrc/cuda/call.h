@@ -32,5 +32,6 @@ struct Call {
 
 static_assert(sizeof(Call<LarsRule>) <= kParameterBytes, "more than a launch may take");
 static_assert(sizeof(Call<LambRule>) <= kParameterBytes, "more than a launch may take");
+static_assert(sizeof(Call<RmspropWarmupRule>) <= kParameterBytes, "more than a launch may take");
 
 }  // namespace fastlars::cuda

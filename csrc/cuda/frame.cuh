@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/lamb.cuh"
+#include "cuda/rmsprop_warmup.cuh"
 
 namespace fastlars::cuda {
 
@@ -30,22 +31,14 @@ __device__ __forceinline__ bool is_live(const Call<Rule>& call) {
   return call.device == nullptr || call.device[2] == 0.0;
 }
 
-// The counter of a tensor: LARS reads the last learning rate; LAMB counts steps, from 1, and
-// `advances` where this launch is the one that takes the step.
+// The counter of a tensor. Steps count from 1, and `advances` where this launch takes the step.
+template <class Rule>
+__device__ __forceinline__ float counter(const Rule&, const Row& row, bool advances) {
+  if (row.counter == 0) return 0.0f;
+  const float found = *reinterpret_cast<const float*>(row.counter);
+  return Rule::counts_steps && advances ? found + 1.0f : found;
+}
 __device__ __forceinline__ float counter(const GradientNorm&, const Row&, bool) { return 0.0f; }
-__device__ __forceinline__ float counter(const LarsRule&, const Row& row, bool) {
-  return row.counter == 0 ? 0.0f : *reinterpret_cast<const float*>(row.counter);
-}
-__device__ __forceinline__ float counter(const LambRule&, const Row& row, bool advances) {
-  return *reinterpret_cast<const float*>(row.counter) + (advances ? 1.0f : 0.0f);
-}
-
-__device__ __forceinline__ void advance(const LarsRule&, const Scalars& now, float& counter) {
-  counter = static_cast<float>(now.lr);
-}
-__device__ __forceinline__ void advance(const LambRule&, const Scalars&, float& counter) {
-  counter += 1.0f;
-}
 
 __device__ __forceinline__ float coefficients(const GradientNorm&, const Scalars& now, float) {
   return static_cast<float>(now.gradient_scale);
@@ -85,7 +78,8 @@ __device__ __forceinline__ void close(const Call<Rule>& call, bool advances, F&&
     const Row& row = call.tables.rows[call.tensor + i];
     if constexpr (!std::is_same_v<Rule, GradientNorm>) {
       if (advances && is_live(call) && row.counter != 0) {
-        advance(call.rule, today(call), *reinterpret_cast<float*>(row.counter));
+        auto& place = *reinterpret_cast<float*>(row.counter);
+        place = advanced(call.rule, today(call), place);
       }
     }
     if (row.chunks == 0) empty(call.tensor + i);

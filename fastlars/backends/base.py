@@ -82,7 +82,8 @@ class Backend(Protocol):
         ...
 
     def measure(self, rule: Rule | GradientNorm, bound: Any, now: Scalars) -> Tensor:
-        """Sums of squares, float64 [tensors, 2]: of the weights, of what updates them.
+        """Sums of squares, float64 [tensors, 2]: of the weights, of what updates them. For rules
+        that may adapt.
 
         LAMB advances its moments and step counters here. The two phases are separate so that
         sharded parameters can add up their sums in between.
@@ -92,7 +93,8 @@ class Backend(Protocol):
     def apply(self, rule: Rule, bound: Any, now: Scalars, sums: Tensor | None) -> Tensor:
         """Write the weights; return the trust ratios, float32 [tensors].
 
-        ``sums`` is None where the rule does not adapt; LAMB then advances its moments here.
+        ``sums`` is None where the rule does not adapt; LAMB then advances its moments here. RMSprop
+        warm-up never adapts.
         """
         ...
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastlars import _C
 from fastlars.backends.base import Mismatch, Scalars, Tensors
-from fastlars.rules import GradientNorm, LambRule, LarsRule, Rule
+from fastlars.rules import GradientNorm, LambRule, LarsRule, RmspropWarmupRule, Rule
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STATE_DTYPES = (torch.float32, torch.bfloat16)
@@ -50,6 +50,18 @@ def native(rule: Rule | GradientNorm) -> Any:
             gradient_averaging=rule.grad_averaging,
             trust_clip=rule.trust_clip,
             adapt=rule.adapt,
+        )
+    if isinstance(rule, RmspropWarmupRule):
+        return _C.RmspropWarmupRule(
+            momentum=rule.momentum,
+            weight_decay=rule.weight_decay,
+            square_decay=rule.square_decay,
+            eps=rule.eps,
+            lr_rmsprop=rule.lr_rmsprop,
+            center=rule.center_steps,
+            rise=rule.rise,
+            below=rule.below,
+            shrink=rule.shrink,
         )
     return _C.GradientNorm()
 

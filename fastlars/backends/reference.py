@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastlars.backends.base import Mismatch, Scalars, Tensors
-from fastlars.rules import GradientNorm, LambRule, LarsRule, Rule
+from fastlars.rules import GradientNorm, LambRule, LarsRule, RmspropWarmupRule, Rule
 
 LARGEST_FLOAT = torch.finfo(torch.float32).max
 
@@ -31,7 +31,7 @@ def _sum_of_squares(x: Tensor) -> float:
 
 def trust_ratio(rule: Rule, now: Scalars, weight: float, update: float) -> float:
     """The trust ratio for two sums of squares; 1 where either is 0."""
-    if not rule.adapt:
+    if isinstance(rule, RmspropWarmupRule) or not rule.adapt:
         return 1.0
     w, u = math.sqrt(weight), math.sqrt(update)
     if isinstance(rule, LarsRule):
@@ -116,6 +116,23 @@ def _lamb_apply(
     return w - _coefficient(lr * q) * u
 
 
+def _rmsprop_warmup_apply(
+    rule: RmspropWarmupRule, now: Scalars, w: Tensor, g: Tensor, state: list[Tensor], step: float
+) -> Tensor:
+    share = rule.sgd_share(step - 1.0)
+    b, m = (x.to(w.dtype) for x in state)
+    d = g + rule.weight_decay * w
+    update = share * d
+    if share < 1.0:
+        m = rule.square_decay * m + (1.0 - rule.square_decay) * d.square()
+        state[1].copy_(m)
+        r = (1.0 - share) * rule.lr_rmsprop / now.lr if now.lr > 0.0 else 0.0
+        update = update + _coefficient(r) * (d / (m.sqrt() + rule.eps))
+    b = rule.momentum * b + update
+    state[0].copy_(b)
+    return w - now.lr * b
+
+
 def _stochastically(value: Tensor, seed: int, tensor: int) -> Tensor:
     """float32 to bfloat16, up with the probability of the bits that are cut off."""
     generator = torch.Generator().manual_seed((seed + 0x9E3779B9 * tensor) % 2**63)
@@ -173,7 +190,7 @@ class Reference:
                 bound.counters[i] += 1.0
                 _lamb_moments(rule, w, g, state)
                 u = _lamb_direction(rule, float(bound.counters[i]), w, state)
-            elif rule.ratio == "combined":
+            elif isinstance(rule, LarsRule) and rule.ratio == "combined":
                 u = g + rule.weight_decay * w
             sums.append((_sum_of_squares(w), _sum_of_squares(u)))
         return torch.tensor(sums, dtype=torch.float64).reshape(len(sums), 2)
@@ -187,6 +204,10 @@ class Reference:
                 new = _lars_apply(rule, now, q, w, g, state, counter)
                 if counter is not None:
                     counter.fill_(now.lr)
+            elif isinstance(rule, RmspropWarmupRule):
+                assert counter is not None
+                counter += 1.0
+                new = _rmsprop_warmup_apply(rule, now, w, g, state, float(counter))
             else:
                 assert counter is not None
                 if sums is None:

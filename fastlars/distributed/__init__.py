@@ -1,4 +1,4 @@
-"""LARS and LAMB over several processes: the step overlapped with DDP's all-reduce."""
+"""Optimizers over several processes: the step overlapped with DDP's all-reduce."""
 
 from fastlars.distributed.ddp import Handle, overlap
 

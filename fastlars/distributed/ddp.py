@@ -55,8 +55,8 @@ def overlap(
     Args:
         ddp: module; any of its options but those below. With ``static_graph=True``, parameters may
             stay unused.
-        optimizer: :class:`fastlars.LARS` or :class:`fastlars.LAMB` over parameters of ``ddp``, and
-            others if need be.
+        optimizer: :class:`fastlars.LARS`, :class:`fastlars.LAMB` or
+            :class:`fastlars.RMSpropWarmup` over parameters of ``ddp``, and others if need be.
         compression: ``"fp16"`` or ``"bf16"`` divides gradients by the number of processes, rounds
             them to that type and adds them up in it; buckets of 16 bits already stay as they are.
             The step reads the sum where it lies. ``p.grad`` is not what was stepped with then: for

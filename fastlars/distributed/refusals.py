@@ -43,7 +43,8 @@ def check_optimizer(optimizer: Any, ddp: DistributedDataParallel) -> None:
     """Raise unless ``optimizer`` is ours, and steps parameters of ``ddp``."""
     if not isinstance(optimizer, FusedOptimizer):
         raise TypeError(
-            f"overlap needs a fastlars optimizer (LARS, LAMB), got {type(optimizer).__name__}"
+            "overlap needs a fastlars optimizer (LARS, LAMB, RMSpropWarmup), "
+            f"got {type(optimizer).__name__}"
         )
     if optimizer._ahead is not None:
         raise RuntimeError("this optimizer is overlapped already: remove() its handle first")

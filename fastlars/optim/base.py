@@ -1,4 +1,4 @@
-"""FusedOptimizer: what LARS and LAMB share, which is everything but their rule."""
+"""FusedOptimizer: what all optimizers share, which is everything but their rule."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from fastlars.rules import Rule
 Params = Iterable[Any]
 # Options that every optimizer has beside its rule.
 OPTIONS: dict[str, Any] = {
-    "always_adapt": True,
     "maximize": False,
     "max_grad_norm": None,
     "master_weights": False,

@@ -21,9 +21,11 @@ from fastlars.backends.choose import choose
 from fastlars.optim.checks import check_lr
 from fastlars.optim.numbers import numbers, square
 from fastlars.optim.plan import LOW_PRECISION, like
-from fastlars.rules import GradientNorm, LambRule, LarsRule, Rule
+from fastlars.rules import GradientNorm, LambRule, LarsRule, RmspropWarmupRule, Rule
 
-_RULES: dict[str, type[LarsRule] | type[LambRule]] = {"LarsRule": LarsRule, "LambRule": LambRule}
+_RULES: dict[str, type[Rule]] = {
+    kind.__name__: kind for kind in (LarsRule, LambRule, RmspropWarmupRule)
+}
 
 
 def encode(rule: Rule) -> str:

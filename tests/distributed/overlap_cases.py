@@ -17,9 +17,9 @@ from torchvision.models.resnet import BasicBlock, ResNet
 import fastlars
 from tolerances import assert_same_bits
 
-CLASSES = {"LARS": fastlars.LARS, "LAMB": fastlars.LAMB}
+CLASSES = {"LARS": fastlars.LARS, "LAMB": fastlars.LAMB, "RMSprop": fastlars.RMSpropWarmup}
 # As large as makes a bit that differs grow in a few steps.
-RATES = {"LARS": 2.0, "LAMB": 0.02}
+RATES = {"LARS": 2.0, "LAMB": 0.02, "RMSprop": 0.1}
 BATCH = 4  # images of a process
 
 

@@ -99,11 +99,20 @@ def test_three_processes(setting: Setting) -> None:
         Setting(optimizer={"momentum_correction": True, "maximize": True}),
         Setting(optimizer={"momentum": 0.0, "ratio": "combined"}),
         Setting("LAMB", optimizer={"bias_correction": "rate", "state_dtype": BF16}),
+        Setting("RMSprop", optimizer={"center_steps": 2, "period_steps": 3}),
         Setting(dtype=BF16, optimizer={"master_weights": True}),
         Setting(dtype=torch.float64),
         Setting(optimizer={"lr": torch.tensor(1.5)}),
     ],
-    ids=["correction", "combined", "LAMB bfloat16 states", "masters", "float64", "lr tensor"],
+    ids=[
+        "correction",
+        "combined",
+        "LAMB bfloat16 states",
+        "RMSprop",
+        "masters",
+        "float64",
+        "lr tensor",
+    ],
 )
 @pytest.mark.parametrize("mode", ["step", "norms"])
 def test_options(setting: Setting, mode: str) -> None:

@@ -21,6 +21,11 @@ RECIPES: dict[str, tuple[Any, dict[str, Any]]] = {
     "LARS dampening": (fastlars.LARS, {**USUAL, "dampening": 0.3}),
     "LAMB": (fastlars.LAMB, {"lr": 0.02, "weight_decay": 0.01, "max_grad_norm": None}),
     "LAMB clipped": (fastlars.LAMB, {"lr": 0.02, "weight_decay": 0.01, "max_grad_norm": 0.05}),
+    # Of the three steps the last one is warmed up.
+    "RMSprop warm-up": (
+        fastlars.RMSpropWarmup,
+        {"lr": 0.1, "lr_rmsprop": 1e-2, "center_steps": 0.5, "period_steps": 2.5},
+    ),
 }
 # Parameters on each mesh that are adapted, and all of them, of which a clip takes the norm.
 TABLES: dict[str, tuple[list[int], list[int]]] = {
@@ -75,6 +80,8 @@ def test_a_step_moves_one_small_array_for_each_mesh(
     adapted, everything = TABLES[layout]
     for recipe in RECIPES:
         tables = [*everything, *adapted] if recipe == "LAMB clipped" else adapted
+        if recipe == "RMSprop warm-up":
+            tables = []
         expected = [("allreduce_", (tensors, 2)) for tensors in tables]
         if layout == "sequence parallel":
             # Both gradients of the norm are sums that torch left pending.

@@ -16,6 +16,7 @@ from tolerances import assert_same_bits
 KINDS: dict[str, dict[str, Any]] = {
     "LARS": {"lr": 0.5, "trust_coefficient": 0.1, "weight_decay": 0.01},
     "LAMB": {"lr": 0.02, "weight_decay": 0.01},
+    "RMSpropWarmup": {"lr": 0.1, "center_steps": 1, "period_steps": 2.5},
 }
 STEPS = 4
 

@@ -12,16 +12,20 @@ from torch import Tensor
 from fastlars.backends import cpu
 from fastlars.backends.base import Scalars, Tensors
 from fastlars.backends.sending import Sender, is_capturing
-from fastlars.backends.triton import lamb, lars, sums
-from fastlars.backends.triton.launch import OPTIONS, SMALL_OPTIONS, current
+from fastlars.backends.triton import lamb, lars, rmsprop_warmup, sums
+from fastlars.backends.triton.launch import LARGE_OPTIONS, OPTIONS, SMALL_OPTIONS, current
 from fastlars.backends.triton.table import BLOCK, Addresses, Chunks
-from fastlars.rules import GradientNorm, LambRule, LarsRule, Rule
+from fastlars.rules import GradientNorm, LambRule, LarsRule, RmspropWarmupRule, Rule
 
 LANES = 128
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 NUMBERS: dict[type[Rule], tuple[str, ...]] = {
     LarsRule: ("momentum", "dampening", "weight_decay", "trust_coefficient", "eps"),
     LambRule: ("beta1", "beta2", "eps", "weight_decay", "lower", "upper", "ratio_eps"),
+    RmspropWarmupRule: (
+        *("momentum", "weight_decay", "square_decay", "eps", "lr_rmsprop"),
+        *("center_steps", "rise", "below", "shrink"),
+    ),
 }
 
 
@@ -40,12 +44,14 @@ def choices(rule: Rule) -> dict[str, Any]:
             "CORRECTS": rule.momentum_correction,
             "TRUST_CLIP": rule.trust_clip,
         }
-    return {
-        "DECAY": rule.DECAYS.index(rule.decay),
-        "CORRECTION": rule.CORRECTIONS.index(rule.bias_correction),
-        "AVERAGING": rule.grad_averaging,
-        "TRUST_CLIP": rule.trust_clip,
-    }
+    if isinstance(rule, LambRule):
+        return {
+            "DECAY": rule.DECAYS.index(rule.decay),
+            "CORRECTION": rule.CORRECTIONS.index(rule.bias_correction),
+            "AVERAGING": rule.grad_averaging,
+            "TRUST_CLIP": rule.trust_clip,
+        }
+    return {}
 
 
 @dataclass(frozen=True)
@@ -139,6 +145,8 @@ class Triton:
             sums = None
         elif sums is None or sums.shape != (chunks.tensors, 2) or sums.dtype != torch.float64:
             raise ValueError(f"apply needs float64 sums of shape [{chunks.tensors}, 2]")
+        else:
+            sums = sums.contiguous()
         ratios = bound.empty(chunks.tensors, dtype=torch.float32)
         copies = TYPES[kinds.copy] if kinds.copy is not None else None
         rounds = now.seed is not None and kinds.weight == torch.bfloat16 and copies is None
@@ -146,7 +154,6 @@ class Triton:
             "table": bound.table,
             "numel": chunks.numel,
             "chunks": chunks.chunk,
-            "sums": None if sums is None else sums.contiguous(),
             "ratios": ratios,
             "device": now.device,
             "lr": now.lr,
@@ -165,10 +172,13 @@ class Triton:
         with current(chunks.device):
             if isinstance(rule, LarsRule):
                 counts = tensors.counters is not None
-                lars.apply[grid](**arguments, COUNTS=counts, **OPTIONS)
-            else:
+                lars.apply[grid](**arguments, sums=sums, COUNTS=counts, **OPTIONS)
+            elif isinstance(rule, LambRule):
                 counts = sums is None
-                lamb.apply[grid](**arguments, **OPTIONS)
+                lamb.apply[grid](**arguments, sums=sums, **OPTIONS)
+            else:
+                counts = True
+                rmsprop_warmup.apply[grid](**arguments, **LARGE_OPTIONS)
             if counts:
                 _advance(rule, bound, now)
         return ratios
