@@ -13,7 +13,7 @@ import torch
 import torchvision
 
 from fastlars.trainer import checkpoint, config, data, model, optimizer, plan, rundir
-from fastlars.trainer.config import Config
+from fastlars.trainer.config import Command, Config
 from fastlars.trainer.data import Data
 from fastlars.trainer.distributed import World, restarted, world
 from fastlars.trainer.errors import TrainerError
@@ -23,8 +23,9 @@ from fastlars.trainer.rundir import RunDirectory
 from fastlars.trainer.signals import StopSignals
 
 
-def run(given: dict[str, Any], resume: str | None) -> int:
+def run(command: Command) -> int:
     """Train as the command line says; the process's exit status."""
+    given, resume = command.given, command.resume
     device, timeout = given.get("device", Config.device), given.get("timeout", Config.timeout)
     with world(device, timeout) as here:
         started, again = time.perf_counter(), restarted(here)

@@ -12,7 +12,7 @@ from fastlars.trainer.errors import TrainerError
 
 
 def configured(*arguments: str) -> Config:
-    return config.fresh(config.parse(arguments)[0])
+    return config.fresh(config.parse(arguments).given)
 
 
 @pytest.mark.parametrize("data", ["digits", "some/folder"])
@@ -85,9 +85,10 @@ def test_a_bad_flag_is_named(arguments: tuple[str, ...], message: str) -> None:
 
 
 def test_resume_takes_a_path_or_none() -> None:
-    assert config.parse(["--epochs", "3"]) == ({"epochs": 3}, None)
-    assert config.parse(["--resume"]) == ({}, "")
-    assert config.parse(["--resume", "runs/a"]) == ({}, "runs/a")
+    command = config.parse(["--epochs", "3", "--no-overlap"])
+    assert (command.given, command.resume) == ({"epochs": 3, "overlap": False}, None)
+    assert config.parse(["--resume"]).resume == ""
+    assert config.parse(["--resume", "runs/a"]).resume == "runs/a"
 
 
 def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
