@@ -5,58 +5,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from fastlars.trainer import checkpoint, plots
-from fastlars.trainer.config import Config
-from fastlars.trainer.data import Batch, Data
-from fastlars.trainer.distributed import Ballot, World, parallel
+from fastlars.trainer.data import Batch
+from fastlars.trainer.distributed import Ballot
 from fastlars.trainer.errors import TrainerError
-from fastlars.trainer.log import Display, MetricsLog, read
+from fastlars.trainer.evaluation import evaluate
+from fastlars.trainer.log import read
 from fastlars.trainer.meter import Figures, Meter, figures
 from fastlars.trainer.optimizer import adapted_ratios
-from fastlars.trainer.plan import Plan, test_batches
-from fastlars.trainer.rundir import RunDirectory
+from fastlars.trainer.parts import Parts, Progress, fingerprint
+from fastlars.trainer.precision import Precision
 from fastlars.trainer.signals import StopSignals
+from fastlars.trainer.step import Step
 
 _PICTURE_EVERY = 30.0  # seconds; drawing takes about one
 _RATIO_POINTS = 200  # of a run, for each layer
-
-
-@dataclass
-class Progress:
-    """How far the run is; all a checkpoint needs beside tensors."""
-
-    step: int = 0
-    evaluated: int = 0  # epochs
-    last_accuracy: float = 0.0
-    best_accuracy: float = 0.0
-    best_epoch: int = 0
-
-
-@dataclass
-class Parts:
-    """What the loop works with."""
-
-    config: Config
-    world: World
-    data: Data
-    plan: Plan
-    model: nn.Module
-    optimizer: Optimizer
-    schedule: LambdaLR
-    run: RunDirectory
-    log: MetricsLog | None  # of the first process
-    display: Display
 
 
 class Loop:
@@ -67,8 +35,8 @@ class Loop:
         self.window = Meter(parts.world.device)
         self.total_steps = parts.config.epochs * parts.plan.steps_per_epoch
         self.log_every = parts.config.log_every or min(parts.plan.steps_per_epoch // 10 or 1, 50)
-        self._wrapped = parallel(parts.model, parts.world)
-        self._lr = 0.0  # of the last step
+        self._precision = Precision(parts.config.precision, parts.world.device)
+        self._stepper = Step(parts, self._precision)
         self._saved: tuple[int, int] | None = None
         self._clock, self._clock_step = time.perf_counter(), progress.step
         self._drawn = time.perf_counter()
@@ -116,43 +84,12 @@ class Loop:
             self._save()
 
     def _step(self, batches: Iterator[Batch]) -> None:
-        """One optimizer step over --batch-size images, some of them in each process."""
-        config, world, count = self.parts.config, self.parts.world, self.parts.plan.micro_batches
-        self._wrapped.train()
-        self.parts.optimizer.zero_grad(set_to_none=True)
-        for number in range(count):
-            images, labels = next(batches)
-            last = number == count - 1
-            # Gradients travel once a step, with the last micro-batch.
-            quiet = isinstance(self._wrapped, DistributedDataParallel) and not last
-            with self._wrapped.no_sync() if quiet else nullcontext():  # type: ignore[operator]
-                with self._autocast():
-                    logits = self._wrapped(images)
-                loss = functional.cross_entropy(
-                    logits.float(), labels, label_smoothing=config.label_smoothing, reduction="sum"
-                )
-                # Goyal et al. 2017, remark 3: the gradient is divided by the global batch. DDP
-                # divides by the number of processes already.
-                (loss * (world.size / config.batch_size)).backward()
-            self.window.add(loss, logits, labels)
-        self._lr = float(self.parts.schedule.get_last_lr()[0])
-        self.parts.optimizer.step()
-        self.parts.schedule.step()
+        self._stepper.take(batches, self.window)
 
     def evaluate(self) -> Figures:
         """Loss and accuracy on every test image, once."""
-        world, data = self.parts.world, self.parts.data
-        world.share_buffers(self.parts.model)
-        self.parts.model.eval()
-        meter = Meter(world.device)
-        mine = test_batches(data.test_size, self.parts.plan.micro_batch, world.rank, world.size)
-        with torch.inference_mode():
-            for images, labels in data.test(mine):
-                with self._autocast():
-                    logits = self.parts.model(images)
-                loss = functional.cross_entropy(logits.float(), labels, reduction="sum")
-                meter.add(loss, logits, labels)
-        return figures(world.total(meter.sums))
+        self.parts.world.share_buffers(self.parts.model)
+        return evaluate(self.parts, self.parts.model, self._precision)
 
     def _finish_epoch(self) -> None:
         progress = self.progress
@@ -180,7 +117,7 @@ class Loop:
         images = (step - self._clock_step) * self.parts.config.batch_size
         rate = images / (now - self._clock)
         self._clock, self._clock_step = now, step
-        self._write("train", **asdict(seen), lr=self._lr, images_per_second=round(rate, 1))
+        self._write("train", **asdict(seen), lr=self._stepper.lr, images_per_second=round(rate, 1))
         self.parts.display.figures(seen.loss, seen.accuracy)
 
     def _check(self, sums: torch.Tensor) -> None:
@@ -195,7 +132,7 @@ class Loop:
         if self.parts.log is not None:
             step = self.progress.step
             epoch = step / self.parts.plan.steps_per_epoch
-            self.parts.log.write({"kind": kind, "step": step, "epoch": round(epoch, 4)} | values)
+            self.parts.log.write(kind, step=step, epoch=round(epoch, 4), **values)
 
     def _save(self, *, final: bool = False) -> None:
         """Write a checkpoint, unless this very state is saved already."""
@@ -249,20 +186,3 @@ class Loop:
             except OSError as error:
                 self.parts.display.say(f"warning: no picture: {error}", error=True)
         self._drawn = time.perf_counter()
-
-    def _autocast(self) -> Any:
-        device, precision = self.parts.world.device.type, self.parts.config.precision
-        bf16 = precision == "bf16" or (
-            precision == "auto" and device == "cuda" and torch.cuda.is_bf16_supported()
-        )
-        return torch.autocast(device, dtype=torch.bfloat16) if bf16 else nullcontext()
-
-
-def fingerprint(data: Data) -> dict[str, Any]:
-    """What must be the same about the images when a run is resumed."""
-    return {
-        "classes": list(data.classes),
-        "train_size": data.train_size,
-        "test_size": data.test_size,
-        "image_size": data.image_size,
-    }
