@@ -17,8 +17,9 @@ from fastlars.trainer.config import Command, Config
 from fastlars.trainer.data import Data
 from fastlars.trainer.distributed import World, restarted, world
 from fastlars.trainer.errors import TrainerError
-from fastlars.trainer.log import Display, MetricsLog
-from fastlars.trainer.loop import Loop, Parts, Progress, fingerprint
+from fastlars.trainer.log import Display, Records
+from fastlars.trainer.loop import Loop
+from fastlars.trainer.parts import Parts, Progress, fingerprint
 from fastlars.trainer.rundir import RunDirectory
 from fastlars.trainer.signals import StopSignals
 
@@ -41,14 +42,11 @@ def run(command: Command) -> int:
             _same_images(images, state)
             directory = _directory(settings, source, here)
         with _directory_for(directory, here), StopSignals() as stop:
-            loop = _loop(settings, images, directory, source, state, here)
-            try:
-                with loop.parts.display, here.connected():
-                    _introduce(loop, state)
-                    finished = loop.run(stop)
-            finally:
-                if loop.parts.log is not None:
-                    loop.parts.log.close()
+            loop = _loop(settings, images, directory, state, here)
+            with _records(loop, source, state), loop.parts.display, here.connected():
+                _introduce(loop, state)
+                finished = loop.run(stop)
+                _end(loop, finished, stop)
         _conclude(loop, finished, stop, time.perf_counter() - started)
         if finished or stop.received is None:
             return 0
@@ -96,11 +94,26 @@ def _directory_for(directory: RunDirectory, here: World) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def _records(loop: Loop, source: Path | None, state: dict[str, Any] | None) -> Iterator[None]:
+    """Has the first process keep records while the context lasts."""
+    parts = loop.parts
+    if not parts.world.first:
+        yield
+        return
+    keep = state["log_lines"] if state else 0
+    before = source.with_name(parts.run.log.name) if source else None
+    parts.log = Records(parts.run.log, keep, before)
+    try:
+        yield
+    finally:
+        parts.log.close()
+
+
 def _loop(
     settings: Config,
     images: Data,
     directory: RunDirectory,
-    source: Path | None,
     state: dict[str, Any] | None,
     here: World,
 ) -> Loop:
@@ -120,18 +133,12 @@ def _loop(
         optim = optimizer.build_optimizer(settings, net)
         schedule = optimizer.build_schedule(settings, optim, steps.steps_per_epoch)
     progress = Progress(**state["progress"]) if state else Progress()
-    log = None
-    if here.first:
-        keep = state["log_lines"] if state else 0
-        log = MetricsLog(
-            directory.log, keep, source.with_name(directory.log.name) if source else None
-        )
     display = Display(
         settings.epochs * steps.steps_per_epoch * settings.batch_size,
         progress.step * settings.batch_size,
         shown=here.first,
     )
-    parts = Parts(settings, here, images, steps, net, optim, schedule, directory, log, display)
+    parts = Parts(settings, here, images, steps, net, optim, schedule, directory, None, display)
     loop = Loop(parts, progress)
     if state:
         loop.restore(state)
@@ -167,17 +174,28 @@ def _introduce(loop: Loop, state: dict[str, Any] | None) -> None:
             "torchvision": torchvision.__version__,
         }
         parts.log.write(
-            {
-                "kind": "start",
-                "title": title,
-                "config": settings.shaping(),
-                "data": fingerprint(parts.data) | {"classes": len(parts.data.classes)},
-                "steps_per_epoch": parts.plan.steps_per_epoch,
-                "processes": parts.world.size,
-                "device": parts.world.device.type,
-                "versions": versions,
-            }
+            "start",
+            title=title,
+            config=settings.shaping(),
+            data=fingerprint(parts.data) | {"classes": len(parts.data.classes)},
+            steps_per_epoch=parts.plan.steps_per_epoch,
+            processes=parts.world.size,
+            device=parts.world.device.type,
+            versions=versions,
         )
+
+
+def _end(loop: Loop, finished: bool, stop: StopSignals) -> None:
+    """The last record: whether the run is complete, and what else ended it."""
+    if loop.parts.log is not None:
+        step = loop.progress.step
+        epoch = round(step / loop.parts.plan.steps_per_epoch, 4)
+        why = None if finished else _why(stop)
+        loop.parts.log.write("end", step=step, epoch=epoch, finished=finished, stopped_by=why)
+
+
+def _why(stop: StopSignals) -> str:
+    return stop.received.name if stop.received is not None else "--max-steps"
 
 
 def _conclude(loop: Loop, finished: bool, stop: StopSignals, seconds: float) -> None:
@@ -195,8 +213,7 @@ def _conclude(loop: Loop, finished: bool, stop: StopSignals, seconds: float) -> 
         say(f"log:        {run.log}")
         say(f"picture:    {run.picture}")
         return
-    why = stop.received.name if stop.received is not None else "--max-steps"
     say(
-        f"stopped by {why} at step {progress.step} of {loop.total_steps}; go on with: "
+        f"stopped by {_why(stop)} at step {progress.step} of {loop.total_steps}; go on with: "
         f"python -m fastlars.trainer --resume {run.checkpoint}"
     )

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fastlars.trainer import plots, rundir
 from fastlars.trainer.errors import TrainerError
-from fastlars.trainer.log import MetricsLog, read
+from fastlars.trainer.log import Records, read
 from trainer.helpers import Outcome, files_below
 
 Train = Callable[..., Outcome]
@@ -124,9 +124,9 @@ def test_a_restart_by_torchrun_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_log_keeps_the_lines_before_a_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path)
+    log = Records(path)
     for step in range(5):
-        log.write({"kind": "train", "step": step, "loss": float("nan") if step == 1 else 0.5})
+        log.write("train", step=step, loss=float("nan") if step == 1 else 0.5)
     assert log.lines == 5
     log.close()
     with open(path, "a") as file:
@@ -134,8 +134,8 @@ def test_log_keeps_the_lines_before_a_checkpoint(tmp_path: Path) -> None:
     assert [record["step"] for record in read(path)] == [0, 1, 2, 3, 4]
     assert read(path)[1]["loss"] is None  # JSON has no NaN
 
-    again = MetricsLog(path, keep=2, source=path)
-    again.write({"kind": "test", "step": 2})
+    again = Records(path, keep=2, source=path)
+    again.write("test", step=2)
     again.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
     assert files_below(tmp_path) == ["metrics.jsonl"]
