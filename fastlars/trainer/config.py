@@ -36,14 +36,30 @@ class Command:
 def fresh(given: Mapping[str, Any]) -> Config:
     """The configuration of a new run: the flags given, over the recipe, over the defaults."""
     start = Config()
-    recipe = recipes.look_up(given.get("recipe", start.recipe), given.get("data", start.data))
-    settings = recipe.settings | dict(given)
-    settings.setdefault("lr", recipe.lr(max(settings["batch_size"], 1)))
-    if "warmup_epochs" not in given:  # a short run warms up for a quarter of it at most
-        settings["warmup_epochs"] = min(settings["warmup_epochs"], settings["epochs"] / 4)
+    name, data = given.get("recipe", start.recipe), given.get("data", start.data)
+    recipe = recipes.look_up(name, data, given.get("batch_size")).settings
+    settings = recipe | dict(given)
+    if settings["epochs"] < recipe["epochs"]:
+        settings |= {key: value for key, value in _shortened(settings, recipe).items()
+                     if key not in given}  # fmt: skip
     if "warmup_from" not in given:  # small batches scale the peak below the recipe's start
         settings["warmup_from"] = min(settings["warmup_from"], settings["lr"])
     return replace(start, **settings)
+
+
+def _shortened(settings: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, float]:
+    """What a recipe says in epochs, in a run of fewer epochs than its own.
+
+    The transition of akiba shrinks as its schedule does; a warm-up stays as it is, as long as it
+    takes no more than a quarter of the run.
+    """
+    epochs, shrink = settings["epochs"], settings["epochs"] / recipe["epochs"]
+    warmup = recipe["warmup_epochs"]
+    found = {"warmup_epochs": min(warmup, max(epochs / 4, warmup * shrink))}
+    for key in ("rmsprop_center", "rmsprop_period"):
+        if key in recipe:
+            found[key] = recipe[key] * shrink
+    return found
 
 
 def resumed(given: Mapping[str, Any], saved: Mapping[str, Any], path: str) -> Config:
