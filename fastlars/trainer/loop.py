@@ -162,6 +162,7 @@ class Loop:
             "model": parts.model.state_dict(),
             "optimizer": parts.optimizer.state_dict(),
             "schedule": parts.schedule.state_dict(),
+            "scaler": self._precision.state_dict(),
             "progress": asdict(self.progress),
             "window": window,
             "random": random_states,
@@ -174,6 +175,7 @@ class Loop:
         parts.model.load_state_dict(state["model"])
         parts.optimizer.load_state_dict(state["optimizer"])
         parts.schedule.load_state_dict(state["schedule"])
+        self._precision.load_state_dict(state["scaler"])
         if parts.world.first:  # sums of all processes; the others' are in it
             self.window.sums.copy_(state["window"])
         if parts.world.rank < len(state["random"]):

@@ -211,6 +211,15 @@ class Config:
     def __post_init__(self) -> None:
         for setting in fields(self):
             check(setting, getattr(self, setting.name))
+        if self.overlap and self.precision == "fp16":
+            # Whether a scaler lets a step happen is known only after all gradients.
+            text = "--overlap does not go with --precision fp16: take bf16, or --no-overlap"
+            raise TrainerError(f"{text} --compression none", everywhere=True)
+        if self.compression != "none" and not self.overlap:
+            text = (
+                f"--compression {self.compression} needs --overlap: add it, or --compression none"
+            )
+            raise TrainerError(text, everywhere=True)
 
     def shaping(self) -> dict[str, Any]:
         """The settings that a resumed run must share, and `data`, which it takes over."""

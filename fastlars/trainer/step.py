@@ -39,8 +39,8 @@ class Step:
             with self._wrapped.no_sync() if quiet else nullcontext():  # type: ignore[operator]
                 self._backward(next(batches), meter)
         self.lr = float(parts.schedule.get_last_lr()[0])
-        parts.optimizer.step()
-        parts.schedule.step()
+        if self._precision.step(parts.optimizer):
+            parts.schedule.step()
 
     def _backward(self, batch: Batch, meter: Meter) -> None:
         config, world = self._parts.config, self._parts.world
@@ -52,5 +52,6 @@ class Step:
         )
         # Goyal et al. 2017, remark 3: the gradient is divided by the global batch. DDP divides by
         # the number of processes already.
-        (loss * (world.size / config.batch_size)).backward()
+        share = loss * (world.size / config.batch_size)
+        self._precision.scaled(share).backward()
         meter.add(loss, logits, labels)
