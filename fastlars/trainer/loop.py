@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastlars.trainer import checkpoint, plots
+from fastlars.trainer import batchnorm, checkpoint, plots
 from fastlars.trainer.data import Batch
 from fastlars.trainer.distributed import Ballot
 from fastlars.trainer.errors import TrainerError
@@ -88,7 +88,6 @@ class Loop:
 
     def evaluate(self) -> Figures:
         """Loss and accuracy on every test image, once."""
-        self.parts.world.share_buffers(self.parts.model)
         return evaluate(self.parts, self.parts.model, self._precision)
 
     def _finish_epoch(self) -> None:
@@ -139,18 +138,21 @@ class Loop:
         at = (self.progress.step, self.progress.evaluated)
         if at == self._saved:
             return
-        world = self.parts.world
+        parts, world = self.parts, self.parts.world
+        if parts.config.bn_statistics == "last":
+            # Every process has its own; of "running" ones the first one's count, which it saves.
+            batchnorm.share(parts.model, world, "last")
         window = world.total(self.window.sums)
         self._check(window)
         states = world.gather(checkpoint.random_state())
-        if self.parts.log is not None:
+        if parts.log is not None:
             try:
-                self.parts.log.sync()
-                checkpoint.save(self.parts.run.checkpoint, self._state(window, states))
+                parts.log.sync()
+                checkpoint.save(parts.run.checkpoint, self._state(window, states))
             except checkpoint.NotSavedError as error:
                 if final:
                     raise TrainerError(f"{error}; the previous checkpoint is untouched") from error
-                self.parts.display.say(f"warning: {error}; training goes on", error=True)
+                parts.display.say(f"warning: {error}; training goes on", error=True)
                 return
         self._saved = at
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torchvision
 
-from fastlars.trainer import checkpoint, config, data, model, optimizer, plan, rundir
+from fastlars.trainer import batchnorm, checkpoint, config, data, model, optimizer, plan, rundir
 from fastlars.trainer.config import Command, Config
 from fastlars.trainer.data import Data
 from fastlars.trainer.distributed import World, restarted, world
@@ -129,6 +129,7 @@ def _loop(
         torch.backends.cudnn.benchmark = here.device.type == "cuda"
         stem = images.stem if settings.stem == "auto" else settings.stem
         net = model.build(settings.model, len(images.classes), stem, settings.seed)
+        batchnorm.prepare(net, settings.bn_batch, settings.bn_statistics)
         net = net.to(here.device)
         optim = optimizer.build_optimizer(settings, net)
         schedule = optimizer.build_schedule(settings, optim, steps.steps_per_epoch)

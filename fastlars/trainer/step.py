@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+from fastlars.trainer import batchnorm
 from fastlars.trainer.data import Batch
 from fastlars.trainer.distributed import parallel
 from fastlars.trainer.meter import Meter
@@ -32,6 +33,7 @@ class Step:
         parts = self._parts
         self._wrapped.train()
         parts.optimizer.zero_grad(set_to_none=True)
+        batchnorm.forget(parts.model)
         for number in range(parts.plan.micro_batches):
             last = number == parts.plan.micro_batches - 1
             # Gradients travel once a step, with the last micro-batch.
