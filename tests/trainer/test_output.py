@@ -1,4 +1,4 @@
-"""The run directory, the log file and the picture."""
+"""The run directory and the log file."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
-from fastlars.trainer import plots, rundir
+from fastlars.trainer import rundir
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.log import Records, read
 from trainer.helpers import Outcome, files_below
@@ -139,43 +137,3 @@ def test_log_keeps_the_lines_before_a_checkpoint(tmp_path: Path) -> None:
     again.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
     assert files_below(tmp_path) == ["metrics.jsonl"]
-
-
-def history(layers: int) -> list[dict[str, Any]]:
-    records: list[dict[str, Any]] = [{"kind": "start", "title": "LARS, some net"}]
-    for step in range(1, 21):
-        at = {"step": step, "epoch": step / 10}
-        loss = None if step == 3 else 2 / step
-        records.append(at | {"kind": "train", "loss": loss, "accuracy": step / 30, "lr": step})
-        ratios = {f"layer{n}.weight": 0.01 * (n + 1) for n in range(layers)}
-        records.append(at | {"kind": "trust", "ratios": ratios})
-        if step % 10 == 0:
-            records.append(at | {"kind": "test", "loss": 1 / step, "accuracy": step / 25})
-    return records if layers else [r for r in records if r["kind"] != "trust"]
-
-
-@pytest.mark.parametrize("layers", [0, 1, 54])
-def test_curves(layers: int) -> None:
-    """Four labelled panels with the records' values in them; a line for each layer."""
-    figure = plots.curves(history(layers))
-    assert isinstance(figure, Figure)
-    assert figure.get_suptitle() == "LARS, some net: 80.00% test accuracy"
-    loss, accuracy, rate, ratios = figure.axes[:4]
-    for axis in (loss, accuracy, rate, ratios):
-        assert axis.get_title()
-        assert axis.get_xlabel() == "epoch"
-        assert axis.get_ylabel()
-    assert list(loss.lines[0].get_ydata()) == [2 / step for step in range(1, 21) if step != 3]
-    assert list(accuracy.lines[1].get_ydata()) == [10 / 25, 20 / 25]
-    assert list(rate.lines[0].get_ydata()) == list(range(1, 21))
-    assert len(ratios.lines) == layers
-    if layers:
-        assert ratios.get_yscale() == "log"
-        assert figure.axes[4].get_ylabel() == "layer, from the input to the classifier"
-    else:
-        assert ratios.texts[0].get_text() == "this optimizer has none"
-
-
-def test_a_picture_of_nothing_yet(tmp_path: Path) -> None:
-    plots.draw([{"kind": "start", "title": "LARS"}], tmp_path / "curves.png")
-    assert files_below(tmp_path) == ["curves.png"]
