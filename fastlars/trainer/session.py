@@ -129,9 +129,10 @@ def _loop(
         torch.backends.cudnn.benchmark = here.device.type == "cuda"
         stem = images.stem if settings.stem == "auto" else settings.stem
         net = model.build(settings.model, len(images.classes), stem, settings.seed)
+        model.draw_classifier(net, settings.classifier_std, settings.seed)
         batchnorm.prepare(net, settings.bn_batch, settings.bn_statistics)
         net = net.to(here.device)
-        optim = optimizer.build_optimizer(settings, net)
+        optim = optimizer.build_optimizer(settings, net, steps.steps_per_epoch)
         schedule = optimizer.build_schedule(settings, optim, steps.steps_per_epoch)
     progress = Progress(**state["progress"]) if state else Progress()
     display = Display(
