@@ -89,8 +89,10 @@ class Config:
     )
     cache: str = _one_of(
         "auto",
-        "keep the decoded images of a folder on the device: 'auto' where they are small and fit",
+        "keep a folder's decoded images, of up to 64 pixels, on the device: 'auto' where they take "
+        "at most a quarter of a GPU's free memory, or 2 GiB on the CPU",
         ("auto", "on", "off"),
+        shapes_run=False,
     )
     max_bad_images: int = _count(
         0,
