@@ -84,11 +84,13 @@ class Loop:
             self._save()
 
     def _step(self, batches: Iterator[Batch]) -> None:
-        self._stepper.take(batches, self.window)
+        norms = self._stepper.take(batches, self.window)
+        if norms:
+            self._write("norms", layers=norms)
 
     def evaluate(self) -> Figures:
         """Loss and accuracy on every test image, once."""
-        return evaluate(self.parts, self.parts.model, self._precision)
+        return evaluate(self.parts, self._stepper.model, self._precision)
 
     def _finish_epoch(self) -> None:
         progress = self.progress
@@ -142,6 +144,8 @@ class Loop:
         if parts.config.bn_statistics == "last":
             # Every process has its own; of "running" ones the first one's count, which it saves.
             batchnorm.share(parts.model, world, "last")
+            if self._stepper.average is not None:
+                batchnorm.share(self._stepper.average.module, world, "last")
         window = world.total(self.window.sums)
         self._check(window)
         states = world.gather(checkpoint.random_state())
@@ -157,7 +161,7 @@ class Loop:
         self._saved = at
 
     def _state(self, window: torch.Tensor, random_states: list[Any]) -> dict[str, Any]:
-        parts = self.parts
+        parts, average = self.parts, self._stepper.average
         return {
             "config": parts.config.shaping(),
             "data": fingerprint(parts.data),
@@ -165,6 +169,7 @@ class Loop:
             "optimizer": parts.optimizer.state_dict(),
             "schedule": parts.schedule.state_dict(),
             "scaler": self._precision.state_dict(),
+            "average": average.state_dict() if average is not None else None,
             "progress": asdict(self.progress),
             "window": window,
             "random": random_states,
@@ -178,6 +183,8 @@ class Loop:
         parts.optimizer.load_state_dict(state["optimizer"])
         parts.schedule.load_state_dict(state["schedule"])
         self._precision.load_state_dict(state["scaler"])
+        if self._stepper.average is not None:
+            self._stepper.average.load_state_dict(state["average"])
         if parts.world.first:  # sums of all processes; the others' are in it
             self.window.sums.copy_(state["window"])
         if parts.world.rank < len(state["random"]):
