@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import platform
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,18 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 
-from fastlars.trainer import batchnorm, checkpoint, config, data, model, optimizer, plan, rundir
+from fastlars.trainer import (
+    batchnorm,
+    checkpoint,
+    config,
+    data,
+    model,
+    optimizer,
+    plan,
+    report,
+    rundir,
+)
 from fastlars.trainer.config import Command, Config
 from fastlars.trainer.data import Data
 from fastlars.trainer.distributed import World, restarted, world
 from fastlars.trainer.errors import TrainerError
-from fastlars.trainer.log import Display, Records
+from fastlars.trainer.log import Display, Records, read
 from fastlars.trainer.loop import Loop
+from fastlars.trainer.mllog import MLLog
 from fastlars.trainer.parts import Parts, Progress, fingerprint
 from fastlars.trainer.rundir import RunDirectory
 from fastlars.trainer.signals import StopSignals
+from fastlars.trainer.tensorboard import TensorBoard
 
 
 def run(command: Command) -> int:
@@ -46,8 +57,11 @@ def run(command: Command) -> int:
             with _records(loop, source, state), loop.parts.display, here.connected():
                 _introduce(loop, state)
                 finished = loop.run(stop)
-                _end(loop, finished, stop)
-        _conclude(loop, finished, stop, time.perf_counter() - started)
+                reason = stop.received.name if stop.received is not None else "--max-steps"
+                stopped_by = None if finished else reason
+                _end(loop, stopped_by)
+        for line in report.conclusion(loop, stopped_by, time.perf_counter() - started):
+            loop.parts.display.say(line)
         if finished or stop.received is None:
             return 0
         return 128 + stop.received
@@ -98,16 +112,37 @@ def _directory_for(directory: RunDirectory, here: World) -> Iterator[None]:
 def _records(loop: Loop, source: Path | None, state: dict[str, Any] | None) -> Iterator[None]:
     """Has the first process keep records while the context lasts."""
     parts = loop.parts
-    if not parts.world.first:
-        yield
-        return
-    keep = state["log_lines"] if state else 0
-    before = source.with_name(parts.run.log.name) if source else None
-    parts.log = Records(parts.run.log, keep, before)
+    board = parts.run.path / "tensorboard"
+    new_board = not board.exists()
     try:
+        with parts.world.together():
+            if parts.world.first:
+                keep = state["log_lines"] if state else 0
+                before = source.with_name(parts.run.log.name) if source else None
+                parts.log = Records(parts.run.log, keep, before)
+                _listen(parts.log, loop, board)
         yield
+    except BaseException:
+        if parts.world.first and new_board and not parts.run.checkpoint.exists():
+            shutil.rmtree(board, ignore_errors=True)
+        raise
     finally:
-        parts.log.close()
+        if parts.log is not None:
+            parts.log.close()
+
+
+def _listen(log: Records, loop: Loop, folder: Path) -> None:
+    """Have everything listen that the command line asks for."""
+    parts = loop.parts
+    if parts.config.tensorboard:
+        # Where nothing is there yet, a resumed run was elsewhere, or had no --tensorboard.
+        missed = [] if folder.exists() else read(parts.run.log)
+        board = TensorBoard(folder, loop.progress.step)
+        for record in missed:
+            board.record(record)
+        log.listeners.append(board)
+    if parts.config.mllog:
+        log.listeners.append(MLLog(parts, loop.progress))
 
 
 def _loop(
@@ -150,72 +185,21 @@ def _loop(
 def _introduce(loop: Loop, state: dict[str, Any] | None) -> None:
     """Say what is trained how; a new run's log starts with the same."""
     parts = loop.parts
-    settings = parts.config
-    title = (
-        f"{settings.recipe.upper()}, {settings.model}, {parts.data.name}, "
-        f"batch {settings.batch_size}"
-    )
-    size = sum(parameter.numel() for parameter in parts.model.parameters())
-    parts.display.say(
-        f"{title}: {size / 1e6:.1f}M parameters, {parts.data.train_size} training and "
-        f"{parts.data.test_size} test images of {len(parts.data.classes)} classes at "
-        f"{parts.data.image_size} pixels"
-    )
-    parts.display.say(
-        f"{settings.epochs} epochs of {parts.plan.steps_per_epoch} steps, lr {settings.lr:g}, "
-        f"weight decay {settings.weight_decay:g}, on {parts.world.size} x "
-        f"{parts.world.device.type}, {parts.plan.micro_batches} x {parts.plan.micro_batch} "
-        f"images a step each"
-    )
+    for line in report.introduction(parts):
+        parts.display.say(line)
     if state is not None:
         parts.display.say(f"resumed at step {loop.progress.step} of {loop.total_steps}")
     elif parts.log is not None:
-        versions = {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-        }
-        parts.log.write(
-            "start",
-            title=title,
-            config=settings.shaping(),
-            data=fingerprint(parts.data) | {"classes": len(parts.data.classes)},
-            steps_per_epoch=parts.plan.steps_per_epoch,
-            processes=parts.world.size,
-            device=parts.world.device.type,
-            versions=versions,
-        )
+        parts.log.write("start", **report.start_record(parts))
 
 
-def _end(loop: Loop, finished: bool, stop: StopSignals) -> None:
-    """The last record: whether the run is complete, and what else ended it."""
+def _end(loop: Loop, stopped_by: str | None) -> None:
+    """The last record, and the pictures that are drawn once."""
     if loop.parts.log is not None:
         step = loop.progress.step
         epoch = round(step / loop.parts.plan.steps_per_epoch, 4)
-        why = None if finished else _why(stop)
-        loop.parts.log.write("end", step=step, epoch=epoch, finished=finished, stopped_by=why)
-
-
-def _why(stop: StopSignals) -> str:
-    return stop.received.name if stop.received is not None else "--max-steps"
-
-
-def _conclude(loop: Loop, finished: bool, stop: StopSignals, seconds: float) -> None:
-    """The last lines: the result, or how to go on."""
-    parts, progress = loop.parts, loop.progress
-    say, run = parts.display.say, parts.run
-    if finished:
-        count = round(progress.last_accuracy * parts.data.test_size)
-        say(
-            f"final test accuracy: {progress.last_accuracy:.2%} ({count} of "
-            f"{parts.data.test_size}), best {progress.best_accuracy:.2%} after epoch "
-            f"{progress.best_epoch}; {seconds:.0f} s"
+        finished = stopped_by is None
+        loop.parts.log.write(
+            "end", step=step, epoch=epoch, finished=finished, stopped_by=stopped_by
         )
-        say(f"checkpoint: {run.checkpoint}")
-        say(f"log:        {run.log}")
-        say(f"picture:    {run.picture}")
-        return
-    say(
-        f"stopped by {_why(stop)} at step {progress.step} of {loop.total_steps}; go on with: "
-        f"python -m fastlars.trainer --resume {run.checkpoint}"
-    )
+        report.draw_layers(loop.parts)

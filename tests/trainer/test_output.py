@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastlars.trainer import rundir
+from fastlars.trainer import recipes, rundir
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.log import Records, read
 from trainer.helpers import Outcome, files_below
@@ -20,16 +20,45 @@ SHORT = ("--epochs", 1, "--batch-size", 512)
 
 
 @pytest.mark.usefixtures("tiny")
-def test_three_files_are_written_and_named(tmp_path: Path, train: Train) -> None:
+def test_every_file_is_named_at_the_end(tmp_path: Path, train: Train) -> None:
     run = tmp_path / "a" / "run"
-    outcome = train(*SHORT, "--output", run)
+    outcome = train(*SHORT, "--tensorboard", "--output", run)
     assert outcome.status == 0
-    assert files_below(run) == ["checkpoint.pt", "curves.png", "metrics.jsonl"]
-    for name in files_below(run):
-        assert str(run / name) in outcome.out
+    written = {path.name for path in run.iterdir()}
+    assert written >= {"checkpoint.pt", "metrics.jsonl", "tensorboard"}
+    assert written >= {"curves.png", "trust.csv", "trust.png", "norms.csv", "norms.png"}
+    for name in written:
+        assert f"{run / name}\n" in outcome.out
     with Image.open(run / "curves.png") as picture:
         picture.load()
         assert picture.size[0] > 1000
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
+def test_a_run_says_where_its_settings_come_from(tmp_path: Path, train: Train) -> None:
+    flags = ("--epochs", 14, "--lr", 0.5, "--max-steps", 1, "--output", tmp_path)
+    outcome = train(*flags)
+    source = recipes.look_up("lars", "digits", None).source
+    assert f"recipe lars: {source}\n" in outcome.out
+    assert "instead of the recipe's: --lr 0.5 (1)\n" in outcome.out
+    assert read(tmp_path / "metrics.jsonl")[0]["recipe"] == source
+    again = train("--resume", "--output", tmp_path, "--max-steps", 2)
+    assert "instead of the recipe's: --lr 0.5 (1)\n" in again.out
+    (tmp_path / "other").mkdir()
+    plain = train("--max-steps", 1, "--output", tmp_path / "other")
+    assert "instead of" not in plain.out
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
+def test_the_log_ends_with_how_the_run_ended(tmp_path: Path, train: Train) -> None:
+    assert train(*SHORT, "--output", tmp_path, "--max-steps", 1).status == 0
+    ended = {"kind": "end", "step": 1, "epoch": 0.5, "finished": False, "stopped_by": "--max-steps"}
+    assert read(tmp_path / "metrics.jsonl")[-1] == ended
+    assert train("--resume", "--output", tmp_path, "--max-steps", 0).status == 0
+    found = read(tmp_path / "metrics.jsonl")
+    ends = [record for record in found if record["kind"] == "end"]
+    assert ends == [ended | {"step": 2, "epoch": 1.0, "finished": True, "stopped_by": None}]
+    assert [record["kind"] for record in found[:2]] == ["start", "norms"]
 
 
 @pytest.mark.usefixtures("tiny", "no_picture")
