@@ -54,11 +54,12 @@ class Folder:
         self.classes, train, test = listing.find(root)
         self.train_size, self.test_size = len(train), len(test)
         count = len(train) + len(test)
-        self.image_size = image_size or _native_size(train[0][0])
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        self._skipped = Skipped(max_bad_images, shown=first)
+        self.image_size = image_size or _native_size(train, self._skipped)
         kept = cache.wanted(keep, self.image_size, count, device)
-        # What is kept every process reads alike, and one of them tells of it.
-        shown = not (kept and dist.is_initialized() and dist.get_rank() > 0)
-        self._skipped = Skipped(max_bad_images, shown=shown)
+        # What is kept every process reads alike, and the first tells of it.
+        self._skipped.shown = shown = first or not kept
         small = self.image_size <= _SMALL
         self.stem = "small" if small else "imagenet"
         centre = Centre(self.image_size, whole=small)
@@ -104,10 +105,13 @@ class Folder:
         return (part.pixels.permute(0, 3, 1, 2).float() - self._mean) / self._std, part.labels
 
 
-def _native_size(path: str) -> int:
+def _native_size(files: Files, skipped: Skipped) -> int:
     """The side of small images, which are used as they are; 224 for others."""
-    try:
-        longest = max(images.sides(path))
-    except images.BAD as error:
-        raise TrainerError(f"cannot read image {path}: {images.reason(error)}") from None
-    return max(longest, 8) if longest <= _SMALL else _LARGE
+    for path, _ in files:
+        try:
+            longest = max(images.sides(path))
+        except images.BAD as error:
+            skipped.add(path, images.reason(error))
+        else:
+            return max(longest, 8) if longest <= _SMALL else _LARGE
+    raise TrainerError("--data: none of the training images can be read")

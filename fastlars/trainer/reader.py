@@ -30,7 +30,7 @@ class Skipped:
     """
 
     def __init__(self, limit: int, *, shown: bool = True) -> None:
-        self._limit, self._shown = limit, shown
+        self._limit, self.shown = limit, shown
         self._found: dict[str, str] = {}
 
     def __len__(self) -> int:
@@ -43,7 +43,7 @@ class Skipped:
         self._found[path] = reason
         if len(self) > self._limit:
             raise TrainerError(self._error())
-        if self._shown:
+        if self.shown:
             text = f"warning: skipped image {path}: {reason} ({len(self)} of {self._limit})"
             tqdm.write(text, file=sys.stderr)
 
@@ -102,7 +102,9 @@ class Reader:
             except RuntimeError as error:  # torch's has no class of its own
                 if "DataLoader worker" not in str(error):
                     raise
-                raise TrainerError(f"--workers: one was lost: {error}") from error
+                raise TrainerError(
+                    f"--workers: one is lost, for want of memory? {error}"
+                ) from error
             if batch is None:
                 return
             for index, why in zip(batch.bad, batch.reasons, strict=True):

@@ -78,7 +78,7 @@ def test_auto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_large_images_cannot_be_kept(tmp_path: Path) -> None:
     for part in ("train", "val"):
         write_images(tmp_path / part / "ant", 2, 0, side=65)
-    with pytest.raises(TrainerError, match=r"--cache on keeps images of up to 64 pixels, .* to 224"):
+    with pytest.raises(TrainerError, match=r"--cache on keeps images of up to 64 pixels.* to 224"):
         folder(tmp_path, "on")
 
 
@@ -90,7 +90,6 @@ def test_resuming_with_and_without(tmp_path: Path, train: Train, images: Path) -
     kept = train(*settings, "--cache", "on", "--output", whole)
     assert kept.status == 0
     assert "read 36 training images in " in kept.out
-    assert "28 kB, kept on cpu" not in kept.out
     first = train(*settings, "--cache", "off", "--output", parts, "--max-steps", 3)
     assert first.status == 0
     assert train("--resume", "--output", parts, "--cache", "on", "--max-steps", 0).status == 0

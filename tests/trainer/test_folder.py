@@ -49,8 +49,8 @@ def test_large_images_become_224(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [16, 80])
 def test_augmentation_is_the_same_in_every_worker(images: Path, size: int) -> None:
     batches = [(2, torch.tensor([0, 30])), (3, torch.tensor([30, 0]))]
-    alone = [b[0] for b in Folder(str(images), size, 1, 0, CPU).train(batches)]
-    spread = [b[0] for b in Folder(str(images), size, 1, 2, CPU).train(batches)]
+    alone = [b[0] for b in Folder(str(images), size, 1, 0, CPU, keep="off").train(batches)]
+    spread = [b[0] for b in Folder(str(images), size, 1, 2, CPU, keep="off").train(batches)]
     assert all(torch.equal(a, b) for a, b in zip(alone, spread, strict=True))
     assert not torch.equal(alone[0], alone[1].flip(0))
 
@@ -109,16 +109,19 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.usefixtures("tiny", "no_picture")
 @pytest.mark.parametrize(
-    ("kind", "workers"),
-    [(kind, 0) for kind in BAD] + [(kind, 1) for kind in BAD if "damaged" in kind],
+    ("kind", "cache", "workers"),
+    [(kind, "on", 0) for kind in BAD]
+    + [(kind, "off", workers) for kind in BAD if "damaged" in kind for workers in (0, 1)],
 )
-def test_bad_folder(images: Path, tmp_path: Path, train: Train, kind: str, workers: int) -> None:
+def test_bad_folder(
+    images: Path, tmp_path: Path, train: Train, kind: str, cache: str, workers: int
+) -> None:
     """Status 2, one line that says what and where, and nothing left behind."""
     spoil, message = BAD[kind]
     spoil(images)
     outcome = train(
         "--data", images, "--epochs", 2, "--batch-size", 36, "--lr", 0.1,
-        "--workers", workers, "--output", tmp_path / "runs" / "one",
+        "--workers", workers, "--cache", cache, "--output", tmp_path / "runs" / "one",
     )  # fmt: skip
     assert outcome.status == 2, outcome
     assert outcome.err.startswith("fastlars.trainer: error: ")
@@ -174,7 +177,7 @@ def test_damage_found_after_a_checkpoint_keeps_it(
     run, image = tmp_path / "run", images / "train" / "bee" / "007.png"
     whole = image.read_bytes()
     settings = ("--data", images, "--epochs", 2, "--batch-size", 8, "--lr", 0.1, "--workers", 0)
-    assert train(*settings, "--output", run, "--max-steps", 4).status == 0
+    assert train(*settings, "--cache", "off", "--output", run, "--max-steps", 4).status == 0
     damage(image)
     outcome = train("--output", run, "--resume", "--max-steps", 0)
     assert outcome.status == 2
