@@ -9,27 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fastlars.trainer import (
-    batchnorm,
-    checkpoint,
-    config,
-    data,
-    model,
-    optimizer,
-    plan,
-    report,
-    rundir,
-)
+from fastlars.trainer import checkpoint, config, data, report, rundir
+from fastlars.trainer.build import build
 from fastlars.trainer.config import Command, Config
 from fastlars.trainer.data import Data
 from fastlars.trainer.distributed import World, restarted, world
 from fastlars.trainer.errors import TrainerError
-from fastlars.trainer.log import Display, Records, read
+from fastlars.trainer.log import Records, read
 from fastlars.trainer.loop import Loop
 from fastlars.trainer.mllog import MLLog
-from fastlars.trainer.parts import Parts, Progress, fingerprint
+from fastlars.trainer.parts import Progress, fingerprint
 from fastlars.trainer.rundir import RunDirectory
 from fastlars.trainer.signals import StopSignals
 from fastlars.trainer.tensorboard import TensorBoard
@@ -152,31 +141,8 @@ def _loop(
     state: dict[str, Any] | None,
     here: World,
 ) -> Loop:
-    with here.together():
-        steps = plan.make(
-            images.train_size,
-            settings.batch_size,
-            settings.micro_batch,
-            here.rank,
-            here.size,
-            settings.seed,
-        )
-        torch.backends.cudnn.benchmark = here.device.type == "cuda"
-        stem = images.stem if settings.stem == "auto" else settings.stem
-        net = model.build(settings.model, len(images.classes), stem, settings.seed)
-        model.draw_classifier(net, settings.classifier_std, settings.seed)
-        batchnorm.prepare(net, settings.bn_batch, settings.bn_statistics)
-        net = net.to(here.device)
-        optim = optimizer.build_optimizer(settings, net, steps.steps_per_epoch)
-        schedule = optimizer.build_schedule(settings, optim, steps.steps_per_epoch)
     progress = Progress(**state["progress"]) if state else Progress()
-    display = Display(
-        settings.epochs * steps.steps_per_epoch * settings.batch_size,
-        progress.step * settings.batch_size,
-        shown=here.first,
-    )
-    parts = Parts(settings, here, images, steps, net, optim, schedule, directory, None, display)
-    loop = Loop(parts, progress)
+    loop = Loop(build(settings, images, directory, progress.step, here), progress)
     if state:
         loop.restore(state)
     return loop
