@@ -15,6 +15,7 @@ from fastlars.trainer.data import Batch
 from fastlars.trainer.distributed import Ballot
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.evaluation import evaluate
+from fastlars.trainer.kept import Kept
 from fastlars.trainer.log import read
 from fastlars.trainer.meter import Figures, Meter, figures
 from fastlars.trainer.optimizer import adapted_ratios
@@ -37,6 +38,7 @@ class Loop:
         self.log_every = parts.config.log_every or min(parts.plan.steps_per_epoch // 10 or 1, 50)
         self._precision = Precision(parts.config.precision, parts.world.device)
         self._stepper = Step(parts, self._precision)
+        self._kept = Kept(parts.run, parts.config.keep_last)
         self._saved: tuple[int, int] | None = None
         self._clock, self._clock_step = time.perf_counter(), progress.step
         self._drawn = time.perf_counter()
@@ -45,6 +47,12 @@ class Loop:
     def unfinished(self) -> bool:
         """Whether there is an epoch left to train or to evaluate."""
         return self.progress.evaluated < self.parts.config.epochs
+
+    @property
+    def _at_best(self) -> bool:
+        """Whether the weights are those of the highest test accuracy so far."""
+        at_end = self.progress.step == self.progress.evaluated * self.parts.plan.steps_per_epoch
+        return at_end and self.progress.best_epoch == self.progress.evaluated > 0
 
     def run(self, stop: StopSignals) -> bool:
         """Train to the end (True), or until `stop` or --max-steps; a checkpoint either way."""
@@ -152,7 +160,9 @@ class Loop:
         if parts.log is not None:
             try:
                 parts.log.sync()
-                checkpoint.save(parts.run.checkpoint, self._state(window, states))
+                state = self._state(window, states)
+                self._kept.save(state, self.progress.step, best=self._at_best)
+                self._kept.bring(state["progress"])
             except checkpoint.NotSavedError as error:
                 if final:
                     raise TrainerError(f"{error}; the previous checkpoint is untouched") from error
@@ -189,6 +199,11 @@ class Loop:
             self.window.sums.copy_(state["window"])
         if parts.world.rank < len(state["random"]):
             checkpoint.restore_random_state(state["random"][parts.world.rank])
+        if parts.world.first and parts.run.checkpoint.exists():
+            try:
+                self._kept.name(self.progress.step, best=self._at_best)
+            except checkpoint.NotSavedError as error:
+                parts.display.say(f"warning: {error}; training goes on", error=True)
 
     def _draw(self) -> None:
         if self.parts.log is not None:
