@@ -46,8 +46,8 @@ class Kept:
         for path in (*names, self._run.best) if best else names:
             with checkpoint.not_saved(path):
                 atomic.duplicate(self._run.checkpoint, path)
-        numbered = self._numbered()
-        for path in numbered if self._last == 1 else numbered[: -self._last]:
+        # With 1, the default, a resumed run must not give up what it was once asked to keep.
+        for path in self._numbered()[: -self._last] if self._last > 1 else []:
             path.unlink(missing_ok=True)
 
     def bring(self, progress: dict[str, Any]) -> None:
