@@ -108,9 +108,11 @@ class Loop:
         if test.accuracy > progress.best_accuracy:
             progress.best_accuracy, progress.best_epoch = test.accuracy, progress.evaluated
         self._write("test", **asdict(test), best_accuracy=progress.best_accuracy)
+        unread = self.parts.data.test_size - test.images
         self.parts.display.say(
             f"epoch {progress.evaluated}/{self.parts.config.epochs}: test accuracy "
-            f"{test.accuracy:.2%}, test loss {test.loss:.4f} ({test.images} images)"
+            f"{test.accuracy:.2%}, test loss {test.loss:.4f} ({test.images} images"
+            + (f"; {unread} could not be read)" if unread else ")")
         )
         self._save()
         if time.perf_counter() - self._drawn > _PICTURE_EVERY:

@@ -123,6 +123,20 @@ def test_evaluation_counts_every_test_image(tmp_path: Path, train: Train) -> Non
 
 
 @pytest.mark.usefixtures("tiny")
+def test_images_that_cannot_be_read(tmp_path: Path, train: Train, images: Path) -> None:
+    """They count nothing: neither in a step's loss, nor in what an evaluation says."""
+    for path in (images / "train" / "ant" / "003.png", images / "val" / "bee" / "001.png"):
+        path.write_bytes(path.read_bytes()[:200])
+    settings = ("--data", images, "--epochs", 2, "--batch-size", 12, "--lr", 0.1, "--workers", 0)
+    outcome = train(*settings, "--max-bad-images", 2, "--output", tmp_path / "run")
+    assert outcome.status == 0, outcome
+    assert outcome.out.count("(14 images; 1 could not be read)") == 2
+    found = records(tmp_path / "run")
+    assert [r["images"] for r in found if r["kind"] == "test"] == [14, 14]
+    assert sum(r["images"] for r in found if r["kind"] == "train") == 2 * 35
+
+
+@pytest.mark.usefixtures("tiny")
 def test_log(tmp_path: Path, train: Train) -> None:
     """Every line is JSON; windows of the log add up to the epochs; rates are those used."""
     settings = ("--epochs", 2, "--batch-size", 128, "--log-every", 4)
