@@ -55,6 +55,35 @@ def test_augmentation_is_the_same_in_every_worker(images: Path, size: int) -> No
     assert not torch.equal(alone[0], alone[1].flip(0))
 
 
+@pytest.mark.parametrize("side", [16, 72])
+def test_half_of_the_images_are_mirrored(tmp_path: Path, side: int) -> None:
+    """Their left half is dark."""
+    image = Image.new("RGB", (side, side))
+    image.paste((255, 255, 255), (side // 2, 0, side, side))
+    for part in ("train", "val"):
+        (tmp_path / part / "ant").mkdir(parents=True)
+        image.save(tmp_path / part / "ant" / "0.png")
+    some = Folder(str(tmp_path), side, 0, 0, CPU)
+    pixels = torch.cat([p for p, _ in some.train((e, torch.tensor([0, 0])) for e in range(100))])
+    light = pixels.mean(dim=(1, 2))  # of each column
+    turned = (light[:, : side // 2].sum(dim=1) > light[:, side // 2 :].sum(dim=1)).float().mean()
+    assert 0.3 < turned < 0.7
+
+
+@pytest.mark.parametrize("keep", ["on", "off"])
+def test_a_batch_of_bad_images_is_left_out_of_a_test(images: Path, keep: str) -> None:
+    for name in ("002.png", "003.png"):
+        damage(images / "val" / "ant" / name)
+    # The one that is asked for its size: the next one tells.
+    (images / "train" / "ant" / "000.png").write_text("hello")
+    some = Folder(str(images), 0, 0, 0, CPU, keep=keep, max_bad_images=3)
+    assert some.image_size == 16
+    counts = [len(labels) for _, labels in some.test(torch.arange(15).split(2))]
+    assert counts == [2, 2, 2, 2, 2, 2, 1]
+    assert some.skipped == 3
+    assert some.test_size == 15
+
+
 def damage(path: Path) -> None:
     """Cut an image short, as an interrupted copy does."""
     path.write_bytes(path.read_bytes()[:200])

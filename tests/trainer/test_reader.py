@@ -116,6 +116,20 @@ def test_a_lost_worker(images: Path) -> None:
         list(made(images, 1).read(requests()))
 
 
+def test_ctrl_c_is_the_trainers(images: Path) -> None:
+    """A terminal sends it to workers too; those read on until the trainer ends them."""
+
+    def requests() -> Iterator[Asked]:
+        for _ in range(20):
+            for child in multiprocessing.active_children():
+                os.kill(child.pid or 0, signal.SIGINT)
+            yield TEST, torch.arange(4)
+
+    some = made(images, 1)
+    list(some.read([(TEST, torch.arange(4))]))  # the worker has started by now
+    assert len(list(some.read(requests()))) == 20
+
+
 def test_what_travels_to_workers_that_are_not_forked(images: Path) -> None:
     """They get it pickled."""
     files = find(str(images)).train
