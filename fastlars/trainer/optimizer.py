@@ -17,12 +17,11 @@ from fastlars.trainer.errors import TrainerError
 def build_optimizer(config: Config, model: torch.nn.Module, steps_per_epoch: int) -> Optimizer:
     """The recipe's, with parameters grouped as --no-decay and --no-ratio say."""
     recipe, lr, momentum = config.recipe, config.lr, config.momentum
-    adapts = recipe not in ("goyal", "akiba")
     groups = fastlars.parameter_groups(
         model,
         config.weight_decay,
         no_decay=config.no_decay,  # type: ignore[arg-type]
-        no_ratio=config.no_ratio if adapts else "none",  # type: ignore[arg-type]
+        no_ratio=config.no_ratio,  # type: ignore[arg-type]
     )
     if recipe == "lamb":
         return fastlars.LAMB(
