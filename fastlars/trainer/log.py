@@ -98,18 +98,14 @@ def read(path: Path) -> list[Record]:
 
 
 class Display:
-    """Progress for people: a bar on a terminal, and lines that also a file of output gets."""
+    """Progress for people: a bar on a terminal, and lines that also a file of output gets.
+
+    The bar is there while the context lasts; lines can be said at any time.
+    """
 
     def __init__(self, total: int, done: int, *, shown: bool) -> None:
-        self._shown = shown
-        self._bar = tqdm(
-            total=total,
-            initial=done,
-            unit="img",
-            unit_scale=True,
-            dynamic_ncols=True,
-            disable=None if shown else True,  # None: where stderr is no terminal
-        )
+        self._shown, self._total, self._done = shown, total, done
+        self._bar: Any = None
 
     def advance(self, images: int) -> None:
         """So many images were trained on."""
@@ -126,6 +122,14 @@ class Display:
             sys.stdout.flush()
 
     def __enter__(self) -> Display:
+        self._bar = tqdm(
+            total=self._total,
+            initial=self._done,
+            unit="img",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=None if self._shown else True,  # None: where stderr is no terminal
+        )
         return self
 
     def __exit__(

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastlars.trainer import checkpoint, config, data, report, rundir
+from fastlars.trainer import checkpoint, config, data, findlr, repeat, report, rundir
 from fastlars.trainer.build import build
 from fastlars.trainer.config import Command, Config
 from fastlars.trainer.data import Data
@@ -25,35 +25,56 @@ from fastlars.trainer.tensorboard import TensorBoard
 
 
 def run(command: Command) -> int:
-    """Train as the command line says; the process's exit status."""
-    given, resume = command.given, command.resume
-    device, timeout = given.get("device", Config.device), given.get("timeout", Config.timeout)
+    """Do what the command line says; the process's exit status."""
+    device = command.given.get("device", Config.device)
+    timeout = command.given.get("timeout", Config.timeout)
     with world(device, timeout) as here:
-        started, again = time.perf_counter(), restarted(here)
-        with here.together():
-            source = rundir.to_resume(resume, given.get("output", ""), again)
-            state = checkpoint.load(source) if source else None
-            settings = (
-                config.resumed(given, state["config"], str(source))
-                if state
-                else config.fresh(given)
-            )
-            images = data.load(settings, here.device)
-            _same_images(images, state)
-            directory = _directory(settings, source, here)
-        with _directory_for(directory, here), StopSignals() as stop:
-            loop = _loop(settings, images, directory, state, here)
-            with _records(loop, source, state), loop.parts.display, here.connected():
-                _introduce(loop, state)
-                finished = loop.run(stop)
-                reason = stop.received.name if stop.received is not None else "--max-steps"
-                stopped_by = None if finished else reason
-                _end(loop, stopped_by)
-        for line in report.conclusion(loop, stopped_by, time.perf_counter() - started):
-            loop.parts.display.say(line)
-        if finished or stop.received is None:
-            return 0
-        return 128 + stop.received
+        return _find_lr(command, here) if command.find_lr else _train(command, here)
+
+
+def _find_lr(command: Command, here: World) -> int:
+    with here.together():
+        settings = config.fresh(command.given, here.size)
+        findlr.check(settings)
+        images = data.load(settings, here.device)
+    with findlr.directory(settings, here) as directory, StopSignals() as stop:
+        parts = build(settings, images, directory, 0, here)
+        for line in report.introduction(parts):
+            parts.display.say(line)
+        losses = findlr.sweep(parts, stop)
+        if here.first:
+            for line in findlr.write(parts, losses, directory.path):
+                parts.display.say(line)
+    return 0
+
+
+def _train(command: Command, here: World) -> int:
+    started, again = time.perf_counter(), restarted(here)
+    with here.together():
+        source = rundir.to_resume(command.resume, command.given.get("output", ""), again)
+        state = checkpoint.load(source) if source else None
+        settings = (
+            config.resumed(command.given, state["config"], str(source))
+            if state
+            else config.fresh(command.given, here.size)
+        )
+        images = data.load(settings, here.device)
+        _same_images(images, state)
+        directory = _directory(settings, source, here)
+    with _directory_for(directory, here), StopSignals() as stop:
+        loop = _loop(settings, images, directory, state, here)
+        repeat.write(loop.parts, command.line, loop.progress.step)
+        with _records(loop, source, state), loop.parts.display, here.connected():
+            _introduce(loop, state)
+            finished = loop.run(stop)
+            reason = stop.received.name if stop.received is not None else "--max-steps"
+            stopped_by = None if finished else reason
+            _end(loop, stopped_by)
+    for line in report.conclusion(loop, stopped_by, time.perf_counter() - started):
+        loop.parts.display.say(line)
+    if finished or stop.received is None:
+        return 0
+    return 128 + stop.received
 
 
 def _same_images(images: Data, state: dict[str, Any] | None) -> None:
@@ -77,8 +98,9 @@ def _directory(settings: Config, source: Path | None, here: World) -> RunDirecto
     if source is None:
         chosen = rundir.new(settings.output, settings.data, settings.recipe) if here.first else None
     else:
-        chosen = RunDirectory(Path(settings.output) if settings.output else source.parent)
-        if chosen.checkpoint.exists() and chosen.checkpoint.resolve() != source.resolve():
+        path = Path(settings.output) if settings.output else source.parent
+        chosen = RunDirectory(path, came_from=source)
+        if chosen.checkpoint.exists() and not chosen.checkpoint.samefile(source):
             raise TrainerError(f"--output: {chosen.path} holds another run than {source}")
     return chosen or RunDirectory(Path())  # the others write nothing
 
