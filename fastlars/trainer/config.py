@@ -33,8 +33,12 @@ class Command:
     line: tuple[str, ...]
 
 
-def fresh(given: Mapping[str, Any]) -> Config:
-    """The configuration of a new run: the flags given, over the recipe, over the defaults."""
+def fresh(given: Mapping[str, Any], processes: int = 1) -> Config:
+    """The configuration of a new run: the flags given, over the recipe, over the defaults.
+
+    A recipe's --bn-batch adapts to the forward pass of each of the `processes`; one that was given
+    must divide it.
+    """
     start = Config()
     name, data = given.get("recipe", start.recipe), given.get("data", start.data)
     recipe = recipes.look_up(name, data, given.get("batch_size")).settings
@@ -44,7 +48,18 @@ def fresh(given: Mapping[str, Any]) -> Config:
                      if key not in given}  # fmt: skip
     if "warmup_from" not in given:  # small batches scale the peak below the recipe's start
         settings["warmup_from"] = min(settings["warmup_from"], settings["lr"])
-    return replace(start, **settings)
+    if not settings["overlap"] and "compression" not in given:
+        settings["compression"] = "none"
+    made = replace(start, **settings)
+    if made.compression != "none" and not made.overlap:
+        raise TrainerError(f"--compression {made.compression} needs --overlap", everywhere=True)
+    images = made.micro_batch or made.batch_size // processes
+    if given.get("bn_batch") and images % made.bn_batch:
+        raise TrainerError(
+            f"--bn-batch {made.bn_batch} does not divide the {images} images of a forward pass",
+            everywhere=True,
+        )
+    return made
 
 
 def _shortened(settings: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, float]:

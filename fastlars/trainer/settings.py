@@ -122,7 +122,8 @@ class Config:
     bn_batch: int = _setting(
         0,
         "images over which batch norm takes its statistics (the papers' n): a forward pass is cut "
-        "into such ghost batches; 0: the whole forward pass of a process",
+        "into such ghost batches, which must fill it if the flag is given; 0: the whole forward "
+        "pass of a process",
         lambda x: x == 0 or x >= 2,
         "be 0 or at least 2",
     )
@@ -179,10 +180,13 @@ class Config:
         ("auto", "fp32", "bf16", "fp16"),
     )
     compile: bool = _switch("run the model through torch.compile")
-    overlap: bool = _switch("step each bucket of gradients while backward goes on")
+    overlap: bool = _switch(
+        "step each bucket of gradients while backward goes on; acts with more than one process"
+    )
     compression: str = _one_of(
         "none",
-        "precision in which gradients travel between processes; needs --overlap",
+        "precision in which gradients travel between processes, if there are several; needs "
+        "--overlap",
         ("none", "fp16", "bf16"),
     )
     device: str = _one_of("auto", "where to train", ("auto", "cpu", "cuda"), shapes_run=False)

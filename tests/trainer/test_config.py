@@ -82,6 +82,29 @@ def test_a_bad_flag_is_named(arguments: tuple[str, ...], message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_bn_batch_must_fit_if_it_is_given() -> None:
+    given = {"batch_size": 192, "bn_batch": 64}
+    assert config.fresh(given).bn_batch == config.fresh(given, processes=3).bn_batch == 64
+    assert config.fresh(given | {"micro_batch": 128}, processes=2).bn_batch == 64
+    for more, images in (({}, 96), ({"micro_batch": 48}, 48), ({"batch_size": 65}, 32)):
+        with pytest.raises(TrainerError) as error:
+            config.fresh(given | more, processes=2)
+        assert str(error.value) == (
+            f"--bn-batch 64 does not divide the {images} images of a forward pass"
+        )
+    assert config.fresh({"recipe": "goyal", "batch_size": 40}).bn_batch == 32
+
+
+def test_compression_needs_overlap() -> None:
+    assert configured("--recipe", "akiba").compression == "fp16"
+    assert configured("--recipe", "akiba", "--no-overlap").compression == "none"
+    assert configured("--overlap", "--compression", "bf16").compression == "bf16"
+    with pytest.raises(TrainerError, match="--compression fp16 needs --overlap"):
+        configured("--recipe", "akiba", "--no-overlap", "--compression", "fp16")
+    with pytest.raises(TrainerError, match="--compression bf16 needs --overlap"):
+        configured("--compression", "bf16")
+
+
 def test_resume_takes_a_path_or_none() -> None:
     command = config.parse(["--epochs", "3", "--no-overlap"])
     assert (command.given, command.resume) == ({"epochs": 3, "overlap": False}, None)
