@@ -220,7 +220,7 @@ class Config:
         if self.overlap and self.precision == "fp16":
             # Whether a scaler lets a step happen is known only after all gradients.
             text = "--overlap does not go with --precision fp16: take bf16, or --no-overlap"
-            raise TrainerError(f"{text} --compression none", everywhere=True)
+            raise TrainerError(text, everywhere=True)
         if self.compression != "none" and not self.overlap:
             text = (
                 f"--compression {self.compression} needs --overlap: add it, or --compression none"
