@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,7 +38,9 @@ def test_the_same_pictures(tmp_path: Path, workers: int) -> None:
 
 
 def test_files_are_read_once(images: Path) -> None:
-    kept = folder(images, "on")
+    others = set(multiprocessing.active_children())
+    kept = folder(images, "on", workers=1)
+    assert set(multiprocessing.active_children()) <= others  # nobody is left to read
     for path in images.rglob("*.png"):
         path.unlink()
     labels = torch.cat([labels for _, labels in kept.test([torch.arange(15)])])
