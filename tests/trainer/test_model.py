@@ -44,8 +44,8 @@ def test_its_weights_are_the_seeds(stem: str) -> None:
     assert all(map(torch.equal, one.parameters(), same.parameters()))
     assert not torch.equal(one.layer1[0].conv1.weight, other.layer1[0].conv1.weight)
     assert one(torch.randn(2, 3, 32, 32)).shape == (2, 10)
-    # He et al. 2015: variance 2 / fan-out, here of 16 x 9
-    assert one.layer1[0].conv1.weight.std().item() == pytest.approx((2 / 144) ** 0.5, rel=0.05)
+    # He et al. 2015: variance 2 / fan-out, here of 32 x 9
+    assert one.layer2[0].conv1.weight.std().item() == pytest.approx((2 / 288) ** 0.5, rel=0.05)
 
 
 def test_the_classifier_is_drawn_anew() -> None:
