@@ -29,7 +29,7 @@ def assert_same_runs(one: Path, other: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny", "no_picture")
-@pytest.mark.parametrize("recipe", ["lars", "lamb", "goyal"])
+@pytest.mark.parametrize("recipe", ["lars", "lamb", "goyal", "akiba"])
 def test_stopped_anywhere(tmp_path: Path, train: Train, recipe: str) -> None:
     """In an epoch, at its end, within a window of the log, and just before the end."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
