@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -95,7 +96,8 @@ class Reader:
     def read(self, batches: Iterable[tuple[int, torch.Tensor]]) -> Iterator[Part]:
         """The images at each (epoch, indices), in that order, without those that are bad."""
         self._requests.batches = batches
-        found = iter(self._loader)
+        with _child_signals_as_they_are():
+            found = iter(self._loader)
         while True:
             try:
                 batch = next(found, None)
@@ -158,6 +160,19 @@ class _Images(Dataset[_Batch]):
         together = torch.stack(pixels) if pixels else torch.empty(0, 1, 1, 3, dtype=torch.uint8)
         label_tensor, index_tensor = (torch.tensor(n, dtype=torch.int64) for n in (labels, good))
         return _Batch(together, label_tensor, epoch, index_tensor, bad, reasons)
+
+
+@contextmanager
+def _child_signals_as_they_are() -> Iterator[None]:
+    """Keeps torch from handling SIGCHLD.
+
+    When a worker dies its handler raises wherever the trainer happens to be, even half-way through
+    a checkpoint. Without it the next batch finds out, within 5 s.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if signal.getsignal(signal.SIGCHLD) != before:
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
 def _worker_signals(_worker: int) -> None:
