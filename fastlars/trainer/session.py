@@ -6,10 +6,11 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastlars.trainer import checkpoint, config, data, findlr, repeat, report, rundir
+from fastlars.trainer import checkpoint, config, data, dryrun, findlr, repeat, report, rundir
 from fastlars.trainer.build import build
 from fastlars.trainer.config import Command, Config
 from fastlars.trainer.data import Data
@@ -29,7 +30,46 @@ def run(command: Command) -> int:
     device = command.given.get("device", Config.device)
     timeout = command.given.get("timeout", Config.timeout)
     with world(device, timeout) as here:
+        if command.dry_run:
+            return _dry_run(command, here)
         return _find_lr(command, here) if command.find_lr else _train(command, here)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a command line amounts to, before anything is built or written."""
+
+    settings: Config
+    images: Data
+    directory: RunDirectory
+    source: Path | None  # the checkpoint to go on from,
+    state: dict[str, Any] | None  # and what is in it
+
+
+def _job(command: Command, here: World) -> _Job:
+    again = restarted(here)
+    with here.together():
+        source = rundir.to_resume(command.resume, command.given.get("output", ""), again)
+        state = checkpoint.load(source) if source else None
+        settings = (
+            config.resumed(command.given, state["config"], str(source))
+            if state
+            else config.fresh(command.given, here.size)
+        )
+        images = data.load(settings, here.device)
+        _same_images(images, state)
+        directory = _directory(settings, source, here)
+    return _Job(settings, images, directory, source, state)
+
+
+def _dry_run(command: Command, here: World) -> int:
+    job = _job(command, here)
+    done = job.state["progress"]["step"] if job.state else 0
+    parts = build(job.settings, job.images, job.directory, done, here)
+    for line in (*report.introduction(parts), *dryrun.describe(parts, done)):
+        parts.display.say(line)
+    parts.display.say(f"nothing was written; a run would write in {job.directory.path}")
+    return 0
 
 
 def _find_lr(command: Command, here: World) -> int:
@@ -49,20 +89,11 @@ def _find_lr(command: Command, here: World) -> int:
 
 
 def _train(command: Command, here: World) -> int:
-    started, again = time.perf_counter(), restarted(here)
-    with here.together():
-        source = rundir.to_resume(command.resume, command.given.get("output", ""), again)
-        state = checkpoint.load(source) if source else None
-        settings = (
-            config.resumed(command.given, state["config"], str(source))
-            if state
-            else config.fresh(command.given, here.size)
-        )
-        images = data.load(settings, here.device)
-        _same_images(images, state)
-        directory = _directory(settings, source, here)
+    started = time.perf_counter()
+    job = _job(command, here)
+    directory, source, state = job.directory, job.source, job.state
     with _directory_for(directory, here), StopSignals() as stop:
-        loop = _loop(settings, images, directory, state, here)
+        loop = _loop(job.settings, job.images, directory, state, here)
         repeat.write(loop.parts, command.line, loop.progress.step)
         with _records(loop, source, state), loop.parts.display, here.connected():
             _introduce(loop, state)

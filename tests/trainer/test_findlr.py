@@ -19,6 +19,7 @@ from fastlars.trainer.digits import Digits
 from fastlars.trainer.plan import make
 from fastlars.trainer.step import Step
 from trainer.helpers import Outcome, files_below, tiny_net
+from trainer.processes import finish, start
 
 Train = Callable[..., Outcome]
 SHORT = ("--find-lr", "--batch-size", 32)
@@ -160,3 +161,10 @@ def test_a_signal_leaves_nothing_behind(
     assert outcome.status == 130
     assert next(count) == 4
     assert files_below(tmp_path) == []
+
+
+def test_two_processes_end_at_the_same_step(tmp_path: Path) -> None:
+    outcome = finish(start(*SHORT, "--recipe", "goyal", "--lr", 100, "--output", tmp_path / "run"))
+    assert outcome.status == 0, outcome
+    assert files_below(tmp_path) == ["run", "run/lr_find.csv", "run/lr_find.png"]
+    assert outcome.out.count("table: ") == 1
