@@ -28,9 +28,18 @@ def not_saved(path: Path) -> Iterator[None]:
     """What a disk refuses becomes a NotSavedError that names `path`."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch's writer raises the latter
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-        raise NotSavedError(f"cannot write {path}: {reason}") from error
+    except (OSError, RuntimeError) as error:
+        raise NotSavedError(f"cannot write {path}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The system's word; torch's writer raises a RuntimeError of its own on top of it."""
+    below: BaseException | None = error
+    while below is not None:
+        if isinstance(below, OSError) and below.strerror:
+            return below.strerror
+        below = below.__context__
+    return str(error).splitlines()[0]
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

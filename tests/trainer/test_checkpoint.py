@@ -126,7 +126,8 @@ def test_full_disk(tmp_path: Path, size: int) -> None:
     kept = Kept(run, 2)
     for step in (1, 2, 3):
         kept.save(state(step), step, best=step == 2)
-    with disk_full_after(size), pytest.raises(checkpoint.NotSavedError, match=str(run.checkpoint)):
+    message = f"cannot write {run.checkpoint}: File too large"
+    with disk_full_after(size), pytest.raises(checkpoint.NotSavedError, match=message):
         kept.save(state(4, 100_000), 4, best=True)
     names = ["best.pt", "checkpoint-000002.pt", "checkpoint-000003.pt", "checkpoint.pt"]
     assert files_below(tmp_path) == names

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,6 +172,17 @@ def test_every_start_is_noted(tmp_path: Path, train: Train) -> None:
     (run / "run.json").write_text("{")
     assert train("--output", run, "--resume", "--max-steps", 4).status == 0
     assert [start["step"] for start in starts(run)] == [3]
+
+
+def test_no_room_for_it(tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    outcome = train(*RUN, "--output", tmp_path / "run")
+    assert outcome.status == 2
+    assert "run.json: No space left on device" in outcome.err
+    assert files_below(tmp_path) == []
 
 
 def test_a_run_that_fails_at_once_leaves_nothing(
