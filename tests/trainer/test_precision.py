@@ -75,6 +75,27 @@ def test_skipped_steps_do_not_advance_the_schedule(
 
 
 @pytest.mark.usefixtures("tiny", "no_picture")
+def test_norms_before_the_first_step_that_is_taken(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of gradients as they are, without the loss's scale."""
+    found = []
+    for name, skipped in (("fp32", range(0)), ("fp16", range(0)), ("fp16", range(2))):
+        run = tmp_path / f"{name}-{len(skipped)}"
+        with monkeypatch.context() as patch:
+            overflowing(patch, skipped)
+            flags = ("--precision", name, "--max-steps", 4, "--output", run)
+            assert train(*FP16, *flags).status == 0
+        (record,) = (record for record in records(run) if record["kind"] == "norms")
+        assert record["step"] == len(skipped)
+        found.append(record["layers"])
+    for layer, (weight, gradient) in found[0].items():
+        assert found[1][layer] == pytest.approx([weight, gradient], rel=0.02)
+        assert found[2][layer][0] == pytest.approx(weight)
+        assert found[2][layer][1] < 10 * gradient
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
 def test_resumed_scaler(tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scale and its count of good steps are those of a run that was not stopped."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -115,6 +136,20 @@ def test_half_precision_learns_as_float32_does(
         assert tests[-1] < 0.8 * tests[0]
         losses.append(tests[-1])
     assert losses[1] == pytest.approx(losses[0], rel=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("tiny", "no_picture")
+@pytest.mark.parametrize("precision", ["auto", "fp16"])
+def test_on_a_gpu(tmp_path: Path, train: Train, precision: str) -> None:
+    """Trains, and goes on with its scaler and its average."""
+    settings = ("--epochs", 4, "--batch-size", 64, "--device", "cuda", "--ema", 0.5)
+    flags = ("--precision", precision, "--output", tmp_path)
+    assert train(*settings, *flags, "--max-steps", 30).status == 0
+    assert train("--resume", "--output", tmp_path, "--max-steps", 0).status == 0
+    tests = [record["accuracy"] for record in records(tmp_path) if record["kind"] == "test"]
+    assert tests[-1] > 0.5
+    assert bool(load(tmp_path)["scaler"]) is (precision == "fp16")
 
 
 @pytest.mark.parametrize(
