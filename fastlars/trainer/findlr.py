@@ -14,11 +14,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch.optim.lr_scheduler import LambdaLR
 
-from fastlars.trainer import report, rundir
+from fastlars.trainer import plots, report, rundir
 from fastlars.trainer.config import Config
 from fastlars.trainer.distributed import Ballot, World
 from fastlars.trainer.errors import TrainerError
-from fastlars.trainer.files import replacing, write_csv
 from fastlars.trainer.log import Display
 from fastlars.trainer.meter import Meter, figures
 from fastlars.trainer.parts import Parts
@@ -121,9 +120,9 @@ def write(parts: Parts, losses: dict[float, float], folder: Path) -> Iterator[st
     rates, means = list(finite), smoothed(list(finite.values()))
     found = suggest(rates, means) if len(rates) > 1 else None
     rows = zip(range(1, len(rates) + 1), rates, finite.values(), means, strict=True)
-    write_csv(folder / "lr_find.csv", [("step", "lr", "loss", "smoothed_loss"), *rows])
-    with replacing(folder / "lr_find.png") as partial:
-        picture(report.title(parts), finite, means, found).savefig(partial, format="png", dpi=110)
+    heading = ("step", "lr", "loss", "smoothed_loss")
+    plots.save_table([heading, *rows], folder / "lr_find.csv")
+    plots.save(picture(report.title(parts), finite, means, found), folder / "lr_find.png")
     if found is None:
         yield f"the loss fell at no rate up to {rates[-1]:.3g}: nothing to suggest"
     else:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from fastlars.trainer import atomic
 from fastlars.trainer.checkpoint import NotSavedError
 from fastlars.trainer.errors import TrainerError
 
@@ -47,9 +48,7 @@ class Records:
         if keep and source is not None and source.exists():
             with open(source, encoding="utf-8") as old:
                 kept = [line for line, _ in zip(old, range(keep), strict=False)]
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, path)
+        atomic.write(path, lambda file: file.write("".join(kept).encode()))
         self.lines = keep
         self.listeners: list[Listener] = []
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,27 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from fastlars.trainer import layers
-from fastlars.trainer.files import replacing, write_csv
+from fastlars.trainer import atomic, layers
 from fastlars.trainer.log import read
 
 Records = list[dict[str, Any]]
 
 
 def draw(records: Records, path: Path) -> None:
-    """Write the picture of a log's records that `path` is named for, whole or not at all."""
-    with replacing(path) as partial:
-        PICTURES[path.name](records).savefig(partial, format="png", dpi=110)
+    """Write the picture of a log's records that `path` is named for."""
+    save(PICTURES[path.name](records), path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    atomic.write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+def save_table(rows: Iterable[Sequence[Any]], path: Path) -> None:
+    """Write comma-separated values, whole or not at all; None is an empty field."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    atomic.write(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def draw_layers(records: Records, folder: Path) -> None:
@@ -36,7 +48,7 @@ def draw_layers(records: Records, folder: Path) -> None:
     for name, tabulate in TABLES.items():
         table = tabulate(records)
         if len(table) > 1:
-            write_csv(folder / f"{name}.csv", table)
+            save_table(table, folder / f"{name}.csv")
             draw(records, folder / f"{name}.png")
 
 

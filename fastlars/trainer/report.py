@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-import torchvision
-
-from fastlars.trainer import plots, recipes
+from fastlars.trainer import plots, recipes, repeat
 from fastlars.trainer.config import Config
 from fastlars.trainer.log import read
 from fastlars.trainer.loop import Loop
@@ -69,11 +65,6 @@ def _short(value: Any) -> str:
 def start_record(parts: Parts) -> dict[str, Any]:
     """The values of the record "start"."""
     config = parts.config
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-    }
     return {
         "title": title(parts),
         "recipe": recipes.look_up(config.recipe, config.data, config.batch_size).source,
@@ -82,7 +73,7 @@ def start_record(parts: Parts) -> dict[str, Any]:
         "steps_per_epoch": parts.plan.steps_per_epoch,
         "processes": parts.world.size,
         "device": parts.world.device.type,
-        "versions": versions,
+        "versions": repeat.versions(),
     }
 
 

@@ -6,7 +6,7 @@ import csv
 import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -147,8 +147,8 @@ def test_a_picture_is_written_whole_or_not_at_all(
     before = path.read_bytes()
     assert before.startswith(b"\x89PNG")
 
-    def fail(_figure: Figure, file: Path, **_options: Any) -> None:
-        file.write_bytes(before[:100])
+    def fail(_figure: Figure, file: BinaryIO, **_options: Any) -> None:
+        file.write(before[:100])
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Figure, "savefig", fail)
