@@ -38,7 +38,7 @@ def build_optimizer(config: Config, model: torch.nn.Module, steps_per_epoch: int
             center_steps=config.rmsprop_center * steps_per_epoch,
             period_steps=config.rmsprop_period * steps_per_epoch,
             lr_rmsprop=config.lr_rmsprop,
-            transition=config.rmsprop_transition,
+            transition=config.rmsprop_transition,  # type: ignore[arg-type]
         )
     if recipe == "goyal":
         sgd = conventions.torch_sgd(momentum=momentum, nesterov=momentum > 0)
