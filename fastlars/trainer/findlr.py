@@ -103,12 +103,13 @@ def smoothed(losses: Sequence[float]) -> list[float]:
 def suggest(rates: Sequence[float], losses: Sequence[float]) -> tuple[float, float] | None:
     """The rates at which smoothed losses fall fastest and are lowest; None where they never fall.
 
-    Fastest: the most negative slope over the logarithm of the rate, up to the lowest loss.
+    Fastest: the most negative slope from step to step, up to the lowest loss; rates grow by the
+    same factor with every step.
     """
     lowest = int(np.argmin(losses))
     if lowest == 0:
         return None
-    slopes = np.gradient(np.asarray(losses), np.log(rates))[: lowest + 1]
+    slopes = np.gradient(np.asarray(losses))[: lowest + 1]
     return rates[int(np.argmin(slopes))], rates[lowest]
 
 

@@ -94,9 +94,12 @@ def conclusion(loop: Loop, stopped_by: str | None, seconds: float) -> Iterator[s
             f"python -m fastlars.trainer --resume {parts.run.checkpoint}"
         )
         return
-    count = round(progress.last_accuracy * parts.data.test_size)
+    if not parts.world.first:  # only that one has kept records
+        return
+    images = next(r["images"] for r in reversed(read(parts.run.log)) if r["kind"] == "test")
     yield (
-        f"final test accuracy: {progress.last_accuracy:.2%} ({count} of {parts.data.test_size}), "
+        f"final test accuracy: {progress.last_accuracy:.2%} "
+        f"({round(progress.last_accuracy * images)} of {images}), "
         f"best {progress.best_accuracy:.2%} after epoch {progress.best_epoch}; {seconds:.0f} s"
     )
     yield from _files(parts.run.path)

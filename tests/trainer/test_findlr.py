@@ -33,6 +33,8 @@ def test_the_rate_suggested_is_where_the_loss_falls_fastest() -> None:
     found = findlr.suggest(rates.tolist(), losses.tolist())
     assert found is not None
     assert found == pytest.approx((0.1, 10.0), rel=0.15)
+    wild = losses + 9 * (np.abs(at - 1.5) < 0.3)  # what comes after the lowest loss says nothing
+    assert findlr.suggest(rates.tolist(), wild.tolist()) == found
     assert findlr.suggest([0.1, 1.0, 10.0], [1.0, 1.5, 2.0]) is None
 
 

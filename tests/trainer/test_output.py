@@ -50,6 +50,19 @@ def test_a_run_says_where_its_settings_come_from(tmp_path: Path, train: Train) -
 
 
 @pytest.mark.usefixtures("tiny", "no_picture")
+def test_the_result_is_that_of_the_images_that_could_be_read(
+    tmp_path: Path, train: Train, images: Path
+) -> None:
+    (images / "val" / "ant" / "000.png").write_text("no picture")
+    flags = ("--data", images, "--max-bad-images", 1, "--workers", 0, "--epochs", 1)
+    run = tmp_path / "run"
+    outcome = train(*flags, "--batch-size", 12, "--output", run)
+    assert outcome.status == 0, outcome.err
+    accuracy = next(r["accuracy"] for r in read(run / "metrics.jsonl") if r["kind"] == "test")
+    assert f"final test accuracy: {accuracy:.2%} ({accuracy * 14:.0f} of 14), best" in outcome.out
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
 def test_the_log_ends_with_how_the_run_ended(tmp_path: Path, train: Train) -> None:
     assert train(*SHORT, "--output", tmp_path, "--max-steps", 1).status == 0
     ended = {"kind": "end", "step": 1, "epoch": 0.5, "finished": False, "stopped_by": "--max-steps"}
