@@ -171,6 +171,7 @@ def test_no_room_for_another_name(
 def test_one_file_has_many_names(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     Kept(run, 3).save(state(1), 1, best=True)
+    Kept(run, 3).name(1, best=True)  # as a resumed run does
     assert len({path.stat().st_ino for path in tmp_path.iterdir()}) == 1
     assert files_below(tmp_path) == ["best.pt", "checkpoint-000001.pt", "checkpoint.pt"]
 

@@ -75,13 +75,13 @@ def test_names_that_a_kill_prevented(
             train("--resume", "--output", tmp_path, "--max-steps", 0)
     assert checkpoints(tmp_path)["checkpoint.pt"] == (4, 2)
     assert checkpoints(tmp_path)["best.pt"] == (2, 1)
-    again = train("--resume", "--output", tmp_path, "--max-steps", 4, "--keep-last", 2)
+    again = train("--resume", "--output", tmp_path, "--max-steps", 5, "--keep-last", 2)
     assert again.status == 0
     assert checkpoints(tmp_path) == {
         "best.pt": (4, 2),
-        "checkpoint-000003.pt": (3, 1),
         "checkpoint-000004.pt": (4, 2),
-        "checkpoint.pt": (4, 2),
+        "checkpoint-000005.pt": (5, 2),
+        "checkpoint.pt": (5, 2),
     }
 
 
