@@ -52,6 +52,7 @@ def test_smoothing_shifts_nothing() -> None:
         ([2.0, 1.0, 1.0, 1.0], False),
         ([2.0, 1.0, 1.0, 1.0, 9.0], False),  # one step of its own is no trend
         ([2.0, 1.0, 1.0, 1.0, 9.0, 9.0], True),
+        ([2.0, 1.0, 1.0, 1.0, 1.0, 6.0, 6.0], True),
         ([2.0, 1.0, float("nan")], True),
         ([2.0, float("inf")], True),
         ([2.0], False),
