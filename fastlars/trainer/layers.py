@@ -33,12 +33,14 @@ def trust_table(records: Iterable[Record]) -> Table:
 
 
 def norm_table(records: Iterable[Record]) -> Table:
-    """Layer, |w|, |g| and |w|/|g|, which is empty where the gradient is 0."""
-    found: dict[str, Any] = next(
-        (record["layers"] for record in records if record["kind"] == "norms"), {}
-    )
+    """Layer, |w|, |g| and |w|/|g|, which is empty where the gradient is 0; as last recorded."""
+    found = _norms(records).get("layers", {})
     lines = [[name, w, g, w / g if w is not None and g else None] for name, (w, g) in found.items()]
     return [["layer", "weight_norm", "gradient_norm", "ratio"], *lines]
+
+
+def _norms(records: Iterable[Record]) -> Record:
+    return max((r for r in records if r["kind"] == "norms"), key=lambda r: r["step"], default={})
 
 
 def heat_map(records: Sequence[Record]) -> Figure:
@@ -71,7 +73,9 @@ def norms(records: Sequence[Record]) -> Figure:
     rows = np.arange(len(layers))
     pairs.plot(values[:, 0], rows, "o", ms=4, label="weights |w|")
     pairs.plot(values[:, 1], rows, "s", ms=4, label="gradient |g|")
-    pairs.set(title="Norms at the first step", xlabel="norm")
+    after = _norms(records).get("step")
+    when = f"after {after} steps" if after else "at the first step"
+    pairs.set(title=f"Norms {when}", xlabel="norm")
     ratio.plot(values[:, 2], rows, "D", ms=4, color="tab:green")
     ratio.set(title="Ratio |w|/|g|", xlabel="ratio")
     for axis in (pairs, ratio):

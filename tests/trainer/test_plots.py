@@ -107,10 +107,14 @@ def test_ratios_without_a_logarithm_are_left_out() -> None:
 def test_norms_are_shown_and_written() -> None:
     """Table 2 of the LARS paper, two of its layers; a layer without gradient has no ratio."""
     found = {"conv1.b": [1.86, 0.22], "conv1.w": [0.098, 0.017], "still": [3.0, 0.0]}
-    records = [{"kind": "start", "title": "AlexNet-BN"}, {"kind": "norms", "layers": found}]
+    records = [
+        {"kind": "start", "title": "AlexNet-BN"},
+        {"kind": "norms", "step": 0, "layers": found},
+    ]
     figure = layers.norms(records)
     pairs, ratio, numbers = figure.axes
     assert figure.get_suptitle() == "AlexNet-BN"
+    assert pairs.get_title() == "Norms at the first step"
     assert [list(line.get_xdata().filled(0)) for line in pairs.lines] == [
         [1.86, 0.098, 3.0],
         [0.22, 0.017, 0.0],
@@ -122,11 +126,15 @@ def test_norms_are_shown_and_written() -> None:
     assert_nothing_is_cut_off(figure)
     assert layers.norm_table(records)[3] == ["still", 3.0, 0.0, None]
 
+    later = [*records, {"kind": "norms", "step": 10, "layers": {"still": [3.0, 2.0]}}]
+    assert layers.norms(later).axes[0].get_title() == "Norms after 10 steps"
+    assert layers.norm_table(later)[1:] == [["still", 3.0, 2.0, 1.5]]
+
 
 def test_all_is_drawn_again_from_the_log(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    records = [*history(3), {"kind": "norms", "layers": {"layer0.weight": [3.0, 1.5]}}]
+    records = [*history(3), {"kind": "norms", "step": 0, "layers": {"layer0.weight": [3.0, 1.5]}}]
     text = "".join(json.dumps(record) + "\n" for record in records)
     (tmp_path / "metrics.jsonl").write_text(text)
     assert plots.main([str(tmp_path)]) == 0
