@@ -16,7 +16,7 @@ from itertools import pairwise
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["linear_scaling", "polynomial", "step_decay"]
+__all__ = ["linear_scaling", "polynomial", "slow_start", "step_decay"]
 
 
 def linear_scaling(base_lr: float, batch_size: int, base_batch_size: int = 256) -> float:
@@ -157,10 +157,62 @@ def step_decay(
         raise ValueError(f"gamma must lie in (0, 1], got {gamma}")
     _check_rate("warmup_from", warmup_from)
 
-    def factor(peak: float) -> _StepDecay:
-        return _StepDecay(peak, warmup_steps, warmup_from, cuts, gamma)
+    factors = [gamma**count for count in range(len(cuts) + 1)]
+
+    def factor(peak: float) -> _Steps:
+        return _Steps(peak, warmup_steps, warmup_from, cuts, factors)
 
     return _schedule(optimizer, factor, {"warmup_from": warmup_from if warmup_steps else 0.0})
+
+
+def slow_start(
+    optimizer: Optimizer,
+    *,
+    steps_per_epoch: float,
+    epochs: Sequence[float] = (40, 70, 85),
+    factors: Sequence[float] = (0.5, 0.075, 0.01, 0.001),
+) -> LambdaLR:
+    """Half the rate for long, then far less: a constant rate that changes at given epochs.
+
+    lr(t) = peak * factors[k], k the number of entries of ``epochs`` that are at most
+    t / steps_per_epoch, rounded to an iteration.
+
+    Akiba et al. 2017 (arXiv:1711.04325): the defaults, for 90 epochs, around a peak by the linear
+    scaling rule, 0.1 * batch / 256. There is no warm-up; the RMSprop phase of
+    :class:`fastlars.RMSpropWarmup` is in its place.
+
+    Args:
+        optimizer: each of its groups' learning rate, a number or a tensor, is that group's peak.
+        steps_per_epoch: iterations of an epoch; above 0.
+        epochs: where the next factor begins; above 0 and increasing.
+        factors: one more than ``epochs``, each at least 0.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Example:
+        >>> import torch
+        >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=8.0)
+        >>> schedule = slow_start(sgd, steps_per_epoch=2, epochs=[1, 1.5], factors=[0.5, 1, 0.25])
+        >>> rates = []
+        >>> for _ in range(5):
+        ...     rates.append(schedule.get_last_lr()[0])
+        ...     sgd.step()
+        ...     schedule.step()
+        >>> rates
+        [4.0, 4.0, 8.0, 2.0, 2.0]
+    """
+    if not (math.isfinite(steps_per_epoch) and steps_per_epoch > 0):
+        raise ValueError(f"steps_per_epoch must be finite and above 0, got {steps_per_epoch}")
+    begins = [0.0, *map(float, epochs)]
+    if not all(earlier < later < math.inf for earlier, later in pairwise(begins)):
+        raise ValueError(f"epochs must be above 0 and increase, got {list(epochs)}")
+    if len(factors) != len(begins):
+        raise ValueError(f"{len(epochs)} epochs need {len(begins)} factors, got {len(factors)}")
+    for factor in factors:
+        _check_rate("factors", factor)
+    milestones = [round(epoch * steps_per_epoch) for epoch in begins[1:]]
+    return _schedule(optimizer, lambda peak: _Steps(peak, 0, 0.0, milestones, [*factors]), {})
 
 
 # The factors are dataclasses and not lambdas because LambdaLR.state_dict() saves their __dict__:
@@ -200,12 +252,12 @@ class _Polynomial(_Factor):
 
 
 @dataclass
-class _StepDecay(_Factor):
+class _Steps(_Factor):
     milestones: list[int]
-    gamma: float
+    factors: list[float]  # one more than milestones
 
     def after_warmup(self, step: int) -> float:
-        return self.gamma ** bisect_right(self.milestones, step)
+        return self.factors[bisect_right(self.milestones, step)]
 
 
 def _schedule(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -60,6 +61,58 @@ def test_a_rule_of_ones_own() -> None:
     assert sorted(names(excluded)) == ["conv.bias", "conv.weight", "scale"]
     assert sorted(names(kept)) == ["first.weight", "norm.bias", "norm.weight", "tied.bias"]
     assert (excluded["weight_decay"], "adapt" in excluded) == (0.0, False)
+
+
+class Norms(nn.Module):
+    """A normalisation layer of somebody's own, and one that torch has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Module()
+        self.own.gain = nn.Parameter(torch.ones(3))
+        self.linear = nn.Linear(3, 3)
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.group = nn.GroupNorm(1, 3)
+
+
+NORMS = {"own.gain", "group.weight", "group.bias"}
+BIASES = {"linear.bias", "attention.in_proj_bias", "attention.out_proj.bias"}
+LARGE = {"linear.weight", "attention.in_proj_weight", "attention.out_proj.weight"}
+SMALL = {"none": set(), "norms": NORMS, "norms+biases": NORMS | BIASES}
+
+
+@pytest.mark.parametrize("no_ratio", SMALL)
+@pytest.mark.parametrize("no_decay", SMALL)
+def test_who_is_decayed_and_who_is_adapted(no_decay: Any, no_ratio: Any) -> None:
+    groups = fastlars.parameter_groups(Norms(), 0.1, no_decay=no_decay, no_ratio=no_ratio)
+    undecayed = [name for group in groups if group["weight_decay"] == 0 for name in names(group)]
+    unadapted = [name for group in groups if group.get("adapt") is False for name in names(group)]
+    every = [name for group in groups for name in names(group)]
+    assert sorted(undecayed) == sorted(SMALL[no_decay])
+    assert sorted(unadapted) == sorted(SMALL[no_ratio])
+    assert sorted(every) == sorted(NORMS | BIASES | LARGE)
+    assert all(group["params"] for group in groups)
+
+
+def test_adapt_excluded_is_no_ratio_none() -> None:
+    old = fastlars.parameter_groups(Norms(), 0.1, adapt_excluded=True)
+    new = fastlars.parameter_groups(Norms(), 0.1, no_ratio="none")
+    assert [(names(group), group["weight_decay"], "adapt" in group) for group in old] == [
+        (names(group), group["weight_decay"], "adapt" in group) for group in new
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"no_decay": "biases"}, 'no_decay must be "none", "norms" or "norms+biases", got'),
+        ({"no_ratio": ""}, "no_ratio must be"),
+        ({"no_ratio": "none", "exclude": lambda *_: True}, "exclude takes the place"),
+    ],
+)
+def test_choices_that_are_none(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fastlars.parameter_groups(Norms(), 0.1, **arguments)
 
 
 def test_groups_without_parameters_are_left_out() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastlars import schedules
-from fastlars.schedules import linear_scaling, polynomial, step_decay
+from fastlars.schedules import linear_scaling, polynomial, slow_start, step_decay
 
 # The factor is a quotient of rates and the rate a product again: two roundings.
 REL = 4 * torch.finfo(torch.float64).eps
@@ -88,6 +88,20 @@ def test_mlperf_at_32k() -> None:
     assert lr[2267] > 1e-4
 
 
+def test_akiba_at_32k() -> None:
+    """Around 12.8: 6.4 to epoch 39, 0.96 to 69, 0.128 to 84, 0.0128 to the end."""
+    epoch = 39  # floor(1,281,167 / 32,768)
+    lr = [row[0] for row in rates(slow_start(sgd(12.8), steps_per_epoch=epoch), 90 * epoch)]
+    for start, end, rate in ((0, 40, 6.4), (40, 70, 0.96), (70, 85, 0.128), (85, 90, 0.0128)):
+        assert lr[start * epoch] == lr[end * epoch - 1] == close(rate)
+    assert len(set(lr)) == 4
+
+
+def test_slow_start_changes_at_the_nearest_iteration() -> None:
+    schedule = slow_start(sgd(4.0), steps_per_epoch=2.4, epochs=[1, 2], factors=[0.5, 0.25, 1])
+    assert rates(schedule, 7) == [[2.0], [2.0], [1.0], [1.0], [1.0], [4.0], [4.0]]
+
+
 def test_lars_algorithm_1() -> None:
     """gamma_0 * (1 - t/T)^2, zero at T and never negative after it."""
     lr = [row[0] for row in rates(polynomial(sgd(8.0), steps=4), 7)]
@@ -140,13 +154,15 @@ def test_tensor_learning_rate_is_changed_in_place() -> None:
 
 @pytest.mark.parametrize("at", [0, 1, 2, 3, 5])
 @pytest.mark.parametrize("optimizer_first", [True, False])
-@pytest.mark.parametrize("kind", ["polynomial", "step_decay"])
+@pytest.mark.parametrize("kind", ["polynomial", "step_decay", "slow_start"])
 def test_resume_through_state_dict(at: int, optimizer_first: bool, kind: str) -> None:
     """Saved to a file and loaded safely, the schedule goes on exactly, peaks included."""
 
     def build(optimizer: torch.optim.Optimizer) -> LambdaLR:
         if kind == "polynomial":
             return polynomial(optimizer, steps=6, end_lr=0.1, warmup_steps=2, warmup_from=0.3)
+        if kind == "slow_start":
+            return slow_start(optimizer, steps_per_epoch=1, epochs=[2, 3, 5])
         return step_decay(optimizer, milestones=[3, 5], warmup_steps=2, warmup_from=0.3)
 
     expected = rates(build(sgd(3.0, 0.7)), 8)
@@ -222,6 +238,23 @@ def test_step_decay_refuses(arguments: dict[str, object], message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"steps_per_epoch": 0}, "steps_per_epoch must be finite and above 0, got 0"),
+        ({"steps_per_epoch": math.nan}, "steps_per_epoch must be finite and above 0, got nan"),
+        ({"epochs": [0, 2, 3]}, r"epochs must be above 0 and increase, got \[0, 2, 3\]"),
+        ({"epochs": [1, 2, 2]}, r"epochs must be above 0 and increase, got \[1, 2, 2\]"),
+        ({"epochs": [1, 2, math.inf]}, "epochs must be above 0 and increase"),
+        ({"epochs": [1, 2]}, "2 epochs need 3 factors, got 4"),
+        ({"factors": [1, 0.5, -0.1, 0]}, "factors must be finite and at least 0, got -0.1"),
+    ],
+)
+def test_slow_start_refuses(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        slow_start(sgd(1.0), **{"steps_per_epoch": 3, **arguments})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         ((-0.1, 256), "base_lr must be finite and at least 0, got -0.1"),
         ((0.1, 0), "batch_size must be at least 1, got 0"),
         ((0.1, 256, 0), "base_batch_size must be at least 1, got 0"),
@@ -235,5 +268,5 @@ def test_linear_scaling_refuses(arguments: tuple[float, int], message: str) -> N
 
 def test_examples_in_the_docstrings() -> None:
     result = doctest.testmod(schedules)
-    assert result.attempted >= 3
+    assert result.attempted >= 4
     assert result.failed == 0

@@ -16,8 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from fastlars.trainer import config, session
 
-        given, resume = config.parse(arguments)
-        return session.run(given, resume)
+        return session.run(config.parse(sys.argv[1:] if arguments is None else arguments))
     except ModuleNotFoundError as error:
         if error.name not in _NEEDED:
             raise

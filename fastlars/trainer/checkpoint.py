@@ -2,49 +2,50 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from fastlars.trainer import atomic
 from fastlars.trainer.errors import TrainerError
 
 NAME = "checkpoint.pt"
-_FORMAT = "fastlars.trainer checkpoint 1"
+_FORMAT = "fastlars.trainer checkpoint 2"
 
 
 class NotSavedError(Exception):
     """The checkpoint could not be written; the previous one is as it was."""
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Replace the checkpoint at `path` by `state`, whole or not at all.
-
-    The new one is written beside it and is on the disk before it takes the name; the folder is
-    synced too, or a power cut could undo the renaming.
-    """
-    partial = path.with_name(f".{path.name}.partial")  # one name: leftovers do not pile up
+@contextmanager
+def not_saved(path: Path) -> Iterator[None]:
+    """What a disk refuses becomes a NotSavedError that names `path`."""
     try:
-        with open(partial, "wb") as file:
-            torch.save({"format": _FORMAT} | state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, (OSError, RuntimeError)):  # torch's writer raises the latter
-            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-            raise NotSavedError(f"cannot write {path}: {reason}") from error
-        raise
+        yield
+    except (OSError, RuntimeError) as error:
+        raise NotSavedError(f"cannot write {path}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The system's word; torch's writer raises a RuntimeError of its own on top of it."""
+    below: BaseException | None = error
+    while below is not None:
+        if isinstance(below, OSError) and below.strerror:
+            return below.strerror
+        below = below.__context__
+    return str(error).splitlines()[0]
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Replace the checkpoint at `path` by `state`, whole or not at all."""
+    with not_saved(path):
+        atomic.write(path, lambda file: torch.save({"format": _FORMAT} | state, file))
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -22,6 +22,10 @@ class Data(Protocol):
     image_size: int
     stem: str  # the model's first layers that suit the images
 
+    @property
+    def skipped(self) -> int:
+        """Images that this process could not read so far."""
+
     def train(self, batches: Iterable[tuple[int, torch.Tensor]]) -> Iterator[Batch]:
         """Augmented training images, for each (epoch, indices)."""
 
@@ -37,4 +41,12 @@ def load(config: Config, device: torch.device) -> Data:
         return Digits(config.seed, device)
     from fastlars.trainer.folder import Folder
 
-    return Folder(config.data, config.image_size, config.seed, config.workers, device)
+    return Folder(
+        config.data,
+        config.image_size,
+        config.seed,
+        config.workers,
+        device,
+        keep=config.cache,
+        max_bad_images=config.max_bad_images,
+    )

@@ -49,12 +49,6 @@ class World:
             dist.all_reduce(numbers, group=self.host_group)
         return numbers
 
-    def share_buffers(self, model: torch.nn.Module) -> None:
-        """Give every process the first one's batch-norm statistics."""
-        if self.size > 1:
-            for buffer in model.buffers():
-                dist.broadcast(buffer, src=0)
-
     @contextmanager
     def together(self) -> Iterator[None]:
         """What goes wrong for the user in one process is raised in all: none is left waiting."""
@@ -116,8 +110,8 @@ class Ballot:
 def parallel(model: torch.nn.Module, world: World) -> torch.nn.Module:
     """The model, with gradients averaged over all processes.
 
-    Buffers are not sent in every step: the first process's batch-norm statistics are the ones
-    that count, and `share_buffers` hands them out before an evaluation.
+    Buffers are not sent in every step: `batchnorm.share` gives all processes the same ones before
+    an evaluation.
     """
     if world.size == 1:
         return model

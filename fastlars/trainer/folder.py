@@ -2,193 +2,116 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NoReturn
+from collections.abc import Iterable, Iterator
 
 import torch
-from PIL import Image, UnidentifiedImageError
-from torch.utils.data import DataLoader, Dataset
+import torch.distributed as dist
 
-from fastlars.trainer import transforms
+from fastlars.trainer import cache, images, listing
 from fastlars.trainer.data import Batch
 from fastlars.trainer.errors import TrainerError
+from fastlars.trainer.listing import Files
+from fastlars.trainer.reader import Prepare, Reader, Skipped
+from fastlars.trainer.resident import TEST, Moves, Part, Resident
+from fastlars.trainer.transforms import Augmented, Centre
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
-_SMALL = 64
+_SMALL = cache.LARGEST
 _LARGE = 224
+_MARGIN = 1 / 8  # 4 of 32 pixels, as in He et al. (2016) for CIFAR
 # Mean and deviation of ImageNet's channels, on the scale of bytes.
 _MEAN = (123.675, 116.28, 103.53)
 _STD = (58.395, 57.12, 57.375)
 
-Key = tuple[int | None, int]  # epoch, None for a test image; index
-
-
-@dataclass(frozen=True)
-class _BadImage:
-    """Sent instead of a batch: an exception would lose its type on the way from a worker."""
-
-    text: str
-
 
 class Folder:
-    """Images that worker processes read from files."""
+    """Images that worker processes read from files, once or whenever they are needed.
+
+    Small ones are moved and mirrored on the device, so it does not show whether they are kept
+    there; of large ones the workers cut random parts.
+
+    Args:
+        root: the folder.
+        image_size: side in pixels that images are brought to; 0: their own if they are small.
+        seed: of the augmentation.
+        workers: processes that read; 0: this one.
+        device: where the batches are put.
+        keep: 'on', 'off' or 'auto': whether small images stay on the device.
+        max_bad_images: how many may be skipped because they cannot be read.
+    """
 
     def __init__(
-        self, root: str, image_size: int, seed: int, workers: int, device: torch.device
+        self,
+        root: str,
+        image_size: int,
+        seed: int,
+        workers: int,
+        device: torch.device,
+        *,
+        keep: str = "auto",
+        max_bad_images: int = 0,
     ) -> None:
         self.name = root
-        train, test = _folders(Path(root))
-        self.classes = _classes(train, test)
-        train_files = _files(train, self.classes)
-        test_files = _files(test, self.classes)
-        self.train_size, self.test_size = len(train_files), len(test_files)
-        self.image_size = image_size or _native_size(train_files[0][0])
-        self.stem = "small" if self.image_size <= _SMALL else "imagenet"
-        self._train = _Images(train_files, self.image_size, seed)
-        self._test = _Images(test_files, self.image_size, seed)
-        self._workers, self._device = workers, device
+        self.classes, train, test = listing.find(root)
+        self.train_size, self.test_size = len(train), len(test)
+        count = len(train) + len(test)
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        self._skipped = Skipped(max_bad_images, shown=first)
+        self.image_size = image_size or _native_size(train, self._skipped)
+        kept = cache.wanted(keep, self.image_size, count, device)
+        # What is kept every process reads alike, and the first tells of it.
+        self._skipped.shown = shown = first or not kept
+        small = self.image_size <= _SMALL
+        self.stem = "small" if small else "imagenet"
+        centre = Centre(self.image_size, whole=small)
+        margin = round(self.image_size * _MARGIN)
+        self._moves = Moves(len(train), seed, margin, mirror=True) if small else None
+
+        def source(files: Files, prepare: Prepare, what: str) -> Reader | Resident:
+            reader = Reader(files, prepare, workers, device, self._skipped)
+            if not kept:
+                return reader
+            return cache.keep(reader, files, self.image_size, device, what=what, shown=shown)
+
+        self._train = source(
+            train, centre if small else Augmented(self.image_size, seed), "training"
+        )
+        self._test = source(test, centre, "test")
+        self._mean = torch.tensor(_MEAN, device=device).view(1, 3, 1, 1)
+        self._std = torch.tensor(_STD, device=device).view(1, 3, 1, 1)
+
+    @property
+    def skipped(self) -> int:
+        """Images that this process could not read so far."""
+        return len(self._skipped)
 
     def train(self, batches: Iterable[tuple[int, torch.Tensor]]) -> Iterator[Batch]:
         """Augmented by epoch and image, whatever worker or process reads it."""
-        return self._load(self._train, (
-            [(epoch, index) for index in indices.tolist()] for epoch, indices in batches
-        ))  # fmt: skip
+        for part in self._train.read(batches):
+            if len(part.labels) < 2:
+                raise TrainerError(
+                    f"{len(part.labels)} images of a forward pass could be read, and batch norm "
+                    "needs 2: set a larger --micro-batch or mend the images"
+                )
+            yield self._normal(part if self._moves is None else self._moves.apply(part, 0))
 
     def test(self, batches: Iterable[torch.Tensor]) -> Iterator[Batch]:
-        """The images' centres."""
-        return self._load(
-            self._test, ([(None, index) for index in indices.tolist()] for indices in batches)
-        )
+        """The images' centres; a batch of which no image can be read is left out."""
+        for part in self._test.read((TEST, indices) for indices in batches):
+            if len(part.labels):
+                yield self._normal(part)
 
-    def _load(self, images: _Images, keys: Iterable[list[Key]]) -> Iterator[Batch]:
-        loader = DataLoader(
-            images,
-            batch_sampler=keys,
-            num_workers=self._workers,
-            collate_fn=_collate,
-            pin_memory=self._device.type == "cuda",
-            worker_init_fn=_worker_signals,
-            # Without one of its own the loader draws from the global generator, and a resumed run
-            # would no longer be where the undisturbed one is.
-            generator=torch.Generator(),
-        )
-        mean = torch.tensor(_MEAN, device=self._device).view(1, 3, 1, 1)
-        std = torch.tensor(_STD, device=self._device).view(1, 3, 1, 1)
-        for batch in loader:
-            if isinstance(batch, _BadImage):
-                raise TrainerError(batch.text)
-            pixels, labels = (part.to(self._device, non_blocking=True) for part in batch)
-            # Rows of pixels of three bytes, read as channels first, are channels_last.
-            yield (pixels.permute(0, 3, 1, 2).float() - mean) / std, labels
+    def _normal(self, part: Part) -> Batch:
+        # Rows of pixels of three bytes, read as channels first, are channels_last.
+        return (part.pixels.permute(0, 3, 1, 2).float() - self._mean) / self._std, part.labels
 
 
-class _Images(Dataset[tuple[torch.Tensor, int] | _BadImage]):
-    """Reads one image; picklable, for workers that are not forked."""
-
-    def __init__(self, files: Sequence[tuple[str, int]], size: int, seed: int) -> None:
-        self._files, self._size, self._seed = files, size, seed
-
-    def __getitem__(self, key: Key) -> tuple[torch.Tensor, int] | _BadImage:
-        epoch, index = key
-        path, label = self._files[index]
-        try:
-            with Image.open(path) as image:
-                colour = image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return _BadImage(f"cannot read image {path}: {_reason(error)}")
-        if epoch is None:
-            return transforms.centre(colour, self._size), label
-        name = f"{self._seed}/{epoch}/{index}"
-        if self._size <= _SMALL:
-            return transforms.shift_and_flip(colour, self._size, name), label
-        return transforms.crop_and_flip(colour, self._size, name), label
-
-
-def _collate(
-    items: list[tuple[torch.Tensor, int] | _BadImage],
-) -> tuple[torch.Tensor, torch.Tensor] | _BadImage:
-    pixels, labels = [], []
-    for item in items:
-        if isinstance(item, _BadImage):
-            return item
-        pixels.append(item[0])
-        labels.append(item[1])
-    return torch.stack(pixels), torch.tensor(labels)
-
-
-def _worker_signals(_worker: int) -> None:
-    # Ctrl-C reaches workers too, but the training process decides; it ends them with SIGTERM.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image, or damaged"
-    return str(error)
-
-
-def _refuse(error: OSError) -> NoReturn:
-    raise TrainerError(f"--data: cannot read {error.filename}: {error.strerror}")
-
-
-def _folders(root: Path) -> tuple[Path, Path]:
-    names = {path.name for path in _subfolders(root)}
-    held_out = next((name for name in ("val", "test") if name in names), None)
-    if "train" not in names or held_out is None:
-        missing = "train/" if "train" not in names else "val/ or test/"
-        raise TrainerError(f"--data: {root} has no folder {missing}")
-    return root / "train", root / held_out
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    try:
-        with os.scandir(folder) as entries:
-            found = [Path(entry.path) for entry in entries if entry.is_dir()]
-    except OSError as error:
-        _refuse(error)
-    return sorted(path for path in found if not path.name.startswith("."))
-
-
-def _classes(train: Path, test: Path) -> tuple[str, ...]:
-    names, test_names = ({path.name for path in _subfolders(part)} for part in (train, test))
-    for folder, there in ((train, names), (test, test_names)):
-        if not there:
-            raise TrainerError(f"--data: {folder} has no class folders")
-    if names != test_names:
-        name = min(names ^ test_names)
-        has, lacks = (train, test) if name in names else (test, train)
-        raise TrainerError(f"--data: class {name} is in {has} but not in {lacks}")
-    return tuple(sorted(names))
-
-
-def _files(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
-    files: list[tuple[str, int]] = []
-    for label, name in enumerate(classes):
-        before = len(files)
-        for place, subfolders, names in os.walk(folder / name, onerror=_refuse, followlinks=True):
-            subfolders.sort()
-            files += [
-                (os.path.join(place, file), label)
-                for file in sorted(names)
-                if file.lower().endswith(_SUFFIXES)
-            ]
-        if len(files) == before:
-            raise TrainerError(f"--data: class folder {folder / name} has no images")
-    return files
-
-
-def _native_size(path: str) -> int:
+def _native_size(files: Files, skipped: Skipped) -> int:
     """The side of small images, which are used as they are; 224 for others."""
-    try:
-        with Image.open(path) as image:
-            longest = max(image.size)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise TrainerError(f"cannot read image {path}: {_reason(error)}") from None
-    return max(longest, 8) if longest <= _SMALL else _LARGE
+    for path, _ in files:
+        try:
+            longest = max(images.sides(path))
+        except images.BAD as error:
+            skipped.add(path, images.reason(error))
+        else:
+            return max(longest, 8) if longest <= _SMALL else _LARGE
+    raise TrainerError("--data: none of the training images can be read")

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl for programs, a progress bar and lines for people."""
+"""What a run tells: records for programs, a progress bar and lines for people."""
 
 from __future__ import annotations
 
@@ -8,16 +8,34 @@ import os
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from fastlars.trainer import atomic
 from fastlars.trainer.checkpoint import NotSavedError
 from fastlars.trainer.errors import TrainerError
 
+Record = dict[str, Any]
 
-class MetricsLog:
-    """A file of one JSON object a line, of kind start, train, trust or test.
+
+class Listener(Protocol):
+    """What else wants a run's records."""
+
+    def record(self, record: Record) -> None:
+        """Take one record, as it stands in metrics.jsonl."""
+
+    def sync(self) -> None:
+        """Have on the disk what was taken."""
+
+    def close(self) -> None:
+        """No more records."""
+
+
+class Records:
+    """The records of a run: lines of metrics.jsonl, and whatever its listeners make of them.
+
+    A record has a kind: start, norms, train, trust, test or end; all but start have step and epoch.
 
     Args:
         path: the file.
@@ -30,34 +48,43 @@ class MetricsLog:
         if keep and source is not None and source.exists():
             with open(source, encoding="utf-8") as old:
                 kept = [line for line, _ in zip(old, range(keep), strict=False)]
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, path)
+        atomic.write(path, lambda file: file.write("".join(kept).encode()))
         self.lines = keep
+        self.listeners: list[Listener] = []
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one record, at once."""
+    def write(self, kind: str, **values: Any) -> None:
+        """Append one record, at once, and hand it to every listener.
+
+        Floats that are no finite numbers become None: JSON has no inf or nan.
+        """
+        record = _finite({"kind": kind} | values)
         try:
-            self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
             raise TrainerError(f"cannot write {self._file.name}: {error.strerror}") from None
         self.lines += 1
+        for listener in self.listeners:
+            listener.record(record)
 
     def sync(self) -> None:
-        """Have all lines on the disk, before a checkpoint that counts on them."""
+        """Have all records on the disk, before a checkpoint that counts on them."""
         try:
             os.fsync(self._file.fileno())
+            for listener in self.listeners:
+                listener.sync()
         except OSError as error:
             raise NotSavedError(f"cannot write {self._file.name}: {error.strerror}") from error
 
     def close(self) -> None:
         """No more records."""
         self._file.close()
+        for listener in self.listeners:
+            listener.close()
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> list[Record]:
     """All records of a log; a line that a kill cut short is left out."""
     records = []
     with open(path, encoding="utf-8") as file:
@@ -70,18 +97,14 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 class Display:
-    """Progress for people: a bar on a terminal, and lines that also a file of output gets."""
+    """Progress for people: a bar on a terminal, and lines that also a file of output gets.
+
+    The bar is there while the context lasts; lines can be said at any time.
+    """
 
     def __init__(self, total: int, done: int, *, shown: bool) -> None:
-        self._shown = shown
-        self._bar = tqdm(
-            total=total,
-            initial=done,
-            unit="img",
-            unit_scale=True,
-            dynamic_ncols=True,
-            disable=None if shown else True,  # None: where stderr is no terminal
-        )
+        self._shown, self._total, self._done = shown, total, done
+        self._bar: Any = None
 
     def advance(self, images: int) -> None:
         """So many images were trained on."""
@@ -98,6 +121,14 @@ class Display:
             sys.stdout.flush()
 
     def __enter__(self) -> Display:
+        self._bar = tqdm(
+            total=self._total,
+            initial=self._done,
+            unit="img",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=None if self._shown else True,  # None: where stderr is no terminal
+        )
         return self
 
     def __exit__(
@@ -110,7 +141,8 @@ class Display:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no inf or nan: null says that there is no number."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

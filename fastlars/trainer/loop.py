@@ -5,58 +5,27 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
-from fastlars.trainer import checkpoint, plots
-from fastlars.trainer.config import Config
-from fastlars.trainer.data import Batch, Data
-from fastlars.trainer.distributed import Ballot, World, parallel
+from fastlars.trainer import batchnorm, checkpoint, plots
+from fastlars.trainer.data import Batch
+from fastlars.trainer.distributed import Ballot
 from fastlars.trainer.errors import TrainerError
-from fastlars.trainer.log import Display, MetricsLog, read
+from fastlars.trainer.evaluation import evaluate
+from fastlars.trainer.kept import Kept
+from fastlars.trainer.log import read
 from fastlars.trainer.meter import Figures, Meter, figures
 from fastlars.trainer.optimizer import adapted_ratios
-from fastlars.trainer.plan import Plan, test_batches
-from fastlars.trainer.rundir import RunDirectory
+from fastlars.trainer.parts import Parts, Progress, fingerprint
+from fastlars.trainer.precision import Precision
 from fastlars.trainer.signals import StopSignals
+from fastlars.trainer.step import Step
 
 _PICTURE_EVERY = 30.0  # seconds; drawing takes about one
 _RATIO_POINTS = 200  # of a run, for each layer
-
-
-@dataclass
-class Progress:
-    """How far the run is; all a checkpoint needs beside tensors."""
-
-    step: int = 0
-    evaluated: int = 0  # epochs
-    last_accuracy: float = 0.0
-    best_accuracy: float = 0.0
-    best_epoch: int = 0
-
-
-@dataclass
-class Parts:
-    """What the loop works with."""
-
-    config: Config
-    world: World
-    data: Data
-    plan: Plan
-    model: nn.Module
-    optimizer: Optimizer
-    schedule: LambdaLR
-    run: RunDirectory
-    log: MetricsLog | None  # of the first process
-    display: Display
 
 
 class Loop:
@@ -67,8 +36,9 @@ class Loop:
         self.window = Meter(parts.world.device)
         self.total_steps = parts.config.epochs * parts.plan.steps_per_epoch
         self.log_every = parts.config.log_every or min(parts.plan.steps_per_epoch // 10 or 1, 50)
-        self._wrapped = parallel(parts.model, parts.world)
-        self._lr = 0.0  # of the last step
+        self._precision = Precision(parts.config.precision, parts.world.device)
+        self._stepper = Step(parts, self._precision)
+        self._kept = Kept(parts.run, parts.config.keep_last)
         self._saved: tuple[int, int] | None = None
         self._clock, self._clock_step = time.perf_counter(), progress.step
         self._drawn = time.perf_counter()
@@ -77,6 +47,12 @@ class Loop:
     def unfinished(self) -> bool:
         """Whether there is an epoch left to train or to evaluate."""
         return self.progress.evaluated < self.parts.config.epochs
+
+    @property
+    def _at_best(self) -> bool:
+        """Whether the weights are those of the highest test accuracy so far."""
+        at_end = self.progress.step == self.progress.evaluated * self.parts.plan.steps_per_epoch
+        return at_end and self.progress.best_epoch == self.progress.evaluated > 0
 
     def run(self, stop: StopSignals) -> bool:
         """Train to the end (True), or until `stop` or --max-steps; a checkpoint either way."""
@@ -116,43 +92,13 @@ class Loop:
             self._save()
 
     def _step(self, batches: Iterator[Batch]) -> None:
-        """One optimizer step over --batch-size images, some of them in each process."""
-        config, world, count = self.parts.config, self.parts.world, self.parts.plan.micro_batches
-        self._wrapped.train()
-        self.parts.optimizer.zero_grad(set_to_none=True)
-        for number in range(count):
-            images, labels = next(batches)
-            last = number == count - 1
-            # Gradients travel once a step, with the last micro-batch.
-            quiet = isinstance(self._wrapped, DistributedDataParallel) and not last
-            with self._wrapped.no_sync() if quiet else nullcontext():  # type: ignore[operator]
-                with self._autocast():
-                    logits = self._wrapped(images)
-                loss = functional.cross_entropy(
-                    logits.float(), labels, label_smoothing=config.label_smoothing, reduction="sum"
-                )
-                # Goyal et al. 2017, remark 3: the gradient is divided by the global batch. DDP
-                # divides by the number of processes already.
-                (loss * (world.size / config.batch_size)).backward()
-            self.window.add(loss, logits, labels)
-        self._lr = float(self.parts.schedule.get_last_lr()[0])
-        self.parts.optimizer.step()
-        self.parts.schedule.step()
+        norms = self._stepper.take(batches, self.window)
+        if norms:
+            self._write("norms", layers=norms)
 
     def evaluate(self) -> Figures:
         """Loss and accuracy on every test image, once."""
-        world, data = self.parts.world, self.parts.data
-        world.share_buffers(self.parts.model)
-        self.parts.model.eval()
-        meter = Meter(world.device)
-        mine = test_batches(data.test_size, self.parts.plan.micro_batch, world.rank, world.size)
-        with torch.inference_mode():
-            for images, labels in data.test(mine):
-                with self._autocast():
-                    logits = self.parts.model(images)
-                loss = functional.cross_entropy(logits.float(), labels, reduction="sum")
-                meter.add(loss, logits, labels)
-        return figures(world.total(meter.sums))
+        return evaluate(self.parts, self._stepper.model, self._precision)
 
     def _finish_epoch(self) -> None:
         progress = self.progress
@@ -162,9 +108,11 @@ class Loop:
         if test.accuracy > progress.best_accuracy:
             progress.best_accuracy, progress.best_epoch = test.accuracy, progress.evaluated
         self._write("test", **asdict(test), best_accuracy=progress.best_accuracy)
+        unread = self.parts.data.test_size - test.images
         self.parts.display.say(
             f"epoch {progress.evaluated}/{self.parts.config.epochs}: test accuracy "
-            f"{test.accuracy:.2%}, test loss {test.loss:.4f} ({test.images} images)"
+            f"{test.accuracy:.2%}, test loss {test.loss:.4f} ({test.images} images"
+            + (f"; {unread} could not be read)" if unread else ")")
         )
         self._save()
         if time.perf_counter() - self._drawn > _PICTURE_EVERY:
@@ -180,7 +128,7 @@ class Loop:
         images = (step - self._clock_step) * self.parts.config.batch_size
         rate = images / (now - self._clock)
         self._clock, self._clock_step = now, step
-        self._write("train", **asdict(seen), lr=self._lr, images_per_second=round(rate, 1))
+        self._write("train", **asdict(seen), lr=self._stepper.lr, images_per_second=round(rate, 1))
         self.parts.display.figures(seen.loss, seen.accuracy)
 
     def _check(self, sums: torch.Tensor) -> None:
@@ -195,36 +143,45 @@ class Loop:
         if self.parts.log is not None:
             step = self.progress.step
             epoch = step / self.parts.plan.steps_per_epoch
-            self.parts.log.write({"kind": kind, "step": step, "epoch": round(epoch, 4)} | values)
+            self.parts.log.write(kind, step=step, epoch=round(epoch, 4), **values)
 
     def _save(self, *, final: bool = False) -> None:
         """Write a checkpoint, unless this very state is saved already."""
         at = (self.progress.step, self.progress.evaluated)
         if at == self._saved:
             return
-        world = self.parts.world
+        parts, world = self.parts, self.parts.world
+        if parts.config.bn_statistics == "last":
+            # Every process has its own; of "running" ones the first one's count, which it saves.
+            batchnorm.share(parts.model, world, "last")
+            if self._stepper.average is not None:
+                batchnorm.share(self._stepper.average.module, world, "last")
         window = world.total(self.window.sums)
         self._check(window)
         states = world.gather(checkpoint.random_state())
-        if self.parts.log is not None:
+        if parts.log is not None:
             try:
-                self.parts.log.sync()
-                checkpoint.save(self.parts.run.checkpoint, self._state(window, states))
+                parts.log.sync()
+                state = self._state(window, states)
+                self._kept.save(state, self.progress.step, best=self._at_best)
+                self._kept.bring(state["progress"])
             except checkpoint.NotSavedError as error:
                 if final:
                     raise TrainerError(f"{error}; the previous checkpoint is untouched") from error
-                self.parts.display.say(f"warning: {error}; training goes on", error=True)
+                parts.display.say(f"warning: {error}; training goes on", error=True)
                 return
         self._saved = at
 
     def _state(self, window: torch.Tensor, random_states: list[Any]) -> dict[str, Any]:
-        parts = self.parts
+        parts, average = self.parts, self._stepper.average
         return {
             "config": parts.config.shaping(),
             "data": fingerprint(parts.data),
             "model": parts.model.state_dict(),
             "optimizer": parts.optimizer.state_dict(),
             "schedule": parts.schedule.state_dict(),
+            "scaler": self._precision.state_dict(),
+            "average": average.state_dict() if average is not None else None,
             "progress": asdict(self.progress),
             "window": window,
             "random": random_states,
@@ -237,10 +194,18 @@ class Loop:
         parts.model.load_state_dict(state["model"])
         parts.optimizer.load_state_dict(state["optimizer"])
         parts.schedule.load_state_dict(state["schedule"])
+        self._precision.load_state_dict(state["scaler"])
+        if self._stepper.average is not None:
+            self._stepper.average.load_state_dict(state["average"])
         if parts.world.first:  # sums of all processes; the others' are in it
             self.window.sums.copy_(state["window"])
         if parts.world.rank < len(state["random"]):
             checkpoint.restore_random_state(state["random"][parts.world.rank])
+        if parts.world.first and parts.run.checkpoint.exists():
+            try:
+                self._kept.name(self.progress.step, best=self._at_best)
+            except checkpoint.NotSavedError as error:
+                parts.display.say(f"warning: {error}; training goes on", error=True)
 
     def _draw(self) -> None:
         if self.parts.log is not None:
@@ -249,20 +214,3 @@ class Loop:
             except OSError as error:
                 self.parts.display.say(f"warning: no picture: {error}", error=True)
         self._drawn = time.perf_counter()
-
-    def _autocast(self) -> Any:
-        device, precision = self.parts.world.device.type, self.parts.config.precision
-        bf16 = precision == "bf16" or (
-            precision == "auto" and device == "cuda" and torch.cuda.is_bf16_supported()
-        )
-        return torch.autocast(device, dtype=torch.bfloat16) if bf16 else nullcontext()
-
-
-def fingerprint(data: Data) -> dict[str, Any]:
-    """What must be the same about the images when a run is resumed."""
-    return {
-        "classes": list(data.classes),
-        "train_size": data.train_size,
-        "test_size": data.test_size,
-        "image_size": data.image_size,
-    }

@@ -1,10 +1,14 @@
-"""torchvision's ResNets as the large-batch papers use them."""
+"""ResNets as the large-batch papers use them."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 from torchvision import models
+from torchvision.models.resnet import BasicBlock
 
 
 def build(name: str, classes: int, stem: str, seed: int) -> nn.Module:
@@ -18,11 +22,75 @@ def build(name: str, classes: int, stem: str, seed: int) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: nn.Module = models.get_model(
-            name, weights=None, num_classes=classes, zero_init_residual=True
-        )
+        model: Any
+        if name == "resnet20":
+            model = ResNet20(classes)
+        else:
+            model = models.get_model(
+                name, weights=None, num_classes=classes, zero_init_residual=True
+            )
         if stem == "small":
-            model.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+            width = model.bn1.num_features
+            model.conv1 = nn.Conv2d(3, width, 3, stride=1, padding=1, bias=False)
             nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
             model.maxpool = nn.Identity()
-    return model.to(memory_format=torch.channels_last)
+        found: nn.Module = model.to(memory_format=torch.channels_last)
+    return found
+
+
+def draw_classifier(model: nn.Module, std: float, seed: int) -> None:
+    """Draw the last linear layer's weights from N(0, std^2), its bias 0; nothing at std = 0."""
+    if not std:
+        return
+    classifier = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1]
+    # Not from the numbers that the other layers were drawn from.
+    generator = torch.Generator().manual_seed(seed ^ 2**62)
+    drawn = torch.empty(classifier.weight.shape).normal_(0.0, std, generator=generator)
+    with torch.no_grad():
+        classifier.weight.copy_(drawn)
+        if classifier.bias is not None:
+            classifier.bias.zero_()
+
+
+class ResNet20(nn.Module):
+    """He et al. 2016, section 4.2: 9 blocks of 16, 32 and 64 channels, for images of 32 pixels.
+
+    Shortcuts have no parameters (the paper's option A): where a stage halves the image, they take
+    every second pixel and fill up with channels of zeros. 269,722 weights for 10 classes.
+    """
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1)
+        self.layer1 = _stage(16, 16)
+        self.layer2 = _stage(16, 32)
+        self.layer3 = _stage(32, 64)
+        self.fc = nn.Linear(64, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, BasicBlock):
+                nn.init.zeros_(module.bn2.weight)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [N, classes] of images [N, 3, H, W]."""
+        first = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        features = self.layer3(self.layer2(self.layer1(first)))
+        return self.fc(features.mean((2, 3)))
+
+
+class _Shortcut(nn.Module):
+    """Every second pixel, and as many channels of zeros as there are channels."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        small = images[:, :, ::2, ::2]
+        return functional.pad(small, (0, 0, 0, 0, 0, small.shape[1]))
+
+
+def _stage(before: int, channels: int) -> nn.Sequential:
+    halves = channels != before
+    first = BasicBlock(before, channels, 2 if halves else 1, _Shortcut() if halves else None)
+    return nn.Sequential(first, BasicBlock(channels, channels), BasicBlock(channels, channels))

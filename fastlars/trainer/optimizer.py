@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import fastlars
-from fastlars import schedules
+from fastlars import conventions, schedules
 from fastlars.trainer.config import Config
 from fastlars.trainer.errors import TrainerError
 
 
-def build_optimizer(config: Config, model: torch.nn.Module) -> Optimizer:
-    """LARS, LAMB or SGD with Nesterov momentum; biases and norms without decay and ratio."""
-    groups = fastlars.parameter_groups(model, config.weight_decay)
-    if config.recipe == "lars":
-        return fastlars.LARS(
-            groups,
-            lr=config.lr,
-            momentum=config.momentum,
-            trust_coefficient=config.trust_coefficient,
-        )
-    if config.recipe == "lamb":
-        return fastlars.LAMB(groups, lr=config.lr)
-    return torch.optim.SGD(
-        groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0
+def build_optimizer(config: Config, model: torch.nn.Module, steps_per_epoch: int) -> Optimizer:
+    """The recipe's, with parameters grouped as --no-decay and --no-ratio say."""
+    recipe, lr, momentum = config.recipe, config.lr, config.momentum
+    groups = fastlars.parameter_groups(
+        model,
+        config.weight_decay,
+        no_decay=config.no_decay,  # type: ignore[arg-type]
+        no_ratio=config.no_ratio,  # type: ignore[arg-type]
     )
+    if recipe == "lamb":
+        return fastlars.LAMB(
+            groups,
+            lr=lr,
+            bias_correction=config.bias_correction,
+            max_grad_norm=config.max_grad_norm or None,
+        )
+    if recipe == "akiba":
+        return fastlars.RMSpropWarmup(
+            groups,
+            lr=lr,
+            momentum=momentum,
+            center_steps=config.rmsprop_center * steps_per_epoch,
+            period_steps=config.rmsprop_period * steps_per_epoch,
+            lr_rmsprop=config.lr_rmsprop,
+            transition=config.rmsprop_transition,  # type: ignore[arg-type]
+        )
+    if recipe == "goyal":
+        sgd = conventions.torch_sgd(momentum=momentum, nesterov=momentum > 0)
+        return fastlars.LARS(groups, lr=lr, **sgd)
+    form: dict[str, Any] = {"momentum": momentum, "trust_coefficient": config.trust_coefficient}
+    if recipe == "mlperf":
+        form = dict(conventions.mlperf_lars(**form, eps=1e-7))  # as its reference turns out to run
+    return fastlars.LARS(groups, lr=lr, **form)
 
 
 def build_schedule(config: Config, optimizer: Optimizer, steps_per_epoch: int) -> LambdaLR:
@@ -38,10 +58,16 @@ def build_schedule(config: Config, optimizer: Optimizer, steps_per_epoch: int) -
             f"--warmup-epochs {config.warmup_epochs:g} leaves nothing of --epochs {config.epochs}"
         )
     try:
+        if config.schedule == "slow-start":
+            if warmup:
+                raise ValueError("slow-start has no warm-up: add --warmup-epochs 0")
+            epochs = [epoch / 90 * config.epochs for epoch in (40, 70, 85)]
+            return schedules.slow_start(optimizer, steps_per_epoch=steps_per_epoch, epochs=epochs)
         if config.schedule == "poly":
             return schedules.polynomial(
                 optimizer,
-                steps=steps,
+                # MLPerf's reference divides by one iteration more.
+                steps=steps + (config.recipe == "mlperf"),
                 power=config.power,
                 end_lr=config.end_lr,
                 warmup_steps=warmup,
@@ -60,19 +86,17 @@ def build_schedule(config: Config, optimizer: Optimizer, steps_per_epoch: int) -
 
 def adapted_ratios(optimizer: Optimizer, model: torch.nn.Module) -> dict[str, float]:
     """Last trust ratio of each adapted parameter, by name; empty for optimizers without any."""
-    ratios = getattr(optimizer, "trust_ratios", None)
-    if ratios is None:
-        return {}
-    names = {parameter: name for name, parameter in model.named_parameters()}
     adapted = {
         parameter
         for group in optimizer.param_groups
-        if group.get("adapt", True)
+        if group.get("adapt", False)
         for parameter in group["params"]
     }
-    by_parameter = ratios()
+    if not adapted:
+        return {}
+    ratios = optimizer.trust_ratios()  # type: ignore[attr-defined]
     return {
-        name: float(by_parameter[parameter])
-        for parameter, name in names.items()
-        if parameter in adapted and parameter in by_parameter
+        name: float(ratios[parameter])
+        for name, parameter in model.named_parameters()
+        if parameter in adapted and parameter in ratios
     }

@@ -1,8 +1,14 @@
-"""The curves of a run, drawn from its log."""
+"""Pictures and tables of a run, drawn from its log.
+
+``python -m fastlars.trainer.plots RUN`` draws them again.
+"""
 
 from __future__ import annotations
 
-import os
+import csv
+import io
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +20,36 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from fastlars.trainer import atomic, layers
+from fastlars.trainer.log import read
+
 Records = list[dict[str, Any]]
 
 
 def draw(records: Records, path: Path) -> None:
-    """Write the curves of a log's records to a PNG, whole or not at all."""
-    figure = curves(records)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        figure.savefig(partial, format="png", dpi=110)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write the picture of a log's records that `path` is named for."""
+    save(PICTURES[path.name](records), path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    atomic.write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+def save_table(rows: Iterable[Sequence[Any]], path: Path) -> None:
+    """Write comma-separated values, whole or not at all; None is an empty field."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    atomic.write(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def draw_layers(records: Records, folder: Path) -> None:
+    """Write what a log says of layers: trust.csv and .png, norms.csv and .png."""
+    for name, tabulate in TABLES.items():
+        table = tabulate(records)
+        if len(table) > 1:
+            save_table(table, folder / f"{name}.csv")
+            draw(records, folder / f"{name}.png")
 
 
 def curves(records: Records) -> Figure:
@@ -93,3 +117,32 @@ def _ratios(figure: Figure, axis: Axes, trust: Records) -> None:
         label="layer, from the input to the classifier",
         ticks=MaxNLocator(integer=True),
     )
+
+
+PICTURES: dict[str, Callable[[Records], Figure]] = {
+    "curves.png": curves,
+    "trust.png": layers.heat_map,
+    "norms.png": layers.norms,
+}
+TABLES = {"trust": layers.trust_table, "norms": layers.norm_table}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw the pictures of a run directory again; the exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if len(given) != 1 or given[0].startswith("-"):
+        print("usage: python -m fastlars.trainer.plots RUN", file=sys.stderr)
+        return 2
+    run = Path(given[0])
+    try:
+        records = read(run / "metrics.jsonl")
+        draw(records, run / "curves.png")
+        draw_layers(records, run)
+    except OSError as error:
+        print(f"fastlars.trainer.plots: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,11 +13,18 @@ _DEFAULT = Path("runs")
 
 
 class RunDirectory:
-    """Paths of a run's files. Nothing is created before `claim`."""
+    """Paths of a run's files. Nothing is created before `claim`.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: the directory.
+        came_from: the checkpoint that the run goes on from.
+    """
+
+    def __init__(self, path: Path, came_from: Path | None = None) -> None:
+        self.path, self.came_from = path, came_from
         self.checkpoint = path / checkpoint.NAME
+        self.best = path / "best.pt"
+        self.settings = path / "run.json"
         self.log = path / "metrics.jsonl"
         self.picture = path / "curves.png"
         self._made: list[Path] = []
@@ -40,7 +47,7 @@ class RunDirectory:
         if self.checkpoint.exists():
             return
         if self.path.is_dir():
-            for file in (self.log, self.picture):
+            for file in (self.settings, self.log, self.picture):
                 file.unlink(missing_ok=True)
         for folder in self._made:
             try:
@@ -54,7 +61,7 @@ def new(output: str, data: str, recipe: str) -> RunDirectory:
     """Where a new run writes: `output`, or the next free name under runs/."""
     if output:
         run = RunDirectory(Path(output))
-        if run.checkpoint.exists():
+        if run.checkpoint.exists() or run.best.exists():
             raise TrainerError(
                 f"--output: {output} holds a run already: add --resume to go on with it, "
                 "or name another directory"
@@ -73,18 +80,19 @@ def to_resume(resume: str | None, output: str, restarted: bool) -> Path | None:
     """The checkpoint to go on from, if any.
 
     Args:
-        resume: what --resume names: a file, a run directory, "" for the one in `output`, or None.
+        resume: what --resume names: a file, a run directory, "" for the one in `output`, "auto" for
+            that one if it is there, or None.
         output: what --output names, "" for nothing.
         restarted: whether torchrun started the run again.
     """
-    if resume:
+    if resume and resume != "auto":
         path = Path(resume)
         return path / checkpoint.NAME if path.is_dir() else path
     in_output = Path(output) / checkpoint.NAME if output else None
-    if resume is None:
-        # torchrun repeats the command line as it was: a restart means going on.
-        again = restarted and in_output is not None and in_output.exists()
-        return in_output if again else None
-    if in_output is None:
-        raise TrainerError("--resume needs the PATH of a checkpoint, or --output with one in it")
-    return in_output
+    if resume is not None and in_output is None:
+        what = "auto needs" if resume else "needs the PATH of a checkpoint, or"
+        raise TrainerError(f"--resume {what} --output with one in it")
+    # torchrun repeats the command line as it was: a restart means going on.
+    if resume == "auto" or (resume is None and restarted):
+        return in_output if in_output is not None and in_output.exists() else None
+    return in_output if resume is not None else None

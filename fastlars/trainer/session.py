@@ -2,56 +2,110 @@
 
 from __future__ import annotations
 
-import platform
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torchvision
-
-from fastlars.trainer import checkpoint, config, data, model, optimizer, plan, rundir
-from fastlars.trainer.config import Config
+from fastlars.trainer import checkpoint, config, data, dryrun, findlr, repeat, report, rundir
+from fastlars.trainer.build import build
+from fastlars.trainer.config import Command, Config
 from fastlars.trainer.data import Data
 from fastlars.trainer.distributed import World, restarted, world
 from fastlars.trainer.errors import TrainerError
-from fastlars.trainer.log import Display, MetricsLog
-from fastlars.trainer.loop import Loop, Parts, Progress, fingerprint
+from fastlars.trainer.log import Records, read
+from fastlars.trainer.loop import Loop
+from fastlars.trainer.mllog import MLLog
+from fastlars.trainer.parts import Progress, fingerprint
 from fastlars.trainer.rundir import RunDirectory
 from fastlars.trainer.signals import StopSignals
+from fastlars.trainer.tensorboard import TensorBoard
 
 
-def run(given: dict[str, Any], resume: str | None) -> int:
-    """Train as the command line says; the process's exit status."""
-    device, timeout = given.get("device", Config.device), given.get("timeout", Config.timeout)
+def run(command: Command) -> int:
+    """Do what the command line says; the process's exit status."""
+    device = command.given.get("device", Config.device)
+    timeout = command.given.get("timeout", Config.timeout)
     with world(device, timeout) as here:
-        started, again = time.perf_counter(), restarted(here)
-        with here.together():
-            source = rundir.to_resume(resume, given.get("output", ""), again)
-            state = checkpoint.load(source) if source else None
-            settings = (
-                config.resumed(given, state["config"], str(source))
-                if state
-                else config.fresh(given)
-            )
-            images = data.load(settings, here.device)
-            _same_images(images, state)
-            directory = _directory(settings, source, here)
-        with _directory_for(directory, here), StopSignals() as stop:
-            loop = _loop(settings, images, directory, source, state, here)
-            try:
-                with loop.parts.display, here.connected():
-                    _introduce(loop, state)
-                    finished = loop.run(stop)
-            finally:
-                if loop.parts.log is not None:
-                    loop.parts.log.close()
-        _conclude(loop, finished, stop, time.perf_counter() - started)
-        if finished or stop.received is None:
-            return 0
-        return 128 + stop.received
+        if command.dry_run:
+            return _dry_run(command, here)
+        return _find_lr(command, here) if command.find_lr else _train(command, here)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a command line amounts to, before anything is built or written."""
+
+    settings: Config
+    images: Data
+    directory: RunDirectory
+    source: Path | None  # the checkpoint to go on from,
+    state: dict[str, Any] | None  # and what is in it
+
+
+def _job(command: Command, here: World) -> _Job:
+    again = restarted(here)
+    with here.together():
+        source = rundir.to_resume(command.resume, command.given.get("output", ""), again)
+        state = checkpoint.load(source) if source else None
+        settings = (
+            config.resumed(command.given, state["config"], str(source))
+            if state
+            else config.fresh(command.given, here.size)
+        )
+        images = data.load(settings, here.device)
+        _same_images(images, state)
+        directory = _directory(settings, source, here)
+    return _Job(settings, images, directory, source, state)
+
+
+def _dry_run(command: Command, here: World) -> int:
+    job = _job(command, here)
+    done = job.state["progress"]["step"] if job.state else 0
+    parts = build(job.settings, job.images, job.directory, done, here)
+    for line in (*report.introduction(parts), *dryrun.describe(parts, done)):
+        parts.display.say(line)
+    parts.display.say(f"nothing was written; a run would write in {job.directory.path}")
+    return 0
+
+
+def _find_lr(command: Command, here: World) -> int:
+    with here.together():
+        settings = config.fresh(command.given, here.size)
+        findlr.check(settings)
+        images = data.load(settings, here.device)
+    with findlr.directory(settings, here) as directory, StopSignals() as stop:
+        parts = build(settings, images, directory, 0, here)
+        for line in report.introduction(parts):
+            parts.display.say(line)
+        losses = findlr.sweep(parts, stop)
+        if here.first:
+            for line in findlr.write(parts, losses, directory.path):
+                parts.display.say(line)
+    return 0
+
+
+def _train(command: Command, here: World) -> int:
+    started = time.perf_counter()
+    job = _job(command, here)
+    directory, source, state = job.directory, job.source, job.state
+    with _directory_for(directory, here), StopSignals() as stop:
+        loop = _loop(job.settings, job.images, directory, state, here)
+        repeat.write(loop.parts, command.line, loop.progress.step)
+        with _records(loop, source, state), loop.parts.display, here.connected():
+            _introduce(loop, state)
+            finished = loop.run(stop)
+            reason = stop.received.name if stop.received is not None else "--max-steps"
+            stopped_by = None if finished else reason
+            _end(loop, stopped_by)
+    for line in report.conclusion(loop, stopped_by, time.perf_counter() - started):
+        loop.parts.display.say(line)
+    if finished or stop.received is None:
+        return 0
+    return 128 + stop.received
 
 
 def _same_images(images: Data, state: dict[str, Any] | None) -> None:
@@ -75,8 +129,9 @@ def _directory(settings: Config, source: Path | None, here: World) -> RunDirecto
     if source is None:
         chosen = rundir.new(settings.output, settings.data, settings.recipe) if here.first else None
     else:
-        chosen = RunDirectory(Path(settings.output) if settings.output else source.parent)
-        if chosen.checkpoint.exists() and chosen.checkpoint.resolve() != source.resolve():
+        path = Path(settings.output) if settings.output else source.parent
+        chosen = RunDirectory(path, came_from=source)
+        if chosen.checkpoint.exists() and not chosen.checkpoint.samefile(source):
             raise TrainerError(f"--output: {chosen.path} holds another run than {source}")
     return chosen or RunDirectory(Path())  # the others write nothing
 
@@ -95,43 +150,52 @@ def _directory_for(directory: RunDirectory, here: World) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def _records(loop: Loop, source: Path | None, state: dict[str, Any] | None) -> Iterator[None]:
+    """Has the first process keep records while the context lasts."""
+    parts = loop.parts
+    board = parts.run.path / "tensorboard"
+    new_board = not board.exists()
+    try:
+        with parts.world.together():
+            if parts.world.first:
+                keep = state["log_lines"] if state else 0
+                before = source.with_name(parts.run.log.name) if source else None
+                parts.log = Records(parts.run.log, keep, before)
+                _listen(parts.log, loop, board)
+        yield
+    except BaseException:
+        if parts.world.first and new_board and not parts.run.checkpoint.exists():
+            shutil.rmtree(board, ignore_errors=True)
+        raise
+    finally:
+        if parts.log is not None:
+            parts.log.close()
+
+
+def _listen(log: Records, loop: Loop, folder: Path) -> None:
+    """Have everything listen that the command line asks for."""
+    parts = loop.parts
+    if parts.config.tensorboard:
+        # Where nothing is there yet, a resumed run was elsewhere, or had no --tensorboard.
+        missed = [] if folder.exists() else read(parts.run.log)
+        board = TensorBoard(folder, loop.progress.step)
+        for record in missed:
+            board.record(record)
+        log.listeners.append(board)
+    if parts.config.mllog:
+        log.listeners.append(MLLog(parts, loop.progress))
+
+
 def _loop(
     settings: Config,
     images: Data,
     directory: RunDirectory,
-    source: Path | None,
     state: dict[str, Any] | None,
     here: World,
 ) -> Loop:
-    with here.together():
-        steps = plan.make(
-            images.train_size,
-            settings.batch_size,
-            settings.micro_batch,
-            here.rank,
-            here.size,
-            settings.seed,
-        )
-        torch.backends.cudnn.benchmark = here.device.type == "cuda"
-        stem = images.stem if settings.stem == "auto" else settings.stem
-        net = model.build(settings.model, len(images.classes), stem, settings.seed)
-        net = net.to(here.device)
-        optim = optimizer.build_optimizer(settings, net)
-        schedule = optimizer.build_schedule(settings, optim, steps.steps_per_epoch)
     progress = Progress(**state["progress"]) if state else Progress()
-    log = None
-    if here.first:
-        keep = state["log_lines"] if state else 0
-        log = MetricsLog(
-            directory.log, keep, source.with_name(directory.log.name) if source else None
-        )
-    display = Display(
-        settings.epochs * steps.steps_per_epoch * settings.batch_size,
-        progress.step * settings.batch_size,
-        shown=here.first,
-    )
-    parts = Parts(settings, here, images, steps, net, optim, schedule, directory, log, display)
-    loop = Loop(parts, progress)
+    loop = Loop(build(settings, images, directory, progress.step, here), progress)
     if state:
         loop.restore(state)
     return loop
@@ -140,62 +204,21 @@ def _loop(
 def _introduce(loop: Loop, state: dict[str, Any] | None) -> None:
     """Say what is trained how; a new run's log starts with the same."""
     parts = loop.parts
-    settings = parts.config
-    title = (
-        f"{settings.recipe.upper()}, {settings.model}, {parts.data.name}, "
-        f"batch {settings.batch_size}"
-    )
-    size = sum(parameter.numel() for parameter in parts.model.parameters())
-    parts.display.say(
-        f"{title}: {size / 1e6:.1f}M parameters, {parts.data.train_size} training and "
-        f"{parts.data.test_size} test images of {len(parts.data.classes)} classes at "
-        f"{parts.data.image_size} pixels"
-    )
-    parts.display.say(
-        f"{settings.epochs} epochs of {parts.plan.steps_per_epoch} steps, lr {settings.lr:g}, "
-        f"weight decay {settings.weight_decay:g}, on {parts.world.size} x "
-        f"{parts.world.device.type}, {parts.plan.micro_batches} x {parts.plan.micro_batch} "
-        f"images a step each"
-    )
+    for line in report.introduction(parts):
+        parts.display.say(line)
     if state is not None:
         parts.display.say(f"resumed at step {loop.progress.step} of {loop.total_steps}")
     elif parts.log is not None:
-        versions = {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-        }
-        parts.log.write(
-            {
-                "kind": "start",
-                "title": title,
-                "config": settings.shaping(),
-                "data": fingerprint(parts.data) | {"classes": len(parts.data.classes)},
-                "steps_per_epoch": parts.plan.steps_per_epoch,
-                "processes": parts.world.size,
-                "device": parts.world.device.type,
-                "versions": versions,
-            }
-        )
+        parts.log.write("start", **report.start_record(parts))
 
 
-def _conclude(loop: Loop, finished: bool, stop: StopSignals, seconds: float) -> None:
-    """The last lines: the result, or how to go on."""
-    parts, progress = loop.parts, loop.progress
-    say, run = parts.display.say, parts.run
-    if finished:
-        count = round(progress.last_accuracy * parts.data.test_size)
-        say(
-            f"final test accuracy: {progress.last_accuracy:.2%} ({count} of "
-            f"{parts.data.test_size}), best {progress.best_accuracy:.2%} after epoch "
-            f"{progress.best_epoch}; {seconds:.0f} s"
+def _end(loop: Loop, stopped_by: str | None) -> None:
+    """The last record, and the pictures that are drawn once."""
+    if loop.parts.log is not None:
+        step = loop.progress.step
+        epoch = round(step / loop.parts.plan.steps_per_epoch, 4)
+        finished = stopped_by is None
+        loop.parts.log.write(
+            "end", step=step, epoch=epoch, finished=finished, stopped_by=stopped_by
         )
-        say(f"checkpoint: {run.checkpoint}")
-        say(f"log:        {run.log}")
-        say(f"picture:    {run.picture}")
-        return
-    why = stop.received.name if stop.received is not None else "--max-steps"
-    say(
-        f"stopped by {why} at step {progress.step} of {loop.total_steps}; go on with: "
-        f"python -m fastlars.trainer --resume {run.checkpoint}"
-    )
+        report.draw_layers(loop.parts)

@@ -1,71 +1,50 @@
-"""Crops and flips of PIL images, to tensors of bytes [side, side, 3].
+"""Crops and flips of one image, bytes [3, height, width], by torchvision's transforms.
 
-What is random is drawn from a name ("seed/epoch/image") and not from a generator's state: the
-same image looks the same in every process, and a run can go on from any step.
+What is random is drawn from a generator that starts from (seed, epoch, image): the same image
+looks the same in every process, and a run can go on from any step.
 """
 
 from __future__ import annotations
 
-import math
-import random
+import hashlib
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from torchvision.transforms import v2
 
-_AREA = (0.08, 1.0)
-_ASPECT = (3 / 4, 4 / 3)
-_MARGIN = 1 / 8  # 4 of 32 pixels, as in He et al. (2016) for CIFAR
 _SHORT_SIDE = 256 / 224  # of a test image, before its centre is cut out
 
 
-def crop_and_flip(image: Image.Image, side: int, name: str) -> torch.Tensor:
-    """A random part of random aspect, and a coin's flip (Szegedy et al. 2015)."""
-    draw = random.Random(name)
-    box = _random_box(image.width, image.height, draw)
-    cut = image.resize((side, side), Image.Resampling.BILINEAR, box=box)
-    return _bytes(ImageOps.mirror(cut) if draw.random() < 0.5 else cut)
+class Augmented:
+    """A random part of random aspect, at `side` pixels, and a coin's flip (Szegedy et al. 2015)."""
+
+    def __init__(self, side: int, seed: int) -> None:
+        self._seed = seed
+        self._crop = v2.Compose([v2.RandomResizedCrop(side), v2.RandomHorizontalFlip()])
+
+    def __call__(self, image: torch.Tensor, epoch: int, index: int) -> torch.Tensor:
+        """The image as its epoch sees it."""
+        name = f"{self._seed}/{epoch}/{index}".encode()
+        start = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(start)
+            return self._crop(image)
 
 
-def shift_and_flip(image: Image.Image, side: int, name: str) -> torch.Tensor:
-    """The whole image moved by up to an eighth of its side over black, and a coin's flip."""
-    draw = random.Random(name)
-    margin = round(side * _MARGIN)
-    frame = Image.new("RGB", (side, side))
-    frame.paste(
-        _resized(image, side), (draw.randint(-margin, margin), draw.randint(-margin, margin))
-    )
-    return _bytes(ImageOps.mirror(frame) if draw.random() < 0.5 else frame)
+class Centre:
+    """The middle of an image at `side` pixels; one of that size is taken as it is.
 
+    Args:
+        side: in pixels.
+        whole: cut off only what the square lacks, not the margin that ImageNet's tests leave out.
+    """
 
-def centre(image: Image.Image, side: int) -> torch.Tensor:
-    """The image if it has that size already, else its centre."""
-    if image.size == (side, side):
-        return _bytes(image)
-    cut = min(image.size) / _SHORT_SIDE
-    left, top = (image.width - cut) / 2, (image.height - cut) / 2
-    box = (left, top, left + cut, top + cut)
-    return _bytes(image.resize((side, side), Image.Resampling.BILINEAR, box=box))
+    def __init__(self, side: int, *, whole: bool) -> None:
+        self._side = side
+        short = side if whole else round(side * _SHORT_SIDE)
+        self._cut = v2.Compose([v2.Resize(short), v2.CenterCrop(side)])
 
-
-def _random_box(width: int, height: int, draw: random.Random) -> tuple[float, float, float, float]:
-    for _ in range(10):
-        area = width * height * draw.uniform(*_AREA)
-        aspect = math.exp(draw.uniform(*(math.log(bound) for bound in _ASPECT)))
-        wide, high = math.sqrt(area * aspect), math.sqrt(area / aspect)
-        if wide <= width and high <= height:
-            left, top = draw.uniform(0, width - wide), draw.uniform(0, height - high)
-            return left, top, left + wide, top + high
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
-
-
-def _resized(image: Image.Image, side: int) -> Image.Image:
-    if image.size == (side, side):
-        return image
-    return image.resize((side, side), Image.Resampling.BILINEAR)
-
-
-def _bytes(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image, dtype=np.uint8))
+    def __call__(self, image: torch.Tensor, _epoch: int, _index: int) -> torch.Tensor:
+        """The same in every epoch."""
+        if image.shape[-2:] == (self._side, self._side):
+            return image
+        return self._cut(image)

@@ -1,7 +1,8 @@
 """The trainer with the tiny model and no picture, as torchrun starts it.
 
 With DIE_AT, process 1 of the first attempt is killed at that step, as the system kills one that
-takes too much memory.
+takes too much memory. Several command lines, with "then" between them, run one after the other:
+starting processes takes longer than training.
 """
 
 from __future__ import annotations
@@ -30,4 +31,8 @@ def mortal(self: Loop, *arguments: object) -> None:
 
 if "DIE_AT" in os.environ:
     Loop._step = mortal  # type: ignore[method-assign]
-sys.exit(main())
+status, line = 0, sys.argv[1:]
+while line and status == 0:
+    end = line.index("then") if "then" in line else len(line)
+    status, line = main(line[:end]), line[end + 1 :]
+sys.exit(status)

@@ -6,12 +6,14 @@ import errno
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,8 @@ import torch
 
 from fastlars.trainer import checkpoint
 from fastlars.trainer.errors import TrainerError
+from fastlars.trainer.kept import Kept
+from fastlars.trainer.rundir import RunDirectory
 from trainer.helpers import Outcome, assert_same, files_below, load
 
 Train = Callable[..., Outcome]
@@ -43,32 +47,49 @@ import os, signal, sys, time
 from pathlib import Path
 import torch
 from fastlars.trainer import checkpoint
+from fastlars.trainer.kept import Kept
+from fastlars.trainer.rundir import RunDirectory
 
-path = Path(sys.argv[1])
+if sys.argv[2] == "copies":
+    def link(source, target):
+        raise PermissionError(1, "Operation not permitted")
+    os.link = link
+run = RunDirectory(Path(sys.argv[1]))
 torch.set_num_threads(1)
 for delay in (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1):
     child = os.fork()
     if child == 0:
-        step = checkpoint.load(path)["step"]
+        step, kept = checkpoint.load(run.checkpoint)["step"], Kept(run, 2)
+        kept.name(step, best=step % 3 == 0)  # as a resumed run does
         while True:
             step += 1
-            checkpoint.save(path, {"step": step, "weights": torch.full((500_000,), float(step))})
-    time.sleep(0.05 + delay)
+            state = {"step": step, "weights": torch.full((300_000,), float(step))}
+            kept.save(state, step, best=step % 3 == 0)
+    time.sleep(0.1 + delay)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    state = checkpoint.load(path)
-    assert state["weights"].eq(state["step"]).all()
-    left = path.with_name(".checkpoint.pt.partial")
-    print(state["step"], left.exists())
+    latest = checkpoint.load(run.checkpoint)["step"]
+    numbered = sorted(run.path.glob("checkpoint-*.pt"))
+    for path in (run.checkpoint, run.best, *numbered):
+        state = checkpoint.load(path)
+        assert state["weights"].eq(state["step"]).all()
+        assert path not in numbered or path.name == f"checkpoint-{state['step']:06}.pt"
+    best = checkpoint.load(run.best)["step"]
+    assert best % 3 == 0 and latest - 3 <= best <= latest, (best, latest)
+    assert 2 <= len(numbered) <= 3 and int(numbered[-1].stem[-6:]) in (latest - 1, latest)
+    left = any(path.name.endswith(".partial") for path in run.path.iterdir())
+    print(latest, left)
 """
 
 
-def test_kill_while_saving(tmp_path: Path) -> None:
-    """SIGKILL at seven moments of writing without a pause: there is always a whole checkpoint."""
-    path = tmp_path / "checkpoint.pt"
-    checkpoint.save(path, state(0.0, 500_000))
+@pytest.mark.parametrize("how", ["links", "copies"])
+def test_kill_while_saving(tmp_path: Path, how: str) -> None:
+    """SIGKILL at seven moments of saving without a pause: each name is a whole checkpoint's."""
+    run = RunDirectory(tmp_path)
+    for step in range(4):
+        Kept(run, 2).save(state(step, 300_000), step, best=step % 3 == 0)
     done = subprocess.run(
-        [sys.executable, "-c", KILLED_WHILE_SAVING, str(path)],
+        [sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path), how],
         capture_output=True,
         text=True,
         timeout=60,
@@ -76,10 +97,13 @@ def test_kill_while_saving(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     kills = [line.split() for line in done.stdout.splitlines()]
     assert len(kills) == 7
-    assert int(kills[-1][0]) > 0  # it did save
+    assert int(kills[-1][0]) > 3  # it did save
     assert any(left == "True" for _, left in kills)  # and was killed in the middle of it
-    checkpoint.save(path, state(1.0))
-    assert files_below(tmp_path) == ["checkpoint.pt"]  # leftovers go with the next one
+    last = int(kills[-1][0]) + 3
+    Kept(run, 2).save(state(last), last, best=True)
+    names = sorted(name for name in files_below(tmp_path) if name.startswith("checkpoint-"))
+    assert names[-1] == f"checkpoint-{last:06}.pt"
+    assert files_below(tmp_path) == ["best.pt", *names, "checkpoint.pt"]  # no leftovers
 
 
 @contextmanager
@@ -97,12 +121,72 @@ def disk_full_after(size: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("size", [0, 100, 2000, 300_000])
 def test_full_disk(tmp_path: Path, size: int) -> None:
-    path = tmp_path / "checkpoint.pt"
-    checkpoint.save(path, state(1.0))
-    with disk_full_after(size), pytest.raises(checkpoint.NotSavedError, match=str(path)):
-        checkpoint.save(path, state(2.0, 100_000))
-    assert files_below(tmp_path) == ["checkpoint.pt"]
-    assert checkpoint.load(path)["step"] == 1
+    """Nothing is lost: the latest ones and the best one are as they were."""
+    run = RunDirectory(tmp_path)
+    kept = Kept(run, 2)
+    for step in (1, 2, 3):
+        kept.save(state(step), step, best=step == 2)
+    message = f"cannot write {run.checkpoint}: File too large"
+    with disk_full_after(size), pytest.raises(checkpoint.NotSavedError, match=message):
+        kept.save(state(4, 100_000), 4, best=True)
+    names = ["best.pt", "checkpoint-000002.pt", "checkpoint-000003.pt", "checkpoint.pt"]
+    assert files_below(tmp_path) == names
+    assert [checkpoint.load(tmp_path / name)["step"] for name in names] == [2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("name", ["best.pt", "checkpoint-000004.pt"])
+def test_no_room_for_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """On a disk without links names are copies, and any of them may find it full."""
+    run = RunDirectory(tmp_path)
+    for step in (1, 2, 3):
+        Kept(run, 2).save(state(step), step, best=step == 2)
+
+    def link(_source: Path, _target: Path) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def copy(source: Any, target: Any) -> None:
+        target.write(source.read(100))
+        if f".{name}.partial" in target.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        target.write(source.read())
+
+    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(shutil, "copyfileobj", copy)
+    with pytest.raises(checkpoint.NotSavedError, match=rf"{name}: No space left on device"):
+        Kept(run, 2).save(state(4), 4, best=True)
+    left = {path.name: checkpoint.load(path)["step"] for path in tmp_path.iterdir()}
+    numbers = {f"checkpoint-00000{step}.pt": step for step in (2, 3)}
+    if name == "best.pt":
+        numbers |= {"checkpoint-000004.pt": 4}
+    assert left == numbers | {"checkpoint.pt": 4, "best.pt": 2}
+    monkeypatch.undo()
+    Kept(run, 2).name(4, best=True)  # as a resumed run does
+    left = {path.name: checkpoint.load(path)["step"] for path in tmp_path.iterdir()}
+    names = {"checkpoint-000003.pt": 3, "checkpoint-000004.pt": 4}
+    assert left == names | {"checkpoint.pt": 4, "best.pt": 4}
+
+
+def test_one_file_has_many_names(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    Kept(run, 3).save(state(1), 1, best=True)
+    Kept(run, 3).name(1, best=True)  # as a resumed run does
+    assert len({path.stat().st_ino for path in tmp_path.iterdir()}) == 1
+    assert files_below(tmp_path) == ["best.pt", "checkpoint-000001.pt", "checkpoint.pt"]
+
+
+def test_no_more_are_kept_than_asked_for(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    (tmp_path / "checkpoint-mine.pt").write_text("not one of the run's")
+    for step in (5, 999_999, 1_000_000, 2_000_000):
+        Kept(run, 3).save(state(step), step, best=step == 5)
+    kept = ["checkpoint-1000000.pt", "checkpoint-2000000.pt", "checkpoint-999999.pt"]
+    others = ["checkpoint-mine.pt", "checkpoint.pt"]
+    assert files_below(tmp_path) == ["best.pt", *kept, *others]
+    Kept(run, 1).save(state(3_000_000), 3_000_000, best=False)
+    assert files_below(tmp_path) == ["best.pt", *kept, *others]  # resumed without --keep-last
+    assert checkpoint.load(run.best)["step"] == 5
 
 
 @pytest.mark.usefixtures("tiny", "no_picture")

@@ -12,18 +12,19 @@ from fastlars.trainer.errors import TrainerError
 
 
 def configured(*arguments: str) -> Config:
-    return config.fresh(config.parse(arguments)[0])
+    return config.fresh(config.parse(arguments).given)
 
 
+@pytest.mark.parametrize("batch", [None, 512])
 @pytest.mark.parametrize("data", ["digits", "some/folder"])
 @pytest.mark.parametrize("name", recipes.NAMES)
-def test_a_recipe_sets_what_no_flag_does(name: str, data: str) -> None:
-    settings = configured("--recipe", name, "--data", data)
-    recipe = recipes.look_up(name, data)
+def test_a_recipe_sets_what_no_flag_does(name: str, data: str, batch: int | None) -> None:
+    flags = () if batch is None else ("--batch-size", str(batch))
+    settings = configured("--recipe", name, "--data", data, *flags)
+    recipe = recipes.look_up(name, data, batch)
     for key, value in recipe.settings.items():
-        if key not in ("warmup_from", "warmup_epochs"):
-            assert getattr(settings, key) == value, key
-    assert settings.lr == pytest.approx(recipe.lr(settings.batch_size))
+        expected = min(value, settings.lr) if key == "warmup_from" else value
+        assert getattr(settings, key) == expected, key
 
 
 def test_flags_override_the_recipe() -> None:
@@ -32,33 +33,30 @@ def test_flags_override_the_recipe() -> None:
     assert settings.momentum == 0.9
 
 
-@pytest.mark.parametrize(
-    ("name", "batch", "lr"),
-    [
-        ("sgd", 256, 0.1),  # Goyal et al.: 0.1 at 256, linear
-        ("sgd", 8192, 3.2),
-        ("lamb", 512, 0.005),  # You et al. 2019, table 5: square root
-        ("lamb", 8192, 0.02),
-        ("lamb", 32768, 0.04),
-        ("lars", 4096, 10.0),  # MLPerf's reference
-        ("lars", 16384, 20.0),
-    ],
-)
-def test_the_learning_rate_follows_the_batch(name: str, batch: int, lr: float) -> None:
-    settings = configured("--recipe", name, "--data", "folder", "--batch-size", str(batch))
-    assert settings.lr == pytest.approx(lr)
-
-
 def test_goyal_warms_up_from_the_unscaled_rate() -> None:
-    large = configured("--recipe", "sgd", "--data", "folder", "--batch-size", "8192")
+    large = configured("--recipe", "goyal", "--data", "folder", "--batch-size", "8192")
     assert (large.warmup_from, large.lr) == (0.1, pytest.approx(3.2))
-    small = configured("--recipe", "sgd", "--data", "folder", "--batch-size", "64")
+    small = configured("--recipe", "goyal", "--data", "folder", "--batch-size", "64")
     assert small.warmup_from == small.lr == pytest.approx(0.025)
 
 
 def test_a_short_run_warms_up_for_a_quarter_of_it() -> None:
     assert configured("--epochs", "2").warmup_epochs == 0.5
     assert configured("--epochs", "2", "--warmup-epochs", "1").warmup_epochs == 1.0
+
+
+def test_a_warm_up_that_is_long_by_its_recipe_shrinks_with_the_run() -> None:
+    """31 of 89 epochs at 65,536: a third of a run of any length."""
+    large = ("--recipe", "mlperf", "--data", "folder", "--batch-size", "65536", "--epochs")
+    assert configured(*large, "89").warmup_epochs == configured(*large, "200").warmup_epochs == 31
+    assert configured(*large, "30").warmup_epochs == pytest.approx(31 * 30 / 89)
+
+
+def test_the_transition_of_akiba_shrinks_with_its_schedule() -> None:
+    akiba = ("--recipe", "akiba", "--data", "folder", "--epochs")
+    whole, short = configured(*akiba, "90"), configured(*akiba, "30", "--rmsprop-period", "1")
+    assert (whole.rmsprop_center, whole.rmsprop_period) == (10, 5)
+    assert (short.rmsprop_center, short.rmsprop_period) == (pytest.approx(10 / 3), 1)
 
 
 @pytest.mark.parametrize(
@@ -84,10 +82,34 @@ def test_a_bad_flag_is_named(arguments: tuple[str, ...], message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_bn_batch_must_fit_if_it_is_given() -> None:
+    given = {"batch_size": 192, "bn_batch": 64}
+    assert config.fresh(given).bn_batch == config.fresh(given, processes=3).bn_batch == 64
+    assert config.fresh(given | {"micro_batch": 128}, processes=2).bn_batch == 64
+    for more, images in (({}, 96), ({"micro_batch": 48}, 48), ({"batch_size": 65}, 32)):
+        with pytest.raises(TrainerError) as error:
+            config.fresh(given | more, processes=2)
+        assert str(error.value) == (
+            f"--bn-batch 64 does not divide the {images} images of a forward pass"
+        )
+    assert config.fresh({"recipe": "goyal", "batch_size": 40}).bn_batch == 32
+
+
+def test_compression_needs_overlap() -> None:
+    assert configured("--recipe", "akiba").compression == "fp16"
+    assert configured("--recipe", "akiba", "--no-overlap").compression == "none"
+    assert configured("--overlap", "--compression", "bf16").compression == "bf16"
+    with pytest.raises(TrainerError, match="--compression fp16 needs --overlap"):
+        configured("--recipe", "akiba", "--no-overlap", "--compression", "fp16")
+    with pytest.raises(TrainerError, match="--compression bf16 needs --overlap"):
+        configured("--compression", "bf16")
+
+
 def test_resume_takes_a_path_or_none() -> None:
-    assert config.parse(["--epochs", "3"]) == ({"epochs": 3}, None)
-    assert config.parse(["--resume"]) == ({}, "")
-    assert config.parse(["--resume", "runs/a"]) == ({}, "runs/a")
+    command = config.parse(["--epochs", "3", "--no-overlap"])
+    assert (command.given, command.resume) == ({"epochs": 3, "overlap": False}, None)
+    assert config.parse(["--resume"]).resume == ""
+    assert config.parse(["--resume", "runs/a"]).resume == "runs/a"
 
 
 def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from fastlars.trainer.digits import _SHIFT, Digits, _shifted
+from fastlars.trainer.digits import Digits
 
 CPU = torch.device("cpu")
 
@@ -52,14 +52,3 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone(digits: Digits) -> N
     assert not torch.equal(first, other_epoch)
     other_seed, _ = next(Digits(1, CPU).train([(3, some)]))
     assert not torch.equal(first, other_seed)
-
-
-def test_shift() -> None:
-    """Against slicing, for every offset; what comes in from outside is background."""
-    image = torch.randn(1, 1, 32, 32)
-    framed = torch.full((32 + 2 * _SHIFT,) * 2, -0.5)
-    framed[_SHIFT:-_SHIFT, _SHIFT:-_SHIFT] = image[0, 0]
-    for top in range(2 * _SHIFT + 1):
-        for left in range(2 * _SHIFT + 1):
-            moved = _shifted(image, torch.tensor([[top, left]]), -0.5)
-            assert torch.equal(moved[0, 0], framed[top : top + 32, left : left + 32])

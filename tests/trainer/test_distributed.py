@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,38 +14,11 @@ import torch
 
 from fastlars.trainer.distributed import Ballot, World
 from trainer.helpers import Outcome, assert_same, load, records
+from trainer.processes import finish, start
 
 Train = Callable[..., Outcome]
-HERE = Path(__file__).parent
 # SGD: LARS would not notice a gradient that is twice as long.
-SETTINGS = ("--recipe", "sgd", "--epochs", 3, "--batch-size", 64, "--log-every", 1)
-
-
-def start(*arguments: object, restarts: int = 0, **environment: str) -> subprocess.Popen[str]:
-    """Two processes of the trainer with the tiny model."""
-    path = os.pathsep.join(
-        [str(HERE.parent), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
-    )
-    return subprocess.Popen(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-            f"--max-restarts={restarts}", str(HERE / "run_tiny.py"), *map(str, arguments),
-        ],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # so that a signal can go to all, as from a terminal
-    )  # fmt: skip
-
-
-def finish(started: subprocess.Popen[str]) -> Outcome:
-    try:
-        out, err = started.communicate(timeout=120)
-    finally:
-        if started.poll() is None:
-            os.killpg(started.pid, signal.SIGKILL)
-    return Outcome(started.returncode, out, err)
+SETTINGS = ("--recipe", "goyal", "--epochs", 3, "--batch-size", 64, "--log-every", 1)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from fastlars.trainer import transforms
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.folder import Folder
 from trainer.helpers import Outcome, files_below, write_images
@@ -50,20 +49,39 @@ def test_large_images_become_224(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [16, 80])
 def test_augmentation_is_the_same_in_every_worker(images: Path, size: int) -> None:
     batches = [(2, torch.tensor([0, 30])), (3, torch.tensor([30, 0]))]
-    alone = [b[0] for b in Folder(str(images), size, 1, 0, CPU).train(batches)]
-    spread = [b[0] for b in Folder(str(images), size, 1, 2, CPU).train(batches)]
+    alone = [b[0] for b in Folder(str(images), size, 1, 0, CPU, keep="off").train(batches)]
+    spread = [b[0] for b in Folder(str(images), size, 1, 2, CPU, keep="off").train(batches)]
     assert all(torch.equal(a, b) for a, b in zip(alone, spread, strict=True))
     assert not torch.equal(alone[0], alone[1].flip(0))
 
 
-def test_crops_lie_within_the_image() -> None:
-    """A constant image stays constant: no pixel comes from outside."""
-    for width, height in ((40, 30), (500, 8), (9, 300), (1, 1)):
-        image = Image.new("RGB", (width, height), (7, 8, 9))
-        for name in map(str, range(30)):
-            pixels = transforms.crop_and_flip(image, 12, name).flatten(0, 1)
-            assert pixels.unique(dim=0).tolist() == [[7, 8, 9]]
-        assert transforms.centre(image, 12).shape == (12, 12, 3)
+@pytest.mark.parametrize("side", [16, 72])
+def test_half_of_the_images_are_mirrored(tmp_path: Path, side: int) -> None:
+    """Their left half is dark."""
+    image = Image.new("RGB", (side, side))
+    image.paste((255, 255, 255), (side // 2, 0, side, side))
+    for part in ("train", "val"):
+        (tmp_path / part / "ant").mkdir(parents=True)
+        image.save(tmp_path / part / "ant" / "0.png")
+    some = Folder(str(tmp_path), side, 0, 0, CPU)
+    pixels = torch.cat([p for p, _ in some.train((e, torch.tensor([0, 0])) for e in range(100))])
+    light = pixels.mean(dim=(1, 2))  # of each column
+    turned = (light[:, : side // 2].sum(dim=1) > light[:, side // 2 :].sum(dim=1)).float().mean()
+    assert 0.3 < turned < 0.7
+
+
+@pytest.mark.parametrize("keep", ["on", "off"])
+def test_a_batch_of_bad_images_is_left_out_of_a_test(images: Path, keep: str) -> None:
+    for name in ("002.png", "003.png"):
+        damage(images / "val" / "ant" / name)
+    # The one that is asked for its size: the next one tells.
+    (images / "train" / "ant" / "000.png").write_text("hello")
+    some = Folder(str(images), 0, 0, 0, CPU, keep=keep, max_bad_images=3)
+    assert some.image_size == 16
+    counts = [len(labels) for _, labels in some.test(torch.arange(15).split(2))]
+    assert counts == [2, 2, 2, 2, 2, 2, 1]
+    assert some.skipped == 3
+    assert some.test_size == 15
 
 
 def damage(path: Path) -> None:
@@ -120,16 +138,19 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.usefixtures("tiny", "no_picture")
 @pytest.mark.parametrize(
-    ("kind", "workers"),
-    [(kind, 0) for kind in BAD] + [(kind, 1) for kind in BAD if "damaged" in kind],
+    ("kind", "cache", "workers"),
+    [(kind, "on", 0) for kind in BAD]
+    + [(kind, "off", workers) for kind in BAD if "damaged" in kind for workers in (0, 1)],
 )
-def test_bad_folder(images: Path, tmp_path: Path, train: Train, kind: str, workers: int) -> None:
+def test_bad_folder(
+    images: Path, tmp_path: Path, train: Train, kind: str, cache: str, workers: int
+) -> None:
     """Status 2, one line that says what and where, and nothing left behind."""
     spoil, message = BAD[kind]
     spoil(images)
     outcome = train(
         "--data", images, "--epochs", 2, "--batch-size", 36, "--lr", 0.1,
-        "--workers", workers, "--output", tmp_path / "runs" / "one",
+        "--workers", workers, "--cache", cache, "--output", tmp_path / "runs" / "one",
     )  # fmt: skip
     assert outcome.status == 2, outcome
     assert outcome.err.startswith("fastlars.trainer: error: ")
@@ -171,7 +192,10 @@ def test_no_permission_for_an_image(images: Path) -> None:
     (images / "train" / "bee" / "004.png").chmod(0)
     with unprivileged(), pytest.raises(TrainerError) as error:
         list(Folder("images", 0, 0, 0, CPU).train([(0, torch.arange(36))]))
-    assert str(error.value) == "cannot read image images/train/bee/004.png: Permission denied"
+    assert str(error.value) == (
+        "cannot read image images/train/bee/004.png: Permission denied "
+        "(--max-bad-images would skip some)"
+    )
 
 
 @pytest.mark.usefixtures("tiny", "no_picture")
@@ -182,7 +206,7 @@ def test_damage_found_after_a_checkpoint_keeps_it(
     run, image = tmp_path / "run", images / "train" / "bee" / "007.png"
     whole = image.read_bytes()
     settings = ("--data", images, "--epochs", 2, "--batch-size", 8, "--lr", 0.1, "--workers", 0)
-    assert train(*settings, "--output", run, "--max-steps", 4).status == 0
+    assert train(*settings, "--cache", "off", "--output", run, "--max-steps", 4).status == 0
     damage(image)
     outcome = train("--output", run, "--resume", "--max-steps", 0)
     assert outcome.status == 2

@@ -31,7 +31,7 @@ def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize(("recipe", "lr"), [("lars", 1.0), ("lamb", 0.01), ("sgd", 0.1)])
+@pytest.mark.parametrize(("recipe", "lr"), [("lars", 1.0), ("lamb", 0.01), ("goyal", 0.1)])
 def test_micro_batches_make_the_big_batch(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch, recipe: str, lr: float
 ) -> None:
@@ -78,6 +78,31 @@ def test_steps_against_a_loop_written_out(tmp_path: Path, train: Train) -> None:
 
 
 @pytest.mark.usefixtures("tiny")
+def test_batch_norm_of_the_last_step(tmp_path: Path, train: Train) -> None:
+    """Evaluated and saved with the mean over the last step's four ghost batches, and no others."""
+    settings = ("--batch-size", 64, "--micro-batch", 32, "--bn-batch", 16, "--lr", 1e-9)
+    flags = ("--bn-statistics", "last", "--max-steps", 3, "--output", tmp_path)
+    assert train(*settings, *flags).status == 0
+
+    net, data = tiny_net("", 10, "", 0), Digits(0, torch.device("cpu"))
+    batches = data.train(make(data.train_size, 64, 16, 0, 1, 0).from_step(2))
+    with torch.no_grad():
+        features = [net[0](next(batches)[0]) for _ in range(4)]
+    expected = [torch.stack([f(x) for x in features]).mean(0) for f in (mean, variance)]
+    got = load(tmp_path)["model"]
+    torch.testing.assert_close(got["1.running_mean"], expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got["1.running_var"], expected[1], rtol=1e-5, atol=1e-6)
+
+
+def mean(features: torch.Tensor) -> torch.Tensor:
+    return features.mean((0, 2, 3))
+
+
+def variance(features: torch.Tensor) -> torch.Tensor:
+    return features.var((0, 2, 3))
+
+
+@pytest.mark.usefixtures("tiny")
 def test_evaluation_counts_every_test_image(tmp_path: Path, train: Train) -> None:
     """360 is no multiple of 50; the numbers in the log are those of the saved model."""
     outcome = train("--epochs", 1, "--batch-size", 50, "--output", tmp_path)
@@ -95,6 +120,20 @@ def test_evaluation_counts_every_test_image(tmp_path: Path, train: Train) -> Non
     assert round(test["accuracy"] * 360) == correct
     assert test["loss"] == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-5)
     assert f"final test accuracy: {correct / 360:.2%} ({correct} of 360)" in outcome.out
+
+
+@pytest.mark.usefixtures("tiny")
+def test_images_that_cannot_be_read(tmp_path: Path, train: Train, images: Path) -> None:
+    """They count nothing: neither in a step's loss, nor in what an evaluation says."""
+    for path in (images / "train" / "ant" / "003.png", images / "val" / "bee" / "001.png"):
+        path.write_bytes(path.read_bytes()[:200])
+    settings = ("--data", images, "--epochs", 2, "--batch-size", 12, "--lr", 0.1, "--workers", 0)
+    outcome = train(*settings, "--max-bad-images", 2, "--output", tmp_path / "run")
+    assert outcome.status == 0, outcome
+    assert outcome.out.count("(14 images; 1 could not be read)") == 2
+    found = records(tmp_path / "run")
+    assert [r["images"] for r in found if r["kind"] == "test"] == [14, 14]
+    assert sum(r["images"] for r in found if r["kind"] == "train") == 2 * 35
 
 
 @pytest.mark.usefixtures("tiny")
@@ -127,7 +166,7 @@ def test_log(tmp_path: Path, train: Train) -> None:
 @pytest.mark.usefixtures("tiny")
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, train: Train) -> None:
     outcome = train(
-        "--recipe", "sgd", "--lr", 1e30, "--warmup-epochs", 0, "--output", tmp_path / "run"
+        "--recipe", "goyal", "--lr", 1e30, "--warmup-epochs", 0, "--output", tmp_path / "run"
     )
     assert outcome.status == 2
     assert "the loss is no finite number at step" in outcome.err

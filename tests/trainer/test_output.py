@@ -1,4 +1,4 @@
-"""The run directory, the log file and the picture."""
+"""The run directory and the log file."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
-from fastlars.trainer import plots, rundir
+from fastlars.trainer import recipes, rundir
 from fastlars.trainer.errors import TrainerError
-from fastlars.trainer.log import MetricsLog, read
+from fastlars.trainer.log import Records, read
 from trainer.helpers import Outcome, files_below
 
 Train = Callable[..., Outcome]
@@ -22,16 +20,58 @@ SHORT = ("--epochs", 1, "--batch-size", 512)
 
 
 @pytest.mark.usefixtures("tiny")
-def test_three_files_are_written_and_named(tmp_path: Path, train: Train) -> None:
+def test_every_file_is_named_at_the_end(tmp_path: Path, train: Train) -> None:
     run = tmp_path / "a" / "run"
-    outcome = train(*SHORT, "--output", run)
+    outcome = train(*SHORT, "--tensorboard", "--output", run)
     assert outcome.status == 0
-    assert files_below(run) == ["checkpoint.pt", "curves.png", "metrics.jsonl"]
-    for name in files_below(run):
-        assert str(run / name) in outcome.out
+    written = {path.name for path in run.iterdir()}
+    assert written >= {"checkpoint.pt", "metrics.jsonl", "tensorboard"}
+    assert written >= {"curves.png", "trust.csv", "trust.png", "norms.csv", "norms.png"}
+    for name in written:
+        assert f"{run / name}\n" in outcome.out
     with Image.open(run / "curves.png") as picture:
         picture.load()
         assert picture.size[0] > 1000
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
+def test_a_run_says_where_its_settings_come_from(tmp_path: Path, train: Train) -> None:
+    flags = ("--epochs", 14, "--lr", 0.5, "--max-steps", 1, "--output", tmp_path)
+    outcome = train(*flags)
+    source = recipes.look_up("lars", "digits", None).source
+    assert f"recipe lars: {source}\n" in outcome.out
+    assert "instead of the recipe's: --lr 0.5 (1)\n" in outcome.out
+    assert read(tmp_path / "metrics.jsonl")[0]["recipe"] == source
+    again = train("--resume", "--output", tmp_path, "--max-steps", 2)
+    assert "instead of the recipe's: --lr 0.5 (1)\n" in again.out
+    (tmp_path / "other").mkdir()
+    plain = train("--max-steps", 1, "--output", tmp_path / "other")
+    assert "instead of" not in plain.out
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
+def test_the_result_is_that_of_the_images_that_could_be_read(
+    tmp_path: Path, train: Train, images: Path
+) -> None:
+    (images / "val" / "ant" / "000.png").write_text("no picture")
+    flags = ("--data", images, "--max-bad-images", 1, "--workers", 0, "--epochs", 1)
+    run = tmp_path / "run"
+    outcome = train(*flags, "--batch-size", 12, "--output", run)
+    assert outcome.status == 0, outcome.err
+    accuracy = next(r["accuracy"] for r in read(run / "metrics.jsonl") if r["kind"] == "test")
+    assert f"final test accuracy: {accuracy:.2%} ({accuracy * 14:.0f} of 14), best" in outcome.out
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
+def test_the_log_ends_with_how_the_run_ended(tmp_path: Path, train: Train) -> None:
+    assert train(*SHORT, "--output", tmp_path, "--max-steps", 1).status == 0
+    ended = {"kind": "end", "step": 1, "epoch": 0.5, "finished": False, "stopped_by": "--max-steps"}
+    assert read(tmp_path / "metrics.jsonl")[-1] == ended
+    assert train("--resume", "--output", tmp_path, "--max-steps", 0).status == 0
+    found = read(tmp_path / "metrics.jsonl")
+    ends = [record for record in found if record["kind"] == "end"]
+    assert ends == [ended | {"step": 2, "epoch": 1.0, "finished": True, "stopped_by": None}]
+    assert [record["kind"] for record in found[:2]] == ["start", "norms"]
 
 
 @pytest.mark.usefixtures("tiny", "no_picture")
@@ -124,9 +164,9 @@ def test_a_restart_by_torchrun_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_log_keeps_the_lines_before_a_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path)
+    log = Records(path)
     for step in range(5):
-        log.write({"kind": "train", "step": step, "loss": float("nan") if step == 1 else 0.5})
+        log.write("train", step=step, loss=float("nan") if step == 1 else 0.5)
     assert log.lines == 5
     log.close()
     with open(path, "a") as file:
@@ -134,48 +174,8 @@ def test_log_keeps_the_lines_before_a_checkpoint(tmp_path: Path) -> None:
     assert [record["step"] for record in read(path)] == [0, 1, 2, 3, 4]
     assert read(path)[1]["loss"] is None  # JSON has no NaN
 
-    again = MetricsLog(path, keep=2, source=path)
-    again.write({"kind": "test", "step": 2})
+    again = Records(path, keep=2, source=path)
+    again.write("test", step=2)
     again.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
     assert files_below(tmp_path) == ["metrics.jsonl"]
-
-
-def history(layers: int) -> list[dict[str, Any]]:
-    records: list[dict[str, Any]] = [{"kind": "start", "title": "LARS, some net"}]
-    for step in range(1, 21):
-        at = {"step": step, "epoch": step / 10}
-        loss = None if step == 3 else 2 / step
-        records.append(at | {"kind": "train", "loss": loss, "accuracy": step / 30, "lr": step})
-        ratios = {f"layer{n}.weight": 0.01 * (n + 1) for n in range(layers)}
-        records.append(at | {"kind": "trust", "ratios": ratios})
-        if step % 10 == 0:
-            records.append(at | {"kind": "test", "loss": 1 / step, "accuracy": step / 25})
-    return records if layers else [r for r in records if r["kind"] != "trust"]
-
-
-@pytest.mark.parametrize("layers", [0, 1, 54])
-def test_curves(layers: int) -> None:
-    """Four labelled panels with the records' values in them; a line for each layer."""
-    figure = plots.curves(history(layers))
-    assert isinstance(figure, Figure)
-    assert figure.get_suptitle() == "LARS, some net: 80.00% test accuracy"
-    loss, accuracy, rate, ratios = figure.axes[:4]
-    for axis in (loss, accuracy, rate, ratios):
-        assert axis.get_title()
-        assert axis.get_xlabel() == "epoch"
-        assert axis.get_ylabel()
-    assert list(loss.lines[0].get_ydata()) == [2 / step for step in range(1, 21) if step != 3]
-    assert list(accuracy.lines[1].get_ydata()) == [10 / 25, 20 / 25]
-    assert list(rate.lines[0].get_ydata()) == list(range(1, 21))
-    assert len(ratios.lines) == layers
-    if layers:
-        assert ratios.get_yscale() == "log"
-        assert figure.axes[4].get_ylabel() == "layer, from the input to the classifier"
-    else:
-        assert ratios.texts[0].get_text() == "this optimizer has none"
-
-
-def test_a_picture_of_nothing_yet(tmp_path: Path) -> None:
-    plots.draw([{"kind": "start", "title": "LARS"}], tmp_path / "curves.png")
-    assert files_below(tmp_path) == ["curves.png"]

@@ -29,7 +29,7 @@ def assert_same_runs(one: Path, other: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny", "no_picture")
-@pytest.mark.parametrize("recipe", ["lars", "lamb", "sgd"])
+@pytest.mark.parametrize("recipe", ["lars", "lamb", "goyal", "akiba"])
 def test_stopped_anywhere(tmp_path: Path, train: Train, recipe: str) -> None:
     """In an epoch, at its end, within a window of the log, and just before the end."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -196,7 +196,7 @@ def test_a_finished_run_only_repeats_its_result(tmp_path: Path, train: Train) ->
     ("flags", "message"),
     [
         (("--lr", 3.0), "--lr 3.0 differs from 5.0, with which the run in"),
-        (("--recipe", "sgd"), "--recipe sgd differs from lars"),
+        (("--recipe", "goyal"), "--recipe goyal differs from lars"),
         (("--epochs", 3), "--epochs 3 differs from 2"),
         (("--seed", 1), "--seed 1 differs from 0"),
     ],

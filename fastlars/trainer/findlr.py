@@ -1,0 +1,162 @@
+"""A sweep over learning rates: what the loss does while the rate grows with every step.
+
+After Smith 2017 (arXiv:1506.01186), section 3.3, with a rate that grows exponentially.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch.optim.lr_scheduler import LambdaLR
+
+from fastlars.trainer import plots, report, rundir
+from fastlars.trainer.config import Config
+from fastlars.trainer.distributed import Ballot, World
+from fastlars.trainer.errors import TrainerError
+from fastlars.trainer.log import Display
+from fastlars.trainer.meter import Meter, figures
+from fastlars.trainer.parts import Parts
+from fastlars.trainer.precision import Precision
+from fastlars.trainer.rundir import RunDirectory
+from fastlars.trainer.signals import StopSignals
+from fastlars.trainer.step import Step
+
+_STEPS = 100
+_LOW, _HIGH = 1e-3, 1e2  # of --lr
+_LOST = 4.0  # times the lowest loss so far
+_WINDOW = 7  # losses that are averaged
+
+
+def check(config: Config) -> None:
+    """Raise TrainerError where a sweep would say nothing."""
+    if config.recipe == "akiba":
+        raise TrainerError(
+            "--find-lr: akiba's first steps are RMSprop's, whatever the rate is: sweep with "
+            "--recipe goyal, which akiba becomes",
+            everywhere=True,
+        )
+
+
+@contextmanager
+def directory(config: Config, here: World) -> Iterator[RunDirectory]:
+    """Where the picture goes: --output, or a new directory, which is taken back on failure."""
+    chosen = RunDirectory(Path(config.output))
+    with here.together():
+        if here.first:
+            if not config.output:
+                chosen = rundir.new("", config.data, f"{config.recipe}-lr")
+            existed = chosen.path.exists()
+            chosen.claim()
+    try:
+        yield chosen
+    except BaseException:
+        if here.first and not existed:
+            chosen.discard()
+        raise
+
+
+def sweep(parts: Parts, stop: StopSignals) -> dict[float, float]:
+    """The loss of a step at each learning rate; ends where the loss is lost.
+
+    The model of `parts` is trained, and of no use afterwards.
+    """
+    config, world = parts.config, parts.world
+    growth = (_HIGH / _LOW) ** (1 / (_STEPS - 1))
+    parts.schedule = LambdaLR(parts.optimizer, lambda step: _LOW * growth**step)
+    parts.display = Display(_STEPS * config.batch_size, 0, shown=world.first)
+    step = Step(parts, Precision(config.precision, world.device))
+    batches, meter = parts.data.train(parts.plan.from_step(0)), Meter(world.device)
+    ballot, losses = Ballot(world), dict[float, float]()
+    with parts.display, world.connected():
+        for _ in range(_STEPS):
+            if ballot.any(stop.received is not None):
+                raise KeyboardInterrupt
+            meter.reset()
+            step.take(batches, meter)
+            seen = figures(world.total(meter.sums))
+            losses[step.lr] = seen.loss  # a step that fp16 skipped is taken again at its rate
+            parts.display.advance(config.batch_size)
+            parts.display.figures(seen.loss, seen.accuracy)
+            if is_lost(list(losses.values())):
+                break
+        ballot.close()
+    return losses
+
+
+def is_lost(losses: Sequence[float]) -> bool:
+    """Whether the latest losses, of three steps, are no numbers or far above the lowest."""
+    means = np.convolve(losses, np.ones(3) / 3, "valid") if len(losses) > 2 else np.array(losses)
+    return bool(not np.isfinite(losses[-1]) or means[-1] > _LOST * np.nanmin(means))
+
+
+def smoothed(losses: Sequence[float]) -> list[float]:
+    """Means over a window around each loss: no lag, which would shift every rate upwards."""
+    half = _WINDOW // 2
+    return [float(np.mean(losses[max(i - half, 0) : i + half + 1])) for i in range(len(losses))]
+
+
+def suggest(rates: Sequence[float], losses: Sequence[float]) -> tuple[float, float] | None:
+    """The rates at which smoothed losses fall fastest and are lowest; None where they never fall.
+
+    Fastest: the most negative slope from step to step, up to the lowest loss; rates grow by the
+    same factor with every step.
+    """
+    lowest = int(np.argmin(losses))
+    if lowest == 0:
+        return None
+    slopes = np.gradient(np.asarray(losses))[: lowest + 1]
+    return rates[int(np.argmin(slopes))], rates[lowest]
+
+
+def write(parts: Parts, losses: dict[float, float], folder: Path) -> Iterator[str]:
+    """Write lr_find.csv and lr_find.png; what there is to say about them."""
+    finite = {rate: loss for rate, loss in losses.items() if np.isfinite(loss)}
+    if not finite:
+        raise TrainerError(f"--find-lr: the loss is no finite number even at {min(losses):.3g}")
+    rates, means = list(finite), smoothed(list(finite.values()))
+    found = suggest(rates, means) if len(rates) > 1 else None
+    rows = zip(range(1, len(rates) + 1), rates, finite.values(), means, strict=True)
+    heading = ("step", "lr", "loss", "smoothed_loss")
+    plots.save_table([heading, *rows], folder / "lr_find.csv")
+    plots.save(picture(report.title(parts), finite, means, found), folder / "lr_find.png")
+    if found is None:
+        yield f"the loss fell at no rate up to {rates[-1]:.3g}: nothing to suggest"
+    else:
+        yield (
+            f"suggested:  --lr {found[0]:.2g}, where the loss falls fastest; it is lowest at "
+            f"{found[1]:.2g}, from where on it grows"
+        )
+    yield f"picture:    {folder / 'lr_find.png'}"
+    yield f"table:      {folder / 'lr_find.csv'}"
+
+
+def picture(
+    title: str,
+    losses: dict[float, float],
+    means: Sequence[float],
+    found: tuple[float, float] | None,
+) -> Figure:
+    """Loss over learning rate, and the rates of `suggest`."""
+    rates = list(losses)
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.plot(rates, list(losses.values()), ".", color="0.6", label="a step's loss")
+    axis.plot(rates, means, label=f"mean of {_WINDOW} steps")
+    if found is not None:
+        fastest, lowest = found
+        axis.axvline(fastest, color="tab:green", ls="--", label=f"falls fastest: {fastest:.2g}")
+        axis.axvline(lowest, color="tab:red", ls=":", label=f"is lowest: {lowest:.2g}")
+    axis.set_xscale("log")
+    # What comes after the loss is lost would squeeze the rest into a line.
+    before = means[: int(np.argmin(means)) + 1]
+    axis.set_ylim(0, 1.5 * max(before))
+    axis.set(title=title, xlabel="learning rate", ylabel="cross-entropy per image")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower left")
+    return figure

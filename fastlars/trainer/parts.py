@@ -1,0 +1,54 @@
+"""What a run consists of, and how far it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from fastlars.trainer.config import Config
+from fastlars.trainer.data import Data
+from fastlars.trainer.distributed import World
+from fastlars.trainer.log import Display, Records
+from fastlars.trainer.plan import Plan
+from fastlars.trainer.rundir import RunDirectory
+
+
+@dataclass
+class Progress:
+    """How far the run is; all a checkpoint needs beside tensors."""
+
+    step: int = 0
+    evaluated: int = 0  # epochs
+    last_accuracy: float = 0.0
+    best_accuracy: float = 0.0
+    best_epoch: int = 0
+
+
+@dataclass
+class Parts:
+    """What the loop works with."""
+
+    config: Config
+    world: World
+    data: Data
+    plan: Plan
+    model: nn.Module
+    optimizer: Optimizer
+    schedule: LambdaLR
+    run: RunDirectory
+    log: Records | None  # of the first process
+    display: Display
+
+
+def fingerprint(data: Data) -> dict[str, Any]:
+    """What must be the same about the images when a run is resumed."""
+    return {
+        "classes": list(data.classes),
+        "train_size": data.train_size,
+        "test_size": data.test_size,
+        "image_size": data.image_size,
+    }

@@ -1,0 +1,181 @@
+"""Worker processes that read image files, some batches ahead of the training."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from fastlars.trainer import images
+from fastlars.trainer.errors import TrainerError
+from fastlars.trainer.resident import Part
+
+_AHEAD = 2  # batches that each worker may have finished
+_NAMED = 5  # bad images that the error names
+
+Prepare = Callable[[torch.Tensor, int, int], torch.Tensor]  # image, epoch, index
+
+
+class Skipped:
+    """The images that a process could not read: each is told of once, up to a limit.
+
+    Args:
+        limit: how many there may be.
+        shown: print a warning for each.
+    """
+
+    def __init__(self, limit: int, *, shown: bool = True) -> None:
+        self._limit, self.shown = limit, shown
+        self._found: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def add(self, path: str, reason: str) -> None:
+        """Count the image at `path`; TrainerError where there are too many."""
+        if path in self._found:
+            return
+        self._found[path] = reason
+        if len(self) > self._limit:
+            raise TrainerError(self._error())
+        if self.shown:
+            text = f"warning: skipped image {path}: {reason} ({len(self)} of {self._limit})"
+            tqdm.write(text, file=sys.stderr)
+
+    def _error(self) -> str:
+        first = [f"{path}: {why}" for path, why in list(self._found.items())[:_NAMED]]
+        if self._limit == 0:
+            return f"cannot read image {first[0]} (--max-bad-images would skip some)"
+        more = f"; and {len(self) - _NAMED} more" if len(self) > _NAMED else ""
+        return (
+            f"more than --max-bad-images {self._limit} cannot be read: " + "; ".join(first) + more
+        )
+
+
+class Reader:
+    """Reads images of one kind; one reading at a time.
+
+    Args:
+        files: path and label of each.
+        prepare: what is done to an image; the results must be of one shape.
+        workers: processes that read; 0: the calling one.
+        device: where the batches are put.
+        skipped: where images that cannot be read are counted.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[tuple[str, int]],
+        prepare: Prepare,
+        workers: int,
+        device: torch.device,
+        skipped: Skipped,
+    ) -> None:
+        self._files, self._device, self._skipped = files, device, skipped
+        self._requests = _Requests()
+        self._loader: DataLoader[Any] = DataLoader(
+            _Images(files, prepare),
+            batch_size=None,  # a request is a whole batch
+            sampler=self._requests,
+            num_workers=workers,
+            prefetch_factor=_AHEAD if workers else None,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_worker_signals,
+            # Without one of its own the loader draws from the global generator, and a resumed run
+            # would no longer be where the undisturbed one is.
+            generator=torch.Generator(),
+        )
+
+    def read(self, batches: Iterable[tuple[int, torch.Tensor]]) -> Iterator[Part]:
+        """The images at each (epoch, indices), in that order, without those that are bad."""
+        self._requests.batches = batches
+        with _child_signals_as_they_are():
+            found = iter(self._loader)
+        while True:
+            try:
+                batch = next(found, None)
+            except RuntimeError as error:  # torch's has no class of its own
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise TrainerError(
+                    f"--workers: one is lost, for want of memory? {error}"
+                ) from error
+            if batch is None:
+                return
+            for index, why in zip(batch.bad, batch.reasons, strict=True):
+                self._skipped.add(self._files[index][0], why)
+            pixels = batch.pixels.to(self._device, non_blocking=True)
+            labels = batch.labels.to(self._device, non_blocking=True)
+            yield Part(pixels, labels, batch.epoch, batch.indices)
+
+
+class _Requests:
+    """What the loader is to fetch, of the reading that goes on."""
+
+    batches: Iterable[tuple[int, torch.Tensor]] = ()
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        # Lists: a tensor would travel to the worker through a file of its own.
+        return ((epoch, indices.tolist()) for epoch, indices in self.batches)
+
+
+class _Batch(NamedTuple):
+    """What a worker sends."""
+
+    pixels: torch.Tensor  # [n, side, side, 3]
+    labels: torch.Tensor
+    epoch: int
+    indices: torch.Tensor
+    bad: list[int]
+    reasons: list[str]
+
+
+class _Images(Dataset[_Batch]):
+    """Reads a batch; picklable, for workers that are not forked."""
+
+    def __init__(self, files: Sequence[tuple[str, int]], prepare: Prepare) -> None:
+        self._files, self._prepare = files, prepare
+
+    def __getitem__(self, request: tuple[int, list[int]]) -> _Batch:
+        epoch, indices = request
+        pixels, labels, good, bad, reasons = [], [], [], [], []
+        for index in indices:
+            path, label = self._files[index]
+            try:
+                image = self._prepare(images.decode(path), epoch, index)
+            except images.BAD as error:
+                bad.append(index)
+                reasons.append(images.reason(error))
+            else:
+                pixels.append(image.permute(1, 2, 0))
+                labels.append(label)
+                good.append(index)
+        together = torch.stack(pixels) if pixels else torch.empty(0, 1, 1, 3, dtype=torch.uint8)
+        label_tensor, index_tensor = (torch.tensor(n, dtype=torch.int64) for n in (labels, good))
+        return _Batch(together, label_tensor, epoch, index_tensor, bad, reasons)
+
+
+@contextmanager
+def _child_signals_as_they_are() -> Iterator[None]:
+    """Keeps torch from handling SIGCHLD.
+
+    When a worker dies its handler raises wherever the trainer happens to be, even half-way through
+    a checkpoint. Without it the next batch finds out, within 5 s.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if signal.getsignal(signal.SIGCHLD) != before:
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+
+
+def _worker_signals(_worker: int) -> None:
+    # Ctrl-C reaches workers too, but the training process decides; it ends them with SIGTERM.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,106 @@
+"""run.json: everything that is needed to repeat a run, for each of its starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import torchvision
+
+import fastlars
+from fastlars.trainer import atomic, recipes
+from fastlars.trainer.errors import TrainerError
+from fastlars.trainer.parts import Parts
+
+
+def write(parts: Parts, command: Sequence[str], step: int) -> None:
+    """Add a start to the run's run.json; a run that goes on keeps those before.
+
+    Args:
+        parts: what is trained, in all processes.
+        command: the arguments of the command line.
+        step: where the run starts, or goes on.
+    """
+    with parts.world.together():
+        machines = parts.world.gather(_machine(parts.world.device))
+        if not parts.world.first:
+            return
+        start = {
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": ["python", "-m", "fastlars.trainer", *command],
+            "step": step,
+            "processes": parts.world.size,
+            "machines": machines,
+            "versions": versions(),
+            "config": asdict(parts.config) | {"data": _place(parts.config.data)},
+        }
+        recipe = recipes.look_up(
+            parts.config.recipe, parts.config.data, parts.config.batch_size
+        ).source
+        path, before = parts.run.settings, parts.run.came_from
+        starts = _starts(before.with_name(path.name)) if before else []
+        text = json.dumps({"recipe": recipe, "starts": [*starts, start]}, indent=2) + "\n"
+        try:
+            atomic.write(path, lambda file: file.write(text.encode()))
+        except OSError as error:
+            raise TrainerError(f"cannot write {path}: {error.strerror}") from None
+
+
+def versions() -> dict[str, str | int | None]:
+    """Of everything that numbers may depend on; None for what is not there."""
+    cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
+    return {
+        "fastlars": fastlars.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": numpy.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": cudnn,
+        "driver": _driver(),
+        "system": platform.platform(),
+    }
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    """What a process computes with; sums of another number of threads are rounded otherwise."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {"device": gpu or _processor(), "threads": torch.get_num_threads()}
+
+
+def _processor() -> str:
+    found = re.search(r"^model name\s*: (.*)$", _text("/proc/cpuinfo"), re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _driver() -> str | None:
+    found = re.search(r"(\d+\.\d+[.\d]*)", _text("/proc/driver/nvidia/version"))
+    return found[1] if found else None
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:  # another system has no such file
+        return ""
+
+
+def _place(data: str) -> str:
+    return data if data == "digits" else os.path.abspath(data)
+
+
+def _starts(path: Path) -> list[Any]:
+    """Those of a run.json; none where it is missing or somebody's edit broke it."""
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8"))["starts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

@@ -1,0 +1,114 @@
+"""What a run says of itself at its start and at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastlars.trainer import plots, recipes, repeat
+from fastlars.trainer.config import Config
+from fastlars.trainer.log import read
+from fastlars.trainer.loop import Loop
+from fastlars.trainer.parts import Parts, fingerprint
+from fastlars.trainer.settings import flag
+
+# What lies in a run directory, in the order in which it is listed.
+_FILES = {
+    "checkpoint": ("checkpoint.pt", "checkpoint-*.pt", "best.pt"),
+    "settings": ("run.json",),
+    "log": ("metrics.jsonl", "tensorboard"),
+    "pictures": ("curves.png", "trust.png", "norms.png"),
+    "tables": ("trust.csv", "norms.csv"),
+}
+
+
+def title(parts: Parts) -> str:
+    """The run in a few words."""
+    config = parts.config
+    return f"{config.recipe.upper()}, {config.model}, {parts.data.name}, batch {config.batch_size}"
+
+
+def introduction(parts: Parts) -> Iterator[str]:
+    """What is trained, how, and where the settings come from."""
+    config, plan, data = parts.config, parts.plan, parts.data
+    size = sum(parameter.numel() for parameter in parts.model.parameters())
+    yield (
+        f"{title(parts)}: {size / 1e6:.1f}M parameters, {data.train_size} training and "
+        f"{data.test_size} test images of {len(data.classes)} classes at {data.image_size} pixels"
+    )
+    yield (
+        f"{config.epochs} epochs of {plan.steps_per_epoch} steps, lr {config.lr:g}, "
+        f"weight decay {config.weight_decay:g}, on {parts.world.size} x "
+        f"{parts.world.device.type}, {plan.micro_batches} x {plan.micro_batch} images a step each"
+    )
+    recipe = recipes.look_up(config.recipe, config.data, config.batch_size)
+    yield f"recipe {config.recipe}: {recipe.source}"
+    changed = _changed(config, recipe.settings)
+    if changed:
+        yield f"instead of the recipe's: {changed}"
+
+
+def _changed(config: Config, settings: dict[str, Any]) -> str:
+    """The settings that are not as the recipe has them, by flag, with what it has."""
+    return ", ".join(
+        f"{flag(name)} {_short(getattr(config, name))} ({_short(value)})"
+        for name, value in settings.items()
+        if getattr(config, name) != value
+    )
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def start_record(parts: Parts) -> dict[str, Any]:
+    """The values of the record "start"."""
+    config = parts.config
+    return {
+        "title": title(parts),
+        "recipe": recipes.look_up(config.recipe, config.data, config.batch_size).source,
+        "config": config.shaping(),
+        "data": fingerprint(parts.data) | {"classes": len(parts.data.classes)},
+        "steps_per_epoch": parts.plan.steps_per_epoch,
+        "processes": parts.world.size,
+        "device": parts.world.device.type,
+        "versions": repeat.versions(),
+    }
+
+
+def draw_layers(parts: Parts) -> None:
+    """Draw what the records say of layers; where that fails, the run is none the worse."""
+    try:
+        plots.draw_layers(read(parts.run.log), parts.run.path)
+    except OSError as error:
+        parts.display.say(f"warning: no pictures of layers: {error}", error=True)
+
+
+def conclusion(loop: Loop, stopped_by: str | None, seconds: float) -> Iterator[str]:
+    """The result and the files of the run, or how to go on with it."""
+    parts, progress = loop.parts, loop.progress
+    if stopped_by is not None:
+        yield (
+            f"stopped by {stopped_by} at step {progress.step} of {loop.total_steps}; go on with: "
+            f"python -m fastlars.trainer --resume {parts.run.checkpoint}"
+        )
+        return
+    if not parts.world.first:  # only that one has kept records
+        return
+    images = next(r["images"] for r in reversed(read(parts.run.log)) if r["kind"] == "test")
+    yield (
+        f"final test accuracy: {progress.last_accuracy:.2%} "
+        f"({round(progress.last_accuracy * images)} of {images}), "
+        f"best {progress.best_accuracy:.2%} after epoch {progress.best_epoch}; {seconds:.0f} s"
+    )
+    yield from _files(parts.run.path)
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """A line for each thing that is there."""
+    for what, patterns in _FILES.items():
+        label = f"{what}:"
+        for path in [path for pattern in patterns for path in sorted(folder.glob(pattern))]:
+            yield f"{label:<12}{path}"
+            label = ""

@@ -1,0 +1,246 @@
+"""The settings of a run, field by field: their defaults, their ranges and their help."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
+
+from fastlars.trainer import recipes
+from fastlars.trainer.errors import TrainerError
+
+_EXCLUDED = ("none", "norms", "norms+biases")
+
+
+def _setting(
+    default: Any,
+    text: str,
+    check: Callable[[Any], bool] | None = None,
+    must: str = "",
+    *,
+    choices: Sequence[str] | None = None,
+    shapes_run: bool = True,
+) -> Any:
+    """A field with its help, its range in code (`check`) and in words (`must`).
+
+    `shapes_run=False` marks what may differ when a run is resumed.
+    """
+    return field(
+        default=default,
+        metadata={
+            "help": text,
+            "check": check,
+            "must": must,
+            "choices": choices,
+            "shapes_run": shapes_run,
+        },
+    )
+
+
+def _finite(low: float, *, above: bool = False) -> Callable[[float], bool]:
+    return lambda x: math.isfinite(x) and (x > low if above else x >= low)
+
+
+def _number(default: float, text: str, *, shapes_run: bool = True) -> Any:
+    return _setting(default, text, _finite(0), "be at least 0", shapes_run=shapes_run)
+
+
+def _positive(default: float, text: str, *, shapes_run: bool = True) -> Any:
+    return _setting(default, text, _finite(0, above=True), "be above 0", shapes_run=shapes_run)
+
+
+def _fraction(default: float, text: str) -> Any:
+    return _setting(default, text, lambda x: 0 <= x < 1, "lie from 0 to below 1")
+
+
+def _count(default: int, text: str, least: int = 0, *, shapes_run: bool = True) -> Any:
+    return _setting(
+        default, text, lambda x: x >= least, f"be at least {least}", shapes_run=shapes_run
+    )
+
+
+def _one_of(default: str, text: str, choices: Sequence[str], *, shapes_run: bool = True) -> Any:
+    return _setting(default, text, choices=choices, shapes_run=shapes_run)
+
+
+def _switch(text: str, *, default: bool = False, shapes_run: bool = True) -> Any:
+    return _setting(default, text, shapes_run=shapes_run)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that shapes a run. Settings left at None on the command line are the recipe's."""
+
+    recipe: str = _one_of("lars", "optimizer and its settings", recipes.NAMES)
+
+    data: str = _setting(
+        "digits",
+        "'digits' (handwritten digits inside scikit-learn) or a folder with train/ and val/ or "
+        "test/, each with one folder of images a class",
+        shapes_run=False,
+    )
+    image_size: int = _setting(
+        0,
+        "side in pixels that images of a folder are brought to; 0: their own if at most 64, "
+        "else 224",
+        lambda x: x == 0 or x >= 8,
+        "be 0 or at least 8",
+    )
+    cache: str = _one_of(
+        "auto",
+        "keep a folder's decoded images, of up to 64 pixels, on the device: 'auto' where they take "
+        "at most a quarter of a GPU's free memory, or 2 GiB on the CPU",
+        ("auto", "on", "off"),
+        shapes_run=False,
+    )
+    max_bad_images: int = _count(
+        0,
+        "images a process skips because they cannot be read, before it gives up",
+        shapes_run=False,
+    )
+    workers: int = _count(
+        2,
+        "processes that decode images of a folder; 0: in the training process",
+        shapes_run=False,
+    )
+
+    model: str = _one_of(
+        "resnet50",
+        "torchvision's ResNet of that depth; resnet20: He et al.'s for small images",
+        ("resnet18", "resnet20", "resnet34", "resnet50", "resnet101", "resnet152"),
+    )
+    stem: str = _one_of(
+        "auto",
+        "first layers: 'imagenet' (7x7, stride 2, pooling) or 'small' (3x3, stride 1, for images "
+        "of up to 64 pixels); 'auto': what suits the data",
+        ("auto", "imagenet", "small"),
+    )
+    classifier_std: float = _number(
+        0.0, "deviation of the classifier's initial weights, its bias 0; 0: torchvision's"
+    )
+    bn_batch: int = _setting(
+        0,
+        "images over which batch norm takes its statistics (the papers' n): a forward pass is cut "
+        "into such ghost batches, which must fill it if the flag is given; 0: the whole forward "
+        "pass of a process",
+        lambda x: x == 0 or x >= 2,
+        "be 0 or at least 2",
+    )
+    bn_statistics: str = _one_of(
+        "running",
+        "of batch norm in evaluation: 'running' averages, or those of the 'last' step alone, "
+        "averaged over processes and ghost batches",
+        ("running", "last"),
+    )
+
+    epochs: int = _count(1, "passes over the training images", 1)
+    batch_size: int = _count(1, "images per optimizer step, over all processes", 1)
+    micro_batch: int = _count(
+        0,
+        "images per process and forward pass; gradients are accumulated to --batch-size; 0: a "
+        "process's whole share at once",
+    )
+    lr: float = _positive(1.0, "peak learning rate")
+    schedule: str = _one_of(
+        "poly",
+        "after the warm-up: 'poly' decay, a tenth at 1/3, 2/3 and 8/9 of the run ('step'), or "
+        "'slow-start': 1/2, 0.075, 0.01 and 0.001 of --lr from 0, 40/90, 70/90 and 85/90 on",
+        ("poly", "step", "slow-start"),
+    )
+    power: float = _positive(2.0, "power of 'poly'")
+    end_lr: float = _number(0.0, "where 'poly' ends")
+    warmup_epochs: float = _number(0.0, "epochs of linear warm-up, counted in steps")
+    warmup_from: float = _number(0.0, "learning rate at the first step of the warm-up")
+    momentum: float = _fraction(0.9, "of all recipes but lamb")
+    weight_decay: float = _number(0.0, "of the parameters that --no-decay leaves")
+    no_decay: str = _one_of("norms+biases", "parameters without weight decay", _EXCLUDED)
+    no_ratio: str = _one_of("norms+biases", "parameters without trust ratio", _EXCLUDED)
+    trust_coefficient: float = _positive(0.001, "of lars and mlperf")
+    bias_correction: bool = _switch("of lamb's moments", default=True)
+    max_grad_norm: float = _number(0.0, "global clip of lamb's gradients; 0: none")
+    lr_rmsprop: float = _positive(3e-4, "learning rate of akiba's RMSprop phase")
+    rmsprop_center: float = _number(10.0, "epochs until RMSprop and SGD share the step evenly")
+    rmsprop_period: float = _positive(5.0, "epochs in which akiba's transition takes place")
+    rmsprop_transition: str = _one_of(
+        "smooth", "akiba's transition: continuous, or as 'printed'", ("smooth", "printed")
+    )
+    label_smoothing: float = _fraction(0.0, "of the training loss")
+    ema: float = _fraction(
+        0.0, "decay of an exponential moving average of the weights, which is evaluated; 0: none"
+    )
+    seed: int = _setting(
+        0, "of weights, order of images and augmentation", lambda x: 0 <= x < 2**63, "be at least 0"
+    )
+
+    precision: str = _one_of(
+        "auto",
+        "'bf16' or 'fp16' autocast (fp16 with a gradient scaler) or 'fp32'; 'auto': bf16 on a GPU "
+        "that has it, fp32 on the CPU",
+        ("auto", "fp32", "bf16", "fp16"),
+    )
+    compile: bool = _switch("run the model through torch.compile")
+    overlap: bool = _switch(
+        "step each bucket of gradients while backward goes on; acts with more than one process"
+    )
+    compression: str = _one_of(
+        "none",
+        "precision in which gradients travel between processes, if there are several; needs "
+        "--overlap",
+        ("none", "fp16", "bf16"),
+    )
+    device: str = _one_of("auto", "where to train", ("auto", "cpu", "cuda"), shapes_run=False)
+
+    output: str = _setting(
+        "",
+        "run directory for checkpoints, logs and pictures; default: a new one under runs/",
+        shapes_run=False,
+    )
+    log_every: int = _count(0, "steps between lines of the log; 0: a tenth of an epoch, at most 50")
+    tensorboard: bool = _switch("write TensorBoard's event files too", shapes_run=False)
+    mllog: bool = _switch("print MLPerf's log lines (:::MLLOG)", shapes_run=False)
+    checkpoint_every: int = _count(
+        0, "steps between checkpoints beside those after each epoch; 0: none", shapes_run=False
+    )
+    keep_last: int = _count(
+        1, "checkpoints to keep, the latest; the best one is kept beside them", 1, shapes_run=False
+    )
+    timeout: float = _positive(
+        1800.0,  # saving to a slow disk, or the slowest reader at the start
+        "seconds that a process waits for another one before it gives up",
+        shapes_run=False,
+    )
+    max_steps: int = _count(
+        0, "stop with a checkpoint after so many steps of the run; 0: at its end", shapes_run=False
+    )
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            check(setting, getattr(self, setting.name))
+        if self.overlap and self.precision == "fp16":
+            # Whether a scaler lets a step happen is known only after all gradients.
+            text = "--overlap does not go with --precision fp16: take bf16, or --no-overlap"
+            raise TrainerError(text, everywhere=True)
+        if self.compression != "none" and not self.overlap:
+            text = (
+                f"--compression {self.compression} needs --overlap: add it, or --compression none"
+            )
+            raise TrainerError(text, everywhere=True)
+
+    def shaping(self) -> dict[str, Any]:
+        """The settings that a resumed run must share, and `data`, which it takes over."""
+        return {f.name: getattr(self, f.name) for f in fields(self)
+                if f.metadata["shapes_run"] or f.name == "data"}  # fmt: skip
+
+
+def check(setting: Field[Any], value: Any) -> None:
+    """Raise TrainerError unless `value` lies in the setting's range."""
+    meta = setting.metadata
+    if meta["check"] is not None and not meta["check"](value):
+        text = f"{flag(setting.name)} must {meta['must']}, got {value}"
+        raise TrainerError(text, everywhere=True)
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a setting."""
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,106 @@
+"""One optimizer step: forward and backward passes, gradients between processes, the update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from fastlars.distributed import overlap
+from fastlars.trainer import batchnorm, norms
+from fastlars.trainer.average import averaged
+from fastlars.trainer.data import Batch
+from fastlars.trainer.distributed import parallel
+from fastlars.trainer.errors import TrainerError
+from fastlars.trainer.meter import Meter
+from fastlars.trainer.parts import Parts
+from fastlars.trainer.precision import Precision
+
+
+class Step:
+    """Steps over --batch-size images, some of them in each process.
+
+    Attributes:
+        lr: learning rate of the last step.
+        average: moving average of the model, where --ema asks for one.
+    """
+
+    def __init__(self, parts: Parts, precision: Precision) -> None:
+        self.lr = 0.0
+        self.average = averaged(parts.model, parts.config.ema)
+        self._parts, self._precision = parts, precision
+        self._wrapped = parallel(parts.model, parts.world)
+        self._compiler_errors: tuple[type[Exception], ...] = ()
+        if parts.config.overlap and isinstance(self._wrapped, DistributedDataParallel):
+            _overlap(self._wrapped, parts)
+        if parts.config.compile:
+            # DDP and not the model in it: graphs are cut where a bucket of gradients is full, which
+            # travels while the rest is computed. In place, or names in checkpoints would change.
+            self._wrapped.compile()
+            self._compiler_errors = (torch._dynamo.exc.TorchDynamoException,)
+
+    @property
+    def model(self) -> nn.Module:
+        """What is to be evaluated."""
+        return self._parts.model if self.average is None else self.average.module
+
+    def take(self, batches: Iterator[Batch], meter: Meter) -> dict[str, tuple[float, float]] | None:
+        """Train on the next of `batches`, and count them in `meter`.
+
+        Returns:
+            Norms of weights and gradients before the run's first step, where records are kept.
+        """
+        parts, scale = self._parts, self._precision.gradient_scale
+        self._wrapped.train()
+        parts.optimizer.zero_grad(set_to_none=True)
+        batchnorm.forget(parts.model)
+        for number in range(parts.plan.micro_batches):
+            last = number == parts.plan.micro_batches - 1
+            # Gradients travel once a step, with the last micro-batch.
+            quiet = isinstance(self._wrapped, DistributedDataParallel) and not last
+            with self._wrapped.no_sync() if quiet else nullcontext():  # type: ignore[operator]
+                try:
+                    self._backward(next(batches), meter)
+                except self._compiler_errors as error:
+                    reason = str(error).split("\n\n")[0]  # then comes how to debug torch
+                    raise TrainerError(f"--compile: torch.compile failed: {reason}") from error
+        first = parts.log is not None and parts.schedule.last_epoch == 0
+        found = norms.measure(parts.model) if first else None
+        self.lr = float(parts.schedule.get_last_lr()[0])
+        if not self._precision.step(parts.optimizer):
+            return None
+        parts.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(parts.model)
+        return found and {name: (w, g / scale) for name, (w, g) in found.items()}
+
+    def _backward(self, batch: Batch, meter: Meter) -> None:
+        config, world = self._parts.config, self._parts.world
+        images, labels = batch
+        with self._precision.autocast():
+            logits = self._wrapped(images)
+        loss = functional.cross_entropy(
+            logits.float(), labels, label_smoothing=config.label_smoothing, reduction="sum"
+        )
+        # Goyal et al. 2017, remark 3: the gradient is divided by the global batch. DDP divides by
+        # the number of processes already.
+        share = loss * (world.size / config.batch_size)
+        self._precision.scaled(share).backward()
+        meter.add(loss, logits, labels)
+
+
+def _overlap(ddp: DistributedDataParallel, parts: Parts) -> None:
+    """Step the parameters of a bucket as soon as it has arrived; what does not go is an error."""
+    wanted = parts.config.compression
+    compression: Any = None if wanted == "none" else wanted
+    optimizer: Any = parts.optimizer  # overlap refuses what is not fastlars'
+    with parts.world.together():
+        try:
+            overlap(ddp, optimizer, compression=compression)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TrainerError(f"--overlap: {error}") from error

@@ -1,0 +1,110 @@
+"""Decoded images kept on the device: the same pictures as from the files, read once."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastlars.trainer import cache, images, plan
+from fastlars.trainer.errors import TrainerError
+from fastlars.trainer.folder import Folder
+from trainer.helpers import Outcome, assert_same, load, write_images
+
+Train = Callable[..., Outcome]
+CPU = torch.device("cpu")
+
+
+def folder(root: Path, keep: str, workers: int = 0, device: torch.device = CPU) -> Folder:
+    return Folder(str(root), 0, 3, workers, device, keep=keep)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_same_pictures(tmp_path: Path, workers: int) -> None:
+    """In every epoch, order and batch; also of images that had to be brought to one size."""
+    for part, count in (("train", 300), ("test", 7)):  # more than are read at once
+        write_images(tmp_path / part / "even", count, 0)
+        write_images(tmp_path / part / "odd", 5, 1, side=21)
+    kept, read = folder(tmp_path, "on", workers), folder(tmp_path, "off", 2 - workers)
+    asked = [(epoch, torch.randperm(305)[:60]) for epoch in (0, 0, 3)]
+    for one, other in zip(kept.train(asked), read.train(asked), strict=True):
+        assert_same(one, other)
+    tests = [torch.arange(12), torch.tensor([11, 0])]
+    for one, other in zip(kept.test(tests), read.test(tests), strict=True):
+        assert_same(one, other)
+
+
+def test_files_are_read_once(images: Path) -> None:
+    others = set(multiprocessing.active_children())
+    kept = folder(images, "on", workers=1)
+    assert set(multiprocessing.active_children()) <= others  # nobody is left to read
+    for path in images.rglob("*.png"):
+        path.unlink()
+    labels = torch.cat([labels for _, labels in kept.test([torch.arange(15)])])
+    assert labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    assert len(next(kept.train([(0, torch.arange(36))]))[0]) == 36
+
+
+def decodings(root: Path, keep: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Images decoded to make a folder's data."""
+    count, decode = 0, images.decode
+
+    def counted(path: str) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        return decode(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastlars.trainer.images.decode", counted)
+        folder(root, keep)
+    return count
+
+
+def test_auto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small images that fit."""
+    for part in ("train", "val"):
+        write_images(tmp_path / "small" / part / "ant", 4, 0, side=64)
+        write_images(tmp_path / "large" / part / "ant", 4, 0, side=65)
+    assert decodings(tmp_path / "small", "auto", monkeypatch) == 8
+    assert decodings(tmp_path / "small", "off", monkeypatch) == 0
+    assert decodings(tmp_path / "large", "auto", monkeypatch) == 0
+    monkeypatch.setattr(cache, "_ON_CPU", 8 * 64 * 64 * 3)
+    assert decodings(tmp_path / "small", "auto", monkeypatch) == 8
+    monkeypatch.setattr(cache, "_ON_CPU", 8 * 64 * 64 * 3 - 1)
+    assert decodings(tmp_path / "small", "auto", monkeypatch) == 0
+    assert decodings(tmp_path / "small", "on", monkeypatch) == 8
+
+
+def test_large_images_cannot_be_kept(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        write_images(tmp_path / part / "ant", 2, 0, side=65)
+    with pytest.raises(TrainerError, match=r"--cache on keeps images of up to 64 pixels.* to 224"):
+        folder(tmp_path, "on")
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
+def test_resuming_with_and_without(tmp_path: Path, train: Train, images: Path) -> None:
+    """--cache may differ: the run is the same."""
+    settings = ("--data", images, "--epochs", 2, "--batch-size", 8, "--lr", 0.1, "--workers", 0)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    kept = train(*settings, "--cache", "on", "--output", whole)
+    assert kept.status == 0
+    assert "read 36 training images in " in kept.out
+    first = train(*settings, "--cache", "off", "--output", parts, "--max-steps", 3)
+    assert first.status == 0
+    assert train("--resume", "--output", parts, "--cache", "on", "--max-steps", 0).status == 0
+    assert_same(load(parts)["model"], load(whole)["model"])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(images: Path) -> None:
+    """The very bytes that the CPU has, and auto keeps them there."""
+    gpu, cpu = folder(images, "auto", device=torch.device("cuda")), folder(images, "auto")
+    asked = [next(plan.make(36, 36, 0, 0, 1, 0).from_step(0))]
+    (one, labels), (other, expected) = next(gpu.train(asked)), next(cpu.train(asked))
+    assert one.device.type == labels.device.type == "cuda"
+    torch.testing.assert_close(one.cpu(), other, rtol=1e-6, atol=1e-6)
+    assert labels.tolist() == expected.tolist()

@@ -1,0 +1,148 @@
+"""What a run would do, need and take."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from fastlars.trainer import config, dryrun, model
+from fastlars.trainer.build import build
+from fastlars.trainer.digits import Digits
+from fastlars.trainer.distributed import World
+from fastlars.trainer.parts import Parts
+from fastlars.trainer.precision import Precision
+from fastlars.trainer.rundir import RunDirectory
+from trainer.helpers import Outcome, files_below, tiny_net
+from trainer.processes import finish, start
+
+Train = Callable[..., Outcome]
+CPU = torch.device("cpu")
+# tiny_net: 3*3*3*16 weights of the convolution, 2*16 of the norm, 144*10+10 of the classifier.
+PARAMETERS = 432 + 32 + 1450
+BUFFERS = 2 * 16 * 4 + 8  # running mean and variance, and the counter
+
+
+def parts(**settings: object) -> Parts:
+    found = config.fresh({"data": "digits", **settings}, 1)
+    return build(found, Digits(0, CPU), RunDirectory(Path()), 0, World(0, 1, CPU))
+
+
+def memory(text: str) -> dict[str, float]:
+    """MB by what they are for."""
+    pattern = r"(weights|gradients|optimizer states|moving average|activations) ([\d.]+) MB"
+    return {what: float(count) for what, count in re.findall(pattern, text)}
+
+
+@pytest.mark.usefixtures("tiny")
+def test_nothing_is_written(tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = train("--dry-run", "--lr", 0.5, "--tensorboard", "--mllog")
+    assert outcome.status == 0, outcome.err
+    assert files_below(tmp_path) == []
+    assert "recipe lars: " in outcome.out
+    assert "instead of the recipe's: --lr 0.5 (1)\n" in outcome.out
+    assert "154 steps: 22 of warm-up from 0, then schedule poly from 0.5\n" in outcome.out
+    assert outcome.out.endswith("nothing was written; a run would write in runs/digits-lars-1\n")
+    assert train("--dry-run", "--output", "a/b").out.endswith("a run would write in a/b\n")
+    assert files_below(tmp_path) == []
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
+def test_of_a_run_to_go_on_with(tmp_path: Path, train: Train) -> None:
+    assert train("--max-steps", 4, "--output", tmp_path).status == 0
+    before = {name: (tmp_path / name).read_bytes() for name in files_below(tmp_path)}
+    outcome = train("--dry-run", "--resume", "--output", tmp_path)
+    assert outcome.status == 0, outcome.err
+    assert "\n150 steps: " in outcome.out
+    refused = train("--dry-run", "--output", tmp_path)
+    assert refused.status == 2
+    assert "holds a run already" in refused.err
+    assert {name: (tmp_path / name).read_bytes() for name in files_below(tmp_path)} == before
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(
+    ("settings", "states"),
+    [({"recipe": "lars"}, 4 * PARAMETERS), ({"recipe": "lamb"}, 8 * PARAMETERS + 4 * 5)],
+)
+def test_weights_gradients_and_states_are_exact(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, object], states: int
+) -> None:
+    """lamb: two moments, and a counter for each of the 5 parameters."""
+    monkeypatch.setattr(dryrun, "_size", lambda count: f"{count} MB")
+    told = "\n".join(dryrun.describe(parts(ema=0.5, **settings), 0))
+    found = memory(told)
+    assert found.pop("activations") > 0
+    assert found == {
+        "weights": 4 * PARAMETERS + BUFFERS,
+        "gradients": 4 * PARAMETERS,
+        "optimizer states": states,
+        "moving average": 4 * PARAMETERS + BUFFERS,
+    }
+    whole = re.search(r"memory of a process: ([\d.]+) MB", told)
+    assert whole is not None
+    assert float(whole[1]) == pytest.approx(sum(memory(told).values()))
+
+
+@pytest.mark.usefixtures("tiny")
+def test_activations_are_what_autograd_keeps() -> None:
+    """Counted by hand: each memory once, however many layers keep it."""
+    job = parts(batch_size=64)
+    fixed, for_each = dryrun._activations(job, Precision("fp32", CPU))
+    image, convolved, pooled = 3 * 32 * 32, 16 * 16 * 16, 144
+    # the norm keeps what it is given, the ReLU its result, the loss 10 logarithms and the label
+    assert for_each == 4 * (image + 2 * convolved + pooled + 10) + 8
+    assert fixed == 4 * (2 * 16) + 4  # mean and deviation of the norm, and the loss's weight
+    assert not any(p.grad is not None for p in job.model.parameters())
+
+
+@pytest.mark.parametrize("settings", [{}, {"bn_batch": 4}, {"precision": "bf16"}])
+def test_activations_of_few_images_give_those_of_many(settings: dict[str, object]) -> None:
+    job = parts(model="resnet20", batch_size=24, **settings)
+    precision = Precision(job.config.precision, CPU)
+    fixed, for_each = dryrun._activations(job, precision)
+    images, labels = next(iter(job.data.train(iter([(0, torch.arange(24))]))))
+    assert fixed + 24 * for_each == dryrun._kept(job, precision, images, labels)
+    assert fixed < 24 * for_each
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_time_is_that_of_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """14 epochs of 5 steps, of which 10 are done; a step is 2 forward passes of 128 images."""
+    monkeypatch.setattr(dryrun, "_timed_images", lambda *_: 32)
+    monkeypatch.setattr(dryrun, "_step_seconds", lambda *_: 0.5)
+    *_, told = dryrun.describe(parts(batch_size=256, micro_batch=128), 10)
+    assert told.startswith("time: 4.0 min, 4 s a step, from 3 steps of 32 images a process")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_steps_are_timed_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 100.0, 100.0, 103.0, 110.0, 111.0, 120.0, 122.0])
+    monkeypatch.setattr(dryrun.time, "perf_counter", lambda: next(clock))
+    job = parts(batch_size=64)
+    assert isinstance(job.schedule, LambdaLR)
+    assert dryrun._step_seconds(job, Precision("fp32", CPU), 8) == 2.0
+    assert job.schedule.last_epoch == 4
+
+
+@pytest.mark.parametrize(("bn_batch", "images"), [(0, 25), (32, 32), (2, 25)])
+def test_a_timed_step_is_as_large_as_there_is_room(
+    monkeypatch: pytest.MonkeyPatch, bn_batch: int, images: int
+) -> None:
+    monkeypatch.setattr(model, "build", tiny_net)
+    job = parts(batch_size=64, bn_batch=bn_batch)
+    assert dryrun._timed_images(job, 0.0, 1e7) == images
+    assert dryrun._timed_images(job, 0.0, 1.0) == 64
+
+
+def test_two_processes_tell_one_story() -> None:
+    outcome = finish(start("--dry-run", "--batch-size", 64, "--recipe", "goyal"))
+    assert outcome.status == 0, outcome
+    assert outcome.out.count("memory of a process: ") == 1
+    assert "buckets of gradients" in outcome.out
+    assert "on 2 x cpu, 1 x 32 images a step each" in outcome.out

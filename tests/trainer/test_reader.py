@@ -1,0 +1,177 @@
+"""Worker processes that read images: how far ahead, how they end, and what they cannot read."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastlars.trainer import reader
+from fastlars.trainer.errors import TrainerError
+from fastlars.trainer.listing import find
+from fastlars.trainer.reader import Reader, Skipped
+from fastlars.trainer.resident import TEST
+from fastlars.trainer.transforms import Augmented, Centre
+from trainer.helpers import Outcome, assert_same, load, records, write_images
+
+Train = Callable[..., Outcome]
+Asked = tuple[int, torch.Tensor]
+CPU = torch.device("cpu")
+
+
+def made(root: Path, workers: int, limit: int = 0) -> Reader:
+    return Reader(find(str(root)).train, Centre(16, whole=True), workers, CPU, Skipped(limit))
+
+
+def damage(path: Path) -> str:
+    path.write_bytes(path.read_bytes()[:200])
+    return str(path)
+
+
+def test_workers_stay_from_one_reading_to_the_next(images: Path) -> None:
+    some = made(images, 2)
+    found = []
+    for _ in range(3):
+        assert [len(part.labels) for part in some.read([(TEST, torch.arange(9))] * 3)] == [9] * 3
+        found.append({child.pid for child in multiprocessing.active_children()})
+    assert found[0] == found[1] == found[2]
+    assert len(found[0]) == 2
+    del some
+    assert not found[0] & {child.pid for child in multiprocessing.active_children()}
+
+
+def test_a_reading_may_be_given_up(images: Path) -> None:
+    some = made(images, 2)
+    first = next(some.read([(TEST, torch.arange(n)) for n in range(2, 9)]))
+    assert len(first.labels) == 2
+    again = [len(part.labels) for part in some.read([(TEST, torch.arange(n)) for n in (7, 5)])]
+    assert again == [7, 5]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_the_queue_is_bounded(images: Path, workers: int) -> None:
+    asked = 0
+
+    def requests() -> Iterator[Asked]:
+        nonlocal asked
+        while True:
+            asked += 1
+            yield TEST, torch.arange(4)
+
+    for taken, _ in zip(range(1, 6), made(images, workers).read(requests()), strict=False):
+        assert taken <= asked <= taken + max(workers, 1) * reader._AHEAD
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skipping(images: Path, capfd: pytest.CaptureFixture[str], workers: int) -> None:
+    """Bad images leave their batches, are told of once, and count once."""
+    bad = [damage(images / "train" / name) for name in ("ant/003.png", "bee/007.png")]
+    skipped = Skipped(2)
+    some = Reader(find(str(images)).train, Centre(16, whole=True), workers, CPU, skipped)
+    for _ in range(2):
+        one, other, none = some.read(
+            [(0, torch.tensor([20, 19, 3, 0])), (0, torch.tensor([2, 4])), (0, torch.tensor([3]))]
+        )
+        assert one.indices.tolist() == [20, 0]
+        assert one.labels.tolist() == [1, 0]
+        assert other.indices.tolist() == [2, 4]
+        assert len(none.labels) == len(none.pixels) == 0
+    assert len(skipped) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.split(": ")[:2] for line in lines] == [
+        ["warning", f"skipped image {path}"] for path in reversed(bad)
+    ]
+    assert lines[1].endswith("(2 of 2)")
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        (0, r"cannot read image \S*ant/000.png: .* \(--max-bad-images would skip some\)"),
+        (2, r"more than --max-bad-images 2 cannot be read: \S*000.png: .*; \S*001.png: .*; \S*002"),
+        (6, r"--max-bad-images 6 cannot be read: \S*000.png: .*; \S*004.png: [^;]*; and 2 more"),
+    ],
+)
+def test_too_many(images: Path, limit: int, message: str) -> None:
+    for path in (images / "train" / "ant").iterdir():
+        damage(path)
+    with pytest.raises(TrainerError, match=message):
+        list(made(images, 0, limit).read([(0, torch.arange(36))]))
+
+
+def test_a_lost_worker(images: Path) -> None:
+    """It does not disturb what goes on meanwhile; whoever asks for the next images is told."""
+    found = made(images, 1).read([(TEST, torch.arange(4))] * 9)
+    next(found)
+    for child in multiprocessing.active_children():
+        os.kill(child.pid or 0, signal.SIGKILL)
+    time.sleep(0.5)
+    with pytest.raises(TrainerError, match="--workers: one is lost, for want of memory"):
+        list(found)
+
+
+def test_ctrl_c_is_the_trainers(images: Path) -> None:
+    """A terminal sends it to workers too; those read on until the trainer ends them."""
+
+    def requests() -> Iterator[Asked]:
+        for _ in range(20):
+            for child in multiprocessing.active_children():
+                os.kill(child.pid or 0, signal.SIGINT)
+            yield TEST, torch.arange(4)
+
+    some = made(images, 1)
+    list(some.read([(TEST, torch.arange(4))]))  # the worker has started by now
+    assert len(list(some.read(requests()))) == 20
+
+
+def test_what_travels_to_workers_that_are_not_forked(images: Path) -> None:
+    """They get it pickled."""
+    files = find(str(images)).train
+    for prepare in (Centre(16, whole=True), Augmented(16, 3)):
+        pictures = reader._Images(files, prepare)
+        copy = pickle.loads(pickle.dumps(pictures))
+        assert_same(tuple(copy[(2, [5, 30])]), tuple(pictures[(2, [5, 30])]))
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
+@pytest.mark.parametrize("side", [16, 72])
+def test_resuming_within_an_epoch(tmp_path: Path, train: Train, side: int) -> None:
+    """With workers that had read ahead; bad images leave the same batches."""
+    for part, count in (("train", 18), ("val", 3)):
+        for seed, name in enumerate(("ant", "bee")):
+            write_images(tmp_path / "images" / part / name, count, seed, side)
+    damage(tmp_path / "images" / "train" / "bee" / "007.png")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    settings = (
+        "--data", tmp_path / "images", "--image-size", side, "--cache", "off", "--epochs", 1,
+        "--max-bad-images", 1, "--batch-size", 8, "--lr", 0.1, "--log-every", 1,
+    )  # fmt: skip
+    assert train(*settings, "--workers", 0, "--output", whole).status == 0
+    for flags in (("--max-steps", 3), ("--max-steps", 0, "--resume")):
+        outcome = train(*settings, "--workers", 2, "--output", parts, *flags)
+        assert outcome.status == 0, outcome
+    assert_same(load(parts), load(whole))
+    assert records(parts) == records(whole)
+    seen = [record["images"] for record in records(whole) if record["kind"] == "train"]
+    assert sorted(set(seen)) == [7, 8]
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
+def test_too_little_is_left(images: Path, tmp_path: Path, train: Train) -> None:
+    for name in ("ant", "bee"):
+        for path in (images / "train" / name).iterdir():
+            damage(path)
+    outcome = train(
+        "--data", images, "--max-bad-images", 30, "--batch-size", 2, "--lr", 0.1, "--epochs", 2,
+        "--output", tmp_path / "run",
+    )  # fmt: skip
+    assert outcome.status == 2
+    last = outcome.err.splitlines()[-1]
+    assert "images of a forward pass could be read, and batch norm needs 2" in last

@@ -1,0 +1,78 @@
+"""Images on the device: looked up, moved, mirrored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastlars.trainer.resident import TEST, Moves, Part, Resident, moved
+
+SIDE, MARGIN = 6, 2
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_moves_are_slices_of_a_frame(dtype: torch.dtype, mirrored: bool) -> None:
+    """Against slicing, for every offset, all in one batch; what comes in is background."""
+    offsets = torch.cartesian_prod(*[torch.arange(2 * MARGIN + 1)] * 2)
+    images = torch.randint(0, 256, (len(offsets), SIDE, SIDE, 3)).to(dtype)
+    found = moved(images, MARGIN, offsets, torch.full((len(offsets),), mirrored), 7)
+    assert found.dtype == dtype
+    for image, (top, left), window in zip(images, offsets.tolist(), found, strict=True):
+        framed = torch.full((SIDE + 2 * MARGIN, SIDE + 2 * MARGIN, 3), 7, dtype=dtype)
+        framed[MARGIN:-MARGIN, MARGIN:-MARGIN] = image
+        expected = framed[top : top + SIDE, left : left + SIDE]
+        assert torch.equal(window, expected.flip(1) if mirrored else expected)
+
+
+def numbered(images: int) -> Resident:
+    """Image n is n throughout, its label 10 * n."""
+    pixels = torch.arange(images, dtype=torch.uint8).view(-1, 1, 1, 1)
+    return Resident(pixels.expand(-1, SIDE, SIDE, 3).clone(), 10 * torch.arange(images))
+
+
+def test_looking_up() -> None:
+    one, other = numbered(9).read([(4, torch.tensor([8, 0, 3])), (TEST, torch.tensor([1]))])
+    assert one.pixels[:, 0, 0, 0].tolist() == [8, 0, 3]
+    assert one.labels.tolist() == [80, 0, 30]
+    assert (one.epoch, one.indices.tolist()) == (4, [8, 0, 3])
+    assert (other.epoch, other.labels.tolist()) == (TEST, [10])
+
+
+def test_images_that_are_missing_are_left_out() -> None:
+    pixels, labels = torch.zeros(5, SIDE, SIDE, 3, dtype=torch.uint8), torch.arange(5)
+    some, none = Resident(pixels, labels, missing=(1, 4)).read(
+        [(0, torch.tensor([4, 3, 0, 1])), (0, torch.tensor([4, 1]))]
+    )
+    assert some.labels.tolist() == some.indices.tolist() == [3, 0]
+    assert len(none.pixels) == len(none.labels) == 0
+
+
+def test_moves_depend_on_seed_epoch_and_image_alone() -> None:
+    pixels = torch.randint(0, 256, (40, SIDE, SIDE, 3), dtype=torch.uint8)
+
+    def seen(moves: Moves, epoch: int, indices: torch.Tensor) -> torch.Tensor:
+        return moves.apply(Part(pixels[indices], indices, epoch, indices), 0).pixels
+
+    order, moves = torch.randperm(40), Moves(40, 1, MARGIN, mirror=True)
+    first = seen(moves, 2, torch.arange(40))[order]
+    assert not torch.equal(first, seen(moves, 3, order))
+    assert torch.equal(first, seen(moves, 2, order))
+    assert torch.equal(first, seen(Moves(40, 1, MARGIN, mirror=True), 2, order))
+    assert not torch.equal(first, seen(Moves(40, 2, MARGIN, mirror=True), 2, order))
+
+
+def test_every_move_occurs_as_often() -> None:
+    """And half of the images are mirrored: a picture of one corner shows where it went."""
+    count = 20_000
+    corner = torch.zeros(1, SIDE, SIDE, 1, dtype=torch.uint8)
+    corner[0, MARGIN, MARGIN] = 1  # inside at every offset
+    at = torch.arange(count)
+    part = Part(corner.expand(count, -1, -1, -1), at, 0, at)
+    found = Moves(count, 0, MARGIN, mirror=True).apply(part, 0).pixels[..., 0]
+    assert found.sum(dim=(1, 2)).unique().tolist() == [1]
+    rows, columns = found.sum(dim=(0, 2)), found.sum(dim=(0, 1))
+    # Rows 0 to 4 evenly; columns the same, or as many from the right where mirrored.
+    shares = torch.tensor([1, 1, 1, 1, 1, 0]) / 5
+    torch.testing.assert_close(rows / count, shares, atol=0.02, rtol=0)
+    torch.testing.assert_close(columns / count, (shares + shares.flip(0)) / 2, atol=0.02, rtol=0)

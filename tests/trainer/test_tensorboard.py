@@ -1,0 +1,103 @@
+"""TensorBoard's event files, read by TensorBoard's own reader."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fastlars.trainer.tensorboard import TensorBoard
+from trainer.helpers import Outcome, files_below, records
+
+Train = Callable[..., Outcome]
+pytestmark = pytest.mark.usefixtures("tiny", "no_picture")
+RUN = ("--epochs", 2, "--batch-size", 256, "--log-every", 1)  # five steps an epoch
+TAGS = {"loss/training": "loss", "accuracy/training": "accuracy", "learning_rate": "lr"}
+
+
+def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every curve that TensorBoard shows."""
+    events = EventAccumulator(str(run / "tensorboard"), {"scalars": 0})
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
+
+
+def close(curve: list[tuple[int, float]], points: list[tuple[int, float]]) -> None:
+    np.testing.assert_allclose(curve, points, rtol=1e-6)  # TensorBoard keeps float32
+
+
+def assert_shows(run: Path) -> None:
+    """TensorBoard shows what metrics.jsonl has, each step once."""
+    curves, found = scalars(run), records(run)
+    for tag, key in TAGS.items():
+        points = [(r["step"], r[key]) for r in found if r["kind"] == "train"]
+        close(curves[tag], points)
+    points = [(r["step"], r["accuracy"]) for r in found if r["kind"] == "test"]
+    close(curves["accuracy/test"], points)
+    trust = [record for record in found if record["kind"] == "trust"]
+    assert trust[0]["ratios"]
+    for name in trust[0]["ratios"]:
+        points = [(r["step"], r["ratios"][name]) for r in trust]
+        close(curves[f"trust_ratio/{name}"], points)
+
+
+def test_a_resumed_run_shows_each_step_once(tmp_path: Path, train: Train) -> None:
+    """The first part goes on after the checkpoint that the second starts from."""
+    run = tmp_path / "run"
+    flags = (*RUN, "--tensorboard", "--output", run)
+    assert train(*flags, "--max-steps", 3).status == 0
+    early = (run / "checkpoint.pt").read_bytes()
+    assert train("--resume", "--tensorboard", "--output", run, "--max-steps", 6).status == 0
+    assert max(step for step, _ in scalars(run)["loss/training"]) == 6
+    (run / "checkpoint.pt").write_bytes(early)
+    again = ("--resume", "--tensorboard", "--output", run)
+    assert train(*again, "--max-steps", 5).status == 0
+    assert_shows(run)
+    assert max(step for step, _ in scalars(run)["loss/training"]) == 5
+    assert train(*again, "--max-steps", 0).status == 0
+    assert_shows(run)
+
+
+def test_what_was_before_the_first_event_file(tmp_path: Path, train: Train) -> None:
+    """A run that is resumed elsewhere, and had no TensorBoard before, shows its first part too."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    assert train(*RUN, "--output", before, "--max-steps", 3).status == 0
+    assert not (before / "tensorboard").exists()
+    flags = ("--resume", before, "--output", after, "--tensorboard")
+    assert train(*flags, "--max-steps", 0).status == 0
+    assert_shows(after)
+    assert len(scalars(after)["loss/training"]) == 10
+
+
+def test_a_failed_run_leaves_no_event_files(tmp_path: Path, train: Train) -> None:
+    flags = (*RUN, "--tensorboard", "--lr", 1e30, "--warmup-epochs", 0)
+    assert train(*flags, "--output", tmp_path / "run").status == 2
+    assert files_below(tmp_path) == []
+    others = tmp_path / "tensorboard" / "mine"
+    others.parent.mkdir()
+    others.write_text("kept")
+    assert train(*flags, "--output", tmp_path).status == 2
+    assert others.read_text() == "kept"
+
+
+def test_events_are_on_the_disk_when_a_checkpoint_counts_on_them(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path / "tensorboard", 0)
+    board.record({"kind": "test", "step": 1, "loss": 0.5, "accuracy": None})
+    board.sync()
+    assert scalars(tmp_path) == {"loss/test": [(1, 0.5)]}
+    board.close()
+
+
+def test_without_tensorboard_installed(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    outcome = train(*RUN, "--tensorboard", "--output", tmp_path / "run")
+    assert outcome.status == 2
+    assert "--tensorboard: tensorboard is not installed: pip install" in outcome.err
+    assert files_below(tmp_path) == []
