@@ -230,6 +230,13 @@ def test_damaged(tmp_path: Path, content: bytes | None) -> None:
         checkpoint.load(path)
 
 
+def test_of_another_version(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"format": "fastlars.trainer checkpoint 1"}, path)
+    with pytest.raises(TrainerError, match=r"checkpoint\.pt is of another version of fastlars"):
+        checkpoint.load(path)
+
+
 def test_cut_short(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     checkpoint.save(path, state(1.0))
