@@ -16,7 +16,8 @@ from fastlars.trainer import atomic
 from fastlars.trainer.errors import TrainerError
 
 NAME = "checkpoint.pt"
-_FORMAT = "fastlars.trainer checkpoint 2"
+_KIND = "fastlars.trainer checkpoint"
+_FORMAT = f"{_KIND} 2"
 
 
 class NotSavedError(Exception):
@@ -59,7 +60,10 @@ def load(path: Path) -> dict[str, Any]:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError):
             state = None
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+    found = state.get("format") if isinstance(state, dict) else None
+    if isinstance(found, str) and found.startswith(_KIND) and found != _FORMAT:
+        raise TrainerError(f"--resume: {path} is of another version of fastlars: go on with that")
+    if found != _FORMAT:
         raise TrainerError(f"--resume: {path} is damaged or not a checkpoint of this trainer")
     return state
 

@@ -141,6 +141,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"fastlars.trainer.plots: error: {error}", file=sys.stderr)
         return 2
+    except (KeyError, TypeError, ValueError):
+        text = f"{run / 'metrics.jsonl'} is no log of the trainer"
+        print(f"fastlars.trainer.plots: error: {text}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def _dry_run(command: Command, here: World) -> int:
     job = _job(command, here)
     done = job.state["progress"]["step"] if job.state else 0
     parts = build(job.settings, job.images, job.directory, done, here)
-    for line in (*report.introduction(parts), *dryrun.describe(parts, done)):
+    for line in chain(report.introduction(parts), dryrun.describe(parts, done)):
         parts.display.say(line)
     parts.display.say(f"nothing was written; a run would write in {job.directory.path}")
     return 0

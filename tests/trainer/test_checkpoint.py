@@ -22,6 +22,7 @@ import torch
 from fastlars.trainer import checkpoint
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.kept import Kept
+from fastlars.trainer.loop import Loop
 from fastlars.trainer.rundir import RunDirectory
 from trainer.helpers import Outcome, assert_same, files_below, load
 
@@ -201,8 +202,14 @@ def test_full_disk_during_a_run(
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    step = Loop._step
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+
+        def fills(self: Loop, *arguments: object) -> None:
+            patch.setattr(os, "fsync", full)
+            step(self, *arguments)  # type: ignore[arg-type]
+
+        patch.setattr(Loop, "_step", fills)
         outcome = train("--output", tmp_path, "--resume", "--max-steps", 0)
     assert outcome.status == 2
     *warnings, last = outcome.err.splitlines()
@@ -227,6 +234,13 @@ def test_damaged(tmp_path: Path, content: bytes | None) -> None:
     else:
         path.write_bytes(content)
     with pytest.raises(TrainerError, match="is damaged or not a checkpoint of this trainer"):
+        checkpoint.load(path)
+
+
+def test_of_another_version(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"format": "fastlars.trainer checkpoint 1"}, path)
+    with pytest.raises(TrainerError, match=r"checkpoint\.pt is of another version of fastlars"):
         checkpoint.load(path)
 
 

@@ -25,6 +25,7 @@ RUNS: dict[str, tuple[object, ...]] = {
     "plain": ("--no-overlap",),
     "overlap": ("--overlap",),
     "fp16": ("--overlap", "--compression", "fp16"),
+    "scaled": ("--no-overlap", "--precision", "fp16", "--ema", 0.5),
     "last": ("--bn-statistics", "last", "--max-steps", 6),
 }
 
@@ -59,6 +60,16 @@ def test_gradients_travel_in_half_precision(runs: Path) -> None:
     plain, half = (trained(runs / name)["model"] for name in ("plain", "fp16"))
     assert not torch.equal(plain["0.weight"], half["0.weight"])
     torch.testing.assert_close(plain["5.weight"], half["5.weight"], rtol=0.05, atol=5e-3)
+
+
+def test_a_scaler_over_processes(runs: Path) -> None:
+    """One scale for all, and weights as in float32."""
+    state = load(runs / "scaled")
+    assert state["scaler"]["_growth_tracker"] == 22
+    plain, scaled = (load(runs / name)["model"]["5.weight"] for name in ("plain", "scaled"))
+    assert not torch.equal(plain, scaled)
+    torch.testing.assert_close(plain, scaled, rtol=0.05, atol=5e-3)
+    assert state["average"]["n_averaged"] == 22
 
 
 @pytest.mark.usefixtures("tiny", "no_picture")

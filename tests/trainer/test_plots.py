@@ -147,6 +147,16 @@ def test_all_is_drawn_again_from_the_log(
     assert "No such file or directory" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ['{"loss": 1}\n', "[1]\n", '{"kind": "train"}\n', "\xff"])
+def test_what_is_no_log_is_not_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(text.encode("latin-1"))
+    assert plots.main([str(tmp_path)]) == 2
+    assert "metrics.jsonl is no log of the trainer" in capsys.readouterr().err
+    assert files_below(tmp_path) == ["metrics.jsonl"]
+
+
 def test_a_picture_is_written_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

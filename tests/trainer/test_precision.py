@@ -116,26 +116,23 @@ def test_gradients_that_overflow_at_any_scale(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overflowing(monkeypatch, range(10**9))
-    outcome = train(*FP16, "--epochs", 7, "--output", tmp_path / "run", "--checkpoint-every", 1)
+    outcome = train(*FP16, "--epochs", 7, "--output", tmp_path / "run")
     assert outcome.status == 2
     assert "no finite numbers in --precision fp16, however small" in outcome.err
     assert load(tmp_path / "run")["progress"]["step"] == 30  # 2 ** (16 - 30) is the last scale
 
 
 @pytest.mark.usefixtures("tiny", "no_picture")
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_learns_as_float32_does(
-    tmp_path: Path, train: Train, precision: str
-) -> None:
+def test_half_precision_learns_as_float32_does(tmp_path: Path, train: Train) -> None:
     losses = []
-    for name in ("fp32", precision):
+    for name in ("fp32", "bf16", "fp16"):
         run = tmp_path / name
-        settings = ("--epochs", 4, "--batch-size", 64, "--precision", name)
+        settings = ("--epochs", 3, "--batch-size", 64, "--precision", name)
         assert train(*settings, "--output", run).status == 0
         tests = [record["loss"] for record in records(run) if record["kind"] == "test"]
         assert tests[-1] < 0.8 * tests[0]
         losses.append(tests[-1])
-    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=0.1)
 
 
 @pytest.mark.gpu
