@@ -51,8 +51,6 @@ def fresh(given: Mapping[str, Any], processes: int = 1) -> Config:
     if not settings["overlap"] and "compression" not in given:
         settings["compression"] = "none"
     made = replace(start, **settings)
-    if made.compression != "none" and not made.overlap:
-        raise TrainerError(f"--compression {made.compression} needs --overlap", everywhere=True)
     images = made.micro_batch or made.batch_size // processes
     if given.get("bn_batch") and images % made.bn_batch:
         raise TrainerError(

@@ -53,12 +53,14 @@ class Step:
         """Train on the next of `batches`, and count them in `meter`.
 
         Returns:
-            Norms of weights and gradients before the run's first step, where records are kept.
+            Norms of weights and gradients before the step, where a record of them is due.
         """
         parts, scale = self._parts, self._precision.gradient_scale
         self._wrapped.train()
         parts.optimizer.zero_grad(set_to_none=True)
         batchnorm.forget(parts.model)
+        recorded = parts.log is not None and parts.schedule.last_epoch in norms.STEPS
+        weights = norms.weights(parts.model) if recorded else {}
         for number in range(parts.plan.micro_batches):
             last = number == parts.plan.micro_batches - 1
             # Gradients travel once a step, with the last micro-batch.
@@ -69,8 +71,7 @@ class Step:
                 except self._compiler_errors as error:
                     reason = str(error).split("\n\n")[0]  # then comes how to debug torch
                     raise TrainerError(f"--compile: torch.compile failed: {reason}") from error
-        first = parts.log is not None and parts.schedule.last_epoch == 0
-        found = norms.measure(parts.model) if first else None
+        found = norms.measure(parts.model, weights) if recorded else None
         self.lr = float(parts.schedule.get_last_lr()[0])
         if not self._precision.step(parts.optimizer):
             return None

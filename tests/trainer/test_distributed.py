@@ -108,6 +108,7 @@ def test_damage_that_one_process_finds(images: Path, tmp_path: Path) -> None:
     damaged = images / "train" / "bee" / "007.png"
     damaged.write_bytes(damaged.read_bytes()[:200])
     flags = ("--data", images, "--batch-size", 36, "--lr", 0.1, "--workers", 0)
+    flags = (*flags, "--cache", "off")  # else all processes find it while they load
     outcome = finish(start("--epochs", 2, *flags, "--output", tmp_path / "run"))
     assert outcome.status != 0
     assert f"fastlars.trainer: error: cannot read image {damaged}: " in outcome.err

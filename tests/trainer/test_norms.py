@@ -16,7 +16,7 @@ def test_norms_of_every_parameter_with_a_gradient(dtype: torch.dtype) -> None:
     net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 1)).to(dtype)
     net[2].requires_grad_(False)
     net(torch.randn(8, 3, dtype=dtype)).sum().backward()
-    found = norms.measure(net)
+    found = norms.measure(net, norms.weights(net))
     assert list(found) == ["0.weight", "0.bias", "1.weight", "1.bias"]
     for name, (weight, gradient) in found.items():
         parameter = net.get_parameter(name)
@@ -30,10 +30,11 @@ def test_squares_outside_of_float32() -> None:
     net = nn.Linear(2, 2, bias=False)
     net.weight.grad = torch.full((2, 2), 1e-30)
     nn.init.constant_(net.weight, 1e30)
-    weight, gradient = norms.measure(net)["weight"]
+    weight, gradient = norms.measure(net, norms.weights(net))["weight"]
     assert weight == pytest.approx(2e30, rel=1e-6)
     assert gradient == pytest.approx(2e-30, rel=1e-6)
 
 
 def test_without_gradients_there_are_none() -> None:
-    assert norms.measure(nn.Linear(2, 2)) == {}
+    net = nn.Linear(2, 2)
+    assert norms.measure(net, norms.weights(net)) == {}

@@ -29,7 +29,7 @@ def assert_same_runs(one: Path, other: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny", "no_picture")
-@pytest.mark.parametrize("recipe", ["lars", "lamb", "goyal", "akiba"])
+@pytest.mark.parametrize("recipe", ["lars", "lamb", "goyal", "akiba", "mlperf"])
 def test_stopped_anywhere(tmp_path: Path, train: Train, recipe: str) -> None:
     """In an epoch, at its end, within a window of the log, and just before the end."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -52,7 +52,7 @@ def test_stopped_within_an_epoch_of_a_folder(
 ) -> None:
     """Augmentation goes on where it was, whatever the number of workers before and after."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    settings = (*FOLDER, "--data", images)
+    settings = (*FOLDER, "--data", images, "--cache", "off")
     assert train(*settings, "--workers", 0, "--output", whole).status == 0
     first = train(*settings, "--workers", 2 - workers, "--output", parts, "--max-steps", 6)
     assert first.status == 0
