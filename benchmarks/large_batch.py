@@ -72,7 +72,8 @@ class Sitting:
             start_new_session=True,
         )  # fmt: skip
         try:
-            _, errors = self._running.communicate(timeout=max(self.end - time.monotonic(), 1.0))
+            left = max(self.end - time.monotonic(), 1.0)
+            _, errors = self._running.communicate(timeout=None if math.isinf(left) else left)
         except subprocess.TimeoutExpired:
             self.stopped = True
             self._running.terminate()

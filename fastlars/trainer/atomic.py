@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+def write(path: Path, fill: Callable[[BinaryIO], object], partial: Path | None = None) -> None:
     """Replace the file at `path` by what `fill` writes.
 
     The new one is written beside it and is on the disk before it takes the name; the folder is
-    synced too, or a power cut could undo the renaming.
+    synced too, or a power cut could undo the renaming. `partial` is its name until then.
     """
-    partial = path.with_name(f".{path.name}.partial")  # one name: leftovers do not pile up
+    partial = partial or path.with_name(f".{path.name}.partial")
     try:
         with open(partial, "wb") as file:
             fill(file)
@@ -33,6 +33,7 @@ def duplicate(source: Path, path: Path) -> None:
 
     A second name of the same file; a copy on disks that have no such names.
     """
+    # One name for all, and not one a step: what a kill leaves goes with the next one.
     partial = path.with_name(".duplicate.partial")
     partial.unlink(missing_ok=True)
     if path.exists() and path.samefile(source):
@@ -41,7 +42,7 @@ def duplicate(source: Path, path: Path) -> None:
         os.link(source, partial)
     except OSError:
         with open(source, "rb") as file:
-            write(path, lambda copy: shutil.copyfileobj(file, copy))
+            write(path, lambda copy: shutil.copyfileobj(file, copy), partial)
         return
     try:
         os.replace(partial, path)
