@@ -81,6 +81,13 @@ def _compiled(rule: foreach.Rule) -> Build:
     return lambda params: foreach.Compiled(params, rule, LR, DECAY)
 
 
+def _apex(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    from apex.optimizers import FusedLAMB
+
+    # Its global clip cannot be turned off; at this norm it changes nothing.
+    return FusedLAMB(params, lr=LR, weight_decay=DECAY, max_grad_norm=1e9)
+
+
 def contenders(case: Case) -> dict[str, Contender]:
     """Who steps a case, fastlars as it comes first: the others are compared with it."""
     ours = Contender(_fastlars(case), "fastlars", exact=True)
@@ -101,6 +108,8 @@ def contenders(case: Case) -> dict[str, Contender]:
     }
     if case.model in ("resnet50", "bert_large"):
         found |= others
+        if case.rule == "lamb":
+            found["apex FusedLAMB"] = Contender(_apex, "apex")
     if case.model == "resnet50":
         rule = foreach.lars if case.rule == "lars" else foreach.lamb
         found["torch.compile of foreach"] = Contender(_compiled(rule), "torch", exact=True)

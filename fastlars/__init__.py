@@ -24,6 +24,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> _ModuleType:
-    if name == "distributed":  # on demand: one GPU does not need it, and not every torch has it
-        return _import_module("fastlars.distributed")
+    # On demand: one GPU does not need the first, and not every torch has it; few need the second.
+    if name in ("distributed", "migrate"):
+        return _import_module(f"fastlars.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

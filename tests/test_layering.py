@@ -17,8 +17,9 @@ LONGER: dict[str, str] = {"csrc/bindings.cpp": "the one file that may know Pytho
 # package: the modules of fastlars that it must not import
 FORBIDDEN = {
     "fastlars.backends": ("fastlars.optim", "fastlars.distributed", "fastlars.trainer"),
-    "fastlars.optim": ("fastlars.distributed", "fastlars.trainer"),
-    "fastlars.distributed": ("fastlars.trainer",),
+    "fastlars.optim": ("fastlars.distributed", "fastlars.migrate", "fastlars.trainer"),
+    "fastlars.distributed": ("fastlars.migrate", "fastlars.trainer"),
+    "fastlars.migrate": ("fastlars.distributed", "fastlars.trainer"),
     # The trainer is a user: it imports what any user could.
     "fastlars.trainer": ("fastlars._C", "fastlars.backends", "fastlars.rules", "fastlars.optim"),
 }
