@@ -101,12 +101,13 @@ def _cpu(table: list[dict[str, Any]]) -> str:
             f"| {_spread(row)} | {row['kernel_ms']} | {row['fastlars_over_this']} | {row['gb_s']} "
             f"| {_percent(row['share_of_memory'])} |"
         )
-    first = table[-1]
+    first = table[0]
+    rates = sorted(float(row["memory_gb_s"]) for row in table if row["memory_gb_s"])
+    memory = f"; memory: {rates[0]:.3g} to {rates[-1]:.3g} GB/s" if rates else ""
     lines.append("")
     lines.append(
         f"{first['machine']}, {first['threads']} threads, torch {first['torch']}, Python "
-        f"{first['python']}, {first['date']}, commit {first['commit']}; memory: "
-        f"{first['memory_gb_s']} GB/s"
+        f"{first['python']}, {first['date']}, commit {first['commit']}{memory}"
     )
     return "\n".join(lines)
 
