@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from shapes import SWEEP
@@ -66,7 +67,7 @@ def _roofline(rows: Rows) -> Any:
                 points[name].append((gigabytes(row), float(row["p50_ms"])))
         _panel(axis, points, line="o")
         xs = [x for series in points.values() for x, _ in series]
-        rate = max(float(row["memory_gb_s"]) for row in models)
+        rate = median(float(row["memory_gb_s"]) for row in models)
         ends = [min(xs, default=1e-3) / 2, max(xs, default=1.0) * 2]
         axis.plot(
             ends, [1e3 * x / rate for x in ends], "k--", lw=1, label=f"memory, {rate:.0f} GB/s"

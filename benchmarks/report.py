@@ -104,9 +104,10 @@ def _cpu(table: list[dict[str, Any]]) -> str:
     first = table[0]
     rates = sorted(float(row["memory_gb_s"]) for row in table if row["memory_gb_s"])
     memory = f"; memory: {rates[0]:.3g} to {rates[-1]:.3g} GB/s" if rates else ""
+    threads = max(int(row["threads"] or 0) for row in table)
     lines.append("")
     lines.append(
-        f"{first['machine']}, {first['threads']} threads, torch {first['torch']}, Python "
+        f"{first['machine']}, {threads} threads, torch {first['torch']}, Python "
         f"{first['python']}, {first['date']}, commit {first['commit']}{memory}"
     )
     return "\n".join(lines)
