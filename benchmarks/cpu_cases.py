@@ -6,6 +6,8 @@ the two models that people know.
 
 from __future__ import annotations
 
+import math
+
 import gpu_cases
 from cases import RULES, Contender
 from shapes import MODELS, SWEEP, Shapes
@@ -22,13 +24,7 @@ class Case(gpu_cases.Case):
     @property
     def numel(self) -> int:
         """Elements of all tensors."""
-        elements = 0
-        for shape in self.shapes():
-            size = 1
-            for length in shape:
-                size *= length
-            elements += size
-        return elements
+        return sum(map(math.prod, self.shapes()))
 
     def needed_bytes(self) -> int:
         """Memory in use when two optimizers take turns: weights, gradients twice, their states."""

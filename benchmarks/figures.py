@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from shapes import SWEEP
+from shapes import MODELS, SWEEP
 
 Rows = Sequence[Mapping[str, Any]]
 Points = dict[str, list[tuple[float, float]]]  # by name: x, milliseconds
@@ -79,10 +79,8 @@ def _roofline(rows: Rows) -> Any:
 
 def _cost(rows: Rows) -> Any:
     """The sweep: one tensor that grows, tensors of 64 elements that become more."""
-    sizes, counts = (
-        _sweep(rows, lambda name: name.startswith("1 x 1e")),
-        _sweep(rows, lambda name: name.endswith(" x 64")),
-    )
+    sizes = _sweep(rows, lambda name: name.startswith("1 x 1e"), by_tensors=False)
+    counts = _sweep(rows, lambda name: name == "tiny" or name.endswith(" x 64"), by_tensors=True)
     if not sizes or not counts:
         return None
     figure, (left, right) = _figure(2)
@@ -95,14 +93,14 @@ def _cost(rows: Rows) -> Any:
     return figure
 
 
-def _sweep(rows: Rows, chosen: Callable[[str], bool]) -> Points:
+def _sweep(rows: Rows, chosen: Callable[[str], bool], *, by_tensors: bool) -> Points:
+    """Steps by the number of parameters, or of tensors."""
     points: Points = defaultdict(list)
     for row in rows:
         name = str(row["group"]).rsplit(" ", 1)[0]
-        name = "10000 x 64" if name == "tiny" else name
         if chosen(name):
-            count = len(SWEEP[name]()) if name in SWEEP else 10_000
-            x = count if name.endswith(" x 64") else float(row["parameters"])
+            shapes = (MODELS | SWEEP)[name]()
+            x = len(shapes) if by_tensors else float(row["parameters"])
             ours = row["contender"] == "fastlars"
             label = f"fastlars {rule_of(row).upper()}" if ours else str(row["contender"])
             points[label].append((x, float(row["p50_ms"])))

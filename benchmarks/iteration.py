@@ -11,11 +11,9 @@ medians are reported.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import importlib.metadata
 import itertools
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cases import RULES
+from fastlars.trainer import atomic
 from host import describe
 from timing import Sample, interleave
 
@@ -174,12 +173,8 @@ def main() -> None:
     }
     print(markdown(rows), f"\n{where}, {time.perf_counter() - begin:.0f} s")
     if options.csv:
-        partial = options.csv.with_suffix(".partial")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *where], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(row | where for row in rows)
-        os.replace(partial, options.csv)
+        names = [*rows[0], *where]
+        atomic.write_table([names, *((row | where).values() for row in rows)], options.csv)
 
 
 if __name__ == "__main__":

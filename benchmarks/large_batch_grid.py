@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import itertools
 import math
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+
+from fastlars.trainer import atomic
 
 BASE_BATCH = 128
 FACTORS = (0.5, 1.0, 2.0)
@@ -142,14 +143,8 @@ def read(path: Path) -> list[Row]:
 def write(path: Path, rows: Sequence[Row]) -> None:
     """All rows, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
-        lines = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        lines.writeheader()
-        lines.writerows(asdict(row) for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    names = [f.name for f in fields(Row)]
+    atomic.write_table([names, *(asdict(row).values() for row in rows)], path)
 
 
 def subset(data: Path, per_class: int, into: Path) -> Path:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def write(path: Path, fill: Callable[[BinaryIO], object], partial: Path | None = None) -> None:
@@ -26,6 +28,13 @@ def write(path: Path, fill: Callable[[BinaryIO], object], partial: Path | None =
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_table(rows: Iterable[Iterable[Any]], path: Path) -> None:
+    """Write rows of comma-separated values; None is an empty field."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def duplicate(source: Path, path: Path) -> None:

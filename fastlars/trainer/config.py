@@ -60,6 +60,11 @@ def fresh(given: Mapping[str, Any], processes: int = 1) -> Config:
     return made
 
 
+def recipe_of(config: Config) -> recipes.Recipe:
+    """The recipe that a configuration starts from."""
+    return recipes.look_up(config.recipe, config.data, config.batch_size)
+
+
 def _shortened(settings: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, float]:
     """What a recipe says in epochs, in a run of fewer epochs than its own.
 

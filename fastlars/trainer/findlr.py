@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch.optim.lr_scheduler import LambdaLR
 
-from fastlars.trainer import plots, report, rundir
+from fastlars.trainer import atomic, plots, report, rundir
 from fastlars.trainer.config import Config
 from fastlars.trainer.distributed import Ballot, World
 from fastlars.trainer.errors import TrainerError
@@ -122,7 +122,7 @@ def write(parts: Parts, losses: dict[float, float], folder: Path) -> Iterator[st
     found = suggest(rates, means) if len(rates) > 1 else None
     rows = zip(range(1, len(rates) + 1), rates, finite.values(), means, strict=True)
     heading = ("step", "lr", "loss", "smoothed_loss")
-    plots.save_table([heading, *rows], folder / "lr_find.csv")
+    atomic.write_table([heading, *rows], folder / "lr_find.csv")
     plots.save(picture(report.title(parts), finite, means, found), folder / "lr_find.png")
     if found is None:
         yield f"the loss fell at no rate up to {rates[-1]:.3g}: nothing to suggest"

@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +34,12 @@ def save(figure: Figure, path: Path) -> None:
     atomic.write(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
-def save_table(rows: Iterable[Sequence[Any]], path: Path) -> None:
-    """Write comma-separated values, whole or not at all; None is an empty field."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    atomic.write(path, lambda file: file.write(text.getvalue().encode()))
-
-
 def draw_layers(records: Records, folder: Path) -> None:
     """Write what a log says of layers: trust.csv and .png, norms.csv and .png."""
     for name, tabulate in TABLES.items():
         table = tabulate(records)
         if len(table) > 1:
-            save_table(table, folder / f"{name}.csv")
+            atomic.write_table(table, folder / f"{name}.csv")
             draw(records, folder / f"{name}.png")
 
 

@@ -17,7 +17,8 @@ import torch
 import torchvision
 
 import fastlars
-from fastlars.trainer import atomic, recipes
+from fastlars.trainer import atomic
+from fastlars.trainer.config import recipe_of
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.parts import Parts
 
@@ -43,9 +44,7 @@ def write(parts: Parts, command: Sequence[str], step: int) -> None:
             "versions": versions(),
             "config": asdict(parts.config) | {"data": _place(parts.config.data)},
         }
-        recipe = recipes.look_up(
-            parts.config.recipe, parts.config.data, parts.config.batch_size
-        ).source
+        recipe = recipe_of(parts.config).source
         path, before = parts.run.settings, parts.run.came_from
         starts = _starts(before.with_name(path.name)) if before else []
         text = json.dumps({"recipe": recipe, "starts": [*starts, start]}, indent=2) + "\n"

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastlars.trainer import plots, recipes, repeat
-from fastlars.trainer.config import Config
+from fastlars.trainer import plots, repeat
+from fastlars.trainer.config import Config, recipe_of
 from fastlars.trainer.log import read
 from fastlars.trainer.loop import Loop
 from fastlars.trainer.parts import Parts, fingerprint
@@ -42,7 +42,7 @@ def introduction(parts: Parts) -> Iterator[str]:
         f"weight decay {config.weight_decay:g}, on {parts.world.size} x "
         f"{parts.world.device.type}, {plan.micro_batches} x {plan.micro_batch} images a step each"
     )
-    recipe = recipes.look_up(config.recipe, config.data, config.batch_size)
+    recipe = recipe_of(config)
     yield f"recipe {config.recipe}: {recipe.source}"
     changed = _changed(config, recipe.settings)
     if changed:
@@ -67,7 +67,7 @@ def start_record(parts: Parts) -> dict[str, Any]:
     config = parts.config
     return {
         "title": title(parts),
-        "recipe": recipes.look_up(config.recipe, config.data, config.batch_size).source,
+        "recipe": recipe_of(config).source,
         "config": config.shaping(),
         "data": fingerprint(parts.data) | {"classes": len(parts.data.classes)},
         "steps_per_epoch": parts.plan.steps_per_epoch,
