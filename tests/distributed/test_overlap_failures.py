@@ -148,14 +148,18 @@ class Peeks(nn.Module):
         super().__init__()
         self.first = nn.Linear(768, 400)
         self.last = nn.Linear(400, 10)
+        self.peeks = False
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.first(x.flatten(1))
-        return self.last(Reads.apply(hidden, self.last.weight.detach()))
+        if self.peeks:
+            hidden = Reads.apply(hidden, self.last.weight.detach())
+        return self.last(hidden)
 
 
 def peek() -> str:
-    ddp = DistributedDataParallel(Peeks(), bucket_cap_mb=0.001)
+    net = Peeks()
+    ddp = DistributedDataParallel(net, bucket_cap_mb=0.001)
     optimizer = fastlars.LARS(ddp.parameters(), lr=0.5)
     fastlars.distributed.overlap(ddp, optimizer)
 
@@ -163,7 +167,9 @@ def peek() -> str:
         for started in optimizer._ahead.started:
             started.future.wait()
 
+    # DDP's last buckets, and not yet the race that the step below decides by waiting.
     train(ddp, optimizer, range(BROKEN))
+    net.peeks = True
     x, y = images(BROKEN, dist.get_rank(), torch.float32)
     loss = nn.functional.cross_entropy(ddp(x), y)
     # Between the last layer's gradients and the node that still wants its weight.
