@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 # The shard itself. DTensor.to_local() makes a view of every parameter, at 25 times the price.
 _local = attrgetter("_local_tensor")
+_placements = attrgetter("_spec.placements")
 
 
 def is_dtensor(value: Any) -> bool:
@@ -44,6 +45,11 @@ def is_dtensor(value: Any) -> bool:
 def shard(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor: its shard of a DTensor, and of others all."""
     return _local(tensor) if is_dtensor(tensor) else tensor
+
+
+def shards(tensors: list[Tensor]) -> list[Tensor]:
+    """What this process holds of tensors that are all DTensors, without asking each."""
+    return list(map(_local, tensors))
 
 
 def mesh_of(tensor: Tensor) -> DeviceMesh | None:
@@ -120,23 +126,32 @@ def shards_of(table: Table, rows: Tensor, params: list[Any]) -> Shards:
 def unwrapped(tensors: Tensors) -> Tensors:
     """The shards of a list of DTensors; counters are whole everywhere."""
     params: list[Any] = tensors.weights if tensors.copies is None else tensors.copies
-    # A gradient may still be a sum over ranks that is pending, as those of norms are under
-    # sequence parallelism: torch's optimizers reduce them too.
-    grads = [_arrived(placed(g, p)) for g, p in zip(tensors.grads, params, strict=True)]
+    grads = tensors.grads
+    if not _alike(grads, params):
+        # A gradient may still be a sum over ranks that is pending, as those of norms are under
+        # sequence parallelism: torch's optimizers reduce them too.
+        grads = [placed(g, p) for g, p in zip(grads, params, strict=True)]
     try:
         return replace(
             tensors,
-            weights=list(map(_local, tensors.weights)),
-            grads=grads,
-            states=tuple(list(map(_local, state)) for state in tensors.states),
-            copies=None if tensors.copies is None else list(map(_local, tensors.copies)),
+            weights=shards(tensors.weights),
+            grads=list(map(_arrived, shards(grads))),
+            states=tuple(map(shards, tensors.states)),
+            copies=None if tensors.copies is None else shards(tensors.copies),
         )
     except AttributeError:  # a state was replaced by a plain tensor
         raise Mismatch("states", 0, "type") from None
 
 
-def _arrived(grad: Tensor) -> Tensor:
-    local = _local(grad)
+def _alike(grads: list[Tensor], params: list[Tensor]) -> bool:
+    """Whether gradients are DTensors placed as their parameters are, as FSDP2 leaves them."""
+    try:
+        return list(map(_placements, grads)) == list(map(_placements, params))
+    except AttributeError:
+        return False
+
+
+def _arrived(local: Tensor) -> Tensor:
     return local if type(local) is Tensor else getattr(local, "wait", lambda: local)()
 
 

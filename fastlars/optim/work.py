@@ -11,7 +11,7 @@ from torch import Tensor
 from fastlars.backends.base import Backend, Scalars
 from fastlars.optim.numbers import Numbers
 from fastlars.optim.plan import Sublist
-from fastlars.optim.sharded import complete, shard
+from fastlars.optim.sharded import complete, shards
 from fastlars.rules import GradientNorm, Rule
 
 
@@ -78,7 +78,7 @@ def take(works: list[Work], now: Numbers) -> list[tuple[list[Tensor], Tensor]]:
         # an address does not move them.
         torch.autograd.graph.increment_version(work.sublist.weights)
         if work.sublist.shards is not None:
-            torch.autograd.graph.increment_version([shard(w) for w in work.sublist.weights])
+            torch.autograd.graph.increment_version(shards(work.sublist.weights))
     return taken
 
 
