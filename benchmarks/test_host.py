@@ -1,15 +1,20 @@
 """Host time of a step: Python and checks, for as many tensors as ResNet-50 has, of 1 element each.
 
 What the compiled call takes for such tensors is timed beside it, so that the rest can be read off.
+DTensors are on a mesh of one process: what a step under FSDP2 costs the host, but for the network.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import fastlars
 from cases import parameters
@@ -20,22 +25,62 @@ from timing import interleave
 ROUNDS = 2001
 
 
-@pytest.mark.parametrize("name", ["fastlars LARS", "fastlars LAMB", "torch SGD(fused)"])
-def test_host(benchmark: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+OPTIMIZERS: dict[str, Any] = {
+    "fastlars LARS": lambda params: fastlars.LARS(params, lr=1e-6),
+    "fastlars LAMB": lambda params: fastlars.LAMB(params, lr=1e-6),
+    "torch SGD(fused)": lambda params: torch.optim.SGD(params, lr=1e-6, momentum=0.9, fused=True),
+    "torch SGD(foreach)": lambda params: torch.optim.SGD(params, lr=1e-6, momentum=0.9),
+    "torch AdamW(fused)": lambda params: torch.optim.AdamW(params, lr=1e-6, fused=True),
+}
+ROWS = [
+    *((name, False) for name in OPTIMIZERS if name != "torch SGD(foreach)"),
+    # torch 2.15 has no SGD(fused) for DTensors.
+    *((name, True) for name in OPTIMIZERS if name != "torch SGD(fused)"),
+]
+LIMIT_S = 5.0
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
+    """A mesh of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def spread(params: list[torch.Tensor], mesh: DeviceMesh) -> list[torch.Tensor]:
+    """The parameters as DTensors, their gradients too."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    shards = []
+    for p in params:
+        shard = torch.nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)]))
+        assert p.grad is not None
+        shard.grad = distribute_tensor(p.grad, mesh, [Shard(0)])
+        shards.append(shard)
+    return shards
+
+
+@pytest.mark.parametrize(("name", "sharded"), ROWS)
+def test_host(
+    benchmark: Any,
+    name: str,
+    sharded: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
     torch.set_num_threads(1)
     params = parameters([(1,) for _ in resnet50()])
-    kinds: dict[str, Any] = {
-        "fastlars LARS": lambda: fastlars.LARS(params, lr=1e-6),
-        "fastlars LAMB": lambda: fastlars.LAMB(params, lr=1e-6),
-        "torch SGD(fused)": lambda: torch.optim.SGD(params, lr=1e-6, momentum=0.9, fused=True),
-    }
-    optimizer = kinds[name]()
+    if sharded:
+        params = spread(params, request.getfixturevalue("mesh"))
+    optimizer = OPTIMIZERS[name](params)
     optimizer.step()
     calls = {"step": optimizer.step}
-    if name.startswith("fastlars"):
+    if name.startswith("fastlars") and not sharded:
         calls["kernel"] = last_call(optimizer, monkeypatch)
-    samples = interleave(calls, ROUNDS)
-    benchmark.group = "host, 161 tensors of 1 element"
+    samples = interleave(calls, ROUNDS, limit_s=LIMIT_S)
+    what = "DTensors" if sharded else "tensors"
+    benchmark.group = f"host, 161 {what} of 1 element"
     step = samples["step"]
     benchmark.extra_info.update(
         contender=name,
