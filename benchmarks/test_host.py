@@ -32,6 +32,7 @@ OPTIMIZERS: dict[str, Any] = {
     "torch SGD(foreach)": lambda params: torch.optim.SGD(params, lr=1e-6, momentum=0.9),
     "torch AdamW(fused)": lambda params: torch.optim.AdamW(params, lr=1e-6, fused=True),
 }
+OURS = {"SGD": "fastlars LARS", "AdamW": "fastlars LAMB"}  # what stands against torch's
 ROWS = [
     *((name, False) for name in OPTIMIZERS if name != "torch SGD(foreach)"),
     # torch 2.15 has no SGD(fused) for DTensors.
@@ -76,7 +77,9 @@ def test_host(
     optimizer = OPTIMIZERS[name](params)
     optimizer.step()
     calls = {"step": optimizer.step}
-    if name.startswith("fastlars") and not sharded:
+    if name.startswith("torch"):
+        calls["fastlars"] = OPTIMIZERS[OURS[type(optimizer).__name__]](params).step
+    elif not sharded:
         calls["kernel"] = last_call(optimizer, monkeypatch)
     samples = interleave(calls, ROUNDS, limit_s=LIMIT_S)
     what = "DTensors" if sharded else "tensors"
@@ -94,6 +97,8 @@ def test_host(
     )
     if "kernel" in samples:
         benchmark.extra_info["kernel_ms"] = samples["kernel"].median * 1e3
+    if "fastlars" in samples:
+        benchmark.extra_info["fastlars_over_this"] = samples["fastlars"].median / step.median
     benchmark.pedantic(optimizer.step, rounds=100, warmup_rounds=5)
 
 
