@@ -7,7 +7,9 @@
 namespace fastlars {
 
 // Measures gradients alone: Sums::update of g, Sums::weight 0. For a global norm.
-struct GradientNorm {};
+struct GradientNorm {
+  static constexpr bool counts_steps = false;
+};
 
 namespace cpu {
 

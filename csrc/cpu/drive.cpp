@@ -43,6 +43,10 @@ Sums total(const std::vector<Sums>& partial, const Chunks& chunks, int tensor) {
   return sums;
 }
 
+float coefficients(const GradientNorm&, const Scalars& now, float) {
+  return static_cast<float>(now.gradient_scale);
+}
+
 // The counter of a tensor. Steps count from 1, and `advances` where this call takes the step.
 template <class Rule>
 float counter(const TensorList& list, int tensor, bool advances) {
@@ -151,18 +155,9 @@ void step_list(const Rule& rule, const Scalars& now, TensorList& list, float* ra
 
 }  // namespace
 
-void measure(const GradientNorm&, const Scalars& now, TensorList& list, Sums* sums) {
-  const Chunks chunks = cut(list.numel);
-  std::vector<Sums> partial(chunks.chunk.size());
-#pragma omp parallel for schedule(static) if (worth_threads(list))
-  for (std::int64_t i = 0; i < static_cast<std::int64_t>(partial.size()); ++i) {
-    partial[i] = measure_chunk(list, chunks.chunk[i], static_cast<float>(now.gradient_scale));
-  }
-  for (int tensor = 0; tensor < list.count(); ++tensor) {
-    sums[tensor] = total(partial, chunks, tensor);
-  }
+void measure(const GradientNorm& rule, const Scalars& now, TensorList& list, Sums* sums) {
+  measure_list(rule, now, list, sums);
 }
-
 void measure(const LarsRule& rule, const Scalars& now, TensorList& list, Sums* sums) {
   measure_list(rule, now, list, sums);
 }
