@@ -7,6 +7,7 @@ to go on from their checkpoints, :mod:`fastlars.distributed` the overlap with DD
 ``python -m fastlars`` says what was built, ``python -m fastlars.trainer`` trains.
 """
 
+import typing as _typing
 from importlib import import_module as _import_module
 from importlib.metadata import version as _version
 from types import ModuleType as _ModuleType
@@ -46,7 +47,13 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_ON_DEMAND})
 
 
-def __getattr__(name: str) -> _ModuleType:
-    if name in _ON_DEMAND:
-        return _import_module(f"fastlars.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# From __getattr__ a type checker would conclude that any name is a module.
+if _typing.TYPE_CHECKING:
+    from fastlars import distributed as distributed
+    from fastlars import migrate as migrate
+else:
+
+    def __getattr__(name: str) -> _ModuleType:
+        if name in _ON_DEMAND:
+            return _import_module(f"fastlars.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
