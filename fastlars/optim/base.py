@@ -150,6 +150,7 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         """The last step's trust ratio of every parameter that it changed; 1 where not adapted.
 
         Empty before the first step. Steps inside ``torch.compile`` leave it as it is.
+        By name: ``{name: ratios[p] for name, p in model.named_parameters() if p in ratios}``.
 
         Example:
             >>> import torch, fastlars

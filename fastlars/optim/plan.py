@@ -1,7 +1,7 @@
 """Plan: a parameter group cut into lists that one call of one back end can step.
 
 Everything that costs time is done when the plan is made: the checks, with their messages, and the
-states. A step then only gathers the tensors of the day; the back end holds them against the layout,
+states. A step then only gathers its tensors; the back end holds them against the layout,
 and a plan that no longer fits is made anew.
 """
 
@@ -205,7 +205,7 @@ class Plan:
         return sublists
 
     def gather(self, sublist: Sublist, grads: list[Any]) -> Tensors:
-        """The tensors of the day. KeyError where a state is gone."""
+        """The tensors of this step. KeyError where a state is gone."""
         if not self.whole:
             grads = [grads[i] for i in sublist.indices]
         states = sublist.states

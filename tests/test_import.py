@@ -1,0 +1,69 @@
+"""``import fastlars``: what it shows, and what it says where there is no extension."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sources import ROOT
+
+
+def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A new interpreter in a folder. -S: an editable install's finder would lend its extension."""
+    return subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_sources_without_extension_say_so(tmp_path: Path) -> None:
+    skip = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "fastlars", tmp_path / "fastlars", ignore=skip)
+    done = run("import fastlars", tmp_path)
+    assert done.returncode == 1
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith(f"ImportError: {tmp_path / 'fastlars'} holds the sources of fastlars")
+    assert "No module named" not in done.stderr
+
+
+def test_modules_that_are_imported_on_demand_are_listed() -> None:
+    code = "import sys, fastlars; print('fastlars.migrate' in sys.modules, *dir(fastlars))"
+    done = run(code, ROOT)
+    imported, *names = done.stdout.split()
+    assert imported == "False", done.stderr
+    assert {"LARS", "conventions", "distributed", "migrate"} <= set(names)
+    assert "TYPE_CHECKING" not in names
+
+
+USER = """
+import fastlars
+params: list[object] = []
+fastlars.LARS(params, lr=1.0, **fastlars.conventions.timm_lars(momentum=0.9)).step()
+fastlars.Lars
+fastlars.LARS(params, lr=1.0, ratio="both")
+fastlars.migrate.load(fastlars.LARS(params, lr=1.0), {}, 1)
+fastlars.distributed.overlap(1, fastlars.LAMB(params), compression="fp8")
+"""
+
+
+def test_type_checkers_see_mistakes(tmp_path: Path) -> None:
+    api = pytest.importorskip("mypy.api")
+    (tmp_path / "user.py").write_text(USER)
+    # torch takes long to check, and is not what is asked about.
+    (tmp_path / "mypy.ini").write_text(
+        f"[mypy]\nmypy_path = {ROOT}\n[mypy-torch.*]\nfollow_imports = skip\n"
+        "[mypy-fastlars.*]\nignore_errors = true\n"
+    )
+    options = ("--config-file", str(tmp_path / "mypy.ini"), "--cache-dir", os.devnull)
+    printed, _, _ = api.run([*options, "--hide-error-codes", str(tmp_path / "user.py")])
+    lines = [int(line.split(":")[1]) for line in printed.splitlines() if ": error: " in line]
+    assert lines == [5, 6, 7, 8], printed
