@@ -190,6 +190,13 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
             works += [Work(group, rule, sublist, b) for sublist, b in bound]
         return works
 
+    def _plan_again(self, number: int) -> None:
+        """One group, with all checks: parameters, states or options are others than before."""
+        group = self.param_groups[number]
+        plan = Plan(group, number, self._rule(number, group), self.state)
+        self._plans[number] = plan.ready()
+        self._planned_states = list(self.state.values())
+
     def _reads_device(self) -> bool:
         """Whether the last step's back ends all read their numbers on the device."""
         plans = [plan for plan in self._plans if plan is not None]
