@@ -152,7 +152,8 @@ class Plan:
         states = self.state[p]
         for name, dtype in wanted(p, self.rule, group).items():
             if name not in states:
-                start = p.detach() if name == "master" else torch.zeros((), dtype=dtype)
+                zero = torch.zeros((), dtype=dtype, device=p.device)
+                start = p.detach() if name == "master" else zero
                 states[name] = like(p, start, dtype)
             elif shard(states[name]).stride() != shard(p).stride():
                 states[name] = like(p, states[name], dtype)
