@@ -242,11 +242,14 @@ class Plan:
             try:
                 bound.append((sublist, sublist.backend.bind(tensors, sublist.layout)))
             except Mismatch as mismatch:
-                if mismatch.args[0] != "grads" or mismatch.args[2] != "strides":
+                if mismatch.args[0] != "grads" or mismatch.args[2] not in ("strides", "memory"):
                     raise
-                # Such as a contiguous gradient of a channels_last weight.
+                # Such as a contiguous gradient of a channels_last weight; or zeros that autograd
+                # has not written anywhere, as behind torch.sgn.
                 tensors.grads = [
-                    g if g.stride() == w.stride() else like(w, g, g.dtype)
+                    g
+                    if g.stride() == w.stride() and not g._is_zerotensor()
+                    else like(w, g, g.dtype)
                     for w, g in zip(tensors.copies or tensors.weights, tensors.grads, strict=True)
                 ]
                 bound.append((sublist, sublist.backend.bind(tensors, sublist.layout)))
