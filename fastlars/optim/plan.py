@@ -30,6 +30,9 @@ from fastlars.rules import Rule
 
 State = dict[Tensor, dict[str, Any]]
 LOW_PRECISION = (torch.float16, torch.bfloat16)
+# States that say how the last step left a weight or its buffer. A step whose options do without
+# them makes them wrong.
+FOLLOWERS = frozenset({"master", "last_lr"})
 
 
 def location(group: int, index: int, name: str | None = None) -> str:
@@ -150,20 +153,24 @@ class Plan:
 
     def _make_states(self, p: Tensor, group: dict[str, Any]) -> None:
         states = self.state[p]
-        for name, dtype in wanted(p, self.rule, group).items():
+        types = wanted(p, self.rule, group)
+        counter = self.rule.counter
+        for name in FOLLOWERS - {*types, counter}:
+            states.pop(name, None)
+        stepped_before = any(name in states for name in self.rule.states)
+        for name, dtype in types.items():
             if name not in states:
                 zero = torch.zeros((), dtype=dtype, device=p.device)
                 start = p.detach() if name == "master" else zero
                 states[name] = like(p, start, dtype)
             elif shard(states[name]).stride() != shard(p).stride():
                 states[name] = like(p, states[name], dtype)
-        counter = self.rule.counter
         if counter is not None and counter not in states:
+            # The rate of a step that nobody noted is 0, which corrects nothing.
+            count = 0.0 if stepped_before else self.rule.NEVER_STEPPED
             # A 0-dim tensor, as in torch.optim: it survives checkpoints, and a device can
             # advance it by itself.
-            states[counter] = torch.full(
-                (), self.rule.NEVER_STEPPED, dtype=counter_dtype(p), device=p.device
-            )
+            states[counter] = torch.full((), count, dtype=counter_dtype(p), device=p.device)
         elif counter is not None and states[counter].device != p.device:
             states[counter] = states[counter].to(p.device)
 
