@@ -212,6 +212,20 @@ def test_options_that_need_the_last_rate_may_be_switched_on_later() -> None:
     torch.testing.assert_close(case.victim, other.victim, rtol=1e-6, atol=1e-7)
 
 
+def test_a_pair_that_is_changed_in_place_counts() -> None:
+    """Pairs may be lists, as they come out of a file of settings."""
+    case, other = (Case(Row("", fastlars.LAMB, {"betas": [0.9, 0.99]})) for _ in range(2))
+    for each in (case, other):
+        each.train(0)
+        for group in each.optimizer.param_groups:
+            if each is case:
+                group["betas"][0] = 0.5
+            else:
+                group["betas"] = (0.5, 0.99)
+        each.train(1, 2)
+    assert_same("parameter", case.params, other.params)
+
+
 def test_dampening_may_be_switched_on_later() -> None:
     """It holds from the next step on, as in torch.optim.SGD: that is not the first."""
     ours = fastlars.conventions.torch_sgd(lr=0.1, momentum=0.9)

@@ -175,7 +175,9 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
             return known[1]
         check_options(group)
         rule = self.rule_of(group)
-        self._rules[number] = (values, rule)
+        # Pairs may be lists, whose numbers may be changed in place.
+        kept = tuple(list(value) if isinstance(value, list) else value for value in values)
+        self._rules[number] = (kept, rule)
         plan = self._plans[number]
         if plan is not None and plan.options != options_of(group, rule):
             self._plans[number] = None
