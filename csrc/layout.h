@@ -49,6 +49,7 @@ class Layout {
     for (int d = 0; d < tensor.ndim; ++d) {
       if (tensor.strides[d] != strides[d] && shape[d] > 1 && numel_[i] > 0) return "strides";
     }
+    if (tensor.data == nullptr && numel_[i] > 0) return "memory";
     return nullptr;
   }
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 Excluded = Literal["none", "norms", "norms+biases"]
 
@@ -98,6 +99,8 @@ def _of_norms(model: nn.Module) -> set[str]:
     names: set[str] = set()
     for prefix, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        if all(parameter.ndim <= 1 for parameter in own.values()):
+        # What torch's weight_norm and the like make of a weight lies in a child of its module.
+        held = module.parametrizations.parameters() if is_parametrized(module) else ()
+        if all(parameter.ndim <= 1 for parameter in (*own.values(), *held)):
             names |= {f"{prefix}.{name}" if prefix else name for name in own}
     return names

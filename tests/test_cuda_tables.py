@@ -50,6 +50,15 @@ def test_tables_are_sent_when_something_moved() -> None:
     assert other[1] is not rows
 
 
+def test_tables_are_written_on_the_host_whatever_the_default_device() -> None:
+    """Their host's side is filled through addresses."""
+    weights = [torch.ones(3)]
+    with torch.device("meta"):
+        tables = Tables(Plan(), weights)
+        sent = [x for each in tables.placed(None) for x in each.tensors]
+    assert [x.device.type for x in (tables._host, *sent)] == ["cpu"] * 4
+
+
 def test_a_table_that_could_not_be_sent_is_sent_later(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Plan()
     tables = Tables(plan, [torch.ones(3)])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastlars
 from input_cases import through_file
@@ -206,6 +206,17 @@ def test_groups_of_other_sizes(row: Row, change: str) -> None:
     with pytest.raises(ValueError, match=what):
         optimizer.load_state_dict(bad)
     before.assert_unchanged()
+
+
+@pytest.mark.parametrize(
+    ("kind", "peer"), [(fastlars.LARS, torch.optim.SGD), (fastlars.LAMB, torch.optim.AdamW)]
+)
+def test_a_peers_states_in_other_groups(kind: Any, peer: Any) -> None:
+    """One group there, biases and norms in one of their own here."""
+    model = nn.Linear(3, 2)
+    optimizer = kind(fastlars.parameter_groups(model, weight_decay=0.1), lr=0.1)
+    with pytest.raises(ValueError, match="has 1 parameter groups, the optimizer 2"):
+        optimizer.load_state_dict(peer(model.parameters(), lr=0.1).state_dict())
 
 
 @every_row

@@ -73,11 +73,14 @@ class Norms(nn.Module):
         self.linear = nn.Linear(3, 3)
         self.attention = nn.MultiheadAttention(4, 2)
         self.group = nn.GroupNorm(1, 3)
+        # No such layer, for all its name: its weight lies in modules below it.
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
 
 
 NORMS = {"own.gain", "group.weight", "group.bias"}
-BIASES = {"linear.bias", "attention.in_proj_bias", "attention.out_proj.bias"}
+BIASES = {"linear.bias", "attention.in_proj_bias", "attention.out_proj.bias", "normed.bias"}
 LARGE = {"linear.weight", "attention.in_proj_weight", "attention.out_proj.weight"}
+LARGE |= {f"normed.parametrizations.weight.original{i}" for i in range(2)}
 SMALL = {"none": set(), "norms": NORMS, "norms+biases": NORMS | BIASES}
 
 

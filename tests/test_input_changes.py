@@ -212,6 +212,58 @@ def test_options_that_need_the_last_rate_may_be_switched_on_later() -> None:
     torch.testing.assert_close(case.victim, other.victim, rtol=1e-6, atol=1e-7)
 
 
+def test_a_pair_that_is_changed_in_place_counts() -> None:
+    """Pairs may be lists, as they come out of a file of settings."""
+    case, other = (Case(Row("", fastlars.LAMB, {"betas": [0.9, 0.99]})) for _ in range(2))
+    for each in (case, other):
+        each.train(0)
+        for group in each.optimizer.param_groups:
+            if each is case:
+                group["betas"][0] = 0.5
+            else:
+                group["betas"] = (0.5, 0.99)
+        each.train(1, 2)
+    assert_same("parameter", case.params, other.params)
+
+
+def test_dampening_may_be_switched_on_later() -> None:
+    """It holds from the next step on, as in torch.optim.SGD: that is not the first."""
+    ours = fastlars.conventions.torch_sgd(lr=0.1, momentum=0.9)
+    case = Case(Row("", fastlars.LARS, dict(ours)))
+    other = Case(Row("", torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}))
+    for dampening in (0.0, 0.5, 0.0):
+        for each in (case, other):
+            for group in each.optimizer.param_groups:
+                group["dampening"] = dampening
+            each.train(0, 1)
+    torch.testing.assert_close(case.params, other.params, rtol=1e-6, atol=1e-7)
+
+
+def test_a_rate_from_before_a_pause_corrects_nothing() -> None:
+    """While the correction is off, the buffer goes on with other rates."""
+    case, other = (Case(Row("", fastlars.LARS, {"lr": 0.1})) for _ in range(2))
+    for correction, lr in ((True, 0.1), (False, 0.4), (True, 0.4)):
+        for each in (case, other):
+            for group in each.optimizer.param_groups:
+                group |= {"momentum_correction": correction and each is case, "lr": lr}
+            each.train(0, 1)
+    assert_same("parameter", case.params, other.params)
+
+
+@each_class
+def test_masters_from_before_a_pause_are_forgotten(row: Row) -> None:
+    case, other = (Case(row, nn.Parameter(values(4, 6).to(BF16))) for _ in range(2))
+    for each in (case, other):
+        for masters in (True, False, True):
+            if each is other and masters:
+                for state in each.optimizer.state.values():
+                    state.pop("master", None)  # a new one is made of the weight
+            for group in each.optimizer.param_groups:
+                group["master_weights"] = masters
+            each.train(0, 1, 2)
+    assert_same("parameter", case.params, other.params)
+
+
 @each_class
 def test_an_error_in_a_later_group_leaves_the_first_untouched(row: Row) -> None:
     case = Case(row, nn.Parameter(torch.empty(4, 6, device="meta")))

@@ -110,6 +110,21 @@ def test_hard_gradients(row: Row, grad: Callable[[Tensor], Tensor]) -> None:
 
 
 @each_class
+@pytest.mark.parametrize("shape", [(4, 6), ()], ids=str)
+def test_zeros_that_autograd_never_wrote(row: Row, shape: tuple[int, ...]) -> None:
+    """The gradient of torch.sgn has no memory."""
+    p, plain = nn.Parameter(values(*shape)), nn.Parameter(values(*shape))
+    optimizer, other = row.make([p]), row.make([plain])
+    for step in range(3):
+        p.grad = None
+        (p if step == 0 else torch.sgn(p)).sum().backward()
+        plain.grad = torch.full(shape, 1.0 if step == 0 else 0.0)
+        optimizer.step()
+        other.step()
+    assert_same_bits("parameter", p, plain)
+
+
+@each_class
 @pytest.mark.parametrize("shape", [(1,), (1, 1), (3,)])
 def test_parameters_that_are_negated_lazily(row: Row, shape: tuple[int, ...]) -> None:
     """The memory of such a view holds its negative. Refused, or right."""

@@ -19,6 +19,7 @@ import fastlars
 from backend_cases import BF16, F64
 from optimizers import ROWS, SIMPLE, Row, Snapshot, assert_same, parameters, set_gradients, train
 from optimizers import one_thread as one_thread
+from tolerances import assert_same_bits
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=repr)
 each_class = pytest.mark.parametrize("row", SIMPLE, ids=repr)
@@ -111,6 +112,36 @@ def test_a_changed_option_counts_from_the_next_step(row: Row) -> None:
     resumed.state = other.state
     train(resumed, others, range(2, 5))
     assert_same("parameter", params, others)
+
+
+@every_row
+def test_the_default_device_does_not_show(row: Row) -> None:
+    """As scripts for GPUs begin, with parameters that stay on the CPU; meta is always there."""
+    params, others = parameters(row.dtype), parameters(row.dtype)
+    optimizer, other = row.make(params, max_grad_norm=0.1), row.make(others, max_grad_norm=0.1)
+    for step in range(2):
+        set_gradients(params, step)
+        set_gradients(others, step)
+        with torch.device("meta"):
+            optimizer.step()
+        other.step()
+    assert_same("parameter", params, others)
+    assert [*optimizer.trust_ratios().values()] == [*other.trust_ratios().values()]
+
+
+@each_class
+@pytest.mark.parametrize("strided", [False, True])
+def test_stochastic_rounding_under_a_default_device(row: Row, strided: bool) -> None:
+    twins = []
+    for device in ("cpu", "meta"):
+        value = torch.ones(6, 8, dtype=BF16)[:, :: 1 + strided]
+        p = nn.Parameter(value)
+        set_gradients([p], 0)
+        torch.manual_seed(4)
+        with torch.device(device):
+            row.make([p], stochastic_rounding=True).step()
+        twins.append(p)
+    assert_same_bits("parameter", *twins)
 
 
 # Parameters that come and go.

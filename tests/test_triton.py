@@ -22,11 +22,12 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from fastlars.backends.sending import Sender  # noqa: E402
 from fastlars.backends.triton import lamb, lars, rmsprop_warmup, sums  # noqa: E402
 from fastlars.backends.triton.backend import choices  # noqa: E402
 from fastlars.backends.triton.launch import LARGE_OPTIONS, OPTIONS  # noqa: E402
 from fastlars.backends.triton.probe import interprets  # noqa: E402
-from fastlars.backends.triton.table import BLOCK  # noqa: E402
+from fastlars.backends.triton.table import BLOCK, Addresses, Chunks  # noqa: E402
 from fastlars.rules import LambRule, LarsRule  # noqa: E402
 
 F32, BF16, F16 = tl.float32, tl.bfloat16, tl.float16
@@ -55,6 +56,16 @@ POINTERS = {
 def test_interpreted(path: str, least: int) -> None:
     options = ("-k", "triton", "-W", "ignore::RuntimeWarning")
     assert passing(path, *options, TRITON_INTERPRET="1") >= least
+
+
+def test_tables_are_made_on_the_host_whatever_the_default_device() -> None:
+    weights = [torch.ones(3), torch.ones(BLOCK + 1)]
+    with torch.device("meta"):
+        chunks = Chunks(weights, Sender(weights))
+        host = Addresses(2, Sender(weights))._host
+    assert chunks.numel.tolist() == [3, BLOCK + 1]
+    assert chunks.chunk.tolist() == [[0, 0], [1, 0], [1, 1]]
+    assert host.device.type == "cpu"
 
 
 def test_interpreter_stays_in_its_own_process() -> None:

@@ -123,12 +123,12 @@ class Cpu:
         )
 
     def measure(self, rule: Rule | GradientNorm, bound: Bound, now: Scalars) -> Tensor:
-        sums = torch.empty(len(bound.tensors.weights), 2, dtype=torch.float64)
+        sums = torch.empty(len(bound.tensors.weights), 2, dtype=torch.float64, device="cpu")
         _C.cpu_measure(native(rule), bound.native, now.lr, now.gradient_scale, sums.data_ptr())
         return sums
 
     def apply(self, rule: Rule, bound: Bound, now: Scalars, sums: Tensor | None) -> Tensor:
-        ratios = torch.empty(len(bound.tensors.weights), dtype=torch.float32)
+        ratios = torch.empty(len(bound.tensors.weights), dtype=torch.float32, device="cpu")
         address = 0
         if rule.adapt:
             if sums is None or sums.shape != (len(ratios), 2) or sums.dtype != torch.float64:
@@ -147,7 +147,7 @@ class Cpu:
         return ratios
 
     def step(self, rule: Rule, bound: Bound, now: Scalars) -> Tensor:
-        ratios = torch.empty(len(bound.tensors.weights), dtype=torch.float32)
+        ratios = torch.empty(len(bound.tensors.weights), dtype=torch.float32, device="cpu")
         _C.cpu_step(
             native(rule), bound.native, now.lr, now.gradient_scale, now.seed, ratios.data_ptr()
         )

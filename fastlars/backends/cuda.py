@@ -58,7 +58,8 @@ class Tables:
         self.device = weights[0].device
         self._plan = plan
         self._sender = Sender(weights)
-        self._host = torch.zeros(plan.tensors * plan.row_bytes, dtype=torch.uint8)
+        size = plan.tensors * plan.row_bytes
+        self._host = torch.zeros(size, dtype=torch.uint8, device="cpu")
         self._fixed: Sent | None = None
         self._placed: tuple[Sent, Sent] | None = None
 
@@ -79,7 +80,8 @@ class Tables:
         return self._sender.send(self._sender.pinned(host))
 
     def _send_fixed(self) -> Sent:
-        items = torch.empty(self._plan.chunks * self._plan.item_bytes, dtype=torch.uint8)
+        size = self._plan.chunks * self._plan.item_bytes
+        items = torch.empty(size, dtype=torch.uint8, device="cpu")
         self._plan.write_items(items.data_ptr())
         # Kernels put back to 0 what the next launch needs so.
         workspace = torch.zeros(self._plan.workspace_bytes, dtype=torch.uint8, device=self.device)

@@ -135,8 +135,9 @@ def _rmsprop_warmup_apply(
 
 def _stochastically(value: Tensor, seed: int, tensor: int) -> Tensor:
     """float32 to bfloat16, up with the probability of the bits that are cut off."""
-    generator = torch.Generator().manual_seed((seed + 0x9E3779B9 * tensor) % 2**63)
-    random = torch.randint(0, 2**16, value.shape, generator=generator, dtype=torch.int32)
+    generator = torch.Generator("cpu").manual_seed((seed + 0x9E3779B9 * tensor) % 2**63)
+    shape = value.shape
+    random = torch.randint(2**16, shape, generator=generator, dtype=torch.int32, device="cpu")
     bits = value.view(torch.int32)
     rounded = ((bits + random.to(value.device)) & -(2**16)).view(torch.float32)
     return torch.where(value.isfinite(), rounded, value).to(torch.bfloat16)
@@ -193,7 +194,7 @@ class Reference:
             elif isinstance(rule, LarsRule) and rule.ratio == "combined":
                 u = g + rule.weight_decay * w
             sums.append((_sum_of_squares(w), _sum_of_squares(u)))
-        return torch.tensor(sums, dtype=torch.float64).reshape(len(sums), 2)
+        return torch.tensor(sums, dtype=torch.float64, device="cpu").reshape(len(sums), 2)
 
     def apply(self, rule: Rule, bound: Tensors, now: Scalars, sums: Tensor | None) -> Tensor:
         ratios = []
@@ -216,7 +217,7 @@ class Reference:
                 new = _lamb_apply(rule, now, q, w, state, float(counter))
             self._store(bound, i, new, now.seed)
             ratios.append(q)
-        return torch.tensor(ratios, dtype=torch.float32)
+        return torch.tensor(ratios, dtype=torch.float32, device="cpu")
 
     def _store(self, bound: Tensors, i: int, new: Tensor, seed: int | None) -> None:
         weight = bound.weights[i]

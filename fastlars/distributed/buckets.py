@@ -212,7 +212,8 @@ def _with_sums(work: Work, rows: dict[Tensor, tuple[Tensor, int]]) -> Work:
             starts[id(sums)] = end
             tensors.append(sums)
             end += len(sums)
-    order = torch.tensor([starts[id(rows[p][0])] + rows[p][1] for p in params])
+    places = [starts[id(rows[p][0])] + rows[p][1] for p in params]
+    order = torch.tensor(places, device="cpu")
     every = torch.cat(tensors)
     sums = every[order.to(every.device, non_blocking=True)]
     return Measured(work.group, work.rule, work.sublist, work.bound, sums)

@@ -236,7 +236,8 @@ class Engine:
             try:
                 works += part.works(self.optimizer)
             except (Mismatch, KeyError):
-                part.plan = None  # plan again, with all checks
+                self.optimizer._plan_again(part.number)
+                part.plan = None
                 works += part.works(self.optimizer)
             self._rest[part.number] = part
         return works

@@ -112,4 +112,4 @@ def _tensor(value: Any) -> Tensor:
         return value.detach()
     import numpy  # what brings such arrays brings it too
 
-    return torch.tensor(numpy.asarray(value))
+    return torch.tensor(numpy.asarray(value), device="cpu")

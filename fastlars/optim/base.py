@@ -176,7 +176,9 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
             return known[1]
         check_options(group)
         rule = self.rule_of(group)
-        self._rules[number] = (values, rule)
+        # Pairs may be lists, whose numbers may be changed in place.
+        kept = tuple(list(value) if isinstance(value, list) else value for value in values)
+        self._rules[number] = (kept, rule)
         plan = self._plans[number]
         if plan is not None and plan.options != options_of(group, rule):
             self._plans[number] = None
@@ -190,6 +192,13 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         for (group, rule), bound in zip(*self._bind(groups), strict=True):
             works += [Work(group, rule, sublist, b) for sublist, b in bound]
         return works
+
+    def _plan_again(self, number: int) -> None:
+        """One group, with all checks: parameters, states or options are others than before."""
+        group = self.param_groups[number]
+        plan = Plan(group, number, self._rule(number, group), self.state)
+        self._plans[number] = plan.ready()
+        self._planned_states = list(self.state.values())
 
     def _reads_device(self) -> bool:
         """Whether the last step's back ends all read their numbers on the device."""

@@ -111,9 +111,15 @@ def _translated(optimizer: FusedOptimizer, incoming: Dict) -> Dict:
     if all(group.keys() >= optimizer.marks for group in groups):
         return incoming
     sources = [s for s in optimizer.loads_from if all(s.matches(group) for group in groups)]
-    if not sources or len(groups) != len(optimizer.param_groups):
+    if not sources:
         missing = sorted(optimizer.marks - set.intersection(*(set(g) for g in groups)))
         raise ValueError(f"this state_dict is not of {kind}: its groups have no {missing}")
+    if len(groups) != len(optimizer.param_groups):
+        raise ValueError(
+            f"this state_dict has {len(groups)} parameter groups, the optimizer "
+            f"{len(optimizer.param_groups)}: fastlars.migrate.load takes states parameter by "
+            "parameter"
+        )
     source = sources[0]
     translated: Dict = {"state": {}, "param_groups": []}
     for number, (ours, theirs) in enumerate(zip(optimizer.param_groups, groups, strict=True)):

@@ -203,7 +203,7 @@ def check_overlap(parameters: list[tuple[Tensor, str]]) -> None:
 def _check_elements(sharers: list[tuple[Tensor, str]]) -> None:
     """The slow, exact answer for strided views: mark every byte's first owner."""
     nbytes = sharers[0][0].untyped_storage().nbytes()
-    owner = torch.full((nbytes,), -1, dtype=torch.int32)
+    owner = torch.full((nbytes,), -1, dtype=torch.int32, device="cpu")
     for i, (parameter, where) in enumerate(sharers):
         width = parameter.itemsize
         strides = [stride * width for stride in parameter.stride()]

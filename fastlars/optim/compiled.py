@@ -126,7 +126,7 @@ def _step(
     for backend, tensors in lists:
         seed = None
         if stochastic_rounding and tensors.kinds.weight == torch.bfloat16:
-            seed = int(torch.randint(2**62, ()))
+            seed = int(torch.randint(2**62, (), device="cpu"))
         device = tensors.weights[0].device
         bound = _bind(rule, backend, tensors)
         backend.step(decode(rule), bound, now.scalars(rate, scale, max_grad_norm, seed, device))

@@ -90,7 +90,7 @@ def square(sums: list[Tensor], on_device: bool) -> Tensor:
         squares = [each[:, 1].sum().to(first, non_blocking=True) for each in sums]
         return torch.stack(squares).sum()
     total = sum(x for each in sums for x in each[:, 1].tolist())
-    return torch.tensor(total, dtype=torch.float64)
+    return torch.tensor(total, dtype=torch.float64, device="cpu")
 
 
 def _double(value: Tensor, device: torch.device) -> Tensor:

@@ -30,6 +30,9 @@ from fastlars.rules import Rule
 
 State = dict[Tensor, dict[str, Any]]
 LOW_PRECISION = (torch.float16, torch.bfloat16)
+# States that say how the last step left a weight or its buffer. A step whose options do without
+# them makes them wrong.
+FOLLOWERS = frozenset({"master", "last_lr"})
 
 
 def location(group: int, index: int, name: str | None = None) -> str:
@@ -150,19 +153,24 @@ class Plan:
 
     def _make_states(self, p: Tensor, group: dict[str, Any]) -> None:
         states = self.state[p]
-        for name, dtype in wanted(p, self.rule, group).items():
+        types = wanted(p, self.rule, group)
+        counter = self.rule.counter
+        for name in FOLLOWERS - {*types, counter}:
+            states.pop(name, None)
+        stepped_before = any(name in states for name in self.rule.states)
+        for name, dtype in types.items():
             if name not in states:
-                start = p.detach() if name == "master" else torch.zeros((), dtype=dtype)
+                zero = torch.zeros((), dtype=dtype, device=p.device)
+                start = p.detach() if name == "master" else zero
                 states[name] = like(p, start, dtype)
             elif shard(states[name]).stride() != shard(p).stride():
                 states[name] = like(p, states[name], dtype)
-        counter = self.rule.counter
         if counter is not None and counter not in states:
+            # The rate of a step that nobody noted is 0, which corrects nothing.
+            count = 0.0 if stepped_before else self.rule.NEVER_STEPPED
             # A 0-dim tensor, as in torch.optim: it survives checkpoints, and a device can
             # advance it by itself.
-            states[counter] = torch.full(
-                (), self.rule.NEVER_STEPPED, dtype=counter_dtype(p), device=p.device
-            )
+            states[counter] = torch.full((), count, dtype=counter_dtype(p), device=p.device)
         elif counter is not None and states[counter].device != p.device:
             states[counter] = states[counter].to(p.device)
 
@@ -241,11 +249,14 @@ class Plan:
             try:
                 bound.append((sublist, sublist.backend.bind(tensors, sublist.layout)))
             except Mismatch as mismatch:
-                if mismatch.args[0] != "grads" or mismatch.args[2] != "strides":
+                if mismatch.args[0] != "grads" or mismatch.args[2] not in ("strides", "memory"):
                     raise
-                # Such as a contiguous gradient of a channels_last weight.
+                # Such as a contiguous gradient of a channels_last weight; or zeros that autograd
+                # has not written anywhere, as behind torch.sgn.
                 tensors.grads = [
-                    g if g.stride() == w.stride() else like(w, g, g.dtype)
+                    g
+                    if g.stride() == w.stride() and not g._is_zerotensor()
+                    else like(w, g, g.dtype)
                     for w, g in zip(tensors.copies or tensors.weights, tensors.grads, strict=True)
                 ]
                 bound.append((sublist, sublist.backend.bind(tensors, sublist.layout)))

@@ -105,7 +105,9 @@ def tables(meshes: list[tuple[DeviceMesh | None, list[int]]]) -> list[tuple[Tabl
     known = {mesh: Table(mesh, len(indices)) for mesh, indices in members.items()}
     row = {mesh: {i: r for r, i in enumerate(sorted(all_))} for mesh, all_ in members.items()}
     return [
-        None if mesh is None else (known[mesh], torch.tensor([row[mesh][i] for i in indices]))
+        None
+        if mesh is None
+        else (known[mesh], torch.tensor([row[mesh][i] for i in indices], device="cpu"))
         for mesh, indices in meshes
     ]
 

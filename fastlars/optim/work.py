@@ -47,7 +47,7 @@ class Work:
         if self.group["stochastic_rounding"] and self.sublist.kinds.weight == torch.bfloat16:
             # From torch's own generator: torch.manual_seed makes it reproducible, and a saved
             # generator state resumes it.
-            seed = int(torch.randint(2**62, ()))
+            seed = int(torch.randint(2**62, (), device="cpu"))
         limit = self.group["max_grad_norm"]
         return now.scalars(self.group["lr"], self.sign, limit, seed, self.device)
 

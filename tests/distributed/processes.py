@@ -93,7 +93,7 @@ def _start(
     # Plain pickle: multiprocessing's would share memory that dies with its process.
     payload = pickle.dumps(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        begun, processes, found = time.monotonic(), [], {}
+        processes, found = [], {}
         readers: dict[Connection, int] = {}
         try:
             for rank in range(size):
@@ -106,6 +106,8 @@ def _start(
                 writer.close()
                 processes.append(process)
                 readers[reader] = rank
+            # The first one waits for the server, and that for torch: no time of theirs.
+            begun = time.monotonic()
             while readers and not (stop_early and any(o.error for o in found.values())):
                 ready = wait(list(readers), timeout=begun + timeout - time.monotonic())
                 if not ready:

@@ -89,6 +89,26 @@ def test_changes_between_steps(mode: str) -> None:
     assert [first.early[i] for i in (8, 10, 13, 16)] == [count] * 4
 
 
+def switched(overlapped: bool, mode: str) -> Result:
+    """One group of two gets momentum buffers, while the other one's buckets are under way."""
+    net = make(Setting())
+    params = list(net.parameters())
+    groups = [{"params": params[:-2]}, {"params": params[-2:], "momentum": 0.0}]
+    ddp, optimizer = DistributedDataParallel(net, **MANY), fastlars.LARS(groups, lr=1.0)
+    if overlapped:
+        fastlars.distributed.overlap(ddp, optimizer, mode=mode)
+    early = loop(ddp, optimizer, 3)
+    optimizer.param_groups[1]["momentum"] = 0.9
+    return result(net, optimizer, early=early + loop(ddp, optimizer, 3))
+
+
+@pytest.mark.parametrize("mode", ["step", "norms"])
+def test_an_option_of_one_group(mode: str) -> None:
+    (first, _) = same(switched, mode)
+    count = len(first.params)
+    assert first.early == [0, count, count, count - 2, count, count]
+
+
 def evaluation(overlapped: bool, mode: str) -> Result:
     """Forward passes without a backward, backward passes without a step, forgotten gradients."""
     net = make(Setting())

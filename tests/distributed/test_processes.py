@@ -39,7 +39,7 @@ def test_values_come_back_by_rank() -> None:
     [("raise", "ValueError: as asked"), ("die", "exit code -9"), ("hang", "did not end within")],
 )
 def test_a_failure_says_what_it_was(how: str, message: str) -> None:
-    zero, one = outcomes(2, fail_on, 1, how, timeout=4, group_timeout=2)
+    zero, one = outcomes(2, fail_on, 1, how, timeout=8, group_timeout=4)
     assert zero.value == 0
     assert message in one.error
 

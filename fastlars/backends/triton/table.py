@@ -26,12 +26,15 @@ class Chunks:
 
     def __init__(self, weights: list[Tensor], sender: Sender) -> None:
         self.device = sender.device
-        numel = torch.tensor([weight.numel() for weight in weights], dtype=torch.int64)
+        sizes = [weight.numel() for weight in weights]
+        numel = torch.tensor(sizes, dtype=torch.int64, device="cpu")
         count = ((numel + BLOCK - 1) // BLOCK).clamp_(min=1)
-        tensor = torch.repeat_interleave(torch.arange(len(weights)), count)
-        first = torch.zeros(len(weights) + 1, dtype=torch.int64)
+        tensor = torch.repeat_interleave(torch.arange(len(weights), device="cpu"), count)
+        first = torch.zeros(len(weights) + 1, dtype=torch.int64, device="cpu")
         torch.cumsum(count, 0, out=first[1:])
-        chunk = torch.stack([tensor, torch.arange(len(tensor)) - first[tensor]], dim=1)
+        chunk = torch.stack(
+            [tensor, torch.arange(len(tensor), device="cpu") - first[tensor]], dim=1
+        )
         self.numel = sender.send(sender.pinned(numel))
         self.chunk = sender.send(sender.pinned(chunk.to(torch.int32)))
         self.first = sender.send(sender.pinned(first.to(torch.int32)))
@@ -44,7 +47,7 @@ class Addresses:
 
     def __init__(self, tensors: int, sender: Sender) -> None:
         self._sender = sender
-        self._host = torch.zeros(tensors, COLUMNS.value, dtype=torch.int64)
+        self._host = torch.zeros(tensors, COLUMNS.value, dtype=torch.int64, device="cpu")
         # A graph may be recorded with gradients that lie elsewhere than before, and pinned memory
         # is not to be allocated then.
         self._spare: Tensor | None = sender.pinned(self._host)
