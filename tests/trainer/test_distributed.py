@@ -92,6 +92,17 @@ def test_ctrl_c_at_a_terminal(two: Path, tmp_path: Path) -> None:
     assert load(run)["progress"]["step"] > 0
 
 
+def test_no_room_for_the_last_checkpoint(tmp_path: Path) -> None:
+    """Tried after the epoch and again at the end, by all processes."""
+    outcome = finish(start(*SETTINGS[:3], 1, *SETTINGS[4:], "--output", tmp_path / "run", FULL="1"))
+    assert outcome.status != 0
+    told = [line for line in outcome.err.splitlines() if "No space left on device" in line]
+    assert len(told) == 2, outcome.err
+    assert "training goes on" in told[0]
+    assert "the previous checkpoint is untouched" in told[1]
+    assert "lost another one" not in outcome.err
+
+
 def test_a_mistake_is_said_once(tmp_path: Path) -> None:
     outcome = finish(start(*SETTINGS, "--data", tmp_path / "absent", "--output", tmp_path / "run"))
     assert outcome.status != 0
