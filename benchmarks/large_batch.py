@@ -18,6 +18,7 @@ import argparse
 import fcntl
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -40,6 +41,7 @@ from large_batch_grid import CONTENDERS, Cell, Row, grid, read, subset, write
 
 ROOT = Path(__file__).resolve().parent.parent
 DIVERGED = "the loss is no finite number"
+READERS = min(os.cpu_count() or 1, 8)  # every cell reads all images, once, before it trains
 
 
 class Sitting:
@@ -71,7 +73,7 @@ class Sitting:
     def train(self, arguments: Sequence[str], run: Path) -> tuple[int, str]:
         """The trainer's exit status and its errors; it goes on from a checkpoint in `run`."""
         command = [sys.executable, "-m", "fastlars.trainer", *arguments]
-        command += ["--output", str(run), "--resume", "auto"]
+        command += ["--output", str(run), "--resume", "auto", "--workers", str(READERS)]
         # A session of its own: Ctrl-C reaches the trainer through us, once. Where we are killed it
         # goes on alone, and the lock with it.
         self._running = subprocess.Popen(
