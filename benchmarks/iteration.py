@@ -28,8 +28,6 @@ from fastlars.trainer import atomic
 from host import describe
 from timing import Sample, interleave
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 class BertLarge(nn.Module):
     """BERT-large's encoder and its language-model head, on which masked tokens are predicted."""

@@ -18,6 +18,7 @@ import argparse
 import fcntl
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torchvision
@@ -40,14 +41,21 @@ from large_batch_grid import CONTENDERS, Cell, Row, grid, read, subset, write
 
 ROOT = Path(__file__).resolve().parent.parent
 DIVERGED = "the loss is no finite number"
+READERS = min(os.cpu_count() or 1, 8)  # every cell reads all images, once, before it trains
 
 
 class Sitting:
-    """Runs cells until the time is up or a signal asks to stop."""
+    """Runs cells until the time is up or a signal asks to stop.
 
-    def __init__(self, minutes: float) -> None:
+    Args:
+        minutes: until no further cell begins, and the one under way is stopped.
+        lock: an open file that the trainer is to hold open too.
+    """
+
+    def __init__(self, minutes: float, lock: IO[str]) -> None:
         self.end = time.monotonic() + 60 * minutes
         self.stopped = False
+        self._lock = lock
         self._running: subprocess.Popen[str] | None = None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)
@@ -65,12 +73,15 @@ class Sitting:
     def train(self, arguments: Sequence[str], run: Path) -> tuple[int, str]:
         """The trainer's exit status and its errors; it goes on from a checkpoint in `run`."""
         command = [sys.executable, "-m", "fastlars.trainer", *arguments]
-        command += ["--output", str(run), "--resume", "auto"]
-        # A session of its own: Ctrl-C reaches the trainer through us, once.
+        command += ["--output", str(run), "--resume", "auto", "--workers", str(READERS)]
+        # A session of its own: Ctrl-C reaches the trainer through us, once. Where we are killed it
+        # goes on alone, and the lock with it.
         self._running = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            start_new_session=True,
+            start_new_session=True, pass_fds=(self._lock.fileno(),),
         )  # fmt: skip
+        if self.stopped:  # by a signal that came before there was a process to pass it on to
+            self._running.terminate()
         try:
             left = max(self.end - time.monotonic(), 1.0)
             _, errors = self._running.communicate(timeout=None if math.isinf(left) else left)
@@ -123,24 +134,24 @@ def versions() -> str:
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """One sitting at a time for each CSV."""
+def alone(path: Path) -> Iterator[IO[str]]:
+    """One sitting at a time for each CSV: as long as any process has the file open."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise SystemExit(f"another sitting is writing {path}") from None
-        yield
+        yield lock
 
 
-def run_all(cells: Sequence[Cell], options: argparse.Namespace) -> list[Row]:
+def run_all(cells: Sequence[Cell], options: argparse.Namespace, lock: IO[str]) -> list[Row]:
     """Every cell that the CSV lacks, until the sitting is over; all rows there are."""
     rows = read(options.csv)
     done = {row.cell for row in rows}
     left = [cell for cell in cells if cell not in done]
     print(f"{len(cells) - len(left)} of {len(cells)} cells are done", flush=True)
-    sitting = Sitting(options.minutes)
+    sitting = Sitting(options.minutes, lock)
     for number, cell in enumerate(left, start=1):
         if sitting.over:
             break
@@ -202,8 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.per_class,
         )
     )  # fmt: skip
-    with alone(options.csv):
-        rows = run_all(cells, options)
+    with alone(options.csv) as lock:
+        rows = run_all(cells, options, lock)
     if rows:
         large_batch_figure.draw(rows, options.picture)
         print(large_batch_figure.table(rows), *large_batch_figure.bars(rows), sep="\n")

@@ -52,7 +52,7 @@ def keep(
         total=count, desc=f"reading {what} images", unit="img", disable=None if shown else True
     ) as bar:
         for part in reader.read(batches):
-            pixels[part.indices.to(device)] = part.pixels
+            pixels[part.indices] = part.pixels
             missing.difference_update(part.indices.tolist())
             bar.update(_AT_ONCE)
     if shown:

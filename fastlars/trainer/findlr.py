@@ -122,8 +122,11 @@ def write(parts: Parts, losses: dict[float, float], folder: Path) -> Iterator[st
     found = suggest(rates, means) if len(rates) > 1 else None
     rows = zip(range(1, len(rates) + 1), rates, finite.values(), means, strict=True)
     heading = ("step", "lr", "loss", "smoothed_loss")
-    atomic.write_table([heading, *rows], folder / "lr_find.csv")
-    plots.save(picture(report.title(parts), finite, means, found), folder / "lr_find.png")
+    try:
+        atomic.write_table([heading, *rows], folder / "lr_find.csv")
+        plots.save(picture(report.title(parts), finite, means, found), folder / "lr_find.png")
+    except OSError as error:
+        raise TrainerError(f"--find-lr: cannot write in {folder}: {error.strerror}") from None
     if found is None:
         yield f"the loss fell at no rate up to {rates[-1]:.3g}: nothing to suggest"
     else:

@@ -65,6 +65,8 @@ def _files(folder: Path, classes: Sequence[str]) -> Files:
         before = len(files)
         for place, subfolders, names in os.walk(folder / name, onerror=_refuse, followlinks=True):
             subfolders.sort()
+            for subfolder in subfolders:
+                _check_link(Path(place, subfolder))
             files += [
                 (os.path.join(place, file), label)
                 for file in sorted(names)
@@ -73,6 +75,12 @@ def _files(folder: Path, classes: Sequence[str]) -> Files:
         if len(files) == before:
             raise TrainerError(f"--data: class folder {folder / name} has no images")
     return files
+
+
+def _check_link(folder: Path) -> None:
+    """Refuse a link to a folder that it is in: its images would be there many times over."""
+    if folder.is_symlink() and os.path.realpath(folder) in map(os.path.realpath, folder.parents):
+        raise TrainerError(f"--data: {folder} leads back to a folder that it is in")
 
 
 def _refuse(error: OSError) -> NoReturn:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -48,10 +49,13 @@ class Records:
         if keep and source is not None and source.exists():
             with open(source, encoding="utf-8") as old:
                 kept = [line for line, _ in zip(old, range(keep), strict=False)]
-        atomic.write(path, lambda file: file.write("".join(kept).encode()))
-        self.lines = keep
+        self.lines = len(kept)
         self.listeners: list[Listener] = []
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        try:
+            atomic.write(path, lambda file: file.write("".join(kept).encode()))
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise TrainerError(f"cannot write {path}: {error.strerror}") from None
 
     def write(self, kind: str, **values: Any) -> None:
         """Append one record, at once, and hand it to every listener.
@@ -79,7 +83,8 @@ class Records:
 
     def close(self) -> None:
         """No more records."""
-        self._file.close()
+        with suppress(OSError):  # it tries again what `write` has already complained of
+            self._file.close()
         for listener in self.listeners:
             listener.close()
 

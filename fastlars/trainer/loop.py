@@ -159,6 +159,7 @@ class Loop:
         window = world.total(self.window.sums)
         self._check(window)
         states = world.gather(checkpoint.random_state())
+        problem = None
         if parts.log is not None:
             try:
                 parts.log.sync()
@@ -166,11 +167,16 @@ class Loop:
                 self._kept.save(state, self.progress.step, best=self._at_best)
                 self._kept.bring(state["progress"])
             except checkpoint.NotSavedError as error:
-                if final:
-                    raise TrainerError(f"{error}; the previous checkpoint is untouched") from error
-                parts.display.say(f"warning: {error}; training goes on", error=True)
-                return
-        self._saved = at
+                problem = str(error)
+        # All must know: those for whom this state is saved take no part when it is tried again.
+        problem = world.gather(problem)[0]
+        if problem is None:
+            self._saved = at
+        elif final:
+            text = f"{problem}; the previous checkpoint is untouched"
+            raise TrainerError(text, everywhere=True)
+        else:
+            parts.display.say(f"warning: {problem}; training goes on", error=True)
 
     def _state(self, window: torch.Tensor, random_states: list[Any]) -> dict[str, Any]:
         parts, average = self.parts, self._stepper.average

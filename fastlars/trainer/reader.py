@@ -113,7 +113,8 @@ class Reader:
                 self._skipped.add(self._files[index][0], why)
             pixels = batch.pixels.to(self._device, non_blocking=True)
             labels = batch.labels.to(self._device, non_blocking=True)
-            yield Part(pixels, labels, batch.epoch, batch.indices)
+            indices = batch.indices.to(self._device, non_blocking=True)
+            yield Part(pixels, labels, batch.epoch, indices)
 
 
 class _Requests:

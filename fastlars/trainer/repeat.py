@@ -54,6 +54,12 @@ def write(parts: Parts, command: Sequence[str], step: int) -> None:
             raise TrainerError(f"cannot write {path}: {error.strerror}") from None
 
 
+def begun_by(command: Sequence[str], path: Path) -> bool:
+    """Whether the last start in the run.json at `path` was by this command line."""
+    starts = _starts(path)
+    return bool(starts) and starts[-1]["command"][3:] == [*command]
+
+
 def versions() -> dict[str, str | int | None]:
     """Of everything that numbers may depend on; None for what is not there."""
     cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None

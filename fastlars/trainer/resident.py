@@ -19,7 +19,7 @@ class Part(NamedTuple):
     pixels: torch.Tensor
     labels: torch.Tensor
     epoch: int
-    indices: torch.Tensor  # on the host
+    indices: torch.Tensor  # all three on the device
 
 
 class Resident:
@@ -43,8 +43,18 @@ class Resident:
         """The images at each (epoch, indices)."""
         for epoch, indices in batches:
             left = indices if self._whole else indices[self._there[indices]]
-            at = left.to(self._labels.device)
-            yield Part(self._pixels[at], self._labels[at], epoch, left)
+            at = _sent(left, self._labels.device)
+            yield Part(self._pixels[at], self._labels[at], epoch, at)
+
+
+def _sent(indices: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The indices on a device, without waiting for it.
+
+    From memory that is not pinned, a copy begins when a GPU has done all else, and the host waits.
+    """
+    if device.type == "cuda":
+        return indices.pin_memory().to(device, non_blocking=True)
+    return indices.to(device)
 
 
 class Moves:
@@ -66,20 +76,23 @@ class Moves:
     def apply(self, part: Part, background: float) -> Part:
         """The part with its images in their places, `background` around them."""
         if part.epoch != self._epoch:
-            self._draw(part.epoch)
-        at, device = part.indices, part.pixels.device
-        offsets, mirrored = self._offsets[at].to(device), self._mirrored[at].to(device)
+            self._draw(part.epoch, part.pixels.device)
+        offsets, mirrored = self._offsets[part.indices], self._mirrored[part.indices]
         pixels = moved(part.pixels, self._margin, offsets, mirrored, background)
         return part._replace(pixels=pixels)
 
-    def _draw(self, epoch: int) -> None:
-        """One table for all images: what one of them gets does not depend on its batch."""
+    def _draw(self, epoch: int, device: torch.device) -> None:
+        """One table for all images: what one of them gets does not depend on its batch.
+
+        Drawn on the host, so that it is the same for all devices, and sent once an epoch.
+        """
         random, highest = generator(self._seed, epoch), 2 * self._margin + 1
-        self._offsets = torch.randint(0, highest, (self._images, 2), generator=random)
+        offsets = torch.randint(0, highest, (self._images, 2), generator=random)
         if self._mirror:
-            self._mirrored = torch.randint(0, 2, (self._images,), generator=random).bool()
+            mirrored = torch.randint(0, 2, (self._images,), generator=random).bool()
         else:
-            self._mirrored = torch.zeros(self._images, dtype=torch.bool)
+            mirrored = torch.zeros(self._images, dtype=torch.bool)
+        self._offsets, self._mirrored = offsets.to(device), mirrored.to(device)
         self._epoch = epoch
 
 

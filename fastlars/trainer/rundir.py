@@ -1,7 +1,12 @@
-"""The directory of a run: which one, whether it can be written, and what to take back."""
+"""The directory of a run: which one, whether it can be written, and what to take back.
+
+A path that cannot even be looked at is one that is not there, which os.path says of it and pathlib
+only from Python 3.14 on; writing or reading it then says what is wrong.
+"""
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -31,7 +36,7 @@ class RunDirectory:
 
     def claim(self) -> None:
         """Create the directory; TrainerError where no file can be written in it."""
-        missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
+        missing = [p for p in (self.path, *self.path.parents) if not os.path.exists(p)]
         try:
             for folder in reversed(missing):
                 folder.mkdir()
@@ -44,9 +49,9 @@ class RunDirectory:
 
     def discard(self) -> None:
         """Without a checkpoint a run is worth nothing: take back what it wrote."""
-        if self.checkpoint.exists():
+        if os.path.exists(self.checkpoint):
             return
-        if self.path.is_dir():
+        if os.path.isdir(self.path):
             for file in (self.settings, self.log, self.picture):
                 file.unlink(missing_ok=True)
         for folder in self._made:
@@ -61,7 +66,7 @@ def new(output: str, data: str, recipe: str) -> RunDirectory:
     """Where a new run writes: `output`, or the next free name under runs/."""
     if output:
         run = RunDirectory(Path(output))
-        if run.checkpoint.exists() or run.best.exists():
+        if os.path.exists(run.checkpoint) or os.path.exists(run.best):
             raise TrainerError(
                 f"--output: {output} holds a run already: add --resume to go on with it, "
                 "or name another directory"
@@ -87,12 +92,12 @@ def to_resume(resume: str | None, output: str, restarted: bool) -> Path | None:
     """
     if resume and resume != "auto":
         path = Path(resume)
-        return path / checkpoint.NAME if path.is_dir() else path
+        return path / checkpoint.NAME if os.path.isdir(path) else path
     in_output = Path(output) / checkpoint.NAME if output else None
     if resume is not None and in_output is None:
         what = "auto needs" if resume else "needs the PATH of a checkpoint, or"
         raise TrainerError(f"--resume {what} --output with one in it")
     # torchrun repeats the command line as it was: a restart means going on.
     if resume == "auto" or (resume is None and restarted):
-        return in_output if in_output is not None and in_output.exists() else None
+        return in_output if in_output is not None and os.path.exists(in_output) else None
     return in_output if resume is not None else None

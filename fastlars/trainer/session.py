@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ class _Job:
 def _job(command: Command, here: World) -> _Job:
     again = restarted(here)
     with here.together():
-        source = rundir.to_resume(command.resume, command.given.get("output", ""), again)
+        source = _source(command, again)
         state = checkpoint.load(source) if source else None
         settings = (
             config.resumed(command.given, state["config"], str(source))
@@ -61,6 +62,17 @@ def _job(command: Command, here: World) -> _Job:
         _same_images(images, state)
         directory = _directory(settings, source, here)
     return _Job(settings, images, directory, source, state)
+
+
+def _source(command: Command, again: bool) -> Path | None:
+    """The checkpoint to go on from; in a restart, what the same command line has reached since."""
+    output = command.given.get("output", "")
+    source = rundir.to_resume(command.resume, output, again)
+    if source is None or not again:
+        return source
+    own = RunDirectory(Path(output) if output else source.parent)
+    reached = os.path.exists(own.checkpoint) and repeat.begun_by(command.line, own.settings)
+    return own.checkpoint if reached else source
 
 
 def _dry_run(command: Command, here: World) -> int:
@@ -99,14 +111,13 @@ def _train(command: Command, here: World) -> int:
         with _records(loop, source, state), loop.parts.display, here.connected():
             _introduce(loop, state)
             finished = loop.run(stop)
-            reason = stop.received.name if stop.received is not None else "--max-steps"
-            stopped_by = None if finished else reason
+            # It may have reached another process alone.
+            signals = [number for number in here.gather(stop.received) if number is not None]
+            stopped_by = None if finished else signals[0].name if signals else "--max-steps"
             _end(loop, stopped_by)
     for line in report.conclusion(loop, stopped_by, time.perf_counter() - started):
         loop.parts.display.say(line)
-    if finished or stop.received is None:
-        return 0
-    return 128 + stop.received
+    return 0 if finished or not signals else 128 + signals[0]
 
 
 def _same_images(images: Data, state: dict[str, Any] | None) -> None:
@@ -132,7 +143,7 @@ def _directory(settings: Config, source: Path | None, here: World) -> RunDirecto
     else:
         path = Path(settings.output) if settings.output else source.parent
         chosen = RunDirectory(path, came_from=source)
-        if chosen.checkpoint.exists() and not chosen.checkpoint.samefile(source):
+        if os.path.exists(chosen.checkpoint) and not chosen.checkpoint.samefile(source):
             raise TrainerError(f"--output: {chosen.path} holds another run than {source}")
     return chosen or RunDirectory(Path())  # the others write nothing
 

@@ -1,7 +1,8 @@
 """The trainer with the tiny model and no picture, as torchrun starts it.
 
 With DIE_AT, process 1 of the first attempt is killed at that step, as the system kills one that
-takes too much memory. Several command lines, with "then" between them, run one after the other:
+takes too much memory, or gets the signal that DIE_BY names. With FULL, no checkpoint finds room.
+Several command lines, with "then" between them, run one after the other:
 starting processes takes longer than training.
 """
 
@@ -10,8 +11,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from pathlib import Path
+from typing import Any
 
-from fastlars.trainer import model, plots
+from fastlars.trainer import checkpoint, model, plots
 from fastlars.trainer.__main__ import main
 from fastlars.trainer.loop import Loop
 from trainer.helpers import tiny_net
@@ -25,12 +28,19 @@ def mortal(self: Loop, *arguments: object) -> None:
     """A step that the process does not survive, once."""
     first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     if first and os.environ["RANK"] == "1" and self.progress.step == int(os.environ["DIE_AT"]):
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.Signals[os.environ.get("DIE_BY", "SIGKILL")])
     step(self, *arguments)  # type: ignore[arg-type]
+
+
+def full(path: Path, _state: dict[str, Any]) -> None:
+    """A disk without room."""
+    raise checkpoint.NotSavedError(f"cannot write {path}: No space left on device")
 
 
 if "DIE_AT" in os.environ:
     Loop._step = mortal  # type: ignore[method-assign]
+if "FULL" in os.environ:
+    checkpoint.save = full
 status, line = 0, sys.argv[1:]
 while line and status == 0:
     end = line.index("then") if "then" in line else len(line)

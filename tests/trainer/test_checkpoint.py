@@ -5,13 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import random
-import resource
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,7 @@ from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.kept import Kept
 from fastlars.trainer.loop import Loop
 from fastlars.trainer.rundir import RunDirectory
-from trainer.helpers import Outcome, assert_same, files_below, load
+from trainer.helpers import Outcome, assert_same, disk_full_after, files_below, load
 
 Train = Callable[..., Outcome]
 
@@ -105,19 +102,6 @@ def test_kill_while_saving(tmp_path: Path, how: str) -> None:
     names = sorted(name for name in files_below(tmp_path) if name.startswith("checkpoint-"))
     assert names[-1] == f"checkpoint-{last:06}.pt"
     assert files_below(tmp_path) == ["best.pt", *names, "checkpoint.pt"]  # no leftovers
-
-
-@contextmanager
-def disk_full_after(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes: the system refuses as it does on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("size", [0, 100, 2000, 300_000])
@@ -257,6 +241,21 @@ def test_cut_short(tmp_path: Path) -> None:
 def test_missing(tmp_path: Path) -> None:
     with pytest.raises(TrainerError, match=r"cannot read .*absent\.pt: No such file"):
         checkpoint.load(tmp_path / "absent.pt")
+
+
+def test_a_gpu_that_is_not_used_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another's, perhaps, and full."""
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: False)
+    monkeypatch.setattr("torch.cuda.get_rng_state", fail)
+    monkeypatch.setattr("torch.cuda.set_rng_state", fail)
+    found = checkpoint.random_state()
+    assert found["cuda"] is None
+    checkpoint.restore_random_state(found | {"cuda": torch.zeros(16, dtype=torch.uint8)})
 
 
 def test_random_state(tmp_path: Path) -> None:

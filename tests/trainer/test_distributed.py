@@ -92,6 +92,40 @@ def test_ctrl_c_at_a_terminal(two: Path, tmp_path: Path) -> None:
     assert load(run)["progress"]["step"] > 0
 
 
+def test_a_signal_to_one_process(tmp_path: Path) -> None:
+    """The other one ends with it, and says why."""
+    run = tmp_path / "run"
+    flags = ("--checkpoint-every", 10, "--output", run)
+    outcome = finish(start(*SETTINGS, *flags, DIE_AT="36", DIE_BY="SIGTERM"))
+    assert "stopped by SIGTERM at step" in outcome.out
+    last = records(run)[-1]
+    assert (last["kind"], last["stopped_by"]) == ("end", "SIGTERM")
+
+
+def test_a_restart_of_a_run_that_came_from_elsewhere(tmp_path: Path) -> None:
+    """The command line names the old checkpoint still; the new directory has a later one."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    assert finish(start(*SETTINGS, "--output", old, "--max-steps", 5)).status == 0
+    flags = ("--checkpoint-every", 10, "--max-steps", 40)
+    outcome = finish(start("--resume", old, "--output", new, *flags, restarts=1, DIE_AT="36"))
+    assert outcome.status == 0, outcome
+    assert "resumed at step 5 of 66" in outcome.out
+    assert "resumed at step 30 of 66" in outcome.out
+    assert load(new)["progress"]["step"] == 40
+    assert load(old)["progress"]["step"] == 5
+
+
+def test_no_room_for_the_last_checkpoint(tmp_path: Path) -> None:
+    """Tried after the epoch and again at the end, by all processes."""
+    outcome = finish(start(*SETTINGS[:3], 1, *SETTINGS[4:], "--output", tmp_path / "run", FULL="1"))
+    assert outcome.status != 0
+    told = [line for line in outcome.err.splitlines() if "No space left on device" in line]
+    assert len(told) == 2, outcome.err
+    assert "training goes on" in told[0]
+    assert "the previous checkpoint is untouched" in told[1]
+    assert "lost another one" not in outcome.err
+
+
 def test_a_mistake_is_said_once(tmp_path: Path) -> None:
     outcome = finish(start(*SETTINGS, "--data", tmp_path / "absent", "--output", tmp_path / "run"))
     assert outcome.status != 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 import signal
 from collections.abc import Callable
@@ -145,6 +146,21 @@ def test_mistakes_leave_nothing_behind(
     outcome = train(*SHORT, "--output", tmp_path / "a" / "b", *arguments)
     assert outcome.status == 2
     assert message in outcome.err
+    assert files_below(tmp_path) == []
+
+
+@pytest.mark.usefixtures("tiny")
+def test_no_room_for_the_picture(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(findlr, "_STEPS", 5)
+    monkeypatch.setattr(os, "fsync", full)
+    outcome = train(*SHORT, "--output", tmp_path / "a")
+    assert outcome.status == 2
+    assert f"cannot write in {tmp_path / 'a'}: No space left on device" in outcome.err
     assert files_below(tmp_path) == []
 
 

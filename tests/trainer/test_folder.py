@@ -129,6 +129,17 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda root: (root / "train" / "ant" / "000.png").write_text("hello"),
         "cannot read image {0}/train/ant/000.png: not an image, or damaged",
     ),
+    "a link to where it is": (
+        lambda root: (root / "train" / "bee" / "again").symlink_to("."),
+        "{0}/train/bee/again leads back to a folder that it is in",
+    ),
+    "two links to each other": (
+        lambda root: [
+            (root / "train" / name / "other").symlink_to(f"../{other}")
+            for name, other in (("ant", "bee"), ("bee", "ant"))
+        ],
+        "{0}/train/ant/other/other leads back to a folder that it is in",
+    ),
     "a folder that is a file": (
         lambda root: (shutil.rmtree(root), root.write_text("hello")),
         "cannot read {0}: Not a directory",

@@ -91,6 +91,27 @@ def test_images_cut_short(tmp_path: Path, suffix: str) -> None:
     assert images.reason(error.value)
 
 
+def test_a_damaged_png(tmp_path: Path) -> None:
+    """One wrong byte, in the middle of the pixels."""
+    path = tmp_path / "image.png"
+    smooth().save(path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(images.BAD) as error:
+        images.decode(str(path))
+    assert images.reason(error.value)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG"])
+def test_an_animation_is_its_first_picture(tmp_path: Path, kind: str) -> None:
+    """Whatever its name says."""
+    first, second = (Image.new("RGB", (9, 9), colour) for colour in ("red", "blue"))
+    first.save(tmp_path / "image.png", kind, save_all=True, append_images=[second])
+    found = images.decode(str(tmp_path / "image.png"))
+    assert found.tolist() == [[[value] * 9] * 9 for value in (255, 0, 0)]
+
+
 def test_floats_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.ones((9, 9), np.float32)).save(tmp_path / "image.tif")
     with pytest.raises(ValueError, match="no known range"):

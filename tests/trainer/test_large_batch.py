@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,6 +94,19 @@ def test_a_subset_links_the_first_images_of_each_class(tmp_path: Path) -> None:
         subset(tmp_path / "all", 5, tmp_path)
 
 
+def sit(images: Path, into: Path) -> subprocess.Popen[str]:
+    """A sitting of three short cells."""
+    command = [
+        sys.executable, "benchmarks/large_batch.py", "--data", images, "--csv", into / "o.csv",
+        "--picture", into / "o.png", "--runs", into / "runs", "--optimizers", "lars",
+        "--batches", "12", "--seeds", "0", "--epochs", EPOCHS,
+    ]  # fmt: skip
+    return subprocess.Popen(
+        [str(part) for part in command], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
 def test_two_sittings_do_not_write_one_file(tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     with large_batch.alone(path):
@@ -103,22 +117,46 @@ def test_two_sittings_do_not_write_one_file(tmp_path: Path) -> None:
         pass
 
 
+def trainer_of(sitting: int) -> int | None:
+    """The process that trains for a sitting, both by number."""
+    for child in Path(f"/proc/{sitting}/task/{sitting}/children").read_text().split():
+        with suppress(OSError):
+            if b"fastlars.trainer" in Path(f"/proc/{child}/cmdline").read_bytes():
+                return int(child)
+    return None
+
+
+def test_the_trainer_of_a_sitting_that_was_killed(images: Path, tmp_path: Path) -> None:
+    """It trains on, and no second one writes in its directory."""
+    (images / "val").rename(images / "test")
+    first = sit(images, tmp_path)
+    while (trainer := trainer_of(first.pid)) is None and first.poll() is None:
+        time.sleep(0.02)
+    assert trainer is not None
+    os.kill(trainer, signal.SIGSTOP)  # takes its time
+    first.kill()
+    first.communicate(timeout=60)
+    try:
+        _, errors = sit(images, tmp_path).communicate(timeout=60)
+        assert "another sitting is writing" in errors
+    finally:
+        os.kill(trainer, signal.SIGKILL)
+
+
+def test_a_signal_before_there_is_a_trainer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda _number, _handler: None)
+    with open(tmp_path / "lock", "w") as lock:
+        sitting = large_batch.Sitting(math.inf, lock)
+        sitting.stopped = True
+        status, _ = sitting.train(["--epochs", "100000"], tmp_path / "run")
+    assert status in (-signal.SIGTERM, 128 + signal.SIGTERM)
+
+
 def test_a_sitting_that_is_stopped_goes_on(images: Path, tmp_path: Path) -> None:
     (images / "val").rename(images / "test")
-    command = [
-        sys.executable, "benchmarks/large_batch.py", "--data", images, "--csv", tmp_path / "o.csv",
-        "--picture", tmp_path / "o.png", "--runs", tmp_path / "runs", "--optimizers", "lars",
-        "--batches", "12", "--seeds", "0", "--epochs", EPOCHS,
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    def sit() -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [str(part) for part in command], cwd=ROOT, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-
-    first = sit()
+    first = sit(images, tmp_path)
     while not list(tmp_path.glob("runs/*/checkpoint.pt")) and first.poll() is None:
         time.sleep(0.02)
     first.send_signal(signal.SIGTERM)
@@ -129,7 +167,7 @@ def test_a_sitting_that_is_stopped_goes_on(images: Path, tmp_path: Path) -> None
     before = (stopped / "metrics.jsonl").read_text()
     assert not read(tmp_path / "o.csv")
 
-    out, errors = sit().communicate(timeout=240)
+    out, errors = sit(images, tmp_path).communicate(timeout=240)
     rows = read(tmp_path / "o.csv")
     assert len(rows) == 3, errors
     assert all(0.0 <= r.accuracy <= r.best_accuracy <= 1.0 and not r.diverged for r in rows)
@@ -140,6 +178,6 @@ def test_a_sitting_that_is_stopped_goes_on(images: Path, tmp_path: Path) -> None
     assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("runs/*/*.pt"))
 
-    out, errors = sit().communicate(timeout=60)
+    out, errors = sit(images, tmp_path).communicate(timeout=60)
     assert "3 of 3 cells are done" in out, errors
     assert read(tmp_path / "o.csv") == rows

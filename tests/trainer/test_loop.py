@@ -14,6 +14,7 @@ from torch.nn import functional
 import fastlars
 from fastlars.trainer import model
 from fastlars.trainer.digits import Digits
+from fastlars.trainer.loop import Loop
 from fastlars.trainer.plan import make
 from trainer.helpers import Outcome, load, records, tiny_net
 
@@ -75,6 +76,27 @@ def test_steps_against_a_loop_written_out(tmp_path: Path, train: Train) -> None:
             ).backward()
         optimizer.step()
     close(load(tmp_path)["model"], net.state_dict())
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("recipe", ["lars", "lamb", "goyal"])
+def test_a_step_does_not_wait_for_the_gpu(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    """Steps 2 to 8: plans are made before, and norms are read in the first and the eleventh."""
+    step = Loop._step
+
+    def watched(self: Loop, *arguments: object) -> None:
+        torch.cuda.set_sync_debug_mode("error" if 2 <= self.progress.step < 9 else "default")
+        try:
+            step(self, *arguments)  # type: ignore[arg-type]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Loop, "_step", watched)
+    settings = ("--batch-size", 128, "--micro-batch", 32, "--max-steps", 10, "--device", "cuda")
+    assert train("--recipe", recipe, *settings, "--output", tmp_path).status == 0
 
 
 @pytest.mark.usefixtures("tiny")

@@ -13,10 +13,11 @@ from PIL import Image
 from fastlars.trainer import recipes, rundir
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.log import Records, read
-from trainer.helpers import Outcome, files_below
+from trainer.helpers import Outcome, disk_full_after, files_below
 
 Train = Callable[..., Outcome]
 SHORT = ("--epochs", 1, "--batch-size", 512)
+LONG = 300 * "x"  # as with a folder that may not be entered, asking whether it is there fails
 
 
 @pytest.mark.usefixtures("tiny")
@@ -102,6 +103,9 @@ def test_a_run_is_not_overwritten(tmp_path: Path, train: Train) -> None:
         (("--resume", "--output", "absent"), "cannot read absent/checkpoint.pt: No such file"),
         (("--output", "file/run"), "cannot write in file/run: Not a directory"),
         (("--output", "file"), "cannot write in file: "),
+        (("--output", LONG), f"--output: cannot write in {LONG}: File name too long"),
+        (("--output", LONG, "--resume", "auto"), f"cannot write in {LONG}: File name too long"),
+        (("--resume", LONG), f"--resume: cannot read {LONG}: File name too long"),
         (("--output", "a/b/c", "--batch-size", 9999), "--batch-size 9999 is more than"),
         (("--output", "a/b/c", "--warmup-epochs", 99), "--warmup-epochs 99 leaves nothing"),
         (("--output", "a/b/c", "--end-lr", 99), "end_lr 99.0 exceeds the learning rate"),
@@ -178,4 +182,20 @@ def test_log_keeps_the_lines_before_a_checkpoint(tmp_path: Path) -> None:
     again.write("test", step=2)
     again.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
+    assert files_below(tmp_path) == ["metrics.jsonl"]
+
+
+def test_no_room_for_the_log(tmp_path: Path) -> None:
+    """One line, and not a second error when it is closed."""
+    path = tmp_path / "metrics.jsonl"
+    log = Records(path)
+    with disk_full_after(100):
+        with pytest.raises(TrainerError, match=rf"cannot write {path}: File too large"):
+            log.write("start", title="x" * 100)
+        log.close()
+    path.write_text("line\n" * 9)
+    before = path.read_bytes()
+    with disk_full_after(10), pytest.raises(TrainerError, match=rf"cannot write {path}: File too"):
+        Records(path, 8, path)
+    assert path.read_bytes() == before
     assert files_below(tmp_path) == ["metrics.jsonl"]

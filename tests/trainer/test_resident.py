@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlars.trainer.resident import TEST, Moves, Part, Resident, moved
 
@@ -60,6 +63,32 @@ def test_moves_depend_on_seed_epoch_and_image_alone() -> None:
     assert torch.equal(first, seen(moves, 2, order))
     assert torch.equal(first, seen(Moves(40, 1, MARGIN, mirror=True), 2, order))
     assert not torch.equal(first, seen(Moves(40, 2, MARGIN, mirror=True), 2, order))
+
+
+class Transfers(TorchDispatchMode):
+    """Counts the tensors that are sent to another device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        copies = func is torch.ops.aten._to_copy.default
+        self.count += copies and (kwargs or {}).get("device") is not None
+        return func(*args, **kwargs or {})
+
+
+def test_a_batch_sends_its_indices_and_no_more() -> None:
+    """A copy to a GPU may make the host wait: tables go there once an epoch."""
+    device = torch.device("meta")
+    images = torch.empty(40, SIDE, SIDE, 3, dtype=torch.uint8, device=device)
+    kept = Resident(images, torch.empty(40, dtype=torch.int64, device=device))
+    moves = Moves(40, 0, MARGIN, mirror=True)
+    parts = kept.read((epoch, torch.arange(8)) for epoch in (0, 0, 0, 0, 1))
+    sent = []
+    for _ in range(5):
+        with Transfers() as transfers:
+            assert moves.apply(next(parts), 0).pixels.shape == (8, SIDE, SIDE, 3)
+        sent.append(transfers.count)
+    assert sent == [3, 1, 1, 1, 3]
 
 
 def test_every_move_occurs_as_often() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,6 +190,22 @@ def test_a_finished_run_only_repeats_its_result(tmp_path: Path, train: Train) ->
     assert again.status == 0
     result = [line for line in first.out.splitlines() if line.startswith("final test accuracy")]
     assert result[0].split(";")[0] in again.out
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
+def test_a_checkpoint_without_its_log(tmp_path: Path, train: Train) -> None:
+    """It counts lines that are not there; a finished run still has a result."""
+    run, alone = tmp_path / "run", tmp_path / "alone"
+    for steps in (8, 0):
+        assert train(*DIGITS, "--output", run, "--resume", "auto", "--max-steps", steps).status == 0
+        shutil.rmtree(alone, ignore_errors=True)
+        alone.mkdir()
+        shutil.copy(run / "checkpoint.pt", alone)
+        outcome = train("--output", alone, "--resume", "--max-steps", 0)
+        assert outcome.status == 0, outcome.err
+        assert "final test accuracy: " in outcome.out
+        lines = (alone / "metrics.jsonl").read_text().splitlines()
+        assert load(alone)["log_lines"] == len(lines) - 1  # all but that of the end
 
 
 @pytest.mark.usefixtures("tiny", "no_picture")
