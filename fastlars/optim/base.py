@@ -15,7 +15,7 @@ from fastlars.optim.checks import check_lr, check_options, check_overlap
 from fastlars.optim.numbers import numbers
 from fastlars.optim.plan import Plan, location, options_of
 from fastlars.optim.traced import TracedStep
-from fastlars.optim.work import Work, check_recording, take
+from fastlars.optim.work import Work, check_making, check_recording, take
 from fastlars.rules import Rule
 
 Params = Iterable[Any]
@@ -223,6 +223,7 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
                 pass  # a parameter or a state was replaced: plan again, with all checks
             new[number] = Plan(group, number, rule, self.state)
             bound.append(None)
+        check_making(new.values())
         for number, plan in new.items():
             self._plans[number] = plan.ready()
             bound[number] = plan.bind([p.grad for p in plan.params])

@@ -118,6 +118,14 @@ class Plan:
         self.whole = [s.indices for s in self.sublists] == [list(range(len(self.params)))]
         return self
 
+    def lacks_states(self) -> bool:
+        """Whether :meth:`ready` has states to make."""
+        counter = {self.rule.counter} - {None}
+        return any(
+            not wanted(p, self.rule, self.group).keys() | counter <= self.state.get(p, {}).keys()
+            for p in (self.params[i] for indices in self.kinds.values() for i in indices)
+        )
+
     def part(self, indices: list[int], grads: list[Tensor]) -> Plan:
         """The plan of some of these parameters, ready, with gradients that lie elsewhere."""
         plan = copy.copy(self)
@@ -152,7 +160,9 @@ class Plan:
         states = self.state[p]
         for name, dtype in wanted(p, self.rule, group).items():
             if name not in states:
-                start = p.detach() if name == "master" else torch.zeros((), dtype=dtype)
+                # A zero of the host's would be spread out there, and sent in full.
+                zero = torch.zeros((), dtype=dtype, device=p.device)
+                start = p.detach() if name == "master" else zero
                 states[name] = like(p, start, dtype)
             elif shard(states[name]).stride() != shard(p).stride():
                 states[name] = like(p, states[name], dtype)

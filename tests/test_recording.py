@@ -1,0 +1,95 @@
+"""What is refused while a CUDA graph is recorded. Nothing here needs a GPU."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastlars.optim.plan import Plan
+from fastlars.optim.work import check_making, check_recording
+from optimizers import SIMPLE, Row, parameters, set_gradients
+
+CUDA = SimpleNamespace(device=torch.device("cuda", 0))
+CPU = SimpleNamespace(device=torch.device("cpu"))
+each_class = pytest.mark.parametrize("row", SIMPLE, ids=lambda row: row.name)
+
+
+@pytest.fixture(params=[True, False], ids=["recording", "not recording"])
+def recording(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: request.param)
+    return bool(request.param)
+
+
+@pytest.mark.parametrize("lacks", [True, False])
+def test_states_are_not_made_in_a_graph(recording: bool, lacks: bool) -> None:
+    def plans(param: SimpleNamespace) -> Any:
+        return [SimpleNamespace(params=[param], lacks_states=lambda: lacks)]
+
+    check_making(plans(CPU))
+    if recording and lacks:
+        with pytest.raises(RuntimeError, match="take a step before recording one"):
+            check_making(plans(CUDA))
+    else:
+        check_making(plans(CUDA))
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_numbers_of_the_host_are_not_recorded(recording: bool, capturable: bool) -> None:
+    def works(param: SimpleNamespace) -> Any:
+        return [SimpleNamespace(device=param.device, group={"capturable": capturable})]
+
+    check_recording(works(CPU))
+    if recording and not capturable:
+        with pytest.raises(RuntimeError, match="only with capturable=True"):
+            check_recording(works(CUDA))
+    else:
+        check_recording(works(CUDA))
+
+
+@each_class
+def test_a_plan_lacks_states_until_its_first_step(row: Row) -> None:
+    params = parameters()
+    optimizer = row.make(params)
+    group = optimizer.param_groups[0]
+    set_gradients(params, 0)
+    for expected in (True, False):
+        plan = Plan(group, 0, optimizer.rule_of(group), optimizer.state)
+        assert plan.lacks_states() is expected
+        optimizer.step()
+    del optimizer.state[params[1]]
+    assert plan.lacks_states()
+    params[1].grad = None
+    plan = Plan(group, 0, optimizer.rule_of(group), optimizer.state)
+    assert not plan.lacks_states()
+
+
+class Copies(TorchDispatchMode):
+    """Notes the devices between which copies go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[tuple[str, str]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default:
+            self.found.add((args[1].device.type, args[0].device.type))
+        return func(*args, **(kwargs or {}))
+
+
+@each_class
+def test_states_are_made_where_their_parameter_is(row: Row) -> None:
+    """From zeros of the host, as many would be made there and sent."""
+    optimizer = row.make([nn.Parameter(torch.ones(3))], master_weights=True)
+    with FakeTensorMode(), Copies() as copies:
+        param = nn.Parameter(torch.empty(5, 7, dtype=torch.bfloat16, device="cuda"))
+        group = {**optimizer.param_groups[0], "params": [param]}
+        plan = Plan(group, 0, optimizer.rule_of(group), optimizer.state)
+        plan._make_states(param, group)
+    assert len(optimizer.state[param]) >= 2
+    assert copies.found == {("cuda", "cuda")}
