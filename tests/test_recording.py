@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastlars.optim import compiled
 from fastlars.optim.plan import Plan
 from fastlars.optim.work import check_making, check_recording
+from fastlars.rules import LarsRule
 from optimizers import SIMPLE, Row, parameters, set_gradients
 
 CUDA = SimpleNamespace(device=torch.device("cuda", 0))
@@ -93,3 +95,24 @@ def test_states_are_made_where_their_parameter_is(row: Row) -> None:
         plan._make_states(param, group)
     assert len(optimizer.state[param]) >= 2
     assert copies.found == {("cuda", "cuda")}
+
+
+@pytest.mark.parametrize("capturing", [True, False])
+def test_a_compiled_step_does_not_record_random_numbers(
+    capturing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "is_capturing", lambda device: capturing)
+    weight, grad = torch.ones(5, dtype=torch.bfloat16), torch.ones(5, dtype=torch.bfloat16)
+    rule = compiled.encode(LarsRule(momentum=0.0))
+    lists: tuple[list[Tensor], ...] = ([weight], [grad], [], [], [], [])
+
+    def step(rounds: bool) -> None:
+        torch.ops.fastlars.step(rule, *lists, 0.1, None, 1.0, None, None, rounds)
+
+    if capturing:
+        with pytest.raises(RuntimeError, match="stochastic_rounding does not go with CUDA graphs"):
+            step(True)
+        assert weight.eq(1.0).all()
+    else:
+        step(True)
+    step(False)
