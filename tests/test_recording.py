@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlars.optim import compiled
-from fastlars.optim.plan import Plan
+import fastlars
+from fastlars.optim import base, compiled, plan
+from fastlars.optim.plan import Plan, lacks_states
 from fastlars.optim.work import check_making, check_recording
 from fastlars.rules import LarsRule
 from optimizers import SIMPLE, Row, parameters, set_gradients
@@ -28,17 +29,38 @@ def recording(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     return bool(request.param)
 
 
-@pytest.mark.parametrize("lacks", [True, False])
-def test_states_are_not_made_in_a_graph(recording: bool, lacks: bool) -> None:
-    def plans(param: SimpleNamespace) -> Any:
-        return [SimpleNamespace(params=[param], lacks_states=lambda: lacks)]
+@pytest.mark.parametrize("made", [True, False])
+def test_states_are_not_made_in_a_graph(recording: bool, made: bool) -> None:
+    optimizer = fastlars.LARS([nn.Parameter(torch.ones(3))], lr=0.1)
 
-    check_making(plans(CPU))
-    if recording and lacks:
+    def check(device: str) -> None:
+        with FakeTensorMode():
+            param = nn.Parameter(torch.ones(3, device=device))
+            param.grad = torch.ones(3, device=device)
+        group = {**optimizer.param_groups[0], "params": [param]}
+        state: Any = {param: {"momentum_buffer": param}} if made else {}
+        check_making(group, optimizer.rule_of(group), state)
+
+    check("cpu")
+    if recording and not made:
         with pytest.raises(RuntimeError, match="take a step before recording one"):
-            check_making(plans(CUDA))
+            check("cuda")
     else:
-        check_making(plans(CUDA))
+        check("cuda")
+
+
+def test_no_back_end_is_looked_for_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Triton finds out then would be wrong, and is remembered."""
+
+    def recorded(*arguments: Any) -> None:
+        raise RuntimeError("recorded")
+
+    monkeypatch.setattr(base, "check_making", recorded)
+    monkeypatch.setattr(plan, "choose", lambda *arguments: pytest.fail("a back end was chosen"))
+    param = nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    with pytest.raises(RuntimeError, match="recorded"):
+        fastlars.LARS([param], lr=0.1).step()
 
 
 @pytest.mark.parametrize("capturable", [True, False])
@@ -55,20 +77,18 @@ def test_numbers_of_the_host_are_not_recorded(recording: bool, capturable: bool)
 
 
 @each_class
-def test_a_plan_lacks_states_until_its_first_step(row: Row) -> None:
+def test_states_are_lacking_until_the_first_step(row: Row) -> None:
     params = parameters()
     optimizer = row.make(params)
     group = optimizer.param_groups[0]
     set_gradients(params, 0)
     for expected in (True, False):
-        plan = Plan(group, 0, optimizer.rule_of(group), optimizer.state)
-        assert plan.lacks_states() is expected
+        assert lacks_states(group, optimizer.rule_of(group), optimizer.state) is expected
         optimizer.step()
     del optimizer.state[params[1]]
-    assert plan.lacks_states()
+    assert lacks_states(group, optimizer.rule_of(group), optimizer.state)
     params[1].grad = None
-    plan = Plan(group, 0, optimizer.rule_of(group), optimizer.state)
-    assert not plan.lacks_states()
+    assert not lacks_states(group, optimizer.rule_of(group), optimizer.state)
 
 
 class Copies(TorchDispatchMode):
@@ -91,8 +111,7 @@ def test_states_are_made_where_their_parameter_is(row: Row) -> None:
     with FakeTensorMode(), Copies() as copies:
         param = nn.Parameter(torch.empty(5, 7, dtype=torch.bfloat16, device="cuda"))
         group = {**optimizer.param_groups[0], "params": [param]}
-        plan = Plan(group, 0, optimizer.rule_of(group), optimizer.state)
-        plan._make_states(param, group)
+        Plan(group, 0, optimizer.rule_of(group), optimizer.state)._make_states(param, group)
     assert len(optimizer.state[param]) >= 2
     assert copies.found == {("cuda", "cuda")}
 

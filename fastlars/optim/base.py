@@ -221,9 +221,10 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
                     continue
             except (Mismatch, KeyError):
                 pass  # a parameter or a state was replaced: plan again, with all checks
+            # First: to find out which back ends there are does not go into a recording either.
+            check_making(group, rule, self.state)
             new[number] = Plan(group, number, rule, self.state)
             bound.append(None)
-        check_making(new.values())
         for number, plan in new.items():
             self._plans[number] = plan.ready()
             bound[number] = plan.bind([p.grad for p in plan.params])

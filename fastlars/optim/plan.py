@@ -69,6 +69,16 @@ def wanted(weight: Tensor, rule: Rule, group: dict[str, Any]) -> dict[str, torch
     return names
 
 
+def lacks_states(group: dict[str, Any], rule: Rule, state: State) -> bool:
+    """Whether the next step of a group has states to make."""
+    counter = {rule.counter} - {None}
+    return any(
+        not wanted(p, rule, group).keys() | counter <= state.get(p, {}).keys()
+        for p in group["params"]
+        if p.grad is not None
+    )
+
+
 @dataclass
 class Sublist:
     """Parameters of a group that agree in device, types, back end and mesh."""
@@ -117,14 +127,6 @@ class Plan:
         self.sublists = self._cut()
         self.whole = [s.indices for s in self.sublists] == [list(range(len(self.params)))]
         return self
-
-    def lacks_states(self) -> bool:
-        """Whether :meth:`ready` has states to make."""
-        counter = {self.rule.counter} - {None}
-        return any(
-            not wanted(p, self.rule, self.group).keys() | counter <= self.state.get(p, {}).keys()
-            for p in (self.params[i] for indices in self.kinds.values() for i in indices)
-        )
 
     def part(self, indices: list[int], grads: list[Tensor]) -> Plan:
         """The plan of some of these parameters, ready, with gradients that lie elsewhere."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from fastlars.backends.base import Backend, Scalars
 from fastlars.optim.numbers import Numbers
-from fastlars.optim.plan import Plan, Sublist
+from fastlars.optim.plan import State, Sublist, lacks_states
 from fastlars.optim.sharded import complete, shard
 from fastlars.rules import GradientNorm, Rule
 
@@ -60,11 +59,11 @@ def check_recording(works: list[Work]) -> None:
         raise RuntimeError("a step is recorded into a CUDA graph only with capturable=True")
 
 
-def check_making(plans: Collection[Plan]) -> None:
+def check_making(group: dict[str, Any], rule: Rule, state: State) -> None:
     """Raise where a CUDA graph is recorded that would make states anew at every replay."""
-    on_gpu = any(p.device.type == "cuda" for plan in plans for p in plan.params)
+    on_gpu = any(p.device.type == "cuda" for p in group["params"])
     recording = on_gpu and torch.cuda.is_current_stream_capturing()
-    if recording and any(plan.lacks_states() for plan in plans):
+    if recording and lacks_states(group, rule, state):
         raise RuntimeError(
             "a CUDA graph would make states anew at every replay: take a step before recording one"
         )
