@@ -79,9 +79,9 @@ class Contender:
         assert isinstance(engine, Engine)
         take = engine._take
 
-        def noted(*arguments: Any) -> None:
+        def noted(*arguments: Any) -> Any:
             self.taking.append(time.perf_counter())
-            take(*arguments)
+            return take(*arguments)
 
         engine._take = noted  # type: ignore[method-assign]
 

@@ -44,9 +44,9 @@ def mark(contender: Contender) -> None:
         return
     take = engine._take
 
-    def marked(*arguments: Any) -> None:
+    def marked(*arguments: Any) -> Any:
         with record_function(BUCKET):
-            take(*arguments)
+            return take(*arguments)
 
     engine._take = marked
 

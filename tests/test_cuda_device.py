@@ -80,6 +80,7 @@ def _run(code: str, *before: str, **environment: str) -> subprocess.CompletedPro
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        timeout=300,
     )
 
 
@@ -100,8 +101,9 @@ def test_profiler_lists_our_kernels(name: str, path: str, monkeypatch: pytest.Mo
         tested.step()
         torch.cuda.synchronize()
     ours = {event.key: event.count for event in profile.key_averages() if "fastlars" in event.key}
-    assert sum(ours.values()) == len(KERNELS[path]), ours
-    for kernel in KERNELS[path]:
+    expected = ("apply",) if name == "RMSpropWarmup" else KERNELS[path]  # it measures nothing
+    assert sum(ours.values()) == len(expected), ours
+    for kernel in expected:
         assert any(f"::{kernel}<" in key for key in ours), ours
 
 

@@ -32,6 +32,7 @@ def _run(path: str) -> Run:
     [
         (2, "cudaErrorMemoryAllocation.*; the GPU has no memory left"),
         (35, "cudaErrorInsufficientDriver.*; .*update the driver"),
+        (98, "cudaErrorInvalidDeviceFunction.*; .*FASTLARS_CUDA_ARCHS"),
         (209, "cudaErrorNoKernelImageForDevice.*; .*FASTLARS_CUDA_ARCHS"),
         (700, "cudaErrorIllegalAddress.*; .*CUDA_LAUNCH_BLOCKING=1"),
         (1, "cudaErrorInvalidValue"),

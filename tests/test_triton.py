@@ -123,7 +123,7 @@ def _options(kernel: Any) -> dict[str, Any]:
 
 def _compile(kernel: Any, target: Any, **constants: Any) -> Any:
     signature: dict[str, str] = {}
-    constants = {"device": None, "BLOCK": BLOCK, **constants}
+    constants = {"numbers": None, "BLOCK": BLOCK, **constants}
     for parameter in kernel.params:
         if parameter.name in constants:
             signature[parameter.name] = "constexpr"
@@ -247,7 +247,7 @@ def test_gfx942_compiles_every_type(name: str, types: str) -> None:
 @pytest.mark.parametrize("target", [SM_90, GFX942], ids=["sm_90", "gfx942"])
 @pytest.mark.parametrize("counts", [False, True])
 def test_tables_compile_with_numbers_on_the_device(target: Any, counts: bool) -> None:
-    common = {"first": "*i32", "device": "*fp64", "count": "i32"}
+    common = {"first": "*i32", "numbers": "*fp64", "count": "i32"}
     for kernel, constants in (
         (sums.total, {"COUNTS": counts, "LANES": 128}),
         (sums.advance, {"REMEMBERS": counts, "LANES": 128}),

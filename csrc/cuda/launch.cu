@@ -33,6 +33,7 @@ std::string cure(cudaError_t code) {
                                ": update the driver, or build fastlars with an older nvcc";
     case cudaErrorNoDevice:
       return "no NVIDIA GPU is visible";
+    case cudaErrorInvalidDeviceFunction:
     case cudaErrorNoKernelImageForDevice:
     case cudaErrorUnsupportedPtxVersion:
     case cudaErrorInvalidPtx:

@@ -135,7 +135,7 @@ class Started:
 
     works: list[Work]
     scalars: list[Scalars]
-    future: Future[None] | None = None
+    future: Future[list[Tensor]] | None = None
     results: list[Tensor | None] = field(default_factory=list)
 
     @classmethod

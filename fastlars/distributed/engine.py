@@ -123,12 +123,15 @@ class Engine:
             return "clip"
         return "measure" if self._mode == "norms" else "step"
 
-    def _take(self, started: Started, future: Future[list[Tensor]]) -> None:
-        """Once a bucket is reduced, in the thread that waited for it."""
+    def _take(self, started: Started, future: Future[list[Tensor]]) -> list[Tensor]:
+        """Once a bucket is reduced, in the thread that waited for it. What came out is the value of
+        a future, because on CUDA that is what whoever waits for the future waits for: without a
+        tensor there, for nothing."""
         future.value()  # raises what the reduction did
         torch.get_num_threads()  # which hands torch's number of threads to a new thread
         with torch.no_grad():
             started.take(self._kind)
+        return [result for result in started.results if result is not None]
 
     def _refuse(self, bucket: GradBucket) -> Future[Tensor]:
         """Let this backward pass end as any, and then raise: DDP stays usable."""

@@ -15,7 +15,7 @@ from fastlars.optim.checks import check_lr, check_options, check_overlap
 from fastlars.optim.numbers import numbers
 from fastlars.optim.plan import Plan, location, options_of
 from fastlars.optim.traced import TracedStep
-from fastlars.optim.work import Work, check_recording, take
+from fastlars.optim.work import Work, check_making, check_recording, take
 from fastlars.rules import Rule
 
 Params = Iterable[Any]
@@ -231,6 +231,8 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
                     continue
             except (Mismatch, KeyError):
                 pass  # a parameter or a state was replaced: plan again, with all checks
+            # First: to find out which back ends there are does not go into a recording either.
+            check_making(group, rule, self.state)
             new[number] = Plan(group, number, rule, self.state)
             bound.append(None)
         for number, plan in new.items():

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastlars.backends.base import Backend, Kinds, Mismatch, Scalars, Tensors
 from fastlars.backends.choose import choose
+from fastlars.backends.sending import is_capturing
 from fastlars.optim.checks import check_lr
 from fastlars.optim.numbers import numbers, square
 from fastlars.optim.plan import LOW_PRECISION, like
@@ -125,9 +126,14 @@ def _step(
         now.take_square(square_norm)
     for backend, tensors in lists:
         seed = None
-        if stochastic_rounding and tensors.kinds.weight == torch.bfloat16:
-            seed = int(torch.randint(2**62, (), device="cpu"))
         device = tensors.weights[0].device
+        if stochastic_rounding and tensors.kinds.weight == torch.bfloat16:
+            if is_capturing(device):
+                raise RuntimeError(
+                    "stochastic_rounding does not go with CUDA graphs, such as those of "
+                    'mode="reduce-overhead": every replay would round with the same random numbers'
+                )
+            seed = int(torch.randint(2**62, (), device="cpu"))
         bound = _bind(rule, backend, tensors)
         backend.step(decode(rule), bound, now.scalars(rate, scale, max_grad_norm, seed, device))
 

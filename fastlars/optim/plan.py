@@ -72,6 +72,16 @@ def wanted(weight: Tensor, rule: Rule, group: dict[str, Any]) -> dict[str, torch
     return names
 
 
+def lacks_states(group: dict[str, Any], rule: Rule, state: State) -> bool:
+    """Whether the next step of a group has states to make."""
+    counter = {rule.counter} - {None}
+    return any(
+        not wanted(p, rule, group).keys() | counter <= state.get(p, {}).keys()
+        for p in group["params"]
+        if p.grad is not None
+    )
+
+
 @dataclass
 class Sublist:
     """Parameters of a group that agree in device, types, back end and mesh."""
@@ -160,6 +170,7 @@ class Plan:
         stepped_before = any(name in states for name in self.rule.states)
         for name, dtype in types.items():
             if name not in states:
+                # A zero of the host's would be spread out there, and sent in full.
                 zero = torch.zeros((), dtype=dtype, device=p.device)
                 start = p.detach() if name == "master" else zero
                 states[name] = like(p, start, dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlars.backends.base import Backend, Scalars
 from fastlars.optim.numbers import Numbers
-from fastlars.optim.plan import Sublist
+from fastlars.optim.plan import State, Sublist, lacks_states
 from fastlars.optim.sharded import complete, shards
 from fastlars.rules import GradientNorm, Rule
 
@@ -57,6 +57,16 @@ def check_recording(works: list[Work]) -> None:
     fixed = any(w.device.type == "cuda" and not w.group["capturable"] for w in works)
     if fixed and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a step is recorded into a CUDA graph only with capturable=True")
+
+
+def check_making(group: dict[str, Any], rule: Rule, state: State) -> None:
+    """Raise where a CUDA graph is recorded that would make states anew at every replay."""
+    on_gpu = any(p.device.type == "cuda" for p in group["params"])
+    recording = on_gpu and torch.cuda.is_current_stream_capturing()
+    if recording and lacks_states(group, rule, state):
+        raise RuntimeError(
+            "a CUDA graph would make states anew at every replay: take a step before recording one"
+        )
 
 
 def take(works: list[Work], now: Numbers) -> list[tuple[list[Tensor], Tensor]]:

@@ -56,6 +56,7 @@ enum cudaError_t {
   cudaErrorMemoryAllocation = 2,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInsufficientDriver = 35,
+  cudaErrorInvalidDeviceFunction = 98,
   cudaErrorNoDevice = 100,
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorInvalidPtx = 218,
@@ -165,6 +166,7 @@ inline const char* cudaGetErrorName(cudaError_t error) {
       {cudaErrorMemoryAllocation, "cudaErrorMemoryAllocation"},
       {cudaErrorInvalidConfiguration, "cudaErrorInvalidConfiguration"},
       {cudaErrorInsufficientDriver, "cudaErrorInsufficientDriver"},
+      {cudaErrorInvalidDeviceFunction, "cudaErrorInvalidDeviceFunction"},
       {cudaErrorNoKernelImageForDevice, "cudaErrorNoKernelImageForDevice"},
       {cudaErrorIllegalAddress, "cudaErrorIllegalAddress"},
   };

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from operator import is_
 from typing import Any
 
 import pytest
@@ -185,3 +186,33 @@ def test_it_overlaps(mode: str) -> None:
     for during, after in run(2, stepped_before, mode):
         assert during is (mode == "step")
         assert after
+
+
+def waited_for(mode: str, clip: float | None) -> list[tuple[bool, int]]:
+    """Whether the future of each bucket holds what its works gave, and how much that was."""
+    setting = Setting("LAMB", ddp=VIEW, optimizer={"max_grad_norm": clip})
+    net = make(setting)
+    ddp = DistributedDataParallel(net, **setting.ddp)
+    optimizer = make_optimizer(setting, net)
+    fastlars.distributed.overlap(ddp, optimizer, mode=mode)
+    found = []
+    for step in range(3):
+        optimizer.zero_grad()
+        x, y = images(step, 0, torch.float32)
+        nn.functional.cross_entropy(ddp(x), y).backward()
+        for started in optimizer._ahead.started:
+            made = [result for result in started.results if result is not None]
+            value = started.future.value()
+            same = len(value) == len(made) and all(map(is_, value, made))
+            found.append((same, len(made)))
+        optimizer.step()
+    return found
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("mode", ["step", "norms"])
+def test_who_waits_for_a_bucket_waits_for_its_kernels(mode: str, clip: float | None) -> None:
+    """On CUDA a future waits for the streams of the tensors in its value, and for no others."""
+    (found,) = run(1, waited_for, mode, clip)
+    assert all(same for same, _ in found)
+    assert sum(count for _, count in found) > 0

@@ -21,10 +21,13 @@ KINDS: tuple[tuple[Any, dict[str, Any]], ...] = (
 
 def step_shards(device: str) -> list[tuple[Tensor, Tensor]]:
     """Shards after three steps, and the same parts of whole CPU tensors."""
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    mesh = init_device_mesh(device, (2,))
+    # init_device_mesh would make a group of its own, with NCCL for what lies on GPUs.
+    group = dist.group.WORLD
+    assert group is not None
+    mesh = DeviceMesh.from_group(group, device)
     placements = [Shard(0), Shard(1), Replicate()]
 
     def spread(values: list[Tensor]) -> list[Any]:

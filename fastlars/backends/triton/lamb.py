@@ -107,7 +107,7 @@ def measure(
     numel: tl.tensor,
     chunks: tl.tensor,
     slots: tl.tensor,
-    device: tl.tensor,
+    numbers: tl.tensor,
     lr: tl.float64,
     gradient_scale: tl.float64,
     beta1: tl.float64,
@@ -127,7 +127,7 @@ def measure(
     BLOCK: tl.constexpr,
 ) -> None:
     """Advances the moments; a slot per chunk: the sums of squares of w and of u."""
-    now = scalars(device, lr, gradient_scale)
+    now = scalars(numbers, lr, gradient_scale)
     chunk = locate(table, numel, chunks, now, BLOCK)
     rule = LambRule(
         double(beta1), double(beta2), double(eps), double(weight_decay), double(lower),
@@ -148,7 +148,7 @@ def apply(
     chunks: tl.tensor,
     sums: tl.tensor,
     ratios: tl.tensor,
-    device: tl.tensor,
+    numbers: tl.tensor,
     lr: tl.float64,
     gradient_scale: tl.float64,
     seed: tl.int64,
@@ -171,7 +171,7 @@ def apply(
     BLOCK: tl.constexpr,
 ) -> None:
     """Weights of one chunk; without sums its moments too. First chunks report the ratios."""
-    now = scalars(device, lr, gradient_scale)
+    now = scalars(numbers, lr, gradient_scale)
     chunk = locate(table, numel, chunks, now, BLOCK)
     rule = LambRule(
         double(beta1), double(beta2), double(eps), double(weight_decay), double(lower),

@@ -83,7 +83,7 @@ def measure(
     numel: tl.tensor,
     chunks: tl.tensor,
     slots: tl.tensor,
-    device: tl.tensor,
+    numbers: tl.tensor,
     lr: tl.float64,
     gradient_scale: tl.float64,
     momentum: tl.float64,
@@ -101,7 +101,7 @@ def measure(
     BLOCK: tl.constexpr,
 ) -> None:
     """A slot per chunk: the sums of squares of w, and of g or g + wd w."""
-    now = scalars(device, lr, gradient_scale)
+    now = scalars(numbers, lr, gradient_scale)
     chunk = locate(table, numel, chunks, now, BLOCK)
     rule = LarsRule(
         double(momentum), double(dampening), double(weight_decay), double(trust_coefficient),
@@ -121,7 +121,7 @@ def apply(
     chunks: tl.tensor,
     sums: tl.tensor,
     ratios: tl.tensor,
-    device: tl.tensor,
+    numbers: tl.tensor,
     lr: tl.float64,
     gradient_scale: tl.float64,
     seed: tl.int64,
@@ -144,7 +144,7 @@ def apply(
     BLOCK: tl.constexpr,
 ) -> None:
     """Buffers and weights of one chunk; each tensor's first chunk reports its ratio."""
-    now = scalars(device, lr, gradient_scale)
+    now = scalars(numbers, lr, gradient_scale)
     chunk = locate(table, numel, chunks, now, BLOCK)
     rule = LarsRule(
         double(momentum), double(dampening), double(weight_decay), double(trust_coefficient),

@@ -52,12 +52,12 @@ def locate(
 
 
 @triton.jit
-def scalars(device: tl.tensor, lr: tl.tensor, gradient_scale: tl.tensor) -> Now:
+def scalars(numbers: tl.tensor, lr: tl.tensor, gradient_scale: tl.tensor) -> Now:
     """From the device where they lie there, which no host has to wait for; else by value."""
-    if device is None:
+    if numbers is None:
         now = Now(double(lr), double(gradient_scale), double(0.0) == 0.0)
     else:
-        now = Now(tl.load(device), tl.load(device + 1), tl.load(device + 2) == 0.0)
+        now = Now(tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2) == 0.0)
     return now
 
 

@@ -129,7 +129,7 @@ def apply(
     numel: tl.tensor,
     chunks: tl.tensor,
     ratios: tl.tensor,
-    device: tl.tensor,
+    numbers: tl.tensor,
     lr: tl.float64,
     gradient_scale: tl.float64,
     seed: tl.int64,
@@ -150,7 +150,7 @@ def apply(
     BLOCK: tl.constexpr,
 ) -> None:
     """Weights and states of one chunk."""
-    now = scalars(device, lr, gradient_scale)
+    now = scalars(numbers, lr, gradient_scale)
     chunk = locate(table, numel, chunks, now, BLOCK)
     rule = RmspropWarmupRule(
         double(momentum), double(weight_decay), double(square_decay), double(eps),

@@ -44,14 +44,14 @@ def measure_gradient(
     numel: tl.tensor,
     chunks: tl.tensor,
     slots: tl.tensor,
-    device: tl.tensor,
+    numbers: tl.tensor,
     lr: tl.float64,
     gradient_scale: tl.float64,
     GRADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """A slot per chunk: 0, and the sum of squares of the scaled gradient."""
-    now = scalars(device, lr, gradient_scale)
+    now = scalars(numbers, lr, gradient_scale)
     chunk = locate(table, numel, chunks, now, BLOCK)
     base = address(table, chunk.tensor, GRAD)
     slot = slots + 2 * tl.program_id(0).to(tl.int64)
@@ -70,7 +70,7 @@ def total(
     first: tl.tensor,
     slots: tl.tensor,
     sums: tl.tensor,
-    device: tl.tensor,
+    numbers: tl.tensor,
     COUNTS: tl.constexpr,
     LANES: tl.constexpr,
 ) -> None:
@@ -88,7 +88,7 @@ def total(
     tl.store(sums + 2 * tensor + 1, tl.sum(update, 0))
     if COUNTS:
         counter = address(table, tensor, COUNTER).to(tl.pointer_type(tl.float32))
-        now = scalars(device, 0.0, 1.0)
+        now = scalars(numbers, 0.0, 1.0)
         tl.store(counter, tl.load(counter) + tl.where(now.live, 1.0, 0.0))
 
 
@@ -96,13 +96,13 @@ def total(
 def advance(
     table: tl.tensor,
     count: tl.tensor,
-    device: tl.tensor,
+    numbers: tl.tensor,
     lr: tl.float64,
     REMEMBERS: tl.constexpr,
     LANES: tl.constexpr,
 ) -> None:
     """Counters of a step that is done: LARS remembers its rate, LAMB counts."""
-    now = scalars(device, lr, 1.0)
+    now = scalars(numbers, lr, 1.0)
     tensor = (tl.program_id(0) * LANES + tl.arange(0, LANES)).to(tl.int64)
     here = tensor < tl.where(now.live, count, 0)
     addresses = tl.load(table + tensor * COLUMNS + COUNTER, mask=here, other=0)
