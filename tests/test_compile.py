@@ -68,6 +68,24 @@ def test_compiled_step_equals_eager(name: str) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_options_switched_off_and_on_again() -> None:
+    torch._dynamo.reset()
+    models = pair(torch.bfloat16)
+    optimizers = []
+    for model in models:
+        groups = fastlars.parameter_groups(model, weight_decay=0.01)
+        optimizers.append(fastlars.LARS(groups, lr=torch.tensor(1.0)))
+    compiled_step = torch.compile(optimizers[1].step, fullgraph=True, backend="aot_eager")
+    for on in (True, False, True):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["momentum_correction"] = group["master_weights"] = on
+        train(models[0], optimizers[0].step, optimizers[0], steps=2)
+        train(models[1], compiled_step, optimizers[1], steps=2)
+    for eager, compiled in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(eager, compiled)
+
+
 def test_operator_passes_opcheck() -> None:
     w = [torch.randn(3, 4), torch.randn(5)]
     g = [torch.randn(3, 4), torch.randn(5)]

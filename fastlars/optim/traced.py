@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fastlars.optim.compiled as compiled
-from fastlars.optim.plan import Plan
+from fastlars.optim.plan import Plan, forget
 from fastlars.rules import Rule
 
 
@@ -39,6 +39,11 @@ class TracedStep:
         The name is torch.compile's: it runs this method instead of tracing it, guards what it read,
         and takes the tensors in the lists for inputs of its graph.
         """
+        # Of all groups at once: from here on, torch.compile guards the states that it has seen.
+        for other in self.param_groups:
+            for p in other["params"]:
+                if p.grad is not None and p in self.state:
+                    forget(p, self.rule_of(other), other, self.state[p])
         number = next(i for i, other in enumerate(self.param_groups) if other is group)
         rule = self.rule_of(group)
         for sublist in Plan(group, number, rule, self.state).ready().sublists:
