@@ -78,8 +78,11 @@ class TracedStep:
             if len(weights) > 0:
                 gathered.append((group, rule, weights, grads, first, second, counters, masters))
         if any(group["max_grad_norm"] is not None for group, *_ in gathered):
-            everything = [g for _, _, _, grads, *_ in gathered for g in grads]
-            norm = torch.ops.fastlars.square_norm(everything)
+            norm = torch.ops.fastlars.square_norm(
+                [w for _, _, weights, *_ in gathered for w in weights],
+                [g for _, _, _, grads, *_ in gathered for g in grads],
+                [len(grads) for _, _, _, grads, *_ in gathered],
+            )
         for group, rule, weights, grads, first, second, counters, masters in gathered:
             lr = group["lr"]
             is_tensor = isinstance(lr, Tensor)
