@@ -11,6 +11,7 @@ from torch import nn
 import fastlars
 from fastlars.backends.choose import instance
 from fastlars.rules import LarsRule
+from optimizers import assert_same, parameters, set_gradients
 
 CASES = {
     "lars": (fastlars.LARS, {"lr": 1.0}),
@@ -68,6 +69,44 @@ def test_compiled_step_equals_eager(name: str) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_a_clip_over_mixed_types_and_layouts() -> None:
+    """The order of a sum decides its last bits, and those of a float64 parameter show them."""
+    torch._dynamo.reset()
+    twins = [[parameters(dtype) for dtype in (torch.float64, torch.float32)] for _ in range(2)]
+    optimizers = []
+    for doubles, floats in twins:
+        groups = [{"params": [*doubles[i : i + 3], *floats[i : i + 3]]} for i in (0, 3)]
+        optimizers.append(fastlars.LAMB(groups, lr=torch.tensor(0.1), max_grad_norm=0.01))
+    compiled_step = torch.compile(optimizers[1].step, fullgraph=True, backend="aot_eager")
+    for step in range(6):
+        for lists in twins:
+            for params in lists:
+                set_gradients(params, step)
+                params[3].grad = params[3].grad.contiguous()  # unlike its parameter
+        optimizers[0].step()
+        compiled_step()
+    for eager, compiled in zip(*twins, strict=True):
+        assert_same("parameter", eager, compiled)
+
+
+def test_options_switched_off_and_on_again() -> None:
+    torch._dynamo.reset()
+    models = pair(torch.bfloat16)
+    optimizers = []
+    for model in models:
+        groups = fastlars.parameter_groups(model, weight_decay=0.01)
+        optimizers.append(fastlars.LARS(groups, lr=torch.tensor(1.0)))
+    compiled_step = torch.compile(optimizers[1].step, fullgraph=True, backend="aot_eager")
+    for on in (True, False, True):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["momentum_correction"] = group["master_weights"] = on
+        train(models[0], optimizers[0].step, optimizers[0], steps=2)
+        train(models[1], compiled_step, optimizers[1], steps=2)
+    for eager, compiled in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(eager, compiled)
+
+
 def test_operator_passes_opcheck() -> None:
     w = [torch.randn(3, 4), torch.randn(5)]
     g = [torch.randn(3, 4), torch.randn(5)]
@@ -76,7 +115,7 @@ def test_operator_passes_opcheck() -> None:
     text = fastlars.optim.compiled.encode(rule)
     arguments = (text, w, g, b, [], [], [], 1.0, None, 1.0, None, None, False)
     torch.library.opcheck(torch.ops.fastlars.step.default, arguments)
-    torch.library.opcheck(torch.ops.fastlars.square_norm.default, (g,))
+    torch.library.opcheck(torch.ops.fastlars.square_norm.default, (w, g, [1, 1]))
 
 
 def test_operator_keeps_layouts_and_notices_other_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,8 +138,13 @@ def _step(
         backend.step(decode(rule), bound, now.scalars(rate, scale, max_grad_norm, seed, device))
 
 
-def _square_norm(grads: list[Tensor]) -> Tensor:
-    lists = _lists(grads, grads, (), [], [])
+def _square_norm(weights: list[Tensor], grads: list[Tensor], sizes: list[int]) -> Tensor:
+    # Group by group, laid out as the weights: the eager step's order, and so its bits.
+    lists, begin = [], 0
+    for size in sizes:
+        end = begin + size
+        lists += _lists(weights[begin:end], grads[begin:end], (), [], [])
+        begin = end
     on_device = all(backend.reads_device for backend, _ in lists)
     sums = [
         backend.measure(GradientNorm(), _bind("", backend, tensors), Scalars(0.0))
@@ -154,13 +159,13 @@ _library.define(
     "Tensor(d!)[] counters, Tensor(e!)[] masters, float? lr, Tensor? lr_tensor, float scale, "
     "Tensor? square_norm, float? max_grad_norm, bool stochastic_rounding) -> ()"
 )
-_library.define("square_norm(Tensor[] grads) -> Tensor")
+_library.define("square_norm(Tensor[] weights, Tensor[] grads, int[] sizes) -> Tensor")
 # define and impl, not custom_op, which costs three times as much host time a call.
 _library.impl("step", _step, "CompositeExplicitAutograd")
 _library.impl("square_norm", _square_norm, "CompositeExplicitAutograd")
 torch.library.register_fake("fastlars::step", lambda *args: None, lib=_library)
 torch.library.register_fake(
     "fastlars::square_norm",
-    lambda grads: torch.empty((), dtype=torch.float64, device=grads[0].device),
+    lambda weights, grads, sizes: torch.empty((), dtype=torch.float64, device=grads[0].device),
     lib=_library,
 )

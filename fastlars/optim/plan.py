@@ -30,8 +30,7 @@ from fastlars.rules import Rule
 
 State = dict[Tensor, dict[str, Any]]
 LOW_PRECISION = (torch.float16, torch.bfloat16)
-# States that say how the last step left a weight or its buffer. A step whose options do without
-# them makes them wrong.
+# States that say how the last step left a weight or its buffer.
 FOLLOWERS = frozenset({"master", "last_lr"})
 
 
@@ -80,6 +79,12 @@ def lacks_states(group: dict[str, Any], rule: Rule, state: State) -> bool:
         for p in group["params"]
         if p.grad is not None
     )
+
+
+def forget(weight: Tensor, rule: Rule, group: dict[str, Any], states: dict[str, Any]) -> None:
+    """Drop those states of ``weight`` that a step makes wrong, because it does without them."""
+    for name in FOLLOWERS - {*wanted(weight, rule, group), rule.counter}:
+        states.pop(name, None)
 
 
 @dataclass
@@ -163,12 +168,9 @@ class Plan:
 
     def _make_states(self, p: Tensor, group: dict[str, Any]) -> None:
         states = self.state[p]
-        types = wanted(p, self.rule, group)
-        counter = self.rule.counter
-        for name in FOLLOWERS - {*types, counter}:
-            states.pop(name, None)
+        forget(p, self.rule, group, states)
         stepped_before = any(name in states for name in self.rule.states)
-        for name, dtype in types.items():
+        for name, dtype in wanted(p, self.rule, group).items():
             if name not in states:
                 # A zero of the host's would be spread out there, and sent in full.
                 zero = torch.zeros((), dtype=dtype, device=p.device)
@@ -176,6 +178,7 @@ class Plan:
                 states[name] = like(p, start, dtype)
             elif shard(states[name]).stride() != shard(p).stride():
                 states[name] = like(p, states[name], dtype)
+        counter = self.rule.counter
         if counter is not None and counter not in states:
             # The rate of a step that nobody noted is 0, which corrects nothing.
             count = 0.0 if stepped_before else self.rule.NEVER_STEPPED

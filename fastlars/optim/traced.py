@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fastlars.optim.compiled as compiled
-from fastlars.optim.plan import Plan
+from fastlars.optim.plan import Plan, forget
 from fastlars.rules import Rule
 
 
@@ -39,6 +39,11 @@ class TracedStep:
         The name is torch.compile's: it runs this method instead of tracing it, guards what it read,
         and takes the tensors in the lists for inputs of its graph.
         """
+        # Of all groups at once: from here on, torch.compile guards the states that it has seen.
+        for other in self.param_groups:
+            for p in other["params"]:
+                if p.grad is not None and p in self.state:
+                    forget(p, self.rule_of(other), other, self.state[p])
         number = next(i for i, other in enumerate(self.param_groups) if other is group)
         rule = self.rule_of(group)
         for sublist in Plan(group, number, rule, self.state).ready().sublists:
@@ -73,8 +78,11 @@ class TracedStep:
             if len(weights) > 0:
                 gathered.append((group, rule, weights, grads, first, second, counters, masters))
         if any(group["max_grad_norm"] is not None for group, *_ in gathered):
-            everything = [g for _, _, _, grads, *_ in gathered for g in grads]
-            norm = torch.ops.fastlars.square_norm(everything)
+            norm = torch.ops.fastlars.square_norm(
+                [w for _, _, weights, *_ in gathered for w in weights],
+                [g for _, _, _, grads, *_ in gathered for g in grads],
+                [len(grads) for _, _, _, grads, *_ in gathered],
+            )
         for group, rule, weights, grads, first, second, counters, masters in gathered:
             lr = group["lr"]
             is_tensor = isinstance(lr, Tensor)
