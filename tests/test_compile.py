@@ -89,6 +89,13 @@ def test_a_clip_over_mixed_types_and_layouts() -> None:
         assert_same("parameter", eager, compiled)
 
 
+def test_the_reference_takes_the_norm_of_gradients_as_they_lie() -> None:
+    weights = [torch.zeros(60, 50, dtype=torch.float64).t() for _ in range(20)]
+    grads = [torch.randn(50, 60, dtype=torch.float64) for _ in weights]
+    for w, g in zip(weights, grads, strict=True):
+        assert torch.ops.fastlars.square_norm([w], [g], [1]) == g.square().sum()
+
+
 def test_options_switched_off_and_on_again() -> None:
     torch._dynamo.reset()
     models = pair(torch.bfloat16)

@@ -21,7 +21,7 @@ from fastlars.backends.choose import choose
 from fastlars.backends.sending import is_capturing
 from fastlars.optim.checks import check_lr
 from fastlars.optim.numbers import numbers, square
-from fastlars.optim.plan import LOW_PRECISION, like
+from fastlars.optim.plan import LOW_PRECISION, bind
 from fastlars.rules import GradientNorm, LambRule, LarsRule, RmspropWarmupRule, Rule
 
 _RULES: dict[str, type[Rule]] = {
@@ -64,10 +64,7 @@ def _lists(
         chosen = [weights[i] for i, _ in members]
         tensors = Tensors(
             weights=chosen,
-            grads=[
-                g if g.stride() == w.stride() else like(w, g, g.dtype)
-                for w, g in ((weights[i], grads[i]) for i, _ in members)
-            ],
+            grads=[grads[i] for i, _ in members],
             states=tuple([state[i] for i, _ in members] for state in states),
             counters=[counters[i] for i, _ in members] if counters else None,
             copies=None,
@@ -93,13 +90,13 @@ def _bind(rule: str, backend: Backend, tensors: Tensors) -> Any:
     if key in _layouts:
         _layouts.move_to_end(key)
         try:
-            return backend.bind(tensors, _layouts[key])
+            return bind(backend, tensors, _layouts[key])
         except Mismatch:
             pass
     _layouts[key] = backend.layout(weights)
     if len(_layouts) > _MOST_LAYOUTS:
         _layouts.popitem(last=False)
-    return backend.bind(tensors, _layouts[key])
+    return bind(backend, tensors, _layouts[key])
 
 
 def _step(

@@ -87,6 +87,22 @@ def forget(weight: Tensor, rule: Rule, group: dict[str, Any], states: dict[str, 
         states.pop(name, None)
 
 
+def bind(backend: Backend, tensors: Tensors, layout: Any) -> Any:
+    """Bound tensors; gradients that do not lie as their weights do are copied."""
+    try:
+        return backend.bind(tensors, layout)
+    except Mismatch as mismatch:
+        if mismatch.args[0] != "grads" or mismatch.args[2] not in ("strides", "memory"):
+            raise
+    # Such as a contiguous gradient of a channels_last weight; or zeros that autograd has not
+    # written anywhere, as behind torch.sgn.
+    tensors.grads = [
+        g if g.stride() == w.stride() and not g._is_zerotensor() else like(w, g, g.dtype)
+        for w, g in zip(tensors.copies or tensors.weights, tensors.grads, strict=True)
+    ]
+    return backend.bind(tensors, layout)
+
+
 @dataclass
 class Sublist:
     """Parameters of a group that agree in device, types, back end and mesh."""
@@ -260,18 +276,5 @@ class Plan:
                 # tensors of one element.
                 if tensors.grads[i].is_neg():
                     tensors.grads = [g.resolve_neg() for g in tensors.grads]
-            try:
-                bound.append((sublist, sublist.backend.bind(tensors, sublist.layout)))
-            except Mismatch as mismatch:
-                if mismatch.args[0] != "grads" or mismatch.args[2] not in ("strides", "memory"):
-                    raise
-                # Such as a contiguous gradient of a channels_last weight; or zeros that autograd
-                # has not written anywhere, as behind torch.sgn.
-                tensors.grads = [
-                    g
-                    if g.stride() == w.stride() and not g._is_zerotensor()
-                    else like(w, g, g.dtype)
-                    for w, g in zip(tensors.copies or tensors.weights, tensors.grads, strict=True)
-                ]
-                bound.append((sublist, sublist.backend.bind(tensors, sublist.layout)))
+            bound.append((sublist, bind(sublist.backend, tensors, sublist.layout)))
         return bound
