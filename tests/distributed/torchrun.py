@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,8 +47,12 @@ def start(
 
 
 def resumed_at(text: str) -> list[int]:
-    """The steps at which the trainer says that it went on."""
-    return [int(line.split()[3]) for line in text.splitlines() if line.startswith("resumed at")]
+    """The steps at which processes say that they went on.
+
+    Not line by line: torchrun's Python has no buffer, so that between a text and its line's end the
+    other process may write.
+    """
+    return [int(step) for step in re.findall(r"resumed at step (\d+)", text)]
 
 
 def assert_same_runs(one: Path, other: Path) -> None:
