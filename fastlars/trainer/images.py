@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from contextlib import suppress
 
 import numpy as np
@@ -30,11 +31,11 @@ def decode(path: str) -> torch.Tensor:
     if decode_image is not None and content[: len(_JPEG)].tobytes() == _JPEG:
         with suppress(RuntimeError, ValueError):
             return decode_image(torch.from_numpy(content), mode="RGB")
-    return _by_pil(path)
+    return _by_pil(content.tobytes())
 
 
-def _by_pil(path: str) -> torch.Tensor:
-    with Image.open(path) as image:
+def _by_pil(content: bytes) -> torch.Tensor:
+    with Image.open(io.BytesIO(content)) as image:
         if image.mode in ("I", "F"):
             raise ValueError(f"pixels of 32 bits (PIL's mode {image.mode}) have no known range")
         if image.mode.startswith("I;16"):  # PIL would cut off at 255

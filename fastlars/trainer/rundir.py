@@ -81,6 +81,11 @@ def new(output: str, data: str, recipe: str) -> RunDirectory:
     return RunDirectory(_DEFAULT / f"{name}-{number}")
 
 
+def going_on(source: Path, output: str) -> RunDirectory:
+    """Where a run writes that goes on from a checkpoint: `output`, or beside it."""
+    return RunDirectory(Path(output) if output else source.parent, came_from=source)
+
+
 def to_resume(resume: str | None, output: str, restarted: bool) -> Path | None:
     """The checkpoint to go on from, if any.
 

@@ -70,7 +70,7 @@ def _source(command: Command, again: bool) -> Path | None:
     source = rundir.to_resume(command.resume, output, again)
     if source is None or not again:
         return source
-    own = RunDirectory(Path(output) if output else source.parent)
+    own = rundir.going_on(source, output)
     reached = os.path.exists(own.checkpoint) and repeat.begun_by(command.line, own.settings)
     return own.checkpoint if reached else source
 
@@ -141,8 +141,7 @@ def _directory(settings: Config, source: Path | None, here: World) -> RunDirecto
     if source is None:
         chosen = rundir.new(settings.output, settings.data, settings.recipe) if here.first else None
     else:
-        path = Path(settings.output) if settings.output else source.parent
-        chosen = RunDirectory(path, came_from=source)
+        chosen = rundir.going_on(source, settings.output)
         if os.path.exists(chosen.checkpoint) and not chosen.checkpoint.samefile(source):
             raise TrainerError(f"--output: {chosen.path} holds another run than {source}")
     return chosen or RunDirectory(Path())  # the others write nothing
