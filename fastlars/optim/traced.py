@@ -41,9 +41,10 @@ class TracedStep:
         """
         # Of all groups at once: from here on, torch.compile guards the states that it has seen.
         for other in self.param_groups:
+            rule = self.rule_of(other)
             for p in other["params"]:
                 if p.grad is not None and p in self.state:
-                    forget(p, self.rule_of(other), other, self.state[p])
+                    forget(p, rule, other, self.state[p])
         number = next(i for i, other in enumerate(self.param_groups) if other is group)
         rule = self.rule_of(group)
         for sublist in Plan(group, number, rule, self.state).ready().sublists:
