@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -12,3 +13,8 @@ def files(*folders: str, suffixes: tuple[str, ...]) -> list[str]:
     """Paths of the sources below these folders, relative to the project's root."""
     found = [path for folder in folders for path in (ROOT / folder).rglob("*")]
     return sorted(str(path.relative_to(ROOT)) for path in found if path.suffix in suffixes)
+
+
+def python_blocks(text: str) -> list[str]:
+    """The Python code between fences of a page."""
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)

@@ -18,10 +18,9 @@ import fastlars
 import migrating_peers
 from fastlars import conventions
 from optimizers import one_thread as one_thread
-from sources import ROOT
+from sources import ROOT, python_blocks
 
 TEXT = (ROOT / "docs" / "migrating.md").read_text()
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 STEPS = 3
 
 
@@ -66,9 +65,8 @@ def prepared() -> dict[str, Any]:
     """What all blocks follow: the first one of the page."""
     torch.manual_seed(0)
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    first = BLOCK.search(TEXT)
-    assert first is not None
-    exec(first[1], namespace)
+    first, *_ = python_blocks(TEXT)
+    exec(first, namespace)
     return namespace
 
 
@@ -238,7 +236,7 @@ def test_tables_name_keywords_that_exist(section: Section) -> None:
 def test_all_blocks_are_run() -> None:
     labels = ("Before", "After", "Going on")
     labelled = sum(len({s.block(label) for label in labels}) for s in SECTIONS)
-    assert len(BLOCK.findall(TEXT)) == 1 + labelled
+    assert len(python_blocks(TEXT)) == 1 + labelled
 
 
 @pytest.mark.parametrize("name", conventions.by_name)

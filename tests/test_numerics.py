@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
 
 from fastlars.conventions import by_name
 from optimizers import one_thread as one_thread
-from sources import ROOT
+from sources import ROOT, python_blocks
 from tolerances import TOLERANCES
 
 TEXT = (ROOT / "docs" / "numerics.md").read_text()
@@ -25,7 +24,7 @@ def test_equations_are_those_of_the_conventions() -> None:
 
 def test_lines_have_the_bits_of_the_cpu_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTLARS_BACKEND", raising=False)
-    blocks = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    blocks = python_blocks(TEXT)
     assert len(blocks) == 1
     assert "torch.equal" in blocks[0]
     namespace: dict[str, Any] = {}

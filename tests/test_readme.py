@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fastlars.conventions import by_name
-from sources import ROOT
+from sources import ROOT, python_blocks
 
 TEXT = (ROOT / "README.md").read_text()
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
@@ -32,7 +32,7 @@ def rounded(text: str, value: str) -> bool:
 
 
 def test_blocks_run() -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    blocks = python_blocks(TEXT)
     assert len(blocks) > 1
     namespace: dict[str, Any] = {}
     for block in blocks:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import re
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,12 @@ import torch
 import overlap
 from distributed.processes import run
 from distributed.torchrun import TWO, finish, resumed_at, start
-from sources import ROOT
+from sources import ROOT, python_blocks
 from trainer.helpers import assert_same
 
 DEADLY = Path(__file__).parent / "deadly.py"
 TEXT = (ROOT / "docs" / "distributed.md").read_text()
-SCRIPT, *BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+SCRIPT, *BLOCKS = python_blocks(TEXT)
 
 
 def train(folder: Path, deaths: str) -> str:
