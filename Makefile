@@ -1,6 +1,9 @@
 # Sets up .venv, trains, tests, measures. `make help` lists the targets.
 #
 # PYTHON       the interpreter that .venv is made from; in `make gpu`, the one that has torch
+# TORCH        a version of torch to run with instead of the tested one, in an environment of its own:
+#              make test TORCH=2.11.0
+# WITHOUT      a package to leave out of the environment of TORCH: make test TORCH=2.11.0 WITHOUT=torchvision
 # TRAIN_ARGS   arguments of the trainer in `make train`; without any, ResNet-50 with LARS on digits
 # BENCH_CSV    where `make bench` writes its figures
 # BENCH_COMPARE  rows to hold its ratios against, such as benchmarks/results/cpu.csv
@@ -8,6 +11,8 @@
 # PYTEST_ARGS  more arguments for pytest in `make test` and `make bench`, such as PYTEST_ARGS="-k lamb"
 
 PYTHON ?= python3
+TORCH ?=
+WITHOUT ?=
 # Without --output each run gets a folder of its own: runs/digits-lars-1, -2, ...
 TRAIN_ARGS ?=
 PYTEST_ARGS ?=
@@ -16,56 +21,60 @@ BENCH_COMPARE ?=
 GPU_CSV ?= .benchmarks/gpu.csv
 GPU_JSON ?= .benchmarks/gpu.json
 
-VENV := .venv
+# The newest torch that has wheels for every Python of pyproject.toml, and the torchvision released with it.
+LOCKED_TORCH := torch==2.14.1 torchvision==0.29.1
+LOCK := requirements.lock
+
+# One environment and one build of the extension serve every target; requirements.lock names each package.
+TESTED := .venv
+VENV := $(TESTED)$(if $(TORCH),-torch-$(TORCH))$(if $(WITHOUT),-without-$(WITHOUT))
 RUN := $(VENV)/bin/python
+READY := $(VENV)/.built
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES) $(shell find tests -type f))
 
-# What is installed only grows: training needs the fewest packages, then tests, style checks, releases.
-# The stamp's name says how far it went, so that one build of the extension serves all targets.
-EXTRAS_trainer := trainer
-EXTRAS_test := test
-EXTRAS_dev := test,dev
-EXTRAS_release := test,dev,release
-WANTED := $(patsubst $(VENV)/.installed-%,%,$(wildcard $(VENV)/.installed-*)) \
-    $(if $(filter test bench docs,$(MAKECMDGOALS)),test) $(if $(filter lint format,$(MAKECMDGOALS)),dev) \
-    $(if $(filter dist,$(MAKECMDGOALS)),release)
-LEVEL := $(firstword $(foreach level,release dev test,$(filter $(level),$(WANTED))) trainer)
-STAMP := $(VENV)/.installed-$(LEVEL)
+ifneq ($(WITHOUT),)
+ifeq ($(TORCH),)
+$(error WITHOUT needs a TORCH: make test TORCH=2.14.1 WITHOUT=$(WITHOUT))
+endif
+endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test bench docs gpu gpu-build gpu-test gpu-bench lint format dist clean
+.PHONY: help setup train test bench docs gpu gpu-build gpu-test gpu-bench lint format lock dist clean
 .NOTPARALLEL:
+# Only what is complete counts as made.
+.DELETE_ON_ERROR:
 
 help:
 	@echo 'make train   train ResNet-50 with LARS on handwritten digits; writes a new folder in runs'
-	@echo 'make test    run the tests'
+	@echo 'make test    run the tests; with TORCH=2.11.0, under that torch'
 	@echo 'make bench   time the optimizers beside others, and print one table'
 	@echo 'make docs    build the documentation site in .site'
 	@echo 'make gpu     build for the GPU that is here, test and time on it, without .venv or network'
 	@echo 'make lint    check style and types'
 	@echo 'make format  bring the sources into style'
+	@echo 'make lock    choose the newest versions of all packages again, and write requirements.lock'
 	@echo 'make dist    build, repair and try the sdist and the wheel of this Python in dist'
 	@echo 'make setup   set up $(VENV), and nothing else'
-	@echo 'make clean   remove what was built and cached; $(VENV) and runs stay'
+	@echo 'make clean   remove what was built and cached; environments and runs stay'
 	@echo
 	@echo 'The first run sets up $(VENV); choose its Python with make PYTHON=/path/to/python3.'
 
-setup: $(STAMP)
+setup: $(READY)
 
-train: $(STAMP)
+train: $(READY)
 	$(RUN) -m fastlars.trainer $(TRAIN_ARGS)
 
-test: $(STAMP)
+test: $(READY)
 	$(RUN) -m pytest -n 2 --dist loadgroup --benchmark-disable $(PYTEST_ARGS)
 
-bench: $(STAMP)
+bench: $(READY)
 	@mkdir -p .benchmarks
 	$(RUN) -m pytest benchmarks -m 'not gpu' --benchmark-json .benchmarks/run.json $(PYTEST_ARGS)
 	@$(RUN) benchmarks/report.py .benchmarks/run.json --csv $(BENCH_CSV) --pictures .benchmarks \
 	    $(if $(BENCH_COMPARE),--compare $(BENCH_COMPARE))
 
-docs: $(STAMP)
+docs: $(READY)
 	$(RUN) -m sphinx -q -W --keep-going docs .site
 	@echo 'the site: .site/index.html'
 
@@ -93,20 +102,20 @@ gpu-bench:
 	$(PYTHON) -m pytest benchmarks/test_gpu_step.py --benchmark-json $(GPU_JSON) $(PYTEST_ARGS); \
 	    status=$$?; $(PYTHON) benchmarks/report.py $(GPU_JSON) --csv $(GPU_CSV) && exit $$status
 
-lint: $(STAMP)
+lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
 
-format: $(STAMP)
+format: $(READY)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
 
 # The wheel is built from the sdist, and what is tried is the wheel as it would be published. libgomp
 # stays outside: torch brings one, and a second would be a pool of threads of its own.
-dist: $(STAMP)
+dist: $(READY)
 	rm -rf dist
 	$(RUN) -m build --no-isolation --outdir dist .
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) -m auditwheel repair --exclude libgomp.so.1 -w dist dist/*.whl
@@ -116,7 +125,7 @@ dist: $(STAMP)
 	@ls -l dist
 
 clean:
-	rm -rf build dist *.egg-info fastlars/*.so $(VENV)/.installed-*
+	rm -rf build dist *.egg-info fastlars/*.so $(TESTED)/.built
 	rm -rf .benchmarks .site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find fastlars tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -195,9 +204,43 @@ print(" ".join(sorted(found)))
 endef
 export GPU_ARCHS
 
-$(STAMP): $(SOURCES)
+# --no-deps: the lock names every package, and pip has nothing to choose. Python's own pip is old enough
+# to need no network for itself.
+INSTALL = -m pip install --disable-pip-version-check --no-deps
+
+$(TESTED)/.packages: $(LOCK)
 	@$(FIND_PYTHON)
 	@$(PYTHON) -c "$$CHECK"
-	@$(RUN) -c '' 2>/dev/null || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
-	$(RUN) -m pip install --disable-pip-version-check -e '.[$(EXTRAS_$(LEVEL))]'
+	@$(TESTED)/bin/python -c '' 2>/dev/null || { rm -rf $(TESTED) && $(PYTHON) -m venv $(TESTED); }
+	$(TESTED)/bin/python $(INSTALL) --require-hashes -r $(LOCK)
 	@touch $@
+
+$(TESTED)/.built: $(TESTED)/.packages $(SOURCES)
+	$(TESTED)/bin/python $(INSTALL) --no-build-isolation -e .
+	@touch $@
+
+ifneq ($(TORCH),)
+# The lock's versions as far as this torch allows them, for this Python. One build of the extension serves
+# every torch, so the environment is only pointed to this folder.
+$(VENV)/.packages: $(TESTED)/.packages
+	@rm -rf $(VENV) && $(TESTED)/bin/python -m venv $(VENV)
+	@cp $(LOCK) $(VENV)/$(LOCK)
+	@$(if $(WITHOUT),echo '$(WITHOUT); python_version < "3"') > $(VENV)/left-out
+	echo 'torch==$(TORCH)' | $(COMPILE) --override $(VENV)/left-out -o $(VENV)/$(LOCK)
+	$(RUN) $(INSTALL) --require-hashes -r $(VENV)/$(LOCK)
+	@pwd > "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fastlars.pth"
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.packages $(TESTED)/.built
+	@touch $@
+endif
+
+# uv reads metadata alone: nothing is downloaded but that.
+COMPILE = $(TESTED)/bin/python -m uv pip compile -q pyproject.toml - --all-extras --generate-hashes \
+    --no-annotate --no-header --no-python-downloads
+
+lock: $(TESTED)/.packages
+	printf '%s\n' $(LOCKED_TORCH) | $(COMPILE) --upgrade --universal --python-version 3.10 -o $(TESTED)/$(LOCK)
+	@{ echo "# Made by make lock on $$(date -u +%F): the versions that make train, test and docs install."; \
+	    cat $(TESTED)/$(LOCK); } > $(LOCK).new && mv $(LOCK).new $(LOCK)
+	@sed -i "s/\(requirements.lock.*\) of [0-9-]\{10\}/\1 of $$(date -u +%F)/" README.md
