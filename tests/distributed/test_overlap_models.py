@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distributed.overlap_cases import Result, Setting, make, result
 from distributed.overlap_loops import loop, same, start
+from torch_bugs import flatten_fails_after_compiled_group_norm
 
 
 def frozen(overlapped: bool, mode: str) -> Result:
@@ -77,8 +78,8 @@ def test_activation_checkpoints(reentrant: bool) -> None:
     assert first.early[-1] == len(first.params)
 
 
-def compiled(what: str, overlapped: bool, mode: str) -> Result:
-    net = make(Setting())
+def compiled(what: str, layout: torch.memory_format, overlapped: bool, mode: str) -> Result:
+    net = make(Setting()).to(memory_format=layout)
     inner = torch.compile(net, backend="aot_eager") if what == "module" else net
     ddp, optimizer = start(inner, overlapped, mode, list(net.parameters()), bucket_cap_mb=25)
     module = torch.compile(ddp, backend="aot_eager") if what == "DDP" else ddp
@@ -90,7 +91,9 @@ def compiled(what: str, overlapped: bool, mode: str) -> Result:
 
 @pytest.mark.parametrize("what", ["module", "DDP", "step"])
 def test_compiled(what: str) -> None:
-    (first, _) = same(partial(compiled, what))
+    broken = what != "step" and flatten_fails_after_compiled_group_norm()
+    layout = torch.contiguous_format if broken else torch.channels_last
+    (first, _) = same(partial(compiled, what, layout))
     assert first.early[-1] == len(first.params)
 
 
