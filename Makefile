@@ -8,7 +8,7 @@
 # BENCH_CSV    where `make bench` writes its figures
 # BENCH_COMPARE  rows to hold its ratios against, such as benchmarks/results/cpu.csv
 # GPU_CSV      where `make gpu` writes its figures; GPU_JSON, every single time
-# PYTEST_ARGS  more arguments for pytest in `make test` and `make bench`, such as PYTEST_ARGS="-k lamb"
+# PYTEST_ARGS  more arguments for pytest in `make test`, `make test-all` and `make bench`, such as PYTEST_ARGS="-k lamb"
 
 PYTHON ?= python3
 TORCH ?=
@@ -40,14 +40,15 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test bench docs gpu gpu-build gpu-test gpu-bench lint format lock dist clean
+.PHONY: help setup train test test-all bench docs gpu gpu-build gpu-test gpu-bench lint format lock dist clean
 .NOTPARALLEL:
 # Only what is complete counts as made.
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make train   train ResNet-50 with LARS on handwritten digits; writes a new folder in runs'
-	@echo 'make test    run the tests; with TORCH=2.11.0, under that torch'
+	@echo 'make test    run the tests that every change needs; with TORCH=2.11.0, under that torch'
+	@echo 'make test-all  run all tests, as CI does'
 	@echo 'make bench   time the optimizers beside others, and print one table'
 	@echo 'make docs    build the documentation site in .site'
 	@echo 'make gpu     build for the GPU that is here, test and time on it, without .venv or network'
@@ -65,8 +66,13 @@ setup: $(READY)
 train: $(READY)
 	$(RUN) -m fastlars.trainer $(TRAIN_ARGS)
 
+PYTEST := -m pytest -n 2 --dist loadgroup --benchmark-disable
+
 test: $(READY)
-	$(RUN) -m pytest -n 2 --dist loadgroup --benchmark-disable $(PYTEST_ARGS)
+	$(RUN) $(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+
+test-all: $(READY)
+	$(RUN) $(PYTEST) $(PYTEST_ARGS)
 
 bench: $(READY)
 	@mkdir -p .benchmarks
@@ -206,7 +212,7 @@ export GPU_ARCHS
 
 # --no-deps: the lock names every package, and pip has nothing to choose. Python's own pip is old enough
 # to need no network for itself.
-INSTALL = -m pip install --disable-pip-version-check --no-deps
+INSTALL = -m pip install --disable-pip-version-check --no-deps --no-compile
 
 $(TESTED)/.packages: $(LOCK)
 	@$(FIND_PYTHON)
@@ -220,18 +226,18 @@ $(TESTED)/.built: $(TESTED)/.packages $(SOURCES)
 	@touch $@
 
 ifneq ($(TORCH),)
-# The lock's versions as far as this torch allows them, for this Python. One build of the extension serves
-# every torch, so the environment is only pointed to this folder.
+# The lock's versions as far as this torch allows them, for this Python.
 $(VENV)/.packages: $(TESTED)/.packages
 	@rm -rf $(VENV) && $(TESTED)/bin/python -m venv $(VENV)
 	@cp $(LOCK) $(VENV)/$(LOCK)
 	@$(if $(WITHOUT),echo '$(WITHOUT); python_version < "3"') > $(VENV)/left-out
 	echo 'torch==$(TORCH)' | $(COMPILE) --override $(VENV)/left-out -o $(VENV)/$(LOCK)
 	$(RUN) $(INSTALL) --require-hashes -r $(VENV)/$(LOCK)
-	@pwd > "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fastlars.pth"
 	@touch $@
 
+# One build of the extension serves every torch: the editable install is copied, not made again.
 $(VENV)/.built: $(VENV)/.packages $(TESTED)/.built
+	@cp -r $(TESTED)/lib/python3*/site-packages/*fastlars[-_]* $(VENV)/lib/python3*/site-packages
 	@touch $@
 endif
 

@@ -33,13 +33,18 @@ struct Mismatch : std::exception {
 class Viewer {
  public:
   Viewer(py::type tensor_type, const std::vector<py::type>& accepted) {
-    const py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
-    auto* api = static_cast<dlpack::ExchangeApi*>(
-        PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    if (api == nullptr) throw py::error_already_set();
+    const py::object capsule = py::getattr(tensor_type, "__dlpack_c_exchange_api__", py::none());
+    const dlpack::ExchangeApi* api = nullptr;
+    if (!capsule.is_none()) {
+      api = static_cast<const dlpack::ExchangeApi*>(
+          PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+      if (api == nullptr) throw py::error_already_set();
+    }
     while (api != nullptr && api->major != dlpack::kMajor) api = api->previous;
     if (api == nullptr || api->view_object == nullptr) {
-      throw std::runtime_error("this torch publishes no DLPack 1.x table to look at tensors");
+      throw std::runtime_error(
+          "this torch is too old: fastlars looks at tensors through a DLPack 1.x table, which torch "
+          "publishes from 2.10 on");
     }
     view_ = api->view_object;
     for (const auto& type : accepted) accept(type);

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: a thread that spins while it waits would slow down the others.
@@ -24,6 +27,27 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips tests marked gpu where there is no CUDA device."""
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip(f"needs a CUDA device, and torch {torch.__version__} sees none here")
+
+
+class WithoutTorchvision(pytest.Module):
+    """A file of tests, skipped if what it imports needs torchvision, which not every torch has."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            if "No module named 'torchvision" not in str(error):
+                raise
+            pytest.skip("imports torchvision, which is not installed", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(
+    module_path: Path, parent: pytest.Collector
+) -> pytest.Module | None:
+    """Takes over where torchvision is missing; pytest's own modules serve elsewhere."""
+    if find_spec("torchvision") is not None:
+        return None
+    return WithoutTorchvision.from_parent(parent, path=module_path)
 
 
 @pytest.fixture(autouse=True)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from fastlars import _C
 from sources import ROOT
 
 
@@ -67,3 +70,9 @@ def test_type_checkers_see_mistakes(tmp_path: Path) -> None:
     printed, _, _ = api.run([*options, "--hide-error-codes", str(tmp_path / "user.py")])
     lines = [int(line.split(":")[1]) for line in printed.splitlines() if ": error: " in line]
     assert lines == [5, 6, 7, 8], printed
+
+
+def test_a_torch_without_the_table_is_told_too_old() -> None:
+    (oldest,) = re.findall(r'^    "torch>=(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)
+    with pytest.raises(RuntimeError, match=rf"^this torch is too old: .* from {oldest} on$"):
+        _C.Viewer(torch.Size, [torch.Size])

@@ -10,7 +10,7 @@ from torch import nn
 
 @cache
 def flatten_fails_after_compiled_group_norm() -> bool:
-    """torch 2.14: compiled with "aot_eager", GroupNorm on channels_last images returns channels_last.
+    """torch 2.14: GroupNorm that "aot_eager" compiled keeps images channels_last.
 
     The graph was traced with a contiguous output, and the `view` that Flatten was traced to raises.
     """

@@ -125,15 +125,21 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not torch.compiler.is_compiling():
+            self._step_eagerly()
+        elif self._ahead is None and getattr(self, "found_inf", None) is None:
+            self._step_traced()
+        else:
+            self._step_outside_graph()
+        return loss
+
+    def _step_eagerly(self) -> None:
         if self._ahead is not None:
             self._last = self._ahead.step()
-            return loss
+            return
         found_inf = getattr(self, "found_inf", None)
-        if torch.compiler.is_compiling() and found_inf is None:
-            self._step_traced()
-            return loss
         if found_inf is not None and not self._reads_device() and float(found_inf) != 0.0:
-            return loss
+            return
         works = self._prepare()
         check_recording(works)
         now = numbers(
@@ -142,9 +148,12 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
             found_inf,
         )
         if now.skip:
-            return loss
+            return
         self._last = take(works, now)
-        return loss
+
+    # A step under overlap or a GradScaler cannot be traced. Without `disable`, torch 2.11 fails
+    # where it resumes tracing: at an assignment to the optimizer.
+    _step_outside_graph = torch.compiler.disable(_step_eagerly)
 
     def trust_ratios(self) -> dict[Tensor, float]:
         """The last step's trust ratio of every parameter that it changed; 1 where not adapted.

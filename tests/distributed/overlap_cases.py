@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.models.resnet import BasicBlock, ResNet
 
 import fastlars
 from tolerances import assert_same_bits
@@ -23,19 +22,18 @@ RATES = {"LARS": 2.0, "LAMB": 0.02, "RMSprop": 0.1}
 BATCH = 4  # images of a process
 
 
-class Narrow(ResNet):
-    """ResNet-18 with an eighth of the channels, and a norm that does not look at other images."""
-
-    def __init__(self) -> None:
-        super().__init__(BasicBlock, [2, 2, 2, 2], norm_layer=lambda width: nn.GroupNorm(2, width))
-        self.fc = nn.Linear(64, 10)
-
-    def _make_layer(self, block: Any, planes: int, *args: Any, **kwargs: Any) -> nn.Sequential:
-        return super()._make_layer(block, planes // 8, *args, **kwargs)
-
-
 def resnet() -> nn.Module:
-    return Narrow()
+    """ResNet-18 with an eighth of the channels, and a norm that does not look at other images."""
+    # Here, so that tests of other networks need no torchvision.
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    class Narrow(ResNet):
+        def _make_layer(self, block: Any, planes: int, *args: Any, **kwargs: Any) -> nn.Sequential:
+            return super()._make_layer(block, planes // 8, *args, **kwargs)
+
+    net = Narrow(BasicBlock, [2, 2, 2, 2], norm_layer=lambda width: nn.GroupNorm(2, width))
+    net.fc = nn.Linear(64, 10)
+    return net
 
 
 def convolutions() -> nn.Module:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
+from inspect import signature
 from operator import is_
 from typing import Any
 
@@ -28,6 +30,9 @@ from distributed.processes import run
 from fastlars.distributed.buckets import Measured, Started, measured, parts_of
 
 ONE, THREE, MANY = 25, 0.25, 0.001  # bucket_cap_mb for the narrow ResNet-18
+needs_torchvision = pytest.mark.skipif(
+    find_spec("torchvision") is None, reason="ResNet-18 is torchvision's, which is not installed"
+)
 BF16 = torch.bfloat16
 
 
@@ -47,6 +52,7 @@ def twenty_steps(kind: str) -> list[Result]:
     return [results[0] for results in run(2, train_all, setting)]
 
 
+@needs_torchvision
 @pytest.mark.parametrize("cap", [ONE, THREE, MANY])
 @pytest.mark.parametrize("kind", ["LARS", "LAMB"])
 def test_twenty_steps_of_resnet_18(kind: str, cap: float) -> None:
@@ -58,6 +64,7 @@ def test_twenty_steps_of_resnet_18(kind: str, cap: float) -> None:
         assert set(result.early[1:]) == {len(result.params)}
 
 
+@needs_torchvision
 @pytest.mark.parametrize(("cap", "least", "most"), [(ONE, 1, 1), (THREE, 3, 3), (MANY, 20, 100)])
 def test_there_are_as_many_buckets_as_the_tests_think(cap: float, least: int, most: int) -> None:
     (count, _) = run(2, buckets, Setting(net=resnet, ddp={"bucket_cap_mb": cap}))
@@ -84,7 +91,13 @@ VIEW = {"gradient_as_bucket_view": True, "bucket_cap_mb": MANY}
         Setting(ddp=VIEW),
         Setting(ddp=VIEW, keep=True),
         Setting(ddp=VIEW, backwards=3),
-        Setting(ddp={"batched_grad_copy": True, "bucket_cap_mb": MANY}),
+        pytest.param(
+            Setting(ddp={"batched_grad_copy": True, "bucket_cap_mb": MANY}),
+            marks=pytest.mark.skipif(
+                "batched_grad_copy" not in signature(DistributedDataParallel).parameters,
+                reason=f"torch {torch.__version__} has no DDP(batched_grad_copy=)",
+            ),
+        ),
     ],
     ids=["copies", "views", "kept views", "accumulated views", "batched copies"],
 )

@@ -1,4 +1,4 @@
-"""requirements.lock names a version of everything that pyproject.toml asks for, and README its date."""
+"""requirements.lock pins everything that pyproject.toml asks for, and README names its date."""
 
 from __future__ import annotations
 
