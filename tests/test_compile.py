@@ -154,3 +154,21 @@ def test_rule_survives_as_text() -> None:
     group = fastlars.LAMB([nn.Parameter(torch.ones(2))], phi=(0.5, float("inf"))).param_groups[0]
     rule = fastlars.LAMB.rule_of(group)
     assert fastlars.optim.compiled.decode(fastlars.optim.compiled.encode(rule)) == rule
+
+
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+def test_compiled_step_obeys_a_scaler(found_inf: float) -> None:
+    """What a GradScaler leaves on the optimizer is read outside the graph, at every step anew."""
+    torch._dynamo.reset()
+    models = pair(torch.float32)
+    optimizers = [fastlars.LARS(model.parameters(), lr=1.0) for model in models]
+    steps = [optimizers[0].step, torch.compile(optimizers[1].step, backend="aot_eager")]
+    for infinite in (0.0, found_inf, 0.0):
+        for model, optimizer, step in zip(models, optimizers, steps, strict=True):
+            optimizer.grad_scale = torch.tensor(4.0)  # type: ignore[attr-defined]
+            optimizer.found_inf = torch.tensor(infinite)  # type: ignore[attr-defined]
+            for p in model.parameters():
+                p.grad = 4.0 * p.detach()
+            step()
+    assert_same("weight", models[1].parameters(), models[0].parameters())
+    assert optimizers[1].trust_ratios()
