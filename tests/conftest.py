@@ -50,6 +50,12 @@ def pytest_pycollect_makemodule(
     return WithoutTorchvision.from_parent(parent, path=module_path)
 
 
+@pytest.fixture
+def marks(request: pytest.FixtureRequest) -> str:
+    """The -m of this run, for tests that run others in a process of their own."""
+    return str(request.config.getoption("markexpr"))
+
+
 @pytest.fixture(autouse=True)
 def same_start() -> None:
     """Every test starts from the same random state, and with threads to get wrong."""

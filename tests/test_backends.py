@@ -62,6 +62,14 @@ CASES = [
 ]
 
 
+def is_slow(backend: str, row: Row, kinds: Kinds, problem: Problem) -> bool:
+    """Whether a case is left to `make test-all`; the others hold each option and problem once."""
+    if kinds == PLAIN:
+        long = backend == "triton" and problem.name == "around the cut"  # 10 s and more
+        return long or (problem is not ORDINARY and row not in USUAL)
+    return row not in USUAL or kinds not in SOME_KINDS or problem is not ORDINARY
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Barriers of small problems wait long on a busy machine; test_determinism.py has threads."""
@@ -131,8 +139,14 @@ def _compare(
 
 @pytest.mark.parametrize(
     ("backend", "row", "kinds", "problem"),
-    CASES,
-    ids=["; ".join((case[0], case[1].name, label(case[2]), case[3].name)) for case in CASES],
+    [
+        pytest.param(
+            *case,
+            id="; ".join((case[0], case[1].name, label(case[2]), case[3].name)),
+            marks=[pytest.mark.slow] * is_slow(*case),
+        )
+        for case in CASES
+    ],
 )
 def test_equals_reference_in_float64(
     backend: str, row: Row, kinds: Kinds, problem: Problem

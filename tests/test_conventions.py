@@ -51,6 +51,11 @@ def of_optax() -> dict[tuple[Row, torch.dtype], list[Tensor]]:
     return dict(zip(chosen, tensors, strict=True))
 
 
+def grouped(row: Row) -> Any:
+    """One worker runs optax, for all of its rows, and not each worker."""
+    return pytest.param(row, marks=[pytest.mark.xdist_group("optax")] * isinstance(row.make, str))
+
+
 @cache
 def theirs(row: Row, dtype: torch.dtype) -> list[Tensor]:
     """The peer's weights after all steps."""
@@ -80,7 +85,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("row", [grouped(row) for row in ROWS], ids=str)
 def test_equals_the_peer(row: Row, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTLARS_BACKEND", BACKEND[dtype])
     assert distance(ours(row, dtype), theirs(row, dtype)) <= tolerance(row, dtype)

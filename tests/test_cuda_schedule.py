@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ pytestmark = marks("cuda")
 CHUNK = 4096
 ADAPTING = [row for row in DEFAULTS if row.rule.adapt]
 MOST_BLOCKS = 12
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 def _most_held() -> int:
@@ -107,7 +109,7 @@ def _speeds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("row", ADAPTING, ids=lambda row: row.name)
-@pytest.mark.parametrize("grid", range(1, MOST_BLOCKS + 1))
+@pytest.mark.parametrize("grid", [1, 2, 5, *(slow(grid) for grid in (3, 4, *range(6, 13)))])
 def test_every_grid_and_ring(grid: int, row: Row) -> None:
     tested = Scheduled(row, _problem("mixed", MIXED, MOST_HELD), "one-launch")
     _compare(tested, lambda step: (grid, step + 1))
@@ -121,6 +123,7 @@ def test_awkward_lists(name: str, row: Row) -> None:
     _compare(tested, lambda _: (draw.randint(1, MOST_BLOCKS), draw.randint(1, MOST_HELD)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ADAPTING, ids=lambda row: row.name)
 def test_resnet18(row: Row) -> None:
     choices = [(1, 1), (12, 2), (5, MOST_HELD)]

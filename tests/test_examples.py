@@ -50,12 +50,20 @@ def last_loss(printed: str) -> float:
     return float(re.findall(r"loss[ =:]+([\d.]+)", printed)[-1])
 
 
-@pytest.mark.parametrize("name", ["simclr", "masked_lm", "lightning_module"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("simclr", marks=pytest.mark.slow),
+        "masked_lm",
+        pytest.param("lightning_module", marks=pytest.mark.slow),
+    ],
+)
 def test_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert last_loss(run(name)) < TOY[name][1]
 
 
+@pytest.mark.slow
 def test_fsdp2_goes_on_from_its_checkpoint_on_more_processes(tmp_path: Path) -> None:
     folder = str(tmp_path / "checkpoint")
     first = run("fsdp2", "--checkpoint", folder, processes=2)
@@ -65,6 +73,7 @@ def test_fsdp2_goes_on_from_its_checkpoint_on_more_processes(tmp_path: Path) -> 
     assert losses[1] < losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [[], ["--accelerate"]])
 def test_hugging_face_learns(
     way: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -185,6 +185,8 @@ def of_optax() -> list[list[Any]]:
         return pool.submit(optax_goes_on).result(timeout=300)
 
 
+# One worker runs optax, for all of its rows, and not each worker.
+@pytest.mark.xdist_group("optax")
 @pytest.mark.parametrize("row", OPTAX, ids=str)
 def test_goes_on_with_optax(row: Row) -> None:
     each = of_optax()[OPTAX.index(row)]

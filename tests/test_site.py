@@ -15,6 +15,9 @@ import fastlars
 from fastlars.conventions import Convention
 from sources import ROOT
 
+# One worker builds the site, and not each of them.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("site")]
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -35,6 +35,7 @@ def train(folder: Path, deaths: str) -> str:
     return log.read_text()
 
 
+@pytest.mark.slow
 def test_the_script_is_killed_between_two_buckets(tmp_path: Path) -> None:
     """Some weights are written, others not; it ends with the bits of a run without a death."""
     # A process may be aborted when it ends, with overlap and without: docs/distributed.md says why.

@@ -28,6 +28,7 @@ from fastlars.trainer.errors import TrainerError
 pytestmark = pytest.mark.xdist_group("elastic")  # with one undisturbed run for both files
 
 
+@pytest.mark.slow
 def test_killed_in_backward_in_the_optimizer_and_while_saving(
     undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -165,6 +165,7 @@ def test_two_levels_and_one_ring() -> None:
     assert replace(cluster, flat=True).all_reduce(32, 8e6, halving_doubling) == ring(32, 8e6, LINK)
 
 
+@pytest.mark.slow
 def test_the_papers() -> None:
     """Four figures set the free parameters; what the others come to stands in the docs."""
     checks = scaling.validation(scaling.profile())
@@ -176,6 +177,7 @@ def test_the_papers() -> None:
     assert all(check.model == pytest.approx(check.paper, rel=0.05) for check in held_out)
 
 
+@pytest.mark.slow
 def test_the_documentation_shows_what_the_model_says() -> None:
     text = (ROOT / "docs" / "distributed.md").read_text()
     gradients = scaling.profile()

@@ -81,6 +81,7 @@ class Run:
         return time.monotonic() - begun
 
 
+@pytest.mark.slow
 def test_a_cut_cable_and_a_lost_host(
     hosts: network.Hosts, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -23,7 +23,7 @@ from package.building import output, run
 from sources import ROOT, files
 
 # One worker builds the sdist and the wheel, not each of them.
-pytestmark = pytest.mark.xdist_group("package")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("package")]
 
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 (VERSION,) = re.findall(r'^version = "(.*)"', PYPROJECT, re.M)

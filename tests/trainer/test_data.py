@@ -58,6 +58,7 @@ def evaluated(run: Path, images: Folder) -> tuple[float, int]:
         return functional.cross_entropy(net.eval()(pictures), labels).item(), len(labels)
 
 
+@pytest.mark.slow
 def test_three_processes_test_every_image_once(tmp_path: Path) -> None:
     """16 of them, one of which cannot be read: 5, 5 and 5, in batches of 4."""
     images, run = tmp_path / "images", tmp_path / "run"

@@ -76,6 +76,7 @@ def test_a_killed_process_is_started_again(two: Path, tmp_path: Path) -> None:
     assert records(two) == records(run)
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_a_terminal(two: Path, tmp_path: Path) -> None:
     """All processes and torchrun get the signal; one checkpoint, one line, and it goes on."""
     run = tmp_path / "run"
@@ -92,6 +93,7 @@ def test_ctrl_c_at_a_terminal(two: Path, tmp_path: Path) -> None:
     assert load(run)["progress"]["step"] > 0
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process(tmp_path: Path) -> None:
     """The other one ends with it, and says why."""
     run = tmp_path / "run"
@@ -102,6 +104,7 @@ def test_a_signal_to_one_process(tmp_path: Path) -> None:
     assert (last["kind"], last["stopped_by"]) == ("end", "SIGTERM")
 
 
+@pytest.mark.slow
 def test_a_restart_of_a_run_that_came_from_elsewhere(tmp_path: Path) -> None:
     """The command line names the old checkpoint still; the new directory has a later one."""
     old, new = tmp_path / "old", tmp_path / "new"
@@ -115,6 +118,7 @@ def test_a_restart_of_a_run_that_came_from_elsewhere(tmp_path: Path) -> None:
     assert load(old)["progress"]["step"] == 5
 
 
+@pytest.mark.slow
 def test_no_room_for_the_last_checkpoint(tmp_path: Path) -> None:
     """Tried after the epoch and again at the end, by all processes."""
     outcome = finish(start(*SETTINGS[:3], 1, *SETTINGS[4:], "--output", tmp_path / "run", FULL="1"))
@@ -126,6 +130,7 @@ def test_no_room_for_the_last_checkpoint(tmp_path: Path) -> None:
     assert "lost another one" not in outcome.err
 
 
+@pytest.mark.slow
 def test_a_mistake_is_said_once(tmp_path: Path) -> None:
     outcome = finish(start(*SETTINGS, "--data", tmp_path / "absent", "--output", tmp_path / "run"))
     assert outcome.status != 0
@@ -137,6 +142,7 @@ def test_a_mistake_is_said_once(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_damage_that_one_process_finds(images: Path, tmp_path: Path) -> None:
     """Its line names the image; the other one ends too, without a stack trace of its own."""
     damaged = images / "train" / "bee" / "007.png"

@@ -140,6 +140,7 @@ def test_a_timed_step_is_as_large_as_there_is_room(
     assert dryrun._timed_images(job, 0.0, 1.0) == 64
 
 
+@pytest.mark.slow
 def test_two_processes_tell_one_story() -> None:
     outcome = finish(start("--dry-run", "--batch-size", 64, "--recipe", "goyal"))
     assert outcome.status == 0, outcome

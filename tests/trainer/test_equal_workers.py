@@ -74,6 +74,7 @@ def test_one_process_plays_four_workers(
     assert_equal(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_two_processes_with_two_workers_each(tmp_path: Path) -> None:
     outcome = finish(start(*GOYAL, "--output", tmp_path / "run"))
     assert outcome.status == 0, outcome

@@ -182,6 +182,7 @@ def test_a_signal_leaves_nothing_behind(
     assert files_below(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_two_processes_end_at_the_same_step(tmp_path: Path) -> None:
     outcome = finish(start(*SHORT, "--recipe", "goyal", "--lr", 100, "--output", tmp_path / "run"))
     assert outcome.status == 0, outcome

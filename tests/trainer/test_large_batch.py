@@ -126,6 +126,7 @@ def trainer_of(sitting: int) -> int | None:
     return None
 
 
+@pytest.mark.slow
 def test_the_trainer_of_a_sitting_that_was_killed(images: Path, tmp_path: Path) -> None:
     """It trains on, and no second one writes in its directory."""
     (images / "val").rename(images / "test")
@@ -154,6 +155,7 @@ def test_a_signal_before_there_is_a_trainer(
     assert status in (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_a_sitting_that_is_stopped_goes_on(images: Path, tmp_path: Path) -> None:
     (images / "val").rename(images / "test")
     first = sit(images, tmp_path)

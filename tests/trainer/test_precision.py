@@ -111,6 +111,7 @@ def test_resumed_scaler(tmp_path: Path, train: Train, monkeypatch: pytest.Monkey
     assert_same(load(whole), load(parts))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny", "no_picture")
 def test_gradients_that_overflow_at_any_scale(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
@@ -122,6 +123,7 @@ def test_gradients_that_overflow_at_any_scale(
     assert load(tmp_path / "run")["progress"]["step"] == 30  # 2 ** (16 - 30) is the last scale
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny", "no_picture")
 def test_half_precision_learns_as_float32_does(tmp_path: Path, train: Train) -> None:
     losses = []

@@ -111,6 +111,7 @@ def test_second_ctrl_c_ends_at_once(
     assert train("--output", tmp_path / "run", "--resume").status == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_picture")
 def test_ctrl_c_from_outside_with_a_resnet(tmp_path: Path, train: Train) -> None:
     """The module as a user starts it; also shows that a ResNet computes the same bits twice."""
