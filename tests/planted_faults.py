@@ -52,10 +52,10 @@ class Fault:
 
 FAULTS = {
     "cpu": Fault(
-        "LAMB without a trust ratio takes its direction from moments before they are rounded",
-        "csrc/cpu/lamb.cpp",
-        "const float u = lamb_direction(c, w, stored<S>(m), stored<S>(v));",
-        "const float u = lamb_direction(c, w, m, v);",
+        "squares of gradients that leave float32's range are not summed again in double",
+        "csrc/cpu/lars.cpp",
+        "if (needs_double(*sums)) *sums",
+        "if (leaves_float_range(sums->weight)) *sums",
     ),
     "cuda": Fault(
         "a slot of the ring counts as held after it was written again",
