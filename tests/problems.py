@@ -155,6 +155,7 @@ PROBLEMS = (
         squares_fit=False,
     ),
     Problem("huge weights", _shapes((300,), weight=1e25, grad=1e15), half_range=False),
+    Problem("huge gradients", _shapes((300,), grad=1e25), half_range=False, squares_fit=False),
     Problem("NaN gradient", _spoiled(float("nan"), of_weight=False)),
     Problem("infinite gradient", _spoiled(float("inf"), of_weight=False)),
     Problem("NaN weight", _spoiled(float("nan"), of_weight=True)),

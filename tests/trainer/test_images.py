@@ -54,9 +54,10 @@ def test_kinds(tmp_path: Path, mode: str, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
-def test_16_bits_of_grey_keep_their_range(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize("order", ["<", ">"])  # of bytes, which a TIFF keeps
+def test_16_bits_of_grey_keep_their_range(tmp_path: Path, suffix: str, order: str) -> None:
     path, grey = tmp_path / f"image{suffix}", np.arange(256, dtype=np.uint16).reshape(16, 16)
-    Image.fromarray(grey * 256 + (255 - grey)).save(path)
+    Image.fromarray((grey * 256 + (255 - grey)).astype(f"{order}u2")).save(path)
     found = images.decode(str(path))
     assert torch.equal(found, torch.from_numpy(grey.astype(np.uint8)).expand(3, -1, -1))
 
