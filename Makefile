@@ -66,7 +66,8 @@ setup: $(READY)
 train: $(READY)
 	$(RUN) -m fastlars.trainer $(TRAIN_ARGS)
 
-PYTEST := -m pytest -n 2 --dist loadgroup --benchmark-disable
+# A cache for each environment: what the tests compile is kept there for the next run.
+PYTEST := -m pytest -n 2 --dist loadgroup --benchmark-disable $(if $(TORCH),-o cache_dir=$(VENV)/.pytest_cache)
 
 test: $(READY)
 	$(RUN) $(PYTEST) -m 'not slow' $(PYTEST_ARGS)

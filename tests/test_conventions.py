@@ -51,9 +51,9 @@ def of_optax() -> dict[tuple[Row, torch.dtype], list[Tensor]]:
     return dict(zip(chosen, tensors, strict=True))
 
 
-def grouped(row: Row) -> Any:
-    """One worker runs optax, for all of its rows, and not each worker."""
-    return pytest.param(row, marks=[pytest.mark.xdist_group("optax")] * isinstance(row.make, str))
+def grouped(name: str, *values: Any) -> Any:
+    """Parameters of a convention. One worker runs optax for all of its rows, not each worker."""
+    return pytest.param(*values, marks=[pytest.mark.xdist_group("optax")] * ("optax" in name))
 
 
 @cache
@@ -85,7 +85,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("row", [grouped(row) for row in ROWS], ids=str)
+@pytest.mark.parametrize("row", [grouped(row.convention, row) for row in ROWS], ids=str)
 def test_equals_the_peer(row: Row, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTLARS_BACKEND", BACKEND[dtype])
     assert distance(ours(row, dtype), theirs(row, dtype)) <= tolerance(row, dtype)
@@ -127,7 +127,7 @@ def keywords() -> Iterator[tuple[str, str]]:
         yield from ((name, key) for key in optimizer.defaults if key not in meaningless)
 
 
-@pytest.mark.parametrize(("name", "keyword"), list(keywords()))
+@pytest.mark.parametrize(("name", "keyword"), [grouped(n, n, key) for n, key in keywords()])
 def test_another_value_shows(name: str, keyword: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above can fail: it notices when any one keyword of a convention is wrong."""
     monkeypatch.setenv("FASTLARS_BACKEND", "reference")
