@@ -36,7 +36,7 @@ def run(name: str, *more: str, processes: int = 1) -> str:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
         [*start, str(EXAMPLES / f"{name}.py"), *TOY[name][0].split(), *more],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=600,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     # gloo's threads sometimes abort a process of torch 2.15 that has done all its work.

@@ -34,7 +34,7 @@ def make(target: str, folder: Path, python: str) -> subprocess.CompletedProcess[
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 

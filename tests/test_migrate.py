@@ -182,7 +182,7 @@ def optax_goes_on() -> list[list[Any]]:
 @cache
 def of_optax() -> list[list[Any]]:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(optax_goes_on).result(timeout=300)
+        return pool.submit(optax_goes_on).result(timeout=600)
 
 
 # One worker runs optax, for all of its rows, and not each worker.

@@ -49,8 +49,8 @@ def run(
     size: int,
     function: Callable[..., Any],
     *arguments: Any,
-    timeout: float = 90.0,
-    group_timeout: float = 30.0,
+    timeout: float = 300.0,
+    group_timeout: float = 120.0,
 ) -> list[Any]:
     """What ``function(*arguments)`` returns in each of ``size`` new processes, by rank.
 
@@ -72,8 +72,8 @@ def outcomes(
     size: int,
     function: Callable[..., Any],
     *arguments: Any,
-    timeout: float = 90.0,
-    group_timeout: float = 30.0,
+    timeout: float = 300.0,
+    group_timeout: float = 120.0,
 ) -> list[Outcome]:
     """As :func:`run`, but says how every process ended, for tests of failures."""
     return _start(size, function, arguments, timeout, group_timeout, stop_early=False)

@@ -18,7 +18,7 @@ from distributed.overlap_cases import Setting, images, make
 from distributed.processes import outcomes, run
 from fastlars.distributed.buckets import Bucket, Started
 
-SECONDS = 3.0  # timeout of the process group
+SECONDS = 10.0  # timeout of the process group; a busy machine may need 3 for a step
 BROKEN = 2  # step
 
 
@@ -65,7 +65,7 @@ def fail(how: str) -> None:
         raise
 
 
-@pytest.mark.parametrize("how", ["raise", "hang"])
+@pytest.mark.parametrize("how", ["raise", pytest.param("hang", marks=pytest.mark.slow)])
 def test_in_the_hook(how: str) -> None:
     zero, one = outcomes(2, fail, how, group_timeout=SECONDS)
     if how == "raise":

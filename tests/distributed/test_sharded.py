@@ -62,7 +62,7 @@ def step_all() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def stepped() -> list[dict[str, Any]]:
-    return run(4, step_all, timeout=200)
+    return run(4, step_all, timeout=600)
 
 
 @pytest.mark.parametrize("layout", TABLES)

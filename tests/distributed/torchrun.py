@@ -64,7 +64,7 @@ def assert_same_runs(one: Path, other: Path) -> None:
     assert records(one) == records(other)
 
 
-def finish(started: subprocess.Popen[bytes], seconds: float = 120) -> int:
+def finish(started: subprocess.Popen[bytes], seconds: float = 600) -> int:
     """The exit status; torchrun and its processes are killed when it takes longer."""
     try:
         return started.wait(timeout=seconds)

@@ -33,7 +33,7 @@ def start(*arguments: object, restarts: int = 0, **environment: str) -> subproce
 
 def finish(started: subprocess.Popen[str]) -> Outcome:
     try:
-        out, err = started.communicate(timeout=120)
+        out, err = started.communicate(timeout=600)
     finally:
         if started.poll() is None:
             os.killpg(started.pid, signal.SIGKILL)

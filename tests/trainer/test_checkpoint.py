@@ -55,6 +55,7 @@ if sys.argv[2] == "copies":
 run = RunDirectory(Path(sys.argv[1]))
 torch.set_num_threads(1)
 for delay in (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1):
+    saved, saves = os.pipe()
     child = os.fork()
     if child == 0:
         step, kept = checkpoint.load(run.checkpoint)["step"], Kept(run, 2)
@@ -63,9 +64,13 @@ for delay in (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1):
             step += 1
             state = {"step": step, "weights": torch.full((300_000,), float(step))}
             kept.save(state, step, best=step % 3 == 0)
-    time.sleep(0.1 + delay)
+            os.write(saves, b".")
+    os.close(saves)
+    os.read(saved, 1)  # on a busy machine, the first save may be long in coming
+    time.sleep(delay)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+    os.close(saved)
     latest = checkpoint.load(run.checkpoint)["step"]
     numbered = sorted(run.path.glob("checkpoint-*.pt"))
     for path in (run.checkpoint, run.best, *numbered):
@@ -90,7 +95,7 @@ def test_kill_while_saving(tmp_path: Path, how: str) -> None:
         [sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path), how],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     kills = [line.split() for line in done.stdout.splitlines()]

@@ -136,9 +136,9 @@ def test_the_trainer_of_a_sitting_that_was_killed(images: Path, tmp_path: Path) 
     assert trainer is not None
     os.kill(trainer, signal.SIGSTOP)  # takes its time
     first.kill()
-    first.communicate(timeout=60)
+    first.communicate(timeout=600)
     try:
-        _, errors = sit(images, tmp_path).communicate(timeout=60)
+        _, errors = sit(images, tmp_path).communicate(timeout=600)
         assert "another sitting is writing" in errors
     finally:
         os.kill(trainer, signal.SIGKILL)
@@ -162,14 +162,14 @@ def test_a_sitting_that_is_stopped_goes_on(images: Path, tmp_path: Path) -> None
     while not list(tmp_path.glob("runs/*/checkpoint.pt")) and first.poll() is None:
         time.sleep(0.02)
     first.send_signal(signal.SIGTERM)
-    out, errors = first.communicate(timeout=60)
+    out, errors = first.communicate(timeout=600)
     assert first.returncode == 0, errors
     assert "stopped; the next sitting goes on with it" in out
     (stopped,) = tmp_path.glob("runs/*")
     before = (stopped / "metrics.jsonl").read_text()
     assert not read(tmp_path / "o.csv")
 
-    out, errors = sit(images, tmp_path).communicate(timeout=240)
+    out, errors = sit(images, tmp_path).communicate(timeout=600)
     rows = read(tmp_path / "o.csv")
     assert len(rows) == 3, errors
     assert all(0.0 <= r.accuracy <= r.best_accuracy <= 1.0 and not r.diverged for r in rows)
@@ -180,6 +180,6 @@ def test_a_sitting_that_is_stopped_goes_on(images: Path, tmp_path: Path) -> None
     assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("runs/*/*.pt"))
 
-    out, errors = sit(images, tmp_path).communicate(timeout=60)
+    out, errors = sit(images, tmp_path).communicate(timeout=600)
     assert "3 of 3 cells are done" in out, errors
     assert read(tmp_path / "o.csv") == rows
