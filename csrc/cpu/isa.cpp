@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "core/api.h"
+#include "cpu/loop.h"
 
 namespace fastlars::cpu {
 
@@ -20,6 +21,15 @@ bool has_avx2() {
 #endif
   }();
   return chosen;
+}
+
+bool prefetches() {
+#if defined(__x86_64__)
+  static const bool chosen = __builtin_cpu_is("intel");
+  return chosen;
+#else
+  return false;
+#endif
 }
 
 const char* instruction_set() { return has_avx2() ? "avx2" : "baseline"; }

@@ -1,6 +1,7 @@
 // LAMB over one chunk.
 #include "cpu/chunk.h"
 #include "cpu/isa.h"
+#include "cpu/loop.h"
 #include "cpu/storage.h"
 #include "cpu/sums.h"
 
@@ -34,13 +35,13 @@ struct Measure {
       store(moment2[i], v);
       y = lamb_direction(c, x, stored<S>(m), stored<S>(v));
     };
-    *sums = sum_squares<float>(size, advance);
+    *sums = sum_squares<float>(size, advance, weight, grad, moment1, moment2);
     if (!needs_double(*sums)) return;
     const auto read = [this](int i, float& x, float& y) __attribute__((always_inline)) {
       x = to_float(weight[i]);
       y = direction(x, i);
     };
-    *sums = sum_squares<double>(size, read);
+    *sums = sum_squares<double>(size, read, weight, moment1, moment2);
   }
 };
 
@@ -53,12 +54,12 @@ struct Apply {
   LambCoefficients c;
 
   FASTLARS_HD void operator()() const {
-#pragma GCC ivdep
-    for (int i = 0; i < size; ++i) {
+    const auto each = [this](int i) __attribute__((always_inline)) {
       const float w = weights.load(i);
       const float u = lamb_direction(c, w, to_float(moment1[i]), to_float(moment2[i]));
       weights.store(i, lamb_update(c, w, u));
-    }
+    };
+    for_each(size, each, weights.weight, moment1, moment2);
   }
 };
 
@@ -72,8 +73,7 @@ struct AdvanceAndApply {
   LambCoefficients c;
 
   FASTLARS_HD void operator()() const {
-#pragma GCC ivdep
-    for (int i = 0; i < size; ++i) {
+    const auto each = [this](int i) __attribute__((always_inline)) {
       const float w = weights.load(i);
       float m = to_float(moment1[i]);
       float v = to_float(moment2[i]);
@@ -82,7 +82,8 @@ struct AdvanceAndApply {
       store(moment2[i], v);
       const float u = lamb_direction(c, w, stored<S>(m), stored<S>(v));
       weights.store(i, lamb_update(c, w, u));
-    }
+    };
+    for_each(size, each, weights.weight, grad, moment1, moment2);
   }
 };
 

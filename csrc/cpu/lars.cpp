@@ -1,6 +1,7 @@
 // LARS over one chunk, and the norm of gradients alone.
 #include "cpu/chunk.h"
 #include "cpu/isa.h"
+#include "cpu/loop.h"
 #include "cpu/storage.h"
 #include "cpu/sums.h"
 
@@ -19,8 +20,8 @@ struct MeasureGradient {
       x = 0.0f;
       y = scale * to_float(grad[i]);
     };
-    *sums = sum_squares<float>(size, each);
-    if (leaves_float_range(sums->update)) *sums = sum_squares<double>(size, each);
+    *sums = sum_squares<float>(size, each, grad);
+    if (leaves_float_range(sums->update)) *sums = sum_squares<double>(size, each, grad);
   }
 };
 
@@ -37,8 +38,8 @@ struct Measure {
       x = to_float(weight[i]);
       y = lars_measured(c, x, to_float(grad[i]));
     };
-    *sums = sum_squares<float>(size, each);
-    if (needs_double(*sums)) *sums = sum_squares<double>(size, each);
+    *sums = sum_squares<float>(size, each, weight, grad);
+    if (needs_double(*sums)) *sums = sum_squares<double>(size, each, weight, grad);
   }
 };
 
@@ -54,13 +55,13 @@ struct Apply {
   FASTLARS_HD void loop(bool nesterov) const {
     LarsCoefficients k = c;
     k.nesterov = nesterov;
-#pragma GCC ivdep
-    for (int i = 0; i < size; ++i) {
+    const auto each = [this, k](int i) __attribute__((always_inline)) {
       float b = to_float(buffer[i]);
       const float w = lars_update(k, weights.load(i), to_float(grad[i]), b);
       store(buffer[i], b);
       weights.store(i, w);
-    }
+    };
+    for_each(size, each, weights.weight, grad, buffer);
   }
 
   FASTLARS_HD void operator()() const {
@@ -80,10 +81,10 @@ struct ApplyWithoutMomentum {
   LarsCoefficients c;
 
   FASTLARS_HD void operator()() const {
-#pragma GCC ivdep
-    for (int i = 0; i < size; ++i) {
+    const auto each = [this](int i) __attribute__((always_inline)) {
       weights.store(i, lars_update(c, weights.load(i), to_float(grad[i])));
-    }
+    };
+    for_each(size, each, weights.weight, grad);
   }
 };
 

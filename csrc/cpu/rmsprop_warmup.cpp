@@ -1,6 +1,7 @@
 // RMSprop warm-up over one chunk.
 #include "cpu/chunk.h"
 #include "cpu/isa.h"
+#include "cpu/loop.h"
 #include "cpu/storage.h"
 
 namespace fastlars::cpu {
@@ -16,25 +17,25 @@ struct Apply {
   RmspropWarmupCoefficients c;
 
   FASTLARS_HD void warming() const {
-#pragma GCC ivdep
-    for (int i = 0; i < size; ++i) {
+    const auto each = [this](int i) __attribute__((always_inline)) {
       float b = to_float(buffer[i]);
       float m = to_float(square[i]);
       const float w = rmsprop_warmup_update(c, weights.load(i), to_float(grad[i]), b, m);
       store(buffer[i], b);
       store(square[i], m);
       weights.store(i, w);
-    }
+    };
+    for_each(size, each, weights.weight, grad, buffer, square);
   }
 
   FASTLARS_HD void warmed_up() const {
-#pragma GCC ivdep
-    for (int i = 0; i < size; ++i) {
+    const auto each = [this](int i) __attribute__((always_inline)) {
       float b = to_float(buffer[i]);
       const float w = rmsprop_warmup_update(c, weights.load(i), to_float(grad[i]), b);
       store(buffer[i], b);
       weights.store(i, w);
-    }
+    };
+    for_each(size, each, weights.weight, grad, buffer);
   }
 
   FASTLARS_HD void operator()() const {
