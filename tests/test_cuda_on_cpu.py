@@ -35,7 +35,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     ("path", "quick", "whole"),
     [
         ("test_backends.py", 170, 1690),
-        ("test_cuda_bits.py", 140, 140),
+        pytest.param("test_cuda_bits.py", 140, 140, marks=pytest.mark.slow),
         ("test_cuda_schedule.py", 33, 50),
         ("test_cuda_errors.py", 11, 11),
         ("test_core.py", 4, 4),
@@ -120,7 +120,7 @@ def test_races_of_kernels_are_noticed(
     assert found == (mistake != "none"), done.stderr[:4000]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_kernels_have_no_races(seed: int, watched: list[str | Path], folder: Path) -> None:
     program = emulated.program(folder, "races", sanitize=True)
     done = _run(*watched, program, FASTLARS_EMULATED_SEED=str(seed))

@@ -60,7 +60,7 @@ def interpreter() -> None:
         ("test_backends.py", 200, 290),
         ("test_core.py", 4, 4),
         ("test_trust.py", 10, 10),
-        ("test_triton_bits.py", 45, 45),
+        pytest.param("test_triton_bits.py", 45, 45, marks=pytest.mark.slow),
         pytest.param("test_rmsprop_warmup.py", 6, 6, marks=pytest.mark.slow),
     ],
 )
@@ -234,6 +234,7 @@ def test_sm_90_compiles_every_type_without_spills(name: str, types: str, tmp_pat
     assert usage["STACK"] == usage["LOCAL"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KERNELS)
 def test_gfx942_has_wide_accesses_and_no_spills(name: str) -> None:
     kernel, constants, reads, writes = KERNELS[name]

@@ -65,6 +65,7 @@ def stepped() -> list[dict[str, Any]]:
     return run(4, step_all, timeout=600)
 
 
+@pytest.mark.xdist_group("sharded")
 @pytest.mark.parametrize("layout", TABLES)
 def test_sharded_is_unsharded_to_rounding(stepped: list[dict[str, Any]], layout: str) -> None:
     for rank, found in enumerate(stepped):
@@ -73,6 +74,7 @@ def test_sharded_is_unsharded_to_rounding(stepped: list[dict[str, Any]], layout:
             assert not wrong, f"rank {rank}, {recipe}:\n" + "\n".join(wrong)
 
 
+@pytest.mark.xdist_group("sharded")
 @pytest.mark.parametrize("layout", TABLES)
 def test_a_step_moves_one_small_array_for_each_mesh(
     stepped: list[dict[str, Any]], layout: str

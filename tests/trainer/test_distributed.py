@@ -40,6 +40,7 @@ def parameters(run: Path) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.xdist_group("two processes")
 @pytest.mark.usefixtures("tiny", "no_picture")
 def test_two_processes_make_the_big_batch(two: Path, tmp_path: Path, train: Train) -> None:
     """As one process with two micro-batches: the batch norm's 32 images are the same ones."""
@@ -57,12 +58,15 @@ def test_two_processes_make_the_big_batch(two: Path, tmp_path: Path, train: Trai
     torch.testing.assert_close(parameters(two), parameters(run), rtol=0, atol=2e-3)
 
 
+@pytest.mark.xdist_group("two processes")
 def test_evaluation_counts_every_test_image(two: Path) -> None:
     """Each process has 180 of 360, in batches of 32."""
     tests = [record for record in records(two) if record["kind"] == "test"]
     assert [record["images"] for record in tests] == [360, 360, 360]
 
 
+@pytest.mark.xdist_group("two processes")
+@pytest.mark.slow
 def test_a_killed_process_is_started_again(two: Path, tmp_path: Path) -> None:
     """torchrun restarts both; they go on from the last checkpoint to the same end, to the bit."""
     run = tmp_path / "run"
@@ -77,6 +81,7 @@ def test_a_killed_process_is_started_again(two: Path, tmp_path: Path) -> None:
     assert records(two) == records(run)
 
 
+@pytest.mark.xdist_group("two processes")
 @pytest.mark.slow
 def test_ctrl_c_at_a_terminal(two: Path, tmp_path: Path) -> None:
     """All processes and torchrun get the signal; one checkpoint, one line, and it goes on."""

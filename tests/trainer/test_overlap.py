@@ -48,6 +48,8 @@ def trained(run: Path) -> dict[str, Any]:
     return {what: state[what] for what in ("model", "optimizer", "schedule", "progress")}
 
 
+@pytest.mark.xdist_group("overlapped runs")
+@pytest.mark.slow
 def test_overlap_keeps_the_bits(runs: Path) -> None:
     assert_same(trained(runs / "plain"), trained(runs / "overlap"))
     plain, overlapped = records(runs / "plain"), records(runs / "overlap")
@@ -55,6 +57,8 @@ def test_overlap_keeps_the_bits(runs: Path) -> None:
     assert plain[1:] == overlapped[1:]
 
 
+@pytest.mark.xdist_group("overlapped runs")
+@pytest.mark.slow
 def test_gradients_travel_in_half_precision(runs: Path) -> None:
     """Other bits, the same training."""
     plain, half = (trained(runs / name)["model"] for name in ("plain", "fp16"))
@@ -62,6 +66,7 @@ def test_gradients_travel_in_half_precision(runs: Path) -> None:
     torch.testing.assert_close(plain["5.weight"], half["5.weight"], rtol=0.05, atol=5e-3)
 
 
+@pytest.mark.xdist_group("overlapped runs")
 def test_a_scaler_over_processes(runs: Path) -> None:
     """One scale for all, and weights as in float32."""
     state = load(runs / "scaled")
@@ -72,6 +77,7 @@ def test_a_scaler_over_processes(runs: Path) -> None:
     assert state["average"]["n_averaged"] == 22
 
 
+@pytest.mark.xdist_group("overlapped runs")
 @pytest.mark.usefixtures("tiny", "no_picture")
 def test_statistics_of_the_last_step_over_processes(
     runs: Path, tmp_path: Path, train: Train
