@@ -10,7 +10,6 @@ is bound by the one that is the same in all rows of a size.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from fastlars.backends.base import Backend, Kinds, Scalars, Tensors
 from fastlars.backends.cpu import Cpu
 from fastlars.backends.reference import Reference
 from fastlars.rules import LambRule, LarsRule
+from fastlars.trainer import atomic
 from host import describe
 from timing import Sample, interleave
 
@@ -176,10 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = [line | common for size in options.sizes for line in measure(size, options.rounds)]
     print(markdown(table), f"\n{common}")
     if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(table[0]))
-            writer.writeheader()
-            writer.writerows(table)
+        atomic.write_table([table[0].keys(), *(line.values() for line in table)], options.csv)
     return 0
 
 

@@ -43,9 +43,8 @@ class Viewer {
     while (api != nullptr && api->major != dlpack::kMajor) api = api->previous;
     if (api == nullptr || api->view_object == nullptr) {
       throw std::runtime_error(
-          "this torch is too old: fastlars looks at tensors through a DLPack 1.x table, which "
-          "torch "
-          "publishes from 2.10 on");
+          "this torch is too old: fastlars looks at tensors through a DLPack 1.x table, "
+          "which torch publishes from 2.10 on");
     }
     view_ = api->view_object;
     for (const auto& type : accepted) accept(type);
