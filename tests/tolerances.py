@@ -53,10 +53,6 @@ TOLERANCES = {
         "a step's rounding of 2^-24 stays in the weight: 300 that err at random are 1e-6; momentum "
         "forgets its own after 10 steps",
     ),
-    # LAMB takes its direction from the moments as stored. Where float32 and float64 arithmetic lie
-    # on different sides of a rounding boundary, the stored bfloat16 differ by a whole step.
-    "ratio from bfloat16 moments": Tolerance(2.0**-7, "a step of bfloat16, for m and for v"),
-    "weight from bfloat16 moments": Tolerance(2.0**-7, "a step of bfloat16, for m and for v"),
 }
 
 
