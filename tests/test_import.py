@@ -39,10 +39,12 @@ def test_sources_without_extension_say_so(tmp_path: Path) -> None:
 
 
 def test_modules_that_are_imported_on_demand_are_listed() -> None:
-    code = "import sys, fastlars; print('fastlars.migrate' in sys.modules, *dir(fastlars))"
+    # torch's compiler takes as long to import as all of torch.
+    late = {"fastlars.migrate", "torch._dynamo", "triton"}
+    code = f"import sys, fastlars; print({late} & {{*sys.modules}} or None, *dir(fastlars))"
     done = run(code, ROOT)
     imported, *names = done.stdout.split()
-    assert imported == "False", done.stderr
+    assert imported == "None", done.stdout + done.stderr
     assert {"LARS", "conventions", "distributed", "migrate"} <= set(names)
     assert "TYPE_CHECKING" not in names
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from fastlars.backends.base import Mismatch
 from fastlars.optim import checkpoint
@@ -151,9 +152,11 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
             return
         self._last = take(works, now)
 
-    # A step under overlap or a GradScaler cannot be traced. Without `disable`, torch 2.11 fails
-    # where it resumes tracing: at an assignment to the optimizer.
-    _step_outside_graph = torch.compiler.disable(_step_eagerly)
+    # A step under overlap or a GradScaler cannot be traced. Left to the compiler, torch 2.11 fails
+    # where it resumes tracing: at an assignment to the optimizer. This is torch.compiler.disable
+    # as torch's own optimizers use it: torch._dynamo is imported by the first call, and not, for
+    # 2 s, by `import fastlars`.
+    _step_outside_graph = _disable_dynamo(_step_eagerly)
 
     def trust_ratios(self) -> dict[Tensor, float]:
         """The last step's trust ratio of every parameter that it changed; 1 where not adapted.
