@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -49,6 +49,17 @@ def pytest_pycollect_makemodule(
     if find_spec("torchvision") is not None:
         return None
     return WithoutTorchvision.from_parent(parent, path=module_path)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    """Likewise for a single test that comes to import it."""
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        if find_spec("torchvision") is not None or "'torchvision" not in str(error):
+            raise
+        pytest.skip("needs torchvision, which is not installed")
 
 
 @pytest.fixture
