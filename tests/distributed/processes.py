@@ -164,6 +164,11 @@ def _work(
         answer = pickle.dumps((value, error))
     except Exception:
         answer = pickle.dumps((None, traceback.format_exc()))
+    # Once it has answered, the process may be killed at any time.
+    coverage = sys.modules.get("coverage")
+    if coverage is not None and (measured := coverage.Coverage.current()) is not None:
+        measured.stop()
+        measured.save()
     writer.send_bytes(answer)
     writer.close()
     # Threads of a broken group may never end.
