@@ -12,6 +12,7 @@ from torch import nn
 
 from cases import Contender, check, gradients, parameters
 from fastlars.backends import choose
+from fastlars.backends.base import Kinds
 from gpu_cases import Case, contenders
 from machine import COPY_BYTES, Machine
 from timing import Sample, interleave, interleave_device
@@ -193,7 +194,7 @@ def backend_of(contender: Contender, param: nn.Parameter) -> str:
     assert param.grad is not None
     with contender.planning():
         try:
-            backend = choose.choose(param, param.grad.dtype, torch.float32)
+            backend = choose.choose(param, Kinds(param.dtype, param.grad.dtype, torch.float32))
         except RuntimeError as error:
             raise UnavailableError(str(error)) from None
     path = getattr(backend, "path", "")

@@ -12,6 +12,10 @@ from torch import Tensor
 import fastlars
 from fastlars import _C
 from fastlars.backends import choose, cuda
+from fastlars.backends.base import Kinds
+from fastlars.rules import LarsRule
+
+FLOAT32 = Kinds(torch.float32, torch.float32, torch.float32)
 
 
 def build_lines() -> list[str]:
@@ -49,7 +53,7 @@ def device_lines() -> list[str]:
     for device in devices:
         weight = torch.empty(1, device=device)
         try:
-            name = choose.choose(weight, weight.dtype, torch.float32).name
+            name = choose.choose(weight, FLOAT32, LarsRule()).name
         except RuntimeError as error:
             lines.append(f"{device!s:10} refused: {error}")
             continue
@@ -63,7 +67,7 @@ def why(name: str, weight: Tensor) -> str:
     if choose.forced() == name:
         reasons.append("FASTLARS_BACKEND asks for it")
     else:
-        refused = choose.told(choose.refusals(weight, weight.dtype, torch.float32)[1])
+        refused = choose.told(choose.refusals(weight, FLOAT32, LarsRule())[1])
         reasons += [refused] if refused else []
     if name == "cpu":
         reasons.append(f"{_C.instruction_set()}, {torch.get_num_threads()} threads")

@@ -21,6 +21,7 @@ import traffic
 from cases import LR, RULES, Contender, check
 from comparison import Comparison, Effort, UnavailableError
 from fastlars.backends import choose
+from fastlars.backends.base import Kinds
 from fastlars.backends.sending import Sender
 from gpu_cases import CASES, Case, contenders
 from sources import ROOT
@@ -173,7 +174,7 @@ def test_a_contender_is_planned_for_its_back_end_and_leaves_no_trace() -> None:
 
     def chosen() -> tuple[str, str]:
         cuda: Any = choose.instance("cuda")
-        return choose.choose(weight, weight.dtype, weight.dtype).name, cuda.path
+        return choose.choose(weight, Kinds(*3 * [weight.dtype])).name, cuda.path
 
     before = chosen()
     named = Contender(_idle, "torch", backend="reference", path="one-launch")

@@ -19,6 +19,7 @@ from torch._subclasses import FakeTensorMode
 
 from fastlars import _C
 from fastlars.backends import choose, cuda
+from fastlars.backends.base import Kinds
 from fastlars.backends.cuda import PATHS, Cuda
 from sources import ROOT
 
@@ -56,14 +57,18 @@ def _answers(
     monkeypatch.setattr(choose, "why_no_triton", lambda device: triton)
 
 
+def _kinds(weight: Tensor) -> Kinds:
+    return Kinds(weight.dtype, weight.dtype, torch.float32)
+
+
 def _chosen(weight: Tensor) -> str:
-    return choose.choose(weight, weight.dtype, torch.float32).name
+    return choose.choose(weight, _kinds(weight)).name
 
 
 def test_cuda_kernels_serve_where_they_run(weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     _answers(monkeypatch)
     assert _chosen(weight) == "cuda"
-    assert choose.refusals(weight, weight.dtype, torch.float32) == ("cuda", {})
+    assert choose.refusals(weight, _kinds(weight)) == ("cuda", {})
 
 
 def test_kernels_that_cannot_run_leave_triton_and_one_warning(
@@ -84,7 +89,7 @@ def test_kernels_that_were_not_built_are_no_reason_to_warn(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert _chosen(weight) == "triton"
-    name, reasons = choose.refusals(weight, weight.dtype, torch.float32)
+    name, reasons = choose.refusals(weight, _kinds(weight))
     assert (name, reasons) == (
         "triton",
         {"cuda": "fastlars was built without CUDA kernels (nvcc was not found)"},
@@ -180,6 +185,7 @@ def test_report_of_a_gpu(weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> Non
     from fastlars.__main__ import why
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H200")
+    monkeypatch.setenv("FASTLARS_CHECK", "0")  # which needs a real one
     _answers(monkeypatch)
     assert why("cuda", weight) == "two-launch path; H200"
     _answers(monkeypatch, built=False)

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+import backend_cases
 from child import passing, python
-from fastlars.backends import choose
+from fastlars.backends import choose, selfcheck
 
 triton = pytest.importorskip("triton")
 
@@ -25,9 +26,8 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from fastlars.backends.sending import Sender  # noqa: E402
 from fastlars.backends.triton import lamb, lars, rmsprop_warmup, sums  # noqa: E402
-from fastlars.backends.triton.backend import choices  # noqa: E402
+from fastlars.backends.triton.backend import Triton, choices, interprets  # noqa: E402
 from fastlars.backends.triton.launch import LARGE_OPTIONS, OPTIONS  # noqa: E402
-from fastlars.backends.triton.probe import interprets  # noqa: E402
 from fastlars.backends.triton.table import BLOCK, Addresses, Chunks  # noqa: E402
 from fastlars.rules import LambRule, LarsRule  # noqa: E402
 
@@ -60,6 +60,7 @@ def interpreter() -> None:
         ("test_backends.py", 200, 290),
         ("test_core.py", 4, 4),
         ("test_trust.py", 10, 10),
+        ("test_selfcheck.py", 25, 25),
         pytest.param("test_triton_bits.py", 45, 45, marks=pytest.mark.slow),
         pytest.param("test_rmsprop_warmup.py", 6, 6, marks=pytest.mark.slow),
     ],
@@ -96,16 +97,17 @@ def test_report_says_why() -> None:
 
 
 def test_missing_triton_is_a_reason_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "fastlars.backends.triton.probe", None)
-    reason = choose.why_no_triton.__wrapped__(torch.device("cuda"))
+    monkeypatch.setitem(sys.modules, "fastlars.backends.triton.backend", None)
+    reason = choose.why_no_triton.__wrapped__("cuda")
     assert reason.startswith("Triton cannot be imported")
 
 
 def test_a_compiler_that_fails_is_a_reason_not_an_error() -> None:
     # Without a GPU its driver is what fails, with one a device that Triton knows nothing of.
-    device = "meta" if torch.cuda.is_available() else "cuda"
-    reason = choose.why_no_triton.__wrapped__(torch.device(device))
-    assert reason.startswith(f"Triton {triton.__version__} does not run on")
+    device = torch.device("meta" if torch.cuda.is_available() else "cuda")
+    family = selfcheck.family(LarsRule(), backend_cases.PLAIN)
+    reason = selfcheck.difference(Triton(), family, device)
+    assert re.match(r"\w+: .", reason)
     assert "\n" not in reason
 
 
@@ -113,15 +115,15 @@ def test_a_device_that_triton_does_not_serve_gets_the_reference_with_one_warning
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("FASTLARS_BACKEND", raising=False)
-    monkeypatch.setattr(choose, "why_no_triton", lambda device: "no C compiler was found")
+    monkeypatch.setattr(choose, "why_no_triton", lambda kind: "no C compiler was found")
     choose._warn_once.cache_clear()
     weight = torch.ones(3, device="meta")
     with pytest.warns(UserWarning, match="no C compiler was found"):
-        chosen = choose.choose(weight, weight.dtype, torch.float32)
+        chosen = choose.choose(weight, backend_cases.PLAIN, LarsRule())
     assert chosen.name == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert choose.choose(weight, weight.dtype, torch.float32) is chosen
+        assert choose.choose(weight, backend_cases.PLAIN, LarsRule()) is chosen
     choose._warn_once.cache_clear()
 
 

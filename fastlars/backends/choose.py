@@ -6,14 +6,14 @@ import os
 import warnings
 from functools import cache
 
-import torch
 from torch import Tensor
 
 from fastlars import _C
-from fastlars.backends import cuda
-from fastlars.backends.base import Backend
+from fastlars.backends import cuda, selfcheck
+from fastlars.backends.base import Backend, Kinds
 from fastlars.backends.cpu import DTYPES, STATE_DTYPES, Cpu
 from fastlars.backends.reference import Reference
+from fastlars.rules import GradientNorm, Rule
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 # type of device: the compiled back ends that may serve it, the fastest first
@@ -61,26 +61,28 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 @cache
-def why_no_triton(device: torch.device) -> str:
-    """Why the Triton back end cannot serve a device; empty where it can."""
+def why_no_triton(device_type: str) -> str:
+    """Why the Triton back end has no kernels for a type of device; empty where it has."""
     try:
-        from fastlars.backends.triton.probe import why_not
+        from fastlars.backends.triton.backend import interprets
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
-    return why_not(device)
+    if device_type == "cpu" and not interprets():
+        return "Triton serves cpu in its interpreter alone (TRITON_INTERPRET=1)"
+    return ""
 
 
-def _why_not(name: str, weight: Tensor, grad_dtype: torch.dtype, state_dtype: torch.dtype) -> str:
-    """Why the back end of that name cannot serve a weight; empty where it can."""
-    for what, dtype in (("weights", weight.dtype), ("gradients", grad_dtype)):
+def _why_not(name: str, weight: Tensor, kinds: Kinds) -> str:
+    """Why the back end of that name has no kernels for a weight; empty where it has."""
+    for what, dtype in (("weights", kinds.copy or kinds.weight), ("gradients", kinds.grad)):
         if dtype not in DTYPES:
             return f"compiled back ends have no {dtype} {what}"
-    if state_dtype not in STATE_DTYPES:
-        return f"compiled back ends have no {state_dtype} states"
+    if kinds.state not in STATE_DTYPES:
+        return f"compiled back ends have no {kinds.state} states"
     if not is_dense(weight):
         return "compiled back ends need weights without gaps in memory"
     if name == "triton":
-        return why_no_triton(weight.device)
+        return why_no_triton(weight.device.type)
     if name == "cuda":
         return cuda.why_not(weight.device)
     if weight.device.type != name:
@@ -89,38 +91,48 @@ def _why_not(name: str, weight: Tensor, grad_dtype: torch.dtype, state_dtype: to
 
 
 def refusals(
-    weight: Tensor, grad_dtype: torch.dtype, state_dtype: torch.dtype
+    weight: Tensor, kinds: Kinds, rule: Rule | GradientNorm | None = None, rounds: bool = False
 ) -> tuple[str | None, dict[str, str]]:
     """The compiled back end that serves a weight, if one does, and why none before it does."""
+    demanded = forced()
+    names = COMPILED.get(weight.device.type, ("triton",)) if demanded is None else (demanded,)
     reasons: dict[str, str] = {}
-    for name in COMPILED.get(weight.device.type, ("triton",)):
-        reason = _why_not(name, weight, grad_dtype, state_dtype)
+    for name in names:
+        reason = _why_not(name, weight, kinds)
+        if not reason and rule is not None:
+            reason = selfcheck.why_not(instance(name), weight.device, rule, kinds, rounds)
         if not reason:
             return name, reasons
         reasons[name] = reason
     return None, reasons
 
 
-def choose(weight: Tensor, grad_dtype: torch.dtype, state_dtype: torch.dtype) -> Backend:
-    """The fastest back end that serves a weight.
+def choose(
+    weight: Tensor, kinds: Kinds, rule: Rule | GradientNorm | None = None, rounds: bool = False
+) -> Backend:
+    """The fastest back end that serves a weight and agrees with the reference.
+
+    Args:
+        weight: the parameter; its device and its strides count.
+        kinds: types of the list that it is stepped in.
+        rule: of the step; None leaves out the check against the reference.
+        rounds: whether the step rounds stochastically.
 
     Raises:
         RuntimeError: FASTLARS_BACKEND demands one that does not.
     """
-    name = forced()
-    if name == "reference":
-        return instance(name)
-    if name is not None:
-        reason = _why_not(name, weight, grad_dtype, state_dtype)
-        if reason:
-            raise RuntimeError(f"FASTLARS_BACKEND={name}, but {reason}")
-        return instance(name)
-    name, reasons = refusals(weight, grad_dtype, state_dtype)
-    device = weight.device.type
-    if name is None and device != "cpu":
-        _warn_once(device, "plain torch operations", told(reasons))
+    demanded, device = forced(), weight.device.type
+    if demanded == "reference":
+        return instance(demanded)
+    name, reasons = refusals(weight, kinds, rule, rounds)
+    if demanded is not None and name is None:
+        raise RuntimeError(f"FASTLARS_BACKEND={demanded}, but {reasons[demanded]}")
+    if name is None:
+        # On a CPU the reference is right for float64 and views with gaps: nothing to warn of.
+        if device != "cpu" or any(not _why_not(known, weight, kinds) for known in reasons):
+            _warn_once(device, "plain torch operations", told(reasons))
     elif "cuda" in reasons and _C.build_info()["cuda"]:
-        _warn_once(device, "Triton", f"its CUDA kernels cannot run here ({reasons['cuda']})")
+        _warn_once(device, "Triton", f"its CUDA kernels do not serve here ({reasons['cuda']})")
     return instance(name or "reference")
 
 

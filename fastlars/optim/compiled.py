@@ -47,6 +47,8 @@ def _lists(
     states: tuple[list[Tensor], ...],
     counters: list[Tensor],
     masters: list[Tensor],
+    rule: Rule | GradientNorm,
+    rounds: bool = False,
 ) -> list[tuple[Backend, Tensors]]:
     """The operator's flat lists, cut as a plan cuts a group. Masters stand for those weights that
     have low precision, in their order."""
@@ -58,7 +60,7 @@ def _lists(
         kinds = Kinds(w.dtype, g.dtype, state_dtype)
         if master is not None:
             kinds = Kinds(master.dtype, g.dtype, state_dtype, copy=w.dtype)
-        by_kind[w.device, kinds, choose(w, g.dtype, state_dtype)].append((i, master))
+        by_kind[w.device, kinds, choose(w, kinds, rule, rounds)].append((i, master))
     lists = []
     for (_, kinds, backend), members in by_kind.items():
         chosen = [weights[i] for i, _ in members]
@@ -117,7 +119,8 @@ def _step(
     rate = lr if lr_tensor is None else lr_tensor
     check_lr(rate)
     states = tuple(state for state in (first, second) if state)
-    lists = _lists(weights, grads, states, counters, masters)
+    stepped = decode(rule)
+    lists = _lists(weights, grads, states, counters, masters, stepped, stochastic_rounding)
     now = numbers(all(backend.reads_device for backend, _ in lists), None, None)
     if square_norm is not None:
         now.take_square(square_norm)
@@ -132,7 +135,7 @@ def _step(
                 )
             seed = int(torch.randint(2**62, (), device="cpu"))
         bound = _bind(rule, backend, tensors)
-        backend.step(decode(rule), bound, now.scalars(rate, scale, max_grad_norm, seed, device))
+        backend.step(stepped, bound, now.scalars(rate, scale, max_grad_norm, seed, device))
 
 
 def _square_norm(weights: list[Tensor], grads: list[Tensor], sizes: list[int]) -> Tensor:
@@ -140,7 +143,7 @@ def _square_norm(weights: list[Tensor], grads: list[Tensor], sizes: list[int]) -
     lists, begin = [], 0
     for size in sizes:
         end = begin + size
-        lists += _lists(weights[begin:end], grads[begin:end], (), [], [])
+        lists += _lists(weights[begin:end], grads[begin:end], (), [], [], GradientNorm())
         begin = end
     on_device = all(backend.reads_device for backend, _ in lists)
     sums = [

@@ -216,7 +216,7 @@ class Plan:
             if has_master(p, group):
                 kinds = Kinds(torch.float32, g.dtype, state_dtype(p, group), copy=p.dtype)
             try:
-                backend = choose(shard(p), g.dtype, kinds.state)
+                backend = choose(shard(p), kinds, self.rule, group["stochastic_rounding"])
             except RuntimeError as error:
                 raise RuntimeError(f"{place}: {error}") from None
             if group["capturable"] and not backend.reads_device:

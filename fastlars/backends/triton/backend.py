@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
 
 from fastlars.backends import cpu
 from fastlars.backends.base import Scalars, Tensors
@@ -52,6 +53,11 @@ def choices(rule: Rule) -> dict[str, Any]:
             "TRUST_CLIP": rule.trust_clip,
         }
     return {}
+
+
+def interprets() -> bool:
+    """Whether kernels run in Triton's interpreter, which serves CPU tensors too, slowly."""
+    return isinstance(sums.total, InterpretedFunction)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,265 @@
+"""A back end against the reference: both step one small list, and must agree.
+
+A back end is checked at the first use of a device, for the kernels that are about to be used; this
+catches what the tests of another machine cannot: a compiler, driver or GPU under which the same
+source computes something else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from dataclasses import astuple, dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fastlars.backends.base import Backend, Kinds, Scalars, Tensors
+from fastlars.backends.reference import Reference
+from fastlars.backends.sending import is_capturing
+from fastlars.rules import GradientNorm, LambRule, LarsRule, RmspropWarmupRule, Rule
+
+F64 = torch.float64
+NAMES = {
+    LarsRule: "LARS",
+    LambRule: "LAMB",
+    RmspropWarmupRule: "RMSprop warm-up",
+    GradientNorm: "gradient norm",
+}
+# Two chunks of the CPU back end and five of the others, the last of them ragged; one whole chunk;
+# less than one, off every 16-byte boundary; a single element.
+SIZES = (16_401, 4_096, 257, 1)
+OFF_BOUNDARY = 257
+# A step's learning rate and seed of stochastic rounding: the first step is one call, the second is
+# `measure` and `apply`, as for sharded parameters.
+STEPS = ((0.5, 11), (0.25, 12))
+# Relative to a value and its tensor's root mean square. Sums in another order differ by 1e-6; where
+# a type has fewer bits, a value next to the middle of two numbers goes up here and down there, in
+# the weight, its copy and the states, in either step: 4 such roundings.
+AGREES = {torch.float32: 1e-5, torch.float16: 4 * 2.0**-11, torch.bfloat16: 4 * 2.0**-8}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Kernels that are checked together: those of a rule's options, for types of tensors.
+
+    Attributes:
+        rule: its options decide which kernels run; its numbers are replaced, see :func:`family`.
+        kinds: types of the list.
+        rounds: whether bfloat16 weights are rounded stochastically.
+    """
+
+    rule: Rule | GradientNorm
+    kinds: Kinds
+    rounds: bool = False
+
+    def __str__(self) -> str:
+        return f"{NAMES[type(self.rule)]}, {described(self.kinds, self.rounds)}"
+
+
+def described(kinds: Kinds, rounds: bool = False) -> str:
+    """The types of a list, in words.
+
+    Example:
+        >>> described(Kinds(torch.float32, torch.float16, torch.float32, copy=torch.float16))
+        'float32 masters of float16 weights, float16 gradients, float32 states'
+    """
+    weight, grad, state, copy = (str(dtype).removeprefix("torch.") for dtype in astuple(kinds))
+    weights = f"{weight} weights" if kinds.copy is None else f"{weight} masters of {copy} weights"
+    rounding = ", stochastic rounding" if rounds else ""
+    return f"{weights}, {grad} gradients, {state} states{rounding}"
+
+
+@lru_cache(maxsize=1024)  # a schedule of momentum or weight decay makes a new rule every step
+def family(rule: Rule | GradientNorm, kinds: Kinds, rounds: bool = False) -> Family:
+    """The family of a rule, whose numbers are replaced by some whose effect shows in two steps."""
+    if isinstance(rule, LarsRule):
+        rule = replace(
+            rule,
+            momentum=0.75 if rule.momentum else 0.0,
+            dampening=0.4 if rule.dampening else 0.0,
+            weight_decay=0.1,
+            trust_coefficient=0.3,
+            eps=0.01,
+        )
+    elif isinstance(rule, LambRule):
+        rule = replace(
+            rule,
+            beta1=0.8,
+            beta2=0.95,
+            eps=0.01,
+            weight_decay=0.1,
+            lower=0.0,
+            upper=10.0,
+            ratio_eps=0.01,
+        )
+    elif not isinstance(rule, GradientNorm):
+        rule = replace(
+            rule,
+            center_steps=0.6,
+            period_steps=2.5,
+            momentum=0.75,
+            weight_decay=0.1,
+            lr_rmsprop=0.2,
+            square_decay=0.8,
+            eps=0.01,
+        )
+    return Family(rule, kinds, rounds and kinds.weight == torch.bfloat16)
+
+
+def difference(backend: Backend, family: Family, device: torch.device) -> str:
+    """What the back end computes otherwise than the reference, or how it fails; empty where they
+    agree. Waits for the device."""
+    tested = _tensors(family)
+    expected = _in_float64(tested)
+    try:
+        found = _step(backend, family, _on(tested, device))
+    except Exception as error:
+        # Whatever goes wrong in a compiler, a driver or a kernel: another back end serves.
+        lines = str(error).strip().splitlines() or [""]
+        return f"{type(error).__name__}: {lines[0]}"
+    right = _step(Reference(), family, expected)
+    types = (family.kinds.weight, family.kinds.state, family.kinds.copy or torch.float32)
+    # Stochastic rounding errs by up to twice as much as rounding to nearest.
+    tolerance = max(AGREES[dtype] for dtype in types) * (2 if family.rounds else 1)
+    for (name, ours), (_, theirs) in zip(found, right, strict=True):
+        text = _compare(ours.detach().to("cpu", F64), theirs.to(F64), tolerance)
+        if text:
+            return f"{name} {text}"
+    return ""
+
+
+def _compare(found: Tensor, right: Tensor, tolerance: float) -> str:
+    allowed = tolerance * (right.abs() + right.square().mean().sqrt())
+    # Not `>`: a NaN differs.
+    wrong = ~((found - right).abs() <= allowed)
+    if not wrong.any():
+        return ""
+    at = int(wrong.flatten().nonzero()[0])
+    is_, should = found.flatten()[at].item(), right.flatten()[at].item()
+    return (
+        f"[{at}] is {is_:.6g} instead of {should:.6g} ({int(wrong.sum())} of {wrong.numel()} wrong)"
+    )
+
+
+def _step(backend: Backend, family: Family, tensors: Tensors) -> list[tuple[str, Tensor]]:
+    """Everything that the steps give or write, by name."""
+    rule = family.rule
+    bound = backend.bind(tensors, backend.layout(tensors.weights))
+    named = [("square norm", backend.measure(GradientNorm(), bound, Scalars(0.0))[:, 1])]
+    if isinstance(rule, GradientNorm):
+        return named
+    for number, (lr, seed) in enumerate(STEPS):
+        now = Scalars(lr, seed=seed if family.rounds else None)
+        if number == 0:
+            ratios = backend.step(rule, bound, now)
+        else:
+            sums = backend.measure(rule, bound, now) if rule.adapt else None
+            ratios = backend.apply(rule, bound, now, sums)
+        named.append((f"trust ratio of step {number + 1}", ratios))
+    lists = [("weight", tensors.weights), *zip(rule.states, tensors.states, strict=True)]
+    lists += [("copy", tensors.copies or []), (str(rule.counter), tensors.counters or [])]
+    named += [(f"{name} {i}", x) for name, values in lists for i, x in enumerate(values)]
+    return named
+
+
+def _tensors(family: Family) -> Tensors:
+    """The list on the host."""
+    rule, kinds = family.rule, family.kinds
+
+    def waves(scale: float, pace: float, dtype: torch.dtype) -> list[Tensor]:
+        # No random numbers: those of the training that is about to begin stay as they are.
+        places = [torch.arange(1, n + 1, dtype=F64, device="cpu") for n in SIZES]
+        return [(scale * torch.sin(pace * x)).to(dtype) for x in places]
+
+    weights = waves(0.5, 0.7, kinds.weight)
+    counters = None
+    if rule.counter is not None:
+        start = getattr(rule, "NEVER_STEPPED", 0.0)
+        counters = [torch.full((), start, dtype=torch.float32, device="cpu") for _ in weights]
+    return Tensors(
+        weights=weights,
+        grads=waves(0.1, 1.3, kinds.grad),
+        states=tuple(waves(0.0, 0.0, kinds.state) for _ in rule.states),
+        counters=counters,
+        copies=None if kinds.copy is None else [w.to(kinds.copy) for w in weights],
+        kinds=kinds,
+    )
+
+
+def _in_float64(tensors: Tensors) -> Tensors:
+    """The same values for the reference. bfloat16 states stay so: their rounding is part of the
+    rule, while that of weights is within what :data:`AGREES` allows."""
+    kinds = tensors.kinds
+    state = F64 if kinds.state == torch.float32 else kinds.state
+    copies = tensors.copies
+    return Tensors(
+        weights=[w.to(F64, copy=True) for w in tensors.weights],
+        grads=[g.to(F64, copy=True) for g in tensors.grads],
+        states=tuple([x.to(state, copy=True) for x in xs] for xs in tensors.states),
+        counters=None if tensors.counters is None else [c.clone() for c in tensors.counters],
+        copies=None if copies is None else [c.to(F64, copy=True) for c in copies],
+        kinds=Kinds(F64, F64, state, None if copies is None else F64),
+    )
+
+
+def _on(tensors: Tensors, device: torch.device) -> Tensors:
+    """The same list on a device."""
+
+    def placed(values: list[Tensor]) -> list[Tensor]:
+        moved = []
+        for x in values:
+            skipped = int(x.numel() == OFF_BOUNDARY)
+            buffer = torch.empty(x.numel() + skipped, dtype=x.dtype, device=device)
+            moved.append(buffer[skipped:].view(x.shape).copy_(x))
+        return moved
+
+    return Tensors(
+        weights=placed(tensors.weights),
+        grads=placed(tensors.grads),
+        states=tuple(map(placed, tensors.states)),
+        counters=None if tensors.counters is None else placed(tensors.counters),
+        copies=None if tensors.copies is None else placed(tensors.copies),
+        kinds=tensors.kinds,
+    )
+
+
+# By back end, its path and device: families that agree; and what the first one that does not has.
+_agree: dict[tuple[str, str, torch.device], set[Family]] = defaultdict(set)
+_fault: dict[tuple[str, str, torch.device], str] = {}
+
+
+def is_on() -> bool:
+    """Whether FASTLARS_CHECK leaves the check on."""
+    value = os.environ.get("FASTLARS_CHECK", "") or "1"
+    if value not in ("0", "1"):
+        raise ValueError(f"FASTLARS_CHECK must be 0 or 1, got {value!r}")
+    return value == "1"
+
+
+def why_not(
+    backend: Backend,
+    device: torch.device,
+    rule: Rule | GradientNorm,
+    kinds: Kinds,
+    rounds: bool = False,
+) -> str:
+    """Why a back end is not to be trusted on a device; empty where it agrees with the reference.
+
+    Checked once a process for each device and family, and never again on a device on which one
+    family was wrong. Nothing is checked inside a recording of a CUDA graph, which cannot wait.
+    """
+    where = (backend.name, getattr(backend, "path", ""), device)
+    checked = family(rule, kinds, rounds)
+    if checked in _agree[where] or not is_on():
+        return ""
+    if where not in _fault:
+        if is_capturing(device):
+            return ""
+        found = difference(backend, checked, device)
+        if not found:
+            _agree[where].add(checked)
+            return ""
+        _fault[where] = f"{checked}: {found}"
+    return f"the {backend.name} back end fails its check on {device} ({_fault[where]})"
