@@ -1,7 +1,11 @@
-"""``python -m fastlars``: what was built, and which back end each device gets, and why."""
+"""``python -m fastlars``: what was built, and which back end each device gets, and why.
+
+``python -m fastlars check`` steps small problems with every back end that serves a device here.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import sys
@@ -10,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fastlars
-from fastlars import _C
+from fastlars import _C, check
 from fastlars.backends import choose, cuda
 from fastlars.backends.base import Kinds
 from fastlars.rules import LarsRule
@@ -79,7 +83,13 @@ def why(name: str, weight: Tensor) -> str:
 
 
 def main() -> int:
-    """Print the report; 0, or 2 where a variable has a value that it cannot have."""
+    """Print the report, or check. Exit status 1: a back end is wrong; 2: a mistake in the call."""
+    parser = argparse.ArgumentParser("python -m fastlars", description=__doc__)
+    parser.add_argument(
+        "command", nargs="?", choices=("check",), help="step small problems with every back end"
+    )
+    if parser.parse_args().command == "check":
+        return check.main()
     print(f"fastlars   {fastlars.__version__}")
     print(f"torch      {torch.__version__}, Python {platform.python_version()}")
     try:
@@ -89,7 +99,7 @@ def main() -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    names = ("FASTLARS_BACKEND", "FASTLARS_CUDA_PATH")
+    names = ("FASTLARS_BACKEND", "FASTLARS_CHECK", "FASTLARS_CUDA_PATH")
     forced = [f"{name}={os.environ[name]}" for name in names if os.environ.get(name)]
     print(f"override   {', '.join(forced) or 'none'}")
     return 0

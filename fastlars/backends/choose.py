@@ -72,7 +72,7 @@ def why_no_triton(device_type: str) -> str:
     return ""
 
 
-def _why_not(name: str, weight: Tensor, kinds: Kinds) -> str:
+def why_not(name: str, weight: Tensor, kinds: Kinds) -> str:
     """Why the back end of that name has no kernels for a weight; empty where it has."""
     for what, dtype in (("weights", kinds.copy or kinds.weight), ("gradients", kinds.grad)):
         if dtype not in DTYPES:
@@ -98,7 +98,7 @@ def refusals(
     names = COMPILED.get(weight.device.type, ("triton",)) if demanded is None else (demanded,)
     reasons: dict[str, str] = {}
     for name in names:
-        reason = _why_not(name, weight, kinds)
+        reason = why_not(name, weight, kinds)
         if not reason and rule is not None:
             reason = selfcheck.why_not(instance(name), weight.device, rule, kinds, rounds)
         if not reason:
@@ -129,7 +129,7 @@ def choose(
         raise RuntimeError(f"FASTLARS_BACKEND={demanded}, but {reasons[demanded]}")
     if name is None:
         # On a CPU the reference is right for float64 and views with gaps: nothing to warn of.
-        if device != "cpu" or any(not _why_not(known, weight, kinds) for known in reasons):
+        if device != "cpu" or any(not why_not(known, weight, kinds) for known in reasons):
             _warn_once(device, "plain torch operations", told(reasons))
     elif "cuda" in reasons and _C.build_info()["cuda"]:
         _warn_once(device, "Triton", f"its CUDA kernels do not serve here ({reasons['cuda']})")

@@ -1,0 +1,253 @@
+"""``python -m fastlars check``: every back end against the reference on the devices that are here.
+
+Each back end is tried in a process of its own: one that ends its process, or never comes back,
+takes nothing from the others.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import product
+
+import torch
+
+from fastlars.backends import choose, cuda
+from fastlars.backends.base import Kinds
+from fastlars.backends.selfcheck import Family, difference, family
+from fastlars.rules import LambRule, LarsRule, RmspropWarmupRule, Rule
+
+LIMIT_S = 25.0  # of the whole command, less the start of Python
+SHOWN = 5  # of what is wrong with a back end
+PATIENCE_S = 15.0  # for one family, the start of its process and of its device included
+RULES: dict[str, tuple[Rule, ...]] = {
+    "LARS": (LarsRule(), LarsRule(adapt=False)),
+    "LAMB": (LambRule(), LambRule(adapt=False)),
+    "RMSprop warm-up": (RmspropWarmupRule(center_steps=1.0, period_steps=2.0),),
+}
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+KINDS = (
+    *(Kinds(w, g, s) for w, g, s in product((F32, BF16, F16), (F32, BF16, F16), (F32, BF16))),
+    *(Kinds(F32, g, s, copy=c) for g, s, c in product((F32, BF16, F16), (F32, BF16), (BF16, F16))),
+)
+# Each type in each place. Triton compiles every list of types anew, all of them for a minute.
+SOME_KINDS = (
+    Kinds(F32, F32, F32),
+    Kinds(BF16, BF16, F32),
+    Kinds(F16, F16, BF16),
+    Kinds(F32, BF16, F32, copy=BF16),
+    Kinds(F32, F16, BF16, copy=F16),
+)
+
+
+def families(backend: str) -> list[tuple[str, Family]]:
+    """What is checked of a back end, by the rule's name."""
+    found = []
+    for name, rules in RULES.items():
+        for rule, kinds in product(
+            *((rules[:1], SOME_KINDS) if backend == "triton" else (rules, KINDS))
+        ):
+            found += [(name, family(rule, kinds))]
+            if kinds.weight == BF16:
+                found += [(name, family(rule, kinds, rounds=True))]
+    return found
+
+
+@dataclass
+class Trial:
+    """One back end on one device.
+
+    Attributes:
+        path: how the CUDA back end launches its kernels; empty for the others.
+        absent: why the back end does not serve the device; empty where it does.
+        found: what is wrong, family by family as far as they were reached; empty where right.
+    """
+
+    backend: str
+    path: str
+    device: torch.device
+    absent: str = ""
+    found: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.families = families(self.backend)
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend} {self.path}".strip()
+
+    @property
+    def wrong(self) -> list[str]:
+        pairs = zip(self.families, self.found, strict=False)
+        return [f"{checked}: {text}" for (_, checked), text in pairs if text]
+
+    @property
+    def is_right(self) -> bool:
+        """As far as is known."""
+        return bool(self.found) and not self.wrong
+
+    def cell(self, rule: str) -> str:
+        """How many families of a rule are right, in words."""
+        of_rule = [i for i, (name, _) in enumerate(self.families) if name == rule]
+        reached = [self.found[i] for i in of_rule if i < len(self.found)]
+        right, left = reached.count(""), len(of_rule) - len(reached)
+        words = [f"{right} of {len(of_rule)}"]
+        words += [f"{len(reached) - right} WRONG"] * (right < len(reached))
+        return ", ".join(words + [f"{left} not reached"] * (left > 0))
+
+
+def devices() -> list[torch.device]:
+    """The CPU, and the devices of the accelerator that torch has found."""
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = torch.accelerator.device_count() if kind is not None else 0
+    there = [torch.device(kind.type, i) for i in range(count)] if kind is not None else []
+    return [torch.device("cpu"), *there]
+
+
+def trials() -> list[Trial]:
+    """Every back end that may serve a device that is here, path by path."""
+    found = []
+    for device in devices():
+        weight = torch.empty(1, device=device)
+        for backend in choose.COMPILED.get(device.type, ("triton",)):
+            absent = choose.why_not(backend, weight, KINDS[0])
+            for path in cuda.PATHS if backend == "cuda" and not absent else ("",):
+                found.append(Trial(backend, path, device, absent))
+    return found
+
+
+def command(trial: Trial) -> list[str]:
+    """The process that goes on with a trial."""
+    return [
+        sys.executable,
+        "-m",
+        "fastlars.check",
+        trial.backend,
+        str(trial.device),
+        str(len(trial.found)),
+    ]
+
+
+def run(trial: Trial, end: float) -> None:
+    """Check family after family. A process that ends, or is silent for too long, costs the family
+    that it was at; the next one goes on behind it."""
+    environment = {**os.environ, "FASTLARS_CUDA_PATH": trial.path}
+    deaths = 0
+    while len(trial.found) < len(trial.families) and time.monotonic() < end and deaths < 3:
+        with tempfile.TemporaryFile("w+") as errors:
+            with subprocess.Popen(
+                command(trial), env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+            ) as process:
+                silent = _listen(trial, process, end)
+            errors.seek(0)
+            said = errors.read().strip().splitlines() or ["without a word"]
+        if len(trial.found) == len(trial.families):
+            return
+        deaths += 1
+        if silent:
+            trial.found.append(f"took longer than {PATIENCE_S:.0f} s")
+        elif time.monotonic() < end:
+            trial.found.append(f"the process ended with status {process.returncode}: {said[-1]}")
+
+
+def _listen(trial: Trial, process: subprocess.Popen[str], end: float) -> bool:
+    """Take in what a process finds until it ends; whether it was ended because it was silent."""
+    silent, heard = False, time.monotonic()
+
+    def watch() -> None:
+        nonlocal silent
+        while process.poll() is None:
+            now = time.monotonic()
+            silent = now > heard + PATIENCE_S
+            if silent or now > end:
+                process.kill()
+                return
+            time.sleep(0.05)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    assert process.stdout is not None
+    for line in process.stdout:
+        # Other libraries may print too.
+        if match := re.fullmatch(r"family (\d+): ?(.*)\n", line):
+            heard = time.monotonic()
+            assert int(match[1]) == len(trial.found)
+            trial.found.append(match[2])
+    process.wait()
+    watcher.join()
+    return silent
+
+
+def check_from(backend: str, device: str, first: int) -> None:
+    """In a process of its own: print what is wrong, family by family."""
+    for number, (_, checked) in list(enumerate(families(backend)))[first:]:
+        text = difference(choose.instance(backend), checked, torch.device(device))
+        print(f"family {number}: {text}", flush=True)
+
+
+def table(trials: list[Trial]) -> list[str]:
+    """A row for every back end on every device."""
+    rows = [["back end", "device", *RULES]]
+    for trial in trials:
+        cells = [f"not here: {trial.absent}"] if trial.absent else map(trial.cell, RULES)
+        rows.append([trial.name, str(trial.device), *cells])
+    full = [row for row in rows if len(row) == len(rows[0])]
+    widths = [max(len(row[i]) for row in full) for i in range(len(rows[0]))]
+    widths[0] = max(len(row[0]) for row in rows)
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip()
+        for row in rows
+    ]
+
+
+def advice(trials: list[Trial]) -> list[str]:
+    """For every device on which something is wrong, what to set."""
+    lines = []
+    for device in dict.fromkeys(trial.device for trial in trials):
+        here = [trial for trial in trials if trial.device == device]
+        if not any(trial.wrong for trial in here):
+            continue
+        right = next((trial for trial in here if trial.is_right), None)
+        setting = f"FASTLARS_BACKEND={right.backend}" if right else "FASTLARS_BACKEND=reference"
+        if right is not None and right.path:
+            setting += f" FASTLARS_CUDA_PATH={right.path}"
+        lines.append(f"{device}: set {setting}")
+    return lines
+
+
+def main() -> int:
+    """Check all; 0, or 1 where a back end differs from the reference, ends its process or hangs."""
+    start = time.monotonic()
+    every = trials()
+    present = [trial for trial in every if not trial.absent]
+    with ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1))) as pool:
+        list(pool.map(lambda trial: run(trial, start + LIMIT_S), present))
+    print(*table(every), sep="\n")
+    for trial in present:
+        if trial.wrong:
+            print(f"\n{trial.name} on {trial.device}:", *trial.wrong[:SHOWN], sep="\n  ")
+        if len(trial.wrong) > SHOWN:
+            print(f"  and {len(trial.wrong) - SHOWN} more")
+    print("", *advice(every), sep="\n")
+    wrong = sum(len(trial.wrong) for trial in present)
+    known = sum(len(trial.found) for trial in present)
+    left = sum(len(trial.families) for trial in present) - known
+    print(f"{known - wrong} of {known} combinations of rule and types agree with the reference.")
+    if left:
+        print(
+            f"{left} more were not reached in {LIMIT_S:.0f} s. Triton keeps what it has compiled:"
+        )
+        print("the next call of this command will reach more.")
+    print(f"{time.monotonic() - start:.1f} s")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    check_from(sys.argv[1], sys.argv[2], int(sys.argv[3]))
