@@ -7,8 +7,9 @@
 # TRAIN_ARGS   arguments of the trainer in `make train`; without any, ResNet-50 with LARS on digits
 # BENCH_CSV    where `make bench` writes its figures
 # BENCH_COMPARE  rows to hold its ratios against, such as benchmarks/results/cpu.csv
-# GPU_CSV      where `make gpu` writes its figures; GPU_JSON, every single time
-# PYTEST_ARGS  more arguments for pytest in `make test`, `make test-all` and `make bench`, such as PYTEST_ARGS="-k lamb"
+# GPU_OUT      where `make gpu` writes its page, figures and logs
+# GPU_AGAIN    stages of `make gpu` to run though they were run before: GPU_AGAIN="rows grid", or all
+# PYTEST_ARGS  more arguments for pytest in `make test`, `make test-all`, `make bench` and `make gpu`, such as PYTEST_ARGS="-k lamb"
 
 PYTHON ?= python3
 TORCH ?=
@@ -18,8 +19,8 @@ TRAIN_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_CSV ?= .benchmarks/run.csv
 BENCH_COMPARE ?=
-GPU_CSV ?= .benchmarks/gpu.csv
-GPU_JSON ?= .benchmarks/gpu.json
+GPU_OUT ?= benchmarks/results/gpu
+GPU_AGAIN ?=
 
 # The newest torch that has wheels for every Python of pyproject.toml, and the torchvision released with it.
 LOCKED_TORCH := torch==2.14.1 torchvision==0.29.1
@@ -44,7 +45,7 @@ endif
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all bench docs gpu gpu-build gpu-test gpu-bench lint format lock dist clean
+.PHONY: help setup train test test-all bench docs gpu gpu-first gpu-test gpu-counters gpu-bench lint format lock dist clean
 .NOTPARALLEL:
 # Only what is complete counts as made.
 .DELETE_ON_ERROR:
@@ -55,7 +56,8 @@ help:
 	@echo 'make test-all  run all tests, as CI does'
 	@echo 'make bench   time the optimizers beside others, and print one table'
 	@echo 'make docs    build the documentation site in .site'
-	@echo 'make gpu     build for the GPU that is here, test and time on it, without .venv or network'
+	@echo 'make gpu     build for the GPU that is here, try, test and time it, without .venv or network,'
+	@echo '             in 10 minutes; its parts: gpu-first (4 minutes), gpu-test, gpu-counters, gpu-bench'
 	@echo 'make lint    check style and types'
 	@echo 'make format  bring the sources into style'
 	@echo 'make lock    choose the newest versions of all packages again, and write requirements.lock'
@@ -89,29 +91,12 @@ docs: $(READY)
 	$(RUN) -m sphinx -q -W --keep-going docs .site
 	@echo 'the site: .site/index.html'
 
-# Machines with GPUs come with a torch that fits them, and often without a network. The steps can be run
-# one by one: make gpu-build, gpu-test, gpu-bench.
-gpu: gpu-build gpu-test gpu-bench
-
-gpu-build:
+# Machines with GPUs come with a torch that fits them, and often without a network. Each part passes over
+# what it has done before on this card with these sources.
+gpu gpu-first gpu-test gpu-counters gpu-bench:
 	@$(FIND_PYTHON)
-	@$(PYTHON) -c "$$GPU_CHECK"
-	FASTLARS_CUDA=1 FASTLARS_CUDA_ARCHS="$${FASTLARS_CUDA_ARCHS:-$$($(PYTHON) -c "$$GPU_ARCHS")}" \
-	    $(PYTHON) -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
-	$(PYTHON) -m fastlars
-
-# Only files that have such tests: others need packages that a GPU machine may lack. A step that never
-# ends shows where it hangs.
-gpu-test:
-	$(PYTHON) -m pytest -m gpu --benchmark-disable -o faulthandler_timeout=120 \
-	    $$(grep -lE 'mark\.gpu|marks\("' tests/test_*.py $$($(PYTHON) -c "$$GPU_FOLDERS")) $(PYTEST_ARGS)
-
-# A contender that fails has no figure, and takes none from the others.
-gpu-bench:
-	@mkdir -p .benchmarks
-	@rm -f $(GPU_JSON)
-	$(PYTHON) -m pytest benchmarks/test_gpu_step.py --benchmark-json $(GPU_JSON) $(PYTEST_ARGS); \
-	    status=$$?; $(PYTHON) benchmarks/report.py $(GPU_JSON) --csv $(GPU_CSV) && exit $$status
+	@PYTHONPATH=benchmarks $(PYTHON) -m gpu_proof $(or $(subst gpu-,,$(filter gpu-%,$@)),all) \
+	    --python $(PYTHON) --out $(GPU_OUT) --again '$(GPU_AGAIN)' -- $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .
@@ -169,51 +154,6 @@ if subprocess.run(probe, input=b"#include <optional>\n", stderr=subprocess.DEVNU
     stop("the C++ compiler %s does not compile C++17; choose another with CXX=/path/to/c++" % compilers[0])
 endef
 export CHECK
-
-# Likewise for `make gpu`, which downloads nothing.
-define GPU_CHECK
-import os, shutil, sys
-from importlib.util import find_spec
-
-def stop(text):
-    sys.exit("fastlars: " + text)
-
-packages = {"torch": "torch", "numpy": "numpy", "pip": "pip", "pytest": "pytest", "pytest_benchmark": "pytest-benchmark",
-            "setuptools": "setuptools", "scikit_build_core": "scikit-build-core", "pybind11": "pybind11"}
-missing = [package for module, package in packages.items() if find_spec(module) is None]
-missing += [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None and find_spec(tool) is None]
-if missing:
-    stop("%s lacks %s; make PYTHON=/path/to/python3 gpu takes another" % (sys.executable, ", ".join(missing)))
-import torch
-if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
-    stop("torch 2.10 or newer is needed, %s has %s" % (sys.executable, torch.__version__))
-if not torch.cuda.is_available():
-    stop("torch %s of %s sees no CUDA device here" % (torch.__version__, sys.executable))
-homes = [os.environ.get(name, "") + "/bin/nvcc" for name in ("CUDA_HOME", "CUDA_PATH")]
-if not any(map(shutil.which, ["nvcc", os.environ.get("CUDACXX", ""), "/usr/local/cuda/bin/nvcc"] + homes)):
-    stop("nvcc was not found in PATH, CUDACXX, CUDA_HOME, CUDA_PATH or /usr/local/cuda")
-endef
-export GPU_CHECK
-
-# Tests of many processes and of the trainer that are run as well, where what they import is there.
-define GPU_FOLDERS
-import sys
-from importlib.util import find_spec
-missing = [name for name in ("torchvision", "sklearn", "matplotlib", "tqdm") if find_spec(name) is None]
-if missing:
-    print("fastlars: tests/distributed and tests/trainer are left out, which need " + ", ".join(missing),
-          file=sys.stderr)
-else:
-    print("tests/distributed/test_*.py tests/trainer/test_*.py")
-endef
-export GPU_FOLDERS
-
-define GPU_ARCHS
-import torch
-found = {"%d%d" % torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-print(" ".join(sorted(found)))
-endef
-export GPU_ARCHS
 
 # --no-deps: the lock names every package, and pip has nothing to choose. Python's own pip is old enough
 # to need no network for itself.

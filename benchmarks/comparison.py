@@ -51,6 +51,7 @@ class Comparison:
     """The contenders of one case, and what was found.
 
     Attributes:
+        wanted: says of a contender's name whether it takes part; fastlars always does.
         calls: the step of every contender that runs here and passed its check.
         served_by: the back end that fastlars chose for a contender, and its path.
         errors: why the others have no figures.
@@ -61,6 +62,7 @@ class Comparison:
     case: Case
     machine: Machine
     effort: Effort = field(default_factory=Effort)
+    wanted: Callable[[str], bool] = lambda name: True
     calls: dict[str, Callable[[], object]] = field(default_factory=dict)
     served_by: dict[str, str] = field(default_factory=dict)
     errors: dict[str, Exception] = field(default_factory=dict)
@@ -68,7 +70,10 @@ class Comparison:
     copy_rate: float = 0.0
 
     def __post_init__(self) -> None:
-        self.contenders = contenders(self.case)
+        every = contenders(self.case)
+        # The others are compared with the first.
+        chosen = {n: c for n, c in every.items() if n == "fastlars" or self.wanted(n)}
+        self.contenders = chosen
         self.sizes = [torch.Size(shape).numel() for shape in self.case.shapes()]
         self.numel = sum(self.sizes)
 

@@ -69,7 +69,8 @@ def _with_masters(build: Build) -> Build:
     return lambda params: WithMasters(params, build)  # type: ignore[return-value]
 
 
-def _fastlars(case: Case, *, capturable: bool = False) -> Build:
+def fastlars_of(case: Case, *, capturable: bool = False) -> Build:
+    """fastlars's optimizer for a case."""
     kind = fastlars.LARS if case.rule == "lars" else fastlars.LAMB
     masters = case.dtype == "bf16"
     return lambda params: kind(
@@ -90,7 +91,7 @@ def _apex(params: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 def contenders(case: Case) -> dict[str, Contender]:
     """Who steps a case, fastlars as it comes first: the others are compared with it."""
-    ours = Contender(_fastlars(case), "fastlars", exact=True)
+    ours = Contender(fastlars_of(case), "fastlars", exact=True)
     found = {
         "fastlars": ours,
         "fastlars cuda two-launch": replace(ours, backend="cuda", path="two-launch"),
@@ -113,7 +114,7 @@ def contenders(case: Case) -> dict[str, Contender]:
     if case.model == "resnet50":
         rule = foreach.lars if case.rule == "lars" else foreach.lamb
         found["torch.compile of foreach"] = Contender(_compiled(rule), "torch", exact=True)
-        recorded = replace(ours, build=_fastlars(case, capturable=True), graph=True)
+        recorded = replace(ours, build=fastlars_of(case, capturable=True), graph=True)
         found["fastlars, CUDA graph"] = recorded
     return found
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import subprocess
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Protocol
 
 import torch
+
+from gpu_proof.card import driver
 
 # Of the buffer whose copy is timed: far above any cache.
 COPY_BYTES = 2**30
@@ -66,6 +67,11 @@ class Gpu:
         self._scratch = torch.zeros(floats, device=self.device)
         self._largest = torch.zeros((), device=self.device)
 
+    @property
+    def multiprocessors(self) -> int:
+        """Multiprocessors of the device."""
+        return self._properties.multi_processor_count
+
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -112,18 +118,8 @@ class Gpu:
 
     def facts(self) -> dict[str, str]:
         return {
-            "gpu": f"{self._properties.name}, {self._properties.multi_processor_count} SMs, "
+            "gpu": f"{self._properties.name}, {self.multiprocessors} SMs, "
             f"{self._properties.L2_cache_size / 2**20:.0f} MB L2",
             "driver": driver(),
             "cuda": str(torch.version.cuda),
         }
-
-
-def driver() -> str:
-    """The driver's version, which torch does not tell."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return lines.stdout.split("\n")[0].strip()

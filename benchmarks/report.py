@@ -9,12 +9,17 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
+import platform
 import sys
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import compare
 import figures
+import host
 
 COLUMNS = [
     "group",
@@ -69,6 +74,20 @@ def rows(run: dict[str, Any]) -> list[dict[str, Any]]:
             columns = COLUMNS + GPU_COLUMNS if "gpu" in info else COLUMNS
             out.append({name: _short(row.get(name, "")) for name in columns})
     return out
+
+
+def tabulated(case: object, row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a comparison as it stands in the table, measured now by what is installed."""
+    package = str(row["contender"]).split()[0]
+    common = {
+        **host.describe(),
+        "group": str(case),
+        "version": version(package),
+        "python": platform.python_version(),
+        "date": f"{date.today()}",
+        "commit": os.environ.get("GPU_COMMIT", ""),
+    }
+    return {name: _short({**common, **row}.get(name, "")) for name in COLUMNS + GPU_COLUMNS}
 
 
 def _short(value: Any) -> Any:

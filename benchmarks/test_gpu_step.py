@@ -39,7 +39,10 @@ def gpu() -> Gpu:
 @pytest.fixture(scope="module")
 def compared(request: pytest.FixtureRequest, gpu: Gpu) -> Iterator[Comparison]:
     """A case, measured once for all of its rows, which follow each other."""
-    comparison = Comparison(request.param, gpu).run()
+    # Of -k and --model too: a contender whose row is left out takes no turn either.
+    rows = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    names = {row["name"] for row in rows if row.get("compared") == request.param}
+    comparison = Comparison(request.param, gpu, wanted=names.__contains__).run()
     yield comparison
     comparison.calls.clear()
     torch.compiler.reset()

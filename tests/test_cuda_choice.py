@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import shutil
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -206,36 +203,3 @@ def test_weights_of_other_devices_never_reach_a_kernel(monkeypatch: pytest.Monke
     monkeypatch.setattr(cuda, "serves", lambda: "cuda")
     with pytest.raises(ValueError, match="the cuda back end needs weights on one cuda device"):
         Cuda().layout([torch.ones(3)])
-
-
-# `make gpu`.
-
-
-def _make_gpu(python: str | Path) -> list[str]:
-    # The tests may run inside of another make, whose variables would be taken over.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
-    done = subprocess.run(
-        ["make", "--no-print-directory", "gpu", f"PYTHON={python}"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode != 0
-    assert not done.stdout
-    return done.stderr.splitlines()
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_make_gpu_says_in_one_line_what_is_missing(tmp_path: Path) -> None:
-    bare = tmp_path / "python"
-    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
-    bare.chmod(0o755)
-    said = {bare: r"fastlars: .* lacks torch, .*pybind11.*; make PYTHON=/path/to/python3 gpu"}
-    said[tmp_path / "none"] = "fastlars: .*none was not found; choose a Python with make PYTHON="
-    if not torch.cuda.is_available():
-        said[Path(sys.executable)] = r"fastlars: torch .* sees no CUDA device here"
-    for python, line in said.items():
-        first, last = _make_gpu(python)
-        assert re.match(line, first), first
-        assert last.startswith("make: ***")

@@ -1,7 +1,9 @@
-"""What `make gpu` runs, with notes taken by a Python that runs nothing."""
+"""`make gpu` with a stand-in for the GPU: a Python that answers for the card, and whose stages
+pass, fail, crash, hang or are slow as a test says."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -10,69 +12,267 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from gpu_proof import card, stages
 from sources import ROOT, files
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-# Looks things up as the real one does, fails every test, and notes the rest.
-STUB = """#!/bin/sh
-echo "ran: $*"
-[ "$1" != -m ] || exit 5
+CARD = {
+    "name": "Stand-in 9000",
+    "count": 1,
+    "archs": ["90"],
+    "torch": "2.11.0",
+    "cuda": "13.0",
+    "python": "3.12.3",
+    "cores": 16,
+    "plugins": ["xdist", "pytest_timeout"],
+    "trainer_lacks": [],
+}
+# The driver itself and the look at the card are real, or answered; stages do as they are told.
+STAND_IN = """#!{python}
+import json, os, sys, time
+import ctypes, signal
+arguments = sys.argv[1:]
+if arguments[:2] == ["-m", "gpu_proof"]:
+    os.execv({python!r}, [{python!r}, *arguments])
+if arguments[0] == "-c":
+    print(json.dumps({card}))
+    sys.exit()
+stage = os.environ["GPU_STAGE"]
+what = json.loads(os.environ["STAND_IN"]).get(stage, "pass")
+print("ran:", *arguments)
+print("with:", os.environ.get("FASTLARS_CUDA_ARCHS"), os.environ["FASTLARS_GPU_FOLDER"])
+if what == "hang":
+    import faulthandler
+    def waits_for_the_device():
+        time.sleep(1000)
+    waits_for_the_device()
+elif what == "crash":
+    os.kill(os.getpid(), signal.SIGSEGV)
+elif what == "fail":
+    sys.exit("tensor 3 differs")
+elif what == "skip":
+    print("ncu was not found")
+    sys.exit(77)
+elif what == "slow":
+    time.sleep(1)
+elif what == "leaves a process":
+    os.fork() or time.sleep(1000)
+with open(os.path.join(os.environ["FASTLARS_GPU_FOLDER"], stage + ".md"), "w") as page:
+    page.write("| figure |\\\\n|---|\\\\n| of " + stage + " |\\\\n")
 """
 
 
-def make(target: str, folder: Path, python: str) -> subprocess.CompletedProcess[str]:
-    stub = folder / "python"
-    stub.write_text(f'#!/bin/sh\n[ "$1" != -c ] || exec {python} "$@"\n' + STUB)
-    stub.chmod(0o755)
-    # The tests may run inside of another make, whose variables would be taken over.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
-    kept = [f"GPU_JSON={folder}/json", f"GPU_CSV={folder}/csv"]
-    return subprocess.run(
-        ["make", "-s", target, f"PYTHON={stub}", "PYTEST_ARGS=--last", *kept],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+class StandIn:
+    """`make gpu` and its parts with the stand-in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.out = folder / "out"
+        self.python = folder / "python"
+        self.python.write_text(STAND_IN.format(python=sys.executable, card=CARD))
+        self.python.chmod(0o755)
+
+    def make(self, part: str, *options: str, **told: str) -> tuple[int, str]:
+        """A target of make: the exit status, and what is printed."""
+        variables = [f"PYTHON={self.python}", f"GPU_OUT={self.out}"]
+        return self._run(["make", "-s", part, *variables, *options], told)
+
+    def run(self, part: str, *options: str, **told: str) -> tuple[int, str]:
+        """The same without make, with options that make has no variable for."""
+        program = [sys.executable, "-m", "gpu_proof", part, f"--python={self.python}"]
+        return self._run([*program, f"--out={self.out}", *options], told)
+
+    def _run(self, command: list[str], told: dict[str, str]) -> tuple[int, str]:
+        # The tests may run inside of another make, whose variables would be taken over.
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+        environment = {"STAND_IN": json.dumps(told), "PYTHONPATH": str(ROOT / "benchmarks")}
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**kept, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=600,
+        )
+        return done.returncode, done.stdout
+
+    @property
+    def page(self) -> str:
+        return (self.out / "stand-in-9000.md").read_text()
+
+    def log(self, stage: str) -> str:
+        return (self.out / "stand-in-9000" / f"{stage}.log").read_text()
+
+    def record(self, stage: str) -> dict[str, str]:
+        return json.loads((self.out / "stand-in-9000" / f"{stage}.json").read_text())
 
 
-def marked(folders: str) -> set[str]:
-    """Files of tests that need a GPU."""
-    found = (path for path in files("tests", suffixes=(".py",)) if re.search(folders, path))
-    named = (path for path in found if Path(path).name.startswith("test_"))
-    return {path for path in named if re.search(r'mark\.gpu|marks\("', (ROOT / path).read_text())}
+def _passed(said: str) -> list[str]:
+    """The stages that have run now, and passed."""
+    return re.findall(r"^(\S+) +\d+\.\d s  passed$", said, re.MULTILINE)
 
 
-def test_every_test_that_needs_a_gpu_is_run(tmp_path: Path) -> None:
-    pytest.importorskip("torchvision")
-    pytest.importorskip("sklearn")
-    done = make("gpu-test", tmp_path, sys.executable)
-    (line,) = done.stdout.splitlines()
-    ran = {word for word in line.split() if word.endswith(".py")}
-    assert ran == marked("")
-    assert {str(Path(path).parent) for path in ran} == {
-        "tests",
-        "tests/distributed",
-        "tests/trainer",
-    }
-    assert "-m gpu " in line
-    assert line.endswith("--last")
+@pytest.fixture
+def stand_in(tmp_path: Path) -> StandIn:
+    return StandIn(tmp_path)
 
 
-def test_without_the_packages_of_the_others_the_back_ends_are_tested(tmp_path: Path) -> None:
-    done = make("gpu-test", tmp_path, f"{sys.executable} -S")
-    assert "tests/distributed and tests/trainer are left out, which need torchvision" in done.stderr
-    ran = {word for word in done.stdout.split() if word.endswith(".py")}
-    assert ran == marked(r"^tests/[^/]*$")
+def test_all_stages_in_the_order_in_which_most_is_learned(stand_in: StandIn) -> None:
+    status, said = stand_in.make("gpu")
+    assert status == 0, said
+    assert _passed(said) == [
+        *("build", "check", "rows", "grid", "paths", "tests", "sanitizer", "counters"),
+        *(f"bench-{model}" for model in stages.MODELS),
+    ]
+    assert said.startswith("Stand-in 9000, driver ")
+    assert said.endswith("out/stand-in-9000.md\n")
+    assert "with: 90 " in stand_in.log("build")
+    assert "of compute capability 90" in stand_in.page
+    assert "| of grid |" in stand_in.page
 
 
-def test_figures_are_reported_though_a_contender_failed(tmp_path: Path) -> None:
-    done = make("gpu-bench", tmp_path, sys.executable)
-    tests, report = done.stdout.splitlines()
-    assert tests == (
-        f"ran: -m pytest benchmarks/test_gpu_step.py --benchmark-json {tmp_path}/json --last"
-    )
-    assert report == f"ran: benchmarks/report.py {tmp_path}/json --csv {tmp_path}/csv"
-    assert done.returncode != 0
+def test_one_that_hangs_says_where_and_ends(stand_in: StandIn) -> None:
+    status, said = stand_in.run("first", "--limit=3", rows="hang")
+    assert status == 1
+    assert re.search(r"^rows +\d+\.\d s  did not end within 3 s; ", said, re.MULTILINE)
+    assert re.search(r"^paths +\d+\.\d s  passed$", said, re.MULTILINE)
+    assert "in waits_for_the_device" in stand_in.log("rows")
+    assert "in waits_for_the_device" in stand_in.page
+    assert stand_in.record("rows")["status"] == "hung"
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [("crash", "was ended by SIGSEGV"), ("fail", "failed with status 1; tensor 3 differs")],
+)
+def test_one_that_fails_takes_none_from_the_next(what: str, words: str, stand_in: StandIn) -> None:
+    status, said = stand_in.run("first", check=what, grid=what)
+    assert status == 1
+    assert _passed(said) == ["build", "rows", "paths"]
+    for stage in ("check", "grid"):
+        assert re.search(rf"^{stage} +\d+\.\d s  {words}", said, re.MULTILINE)
+    assert stand_in.page.count(f"| {words.split(';')[0]} |") == 2
+
+
+def test_without_a_build_nothing_else_is_tried(stand_in: StandIn) -> None:
+    status, said = stand_in.run("first", build="fail")
+    assert status == 1
+    assert "Nothing else can be tried without a build." in said
+    assert "Not run yet: check, rows" in stand_in.page
+
+
+def test_what_is_missing_is_skipped_with_its_reason(stand_in: StandIn) -> None:
+    status, said = stand_in.run("counters", counters="skip")
+    assert status == 0
+    assert "skipped: ncu was not found" in said
+    assert "skipped: ncu was not found" in stand_in.page
+
+
+def test_what_is_done_is_passed_over_and_the_rest_goes_on(stand_in: StandIn) -> None:
+    slow = dict.fromkeys(("check", "rows", "grid", "paths"), "slow")
+    status, said = stand_in.run("first", "--seconds=4", **slow)
+    assert status == 0
+    left = re.search(r"The 4 s are over\. Left for the next call: (.*)$", said, re.MULTILINE)
+    assert left is not None
+    assert "Not run yet: " in stand_in.page
+    known = [stage for stage in stages.PARTS["first"][0] if stage not in left[1]]
+    status, said = stand_in.run("first")
+    assert status == 0
+    assert re.findall(r"^(\S+) +known: passed, 20", said, re.MULTILINE) == known
+    assert _passed(said) == left[1].split(", ")
+    # A failure is an answer too, and stays one; other sources, or --again, ask anew.
+    assert stand_in.run("first", "--again=grid", grid="fail")[0] == 1
+    status, said = stand_in.run("first")
+    assert status == 1
+    assert "grid             known: failed with status 1" in said
+    path = stand_in.out / "stand-in-9000" / "grid.json"
+    path.write_text(path.read_text().replace(stand_in.record("grid")["sources"], "0" * 12))
+    status, said = stand_in.run("first", "--again=rows", rows="fail")
+    assert status == 1
+    assert _passed(said) == ["grid"]
+
+
+def test_the_page_says_which_results_are_of_other_sources(stand_in: StandIn) -> None:
+    assert stand_in.run("first")[0] == 0
+    path = stand_in.out / "stand-in-9000" / "grid.json"
+    path.write_text(path.read_text().replace(stand_in.record("grid")["sources"], "0" * 12))
+    assert stand_in.run("counters")[0] == 0
+    (line,) = [line for line in stand_in.page.splitlines() if line.startswith("| grid |")]
+    assert "passed, of other sources (" in line
+    assert stand_in.page.count("of other sources") == 1
+
+
+def test_nothing_that_a_stage_has_left_running_stays(stand_in: StandIn) -> None:
+    assert stand_in.run("first", rows="leaves a process")[0] == 0
+    everyone = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
+    assert f"{stand_in.python} -m gpu_proof.rows" not in everyone.stdout
+
+
+def test_arguments_of_pytest_reach_tests_and_benchmarks(stand_in: StandIn) -> None:
+    assert stand_in.make("gpu-bench", "PYTEST_ARGS=-k two-launch")[0] == 0
+    first = stand_in.log("bench-resnet50").splitlines()[0]
+    assert first == "ran: -m gpu_proof.bench resnet50 -k two-launch"
+
+
+# The stages themselves.
+
+
+def _card(**others: object) -> card.Card:
+    return card.Card(**{**CARD, **others})  # type: ignore[arg-type]
+
+
+def _tests(**others: object) -> tuple[str, ...]:
+    every = {stage.name: stage for stage in stages.stages(_card(**others), Path("out"), ["--last"])}
+    return every["tests"].arguments
+
+
+def test_every_test_that_needs_a_gpu_is_run() -> None:
+    arguments = _tests()
+    ran = {word for word in arguments if word.endswith(".py")}
+    named = (path for path in files("tests", suffixes=(".py",)) if "/test_" in path)
+    marked = {p for p in named if re.search(r'mark\.gpu|marks\("', (ROOT / p).read_text())}
+    assert ran == marked
+    folders = {"tests", "tests/distributed", "tests/trainer"}
+    assert {str(Path(path).parent) for path in ran} == folders
+    assert arguments[-1] == "--last"
+    assert "-m gpu " in " ".join(arguments)
+
+
+def test_without_the_packages_of_the_others_the_back_ends_are_tested() -> None:
+    arguments = _tests(trainer_lacks=["torchvision"], plugins=[])
+    assert {str(Path(word).parent) for word in arguments if word.endswith(".py")} == {"tests"}
+    assert "--timeout" not in arguments
+    assert "-n" not in arguments
+
+
+def test_parts_have_the_time_that_is_promised_and_together_all_stages() -> None:
+    assert (stages.PARTS["all"][1], stages.PARTS["first"][1]) == (600, 240)
+    every = stages.stages(_card(), Path("out"), [])
+    assert set(stages.PARTS["all"][0]) == {stage.name for stage in every}
+
+
+@pytest.mark.parametrize(
+    ("python", "expected"),
+    [
+        ("bare", r"fastlars: .* lacks torch, .*pybind11.*; make PYTHON=/path/to/python3 gpu"),
+        ("ours", r"fastlars: torch .* sees no CUDA device here"),
+        ("none", r"fastlars: .*none was not found; choose a Python with make PYTHON="),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(python: str, expected: str, stand_in: StandIn) -> None:
+    if python == "bare":
+        stand_in.python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    elif python == "none":
+        stand_in.python = stand_in.python.with_name("none")
+    elif torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    else:
+        stand_in.python = Path(sys.executable)
+    status, said = stand_in.make("gpu")
+    assert status != 0
+    first, last = said.splitlines()
+    assert re.match(expected, first), first
+    assert last.startswith("make: ***")
+    assert not stand_in.out.exists()

@@ -1,0 +1,183 @@
+"""``python -m gpu_proof first|test|counters|bench|all``, which `make gpu` and its parts call.
+
+Builds for the GPU that is here, tries it and times it, stage by stage, without a network. Each
+stage has a limit that ends it, one that fails takes none from the next, and each result is written
+when it is known. What was tried before on such a card, from the same sources, is passed over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+from gpu_proof import process
+from gpu_proof.card import Card, look
+from gpu_proof.page import Record, page, read, summary
+from gpu_proof.stages import PARTS, ROOT, Stage, stages
+from gpu_proof.writing import FOLDER, write_text
+
+TRIED = ("csrc", "fastlars", "tests", "benchmarks", "pyproject.toml", "setup.py")
+
+
+def sources() -> str:
+    """A hash of the files that are tried: it is the same on a machine without git."""
+    found = hashlib.sha256()
+    for name in TRIED:
+        for path in sorted([ROOT / name, *(ROOT / name).rglob("*")]):
+            text = path.suffix in (
+                ".py",
+                ".pyi",
+                ".toml",
+                ".txt",
+                ".cmake",
+                ".h",
+                ".cpp",
+                ".cu",
+                ".cuh",
+            )
+            if text and path.is_file() and "results" not in path.parts:
+                found.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def commit() -> str:
+    """The commit that is checked out, marked where files were changed since."""
+    command = [
+        "git",
+        "-C",
+        str(ROOT),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+        "--exclude=*",
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return os.environ.get("GPU_COMMIT", "unknown")
+    return done.stdout.strip()
+
+
+def extension() -> str:
+    """Names and times of the compiled extensions in the checkout."""
+    found = sorted((ROOT / "fastlars").glob("_C*.so"))
+    return ", ".join(f"{path.name} {path.stat().st_mtime_ns}" for path in found)
+
+
+class Proof:
+    """Runs stages, and writes their records and the page."""
+
+    def __init__(self, card: Card, arguments: argparse.Namespace) -> None:
+        self.card = card
+        self.python = arguments.python
+        self.results = arguments.out
+        self.folder = arguments.out / card.slug
+        self.again = set(arguments.again.split())
+        self.longest = arguments.limit
+        self.sources, self.commit = sources(), commit()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.all = {stage.name: stage for stage in stages(card, self.folder, arguments.pytest)}
+
+    def is_done(self, stage: Stage) -> bool:
+        """Whether the stage has an answer for this card and these sources."""
+        known = read(self.folder, stage.name)
+        if known is None or known.sources != self.sources or self.again & {stage.name, "all"}:
+            return False
+        # What was built may be on another machine.
+        return stage.name != "build" or (known.status == "passed" and known.made == extension())
+
+    def take(self, stage: Stage, left_s: float) -> Record | None:
+        """Run a stage; None where the time that is left was too short for it."""
+        log = self.folder / f"{stage.name}.log"
+        for old in self.folder.glob(f"{stage.name}.*"):
+            old.unlink()
+        limit = min(stage.limit_s, self.longest)
+        paths = [str(ROOT / "benchmarks"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+        environment = {
+            **os.environ,
+            **stage.environment,
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            FOLDER: str(self.folder),
+            "GPU_STAGE": stage.name,
+            "GPU_COMMIT": self.commit,
+        }
+        command = [self.python, *stage.arguments]
+        found = process.run(command, log, min(limit, left_s), environment)
+        if found.status == "hung" and left_s < limit:
+            return None
+        date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M")
+        known = (self.sources, self.commit, date, self.card)
+        made = extension() if stage.name == "build" else ""
+        ended = (found.status, found.words, found.seconds)
+        record = Record(stage.name, stage.asks, *ended, *known, made)
+        record.write(self.folder)
+        return record
+
+    def run(self, names: tuple[str, ...], budget_s: float) -> int:
+        """Run the stages that are not done; 1 where one failed or hung, else 0."""
+        end = time.monotonic() + budget_s
+        status, late = 0, []
+        for name in names:
+            stage = self.all[name]
+            if self.is_done(stage):
+                known = read(self.folder, name)
+                assert known is not None
+                status |= known.status in ("failed", "hung")
+                print(f"{name:16} known: {known.words}, {known.date}", flush=True)
+                continue
+            left = end - time.monotonic()
+            record = self.take(stage, left) if left > 1.0 else None
+            if record is None:
+                late.append(name)
+                continue
+            status |= record.status in ("failed", "hung")
+            print(summary(record, self.folder / f"{name}.log"), flush=True)
+            write_text(self.page, page(self.folder, list(self.all), self.sources))
+            if name == "build" and record.status != "passed":
+                print("Nothing else can be tried without a build.")
+                break
+        if late:
+            print(f"The {budget_s:.0f} s are over. Left for the next call: {', '.join(late)}")
+        print(self.page)
+        return int(status)
+
+    @property
+    def page(self) -> Path:
+        return self.results / f"{self.card.slug}.md"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a part."""
+    parser = argparse.ArgumentParser("python -m gpu_proof", description=__doc__)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--python", default=sys.executable, help="the Python that has torch")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu")
+    parser.add_argument("--again", default="", help="stages to run though they are known, or all")
+    parser.add_argument("--seconds", type=float, help="for all stages together")
+    parser.add_argument("--limit", type=float, default=1e9, help="seconds for any one stage")
+    parser.epilog = "What follows -- are arguments of pytest, for tests and benchmarks."
+    given = sys.argv[1:] if argv is None else argv
+    cut = given.index("--") if "--" in given else len(given)
+    arguments = parser.parse_args(given[:cut])
+    arguments.pytest = given[cut + 1 :]
+    arguments.out = arguments.out.resolve()
+    os.chdir(ROOT)
+    names, budget_s = PARTS[arguments.part]
+    proof = Proof(look(arguments.python), arguments)
+    card = proof.card
+    print(
+        f"{card.name}, driver {card.driver}, torch {card.torch}, sources {proof.sources}",
+        flush=True,
+    )
+    return proof.run(names, arguments.seconds or budget_s)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

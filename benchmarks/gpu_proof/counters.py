@@ -1,0 +1,109 @@
+"""ncu's hardware counters of a step by each CUDA path: bytes that reach the memory, L2 hits.
+
+``python -m gpu_proof.counters MODEL RULE`` takes a few steps, for ncu to look at.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cases import Contender, parameters
+from gpu_cases import Case, fastlars_of
+from gpu_proof.process import SKIPPED
+from gpu_proof.writing import folder, table, write_csv, write_text
+
+CASES = [Case("resnet50", "lars", "float32"), Case("bert_large", "lamb", "float32")]
+LIMIT_S = 50.0
+PATHS = ("two-launch", "one-launch")
+# ncu's name: column, and by how much a value is multiplied
+METRICS = {
+    "gpu__time_duration.sum": ("us", 1e-3),
+    "dram__bytes_read.sum": ("read B a parameter", None),
+    "dram__bytes_write.sum": ("written B a parameter", None),
+    "lts__t_sector_hit_rate.pct": ("L2 hits %", 1.0),
+    "sm__warps_active.avg.pct_of_peak_sustained_active": ("warps active %", 1.0),
+    "smsp__inst_issued.avg.pct_of_peak_sustained_active": ("issue slots %", 1.0),
+}
+
+
+def steps(case: Case, device: torch.device, number: int = 3) -> None:
+    """Some steps by each path; the first launches are not looked at."""
+    optimizers = []
+    for path in PATHS:
+        params = parameters(case.shapes(), device)
+        build = fastlars_of(case)
+        with Contender(build, "fastlars", backend="cuda", path=path).planning():
+            optimizers.append(build(params))
+            optimizers[-1].step()
+    for _ in range(number):
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def command(ncu: str, case: Case) -> list[str]:
+    """Three launches: those of a step by both paths, once caches and clocks are warm."""
+    looked_at = ("-k", "regex:measure|apply|step", "--launch-skip", "6", "-c", "3")
+    how = ("--csv", "--print-units", "base", "--clock-control", "none")
+    step = (sys.executable, "-m", "gpu_proof.counters", case.model, case.rule)
+    return [ncu, *looked_at, *how, "--metrics", ",".join(METRICS), *step]
+
+
+def rows(case: Case, output: str) -> list[dict[str, Any]]:
+    """A row for each launch, from what ncu prints between other lines."""
+    numel = sum(torch.Size(shape).numel() for shape in case.shapes())
+    start = re.search(r'^"ID",', output, re.MULTILINE)
+    found: dict[str, dict[str, Any]] = {}
+    lines = output[start.start() :].splitlines() if start else []
+    for line in csv.DictReader(line for line in lines if line.startswith('"')):
+        column, factor = METRICS[line["Metric Name"]]
+        value = float(line["Metric Value"].replace(",", ""))
+        kernel = re.search(r"\b(measure|apply|step)\b", line["Kernel Name"])
+        row = found.setdefault(line["ID"], {"case": case, "kernel": kernel[1] if kernel else "?"})
+        row[column] = f"{value / numel if factor is None else value * factor:.2f}"
+    return list(found.values())
+
+
+def measure(out: Path, cases: list[Case]) -> int:
+    """Count case by case, and write what is known after each; the exit status."""
+    ncu = shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
+    if ncu is None:
+        print("ncu was found neither in PATH nor in /usr/local/cuda/bin")
+        return SKIPPED
+    counted, status = [], 0
+    for case in cases:
+        try:
+            done = subprocess.run(
+                command(ncu, case), capture_output=True, text=True, timeout=LIMIT_S
+            )
+        except subprocess.TimeoutExpired:
+            print(f"{case}: ncu did not end within {LIMIT_S:.0f} s", flush=True)
+            status = 1
+            continue
+        found = rows(case, done.stdout)
+        if not found:
+            print(f"{case}: ncu counted nothing, status {done.returncode}", flush=True)
+            print(done.stdout[-3000:], done.stderr[-3000:], flush=True)
+            status = 1
+            continue
+        counted += found
+        write_csv(out / "counters.csv", counted)
+        write_text(out / "counters.md", table(counted))
+    if counted:
+        print(table(counted))
+    return status
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        steps(Case(sys.argv[1], sys.argv[2], "float32"), torch.device("cuda"))
+        torch.cuda.synchronize()
+    else:
+        raise SystemExit(measure(folder(), CASES))

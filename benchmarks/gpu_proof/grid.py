@@ -1,0 +1,78 @@
+"""Blocks of a launch, and chunks that a block keeps in shared memory: which are the fastest?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import timing
+from cases import Contender, adamw, parameters, sgd
+from gpu_cases import Case, fastlars_of
+from gpu_proof.writing import folder, table, write_csv, write_text
+from machine import Gpu, Machine
+
+CASES = [Case("resnet50", "lars", "float32"), Case("bert_large", "lamb", "float32")]
+
+
+def launches(multiprocessors: int) -> list[tuple[str, int, int]]:
+    """Path, blocks, chunks in shared memory; 0 is what the back end chooses by itself."""
+    m = multiprocessors
+    two = [("two-launch", blocks, 0) for blocks in (0, 2 * m, 3 * m, 4 * m)]
+    rings = ((0, 0), (3 * m, 3), (3 * m, 2), (2 * m, 4), (2 * m, 6), (m, 8), (m, 13))
+    return two + [("one-launch", blocks, ring) for blocks, ring in rings]
+
+
+def measure(
+    machine: Machine, multiprocessors: int, out: Path, cases: list[Case], limit_s: float = 4.0
+) -> int:
+    """Measure case by case, and write what is known after each; 1 where a launch fails."""
+    rows, status = [], 0
+    for case in cases:
+        params = parameters(case.shapes(), machine.device)
+        fused = (sgd if case.rule == "lars" else adamw)(params)
+        fused.step()
+        calls: dict[tuple[str, int, int], Callable[[], object]] = {
+            ("torch fused", 0, 0): fused.step
+        }
+        for path, blocks, ring in launches(multiprocessors):
+            try:
+                calls[path, blocks, ring] = _step(case, params, path, blocks, ring)
+            except Exception as error:
+                print(f"{case}: {path}, {blocks} blocks, ring {ring}: {error}", flush=True)
+                status = 1
+        machine.wait()
+        named = {str(key): call for key, call in calls.items()}
+        leads = dict.fromkeys(named, 4e-4)
+        found = timing.interleave_device(named, 31, machine, leads=leads, limit_s=limit_s)
+        base = found[str(("torch fused", 0, 0))].median
+        for path, blocks, ring in calls:
+            median = found[str((path, blocks, ring))].median
+            figures = {"us": f"{median * 1e6:.1f}", "over torch fused": f"{median / base:.3f}"}
+            rows.append({"case": case, "path": path, "blocks": blocks, "ring": ring, **figures})
+        write_csv(out / "grid.csv", rows)
+        write_text(out / "grid.md", table(rows))
+        del calls, named, fused, params
+        torch.cuda.empty_cache()
+    print(table(rows))
+    return status
+
+
+def _step(
+    case: Case, params: list[torch.nn.Parameter], path: str, blocks: int, ring: int
+) -> Callable[[], object]:
+    contender = Contender(fastlars_of(case), "fastlars", backend="cuda", path=path)
+    with contender.planning():
+        optimizer = contender.build(params)
+        optimizer.step()
+    # planning() gave the optimizer a back end of its own.
+    backend = optimizer._plans[0].sublists[0].backend
+    backend.grid, backend.ring = blocks, ring
+    optimizer.step()
+    return optimizer.step
+
+
+if __name__ == "__main__":
+    gpu = Gpu()
+    raise SystemExit(measure(gpu, gpu.multiprocessors, folder(), CASES))

@@ -1,0 +1,52 @@
+"""The four rows that matter most: ResNet-50 and BERT-large, LARS and LAMB, in float32."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import torch
+
+import report
+from comparison import Comparison, Effort, UnavailableError
+from gpu_cases import Case
+from gpu_proof.writing import folder, write_csv, write_text
+from machine import Gpu, Machine
+
+CASES = [
+    Case("resnet50", "lars", "float32"),
+    Case("bert_large", "lamb", "float32"),
+    Case("resnet50", "lamb", "float32"),
+    Case("bert_large", "lars", "float32"),
+]
+EFFORT = Effort(rounds=41, limit_s=1.5, host_rounds=31, host_limit_s=0.5)
+
+
+def is_wanted(name: str) -> bool:
+    """fastlars by every path, and torch's fused optimizer."""
+    return name.startswith("fastlars") or "(fused)" in name
+
+
+def measure(machine: Machine, out: Path, cases: list[Case], effort: Effort = EFFORT) -> int:
+    """Measure case by case, and write what is known after each; the exit status."""
+    table, status = [], 0
+    for case in cases:
+        found = Comparison(case, machine, effort, is_wanted).run()
+        for name, error in found.errors.items():
+            skipped = isinstance(error, UnavailableError)
+            words = "skipped" if skipped else type(error).__name__
+            print(f"{case}: {name}: {words}: {error}", flush=True)
+            status |= not skipped
+        table += [report.tabulated(case, found.row(name)) for name in found.figures]
+        if table:
+            write_csv(out / "rows.csv", table)
+            write_text(out / "rows.md", report.markdown(table) + "\n")
+        found.calls.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+    print(report.markdown(table) if table else "no figures")
+    return int(status)
+
+
+if __name__ == "__main__":
+    raise SystemExit(measure(Gpu(), folder(), CASES))
