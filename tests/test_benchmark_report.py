@@ -12,6 +12,7 @@ import torch
 
 import compare
 import figures
+import first_step
 import iteration
 import report
 from cases import RULES, check
@@ -111,6 +112,17 @@ def test_shares_of_an_iteration_are_those_of_its_times() -> None:
         step, passes = float(line["step_ms"]), float(line["passes_ms"])
         assert float(line["share_of_iteration"]) == pytest.approx(step / (step + passes), abs=1e-3)
     assert "| resnet50 | 2 x 32 | fastlars" in iteration.markdown(rows)
+
+
+def test_the_cost_of_the_check_at_first_use_is_the_difference_of_two_processes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(first_step, "PROCESSES", 1)
+    assert first_step.main("cpu", "LAMB") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| LAMB")]
+    first, without, difference, second = (float(cell) for cell in line.split("|")[2:6])
+    assert difference == pytest.approx(first - without, abs=0.11)
+    assert min(first, without, second) > 0
 
 
 def test_bert_large_has_the_parameters_of_bert_large() -> None:

@@ -124,6 +124,7 @@ def test_all_stages_in_the_order_in_which_most_is_learned(stand_in: StandIn) -> 
     assert status == 0, said
     assert _passed(said) == [
         *("build", "check", "rows", "grid", "paths", "tests", "sanitizer", "counters"),
+        "first-step",
         *(f"bench-{model}" for model in stages.MODELS),
     ]
     assert said.startswith("Stand-in 9000, driver ")

@@ -14,6 +14,7 @@ from gpu_proof.process import last_line
 from gpu_proof.writing import write_text
 
 LINES = 30  # of the output of a stage that did not pass
+SHOWN = ("check", "first-step")  # whose output is their result
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def _section(folder: Path, record: Record) -> list[str]:
     figures = folder / f"{record.stage}.md"
     if figures.exists():
         lines += figures.read_text().splitlines()
-    if log.exists() and (record.status in ("failed", "hung") or record.stage == "check"):
+    if log.exists() and (record.status in ("failed", "hung") or record.stage in SHOWN):
         output = log.read_text(errors="replace").rstrip().splitlines()[-LINES:]
         lines += ["", "```text", *output, "```"]
     return ["", f"## {record.stage}", "", *lines] if lines else []

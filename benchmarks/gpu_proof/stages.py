@@ -35,7 +35,7 @@ class Stage:
 PARTS: dict[str, tuple[tuple[str, ...], float]] = {
     "first": (("build", "check", "rows", "grid", "paths"), 240.0),
     "test": (("build", "tests", "sanitizer"), 400.0),
-    "counters": (("build", "counters"), 300.0),
+    "counters": (("build", "counters", "first-step"), 300.0),
     "bench": (("build", *(f"bench-{model}" for model in MODELS)), 500.0),
 }
 PARTS["all"] = (tuple(dict.fromkeys(name for names, _ in PARTS.values() for name in names)), 600.0)
@@ -96,6 +96,12 @@ def stages(card: Card, folder: Path, arguments: list[str]) -> list[Stage]:
             "how many bytes reach the memory, how much does the L2 cache answer",
             110,
             ("-m", "gpu_proof.counters"),
+        ),
+        Stage(
+            "first-step",
+            "what does the check at first use add to the first step",
+            70,
+            ("benchmarks/first_step.py", "cuda", "LARS"),
         ),
         *(
             Stage(
