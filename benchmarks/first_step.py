@@ -1,7 +1,8 @@
 """What the check at first use adds to the first step.
 
-``python benchmarks/first_step.py [DEVICE [RULE ...]]``. Every figure is of a process of its own, which has stepped nothing yet; those with and without the
-check (``FASTLARS_CHECK=0``) take turns. Prints medians over the processes, in milliseconds.
+``python benchmarks/first_step.py [DEVICE [RULE ...]]``. Every figure is of a process of its own,
+which has stepped nothing yet; those with and without the check (``FASTLARS_CHECK=0``) take turns.
+Prints medians over the processes, in milliseconds.
 """
 
 from __future__ import annotations

@@ -137,7 +137,11 @@ def test_all_stages_in_the_order_in_which_most_is_learned(stand_in: StandIn) -> 
 def test_one_that_hangs_says_where_and_ends(stand_in: StandIn) -> None:
     status, said = stand_in.run("first", "--limit=3", rows="hang")
     assert status == 1
-    assert re.search(r"^rows +\d+\.\d s  did not end within 3 s; ", said, re.MULTILINE)
+    assert re.search(
+        r"^rows +\d+\.\d s  did not end within 3 s; File .* in waits_for_the_device$",
+        said,
+        re.MULTILINE,
+    )
     assert re.search(r"^paths +\d+\.\d s  passed$", said, re.MULTILINE)
     assert "in waits_for_the_device" in stand_in.log("rows")
     assert "in waits_for_the_device" in stand_in.page

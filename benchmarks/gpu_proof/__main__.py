@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -169,6 +170,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments.pytest = given[cut + 1 :]
     arguments.out = arguments.out.resolve()
     os.chdir(ROOT)
+    # What is ended by SIGABRT would leave gigabytes.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     names, budget_s = PARTS[arguments.part]
     proof = Proof(look(arguments.python), arguments)
     card = proof.card

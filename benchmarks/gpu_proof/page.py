@@ -135,6 +135,12 @@ def tests_so_far(log: str) -> list[str]:
 
 
 def summary(record: Record, log: Path) -> str:
-    """One line for the terminal."""
-    ending = "" if record.status == "passed" else f"; {last_line(log)[:160]}"
+    """One line for the terminal; of a stage that hung, with the place."""
+    ending = ""
+    if record.status == "failed":
+        ending = f"; {last_line(log)[:160]}"
+    elif record.status == "hung":
+        # As Python's faulthandler prints it, the innermost call first.
+        places = re.findall(r"thread 0x.*\n +(File .*)", log.read_text(errors="replace"), re.I)
+        ending = f"; {places[-1]}" if places else "; no Python says where"
     return f"{record.stage:16} {record.seconds:6.1f} s  {record.words}{ending}"
