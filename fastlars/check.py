@@ -51,12 +51,13 @@ def families(backend: str) -> list[tuple[str, Family]]:
     """What is checked of a back end, by the rule's name."""
     found = []
     for name, rules in RULES.items():
-        for rule, kinds in product(
-            *((rules[:1], SOME_KINDS) if backend == "triton" else (rules, KINDS))
-        ):
-            found += [(name, family(rule, kinds))]
+        pairs = [*product(rules, KINDS)]
+        if backend == "triton":
+            pairs = [*product(rules[:1], SOME_KINDS), *product(rules[1:], SOME_KINDS[:1])]
+        for rule, kinds in pairs:
+            found.append((name, family(rule, kinds)))
             if kinds.weight == BF16:
-                found += [(name, family(rule, kinds, rounds=True))]
+                found.append((name, family(rule, kinds, rounds=True)))
     return found
 
 
@@ -227,7 +228,7 @@ def main() -> int:
     start = time.monotonic()
     every = trials()
     present = [trial for trial in every if not trial.absent]
-    with ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1))) as pool:
+    with ThreadPoolExecutor(min(len(present), os.cpu_count() or 1)) as pool:
         list(pool.map(lambda trial: run(trial, start + LIMIT_S), present))
     print(*table(every), sep="\n")
     for trial in present:

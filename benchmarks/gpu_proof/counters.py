@@ -49,8 +49,8 @@ def steps(case: Case, device: torch.device, number: int = 3) -> None:
 
 
 def command(ncu: str, case: Case) -> list[str]:
-    """Three launches: those of a step by both paths, once caches and clocks are warm."""
-    looked_at = ("-k", "regex:measure|apply|step", "--launch-skip", "6", "-c", "3")
+    """Three launches, those of a step by both paths, after six that warm the clocks up."""
+    looked_at = ("-k", "regex:(^|::)(measure|apply|step)$", "--launch-skip", "6", "-c", "3")
     how = ("--csv", "--print-units", "base", "--clock-control", "none")
     step = (sys.executable, "-m", "gpu_proof.counters", case.model, case.rule)
     return [ncu, *looked_at, *how, "--metrics", ",".join(METRICS), *step]
