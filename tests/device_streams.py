@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import fastlars
 from device_cases import CLASSES, optimizer, set_gradients
+from fastlars.backends import selfcheck
 from tolerances import assert_same_bits
 
 # Many chunks, some of them ragged; the last tensors lie off every boundary that matters.
@@ -169,6 +171,25 @@ class Streams:
         graph.replay()
         del read, taken
         assert_same("after another plan", recorded, eager)
+
+    @each_optimizer
+    def test_a_plan_made_in_a_recording_is_not_checked(
+        self, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        eager, recorded = (self.made(name, capturable=True) for _ in range(2))
+        for trained in (eager, recorded):
+            _train(trained, range(2))
+            set_gradients(trained[0], 2)
+        recorded[1].load_state_dict(recorded[1].state_dict())  # forgets its plan
+        # As in a process that has stepped nothing on this device yet.
+        monkeypatch.setattr(selfcheck, "_agree", defaultdict(set))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            recorded[1].step()
+        assert not any(selfcheck._agree.values())
+        eager[1].step()
+        graph.replay()
+        assert_same("planned in a recording", recorded, eager)
 
     @each_optimizer
     def test_side_streams_behind_long_kernels(self, name: str) -> None:

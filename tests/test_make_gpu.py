@@ -199,6 +199,13 @@ def test_what_is_done_is_passed_over_and_the_rest_goes_on(stand_in: StandIn) -> 
     assert _passed(said) == ["grid"]
 
 
+def test_a_stage_that_the_budget_ended_has_no_answer_yet(stand_in: StandIn) -> None:
+    status, said = stand_in.run("first", "--seconds=8", grid="hang")
+    assert status == 0
+    assert "The 8 s are over. Left for the next call: grid, paths" in said
+    assert not (stand_in.out / "stand-in-9000" / "grid.json").exists()
+
+
 def test_the_page_says_which_results_are_of_other_sources(stand_in: StandIn) -> None:
     assert stand_in.run("first")[0] == 0
     path = stand_in.out / "stand-in-9000" / "grid.json"
@@ -211,7 +218,9 @@ def test_the_page_says_which_results_are_of_other_sources(stand_in: StandIn) -> 
 
 def test_nothing_that_a_stage_has_left_running_stays(stand_in: StandIn) -> None:
     assert stand_in.run("first", rows="leaves a process")[0] == 0
-    everyone = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
+    everyone = subprocess.run(
+        ["ps", "-eww", "-o", "args"], capture_output=True, text=True, check=True
+    )
     assert f"{stand_in.python} -m gpu_proof.rows" not in everyone.stdout
 
 
