@@ -6,16 +6,17 @@ takes nothing from the others.
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
+import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path
 
 import torch
 
@@ -26,6 +27,7 @@ from fastlars.rules import LambRule, LarsRule, RmspropWarmupRule, Rule
 
 LIMIT_S = 25.0  # of the whole command, less the start of Python
 SHOWN = 5  # of what is wrong with a back end
+DEATHS = 3  # of processes of one back end, after which it is given up
 PATIENCE_S = 15.0  # for one family, the start of its process and of its device included
 RULES: dict[str, tuple[Rule, ...]] = {
     "LARS": (LarsRule(), LarsRule(adapt=False)),
@@ -124,73 +126,70 @@ def trials() -> list[Trial]:
     return found
 
 
-def command(trial: Trial) -> list[str]:
-    """The process that goes on with a trial."""
-    return [
-        sys.executable,
-        "-m",
-        "fastlars.check",
-        trial.backend,
-        str(trial.device),
-        str(len(trial.found)),
-    ]
+def command(trial: Trial, results: str) -> list[str]:
+    """The process that goes on with a trial, and writes what it finds to ``results``."""
+    module = (sys.executable, "-m", "fastlars.check")
+    return [*module, trial.backend, str(trial.device), str(len(trial.found)), results]
 
 
 def run(trial: Trial, end: float) -> None:
     """Check family after family. A process that ends, or is silent for too long, costs the family
-    that it was at; the next one goes on behind it."""
-    environment = {**os.environ, "FASTLARS_CUDA_PATH": trial.path}
+    that it was at; another process goes on with the next one."""
     deaths = 0
-    while len(trial.found) < len(trial.families) and time.monotonic() < end and deaths < 3:
-        with tempfile.TemporaryFile("w+") as errors:
-            with subprocess.Popen(
-                command(trial), env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
-            ) as process:
-                silent = _listen(trial, process, end)
-            errors.seek(0)
-            said = errors.read().strip().splitlines() or ["without a word"]
-        if len(trial.found) == len(trial.families):
-            return
-        deaths += 1
-        if silent:
-            trial.found.append(f"took longer than {PATIENCE_S:.0f} s")
-        elif time.monotonic() < end:
-            trial.found.append(f"the process ended with status {process.returncode}: {said[-1]}")
+    while len(trial.found) < len(trial.families) and time.monotonic() < end and deaths < DEATHS:
+        with tempfile.TemporaryDirectory(prefix="fastlars-") as folder:
+            wrong = _follow(trial, Path(folder), end)
+        if wrong:
+            trial.found.append(wrong)
+            deaths += 1
+    if not trial.found:
+        trial.found.append(f"nothing was known after {LIMIT_S:.0f} s")
 
 
-def _listen(trial: Trial, process: subprocess.Popen[str], end: float) -> bool:
-    """Take in what a process finds until it ends; whether it was ended because it was silent."""
-    silent, heard = False, time.monotonic()
+def _follow(trial: Trial, folder: Path, end: float) -> str:
+    """Take in what one process finds; how it failed to go on, empty where it did not."""
+    results, output = folder / "results", folder / "output"
+    results.touch()
+    with output.open("wb") as out:
+        process = subprocess.Popen(
+            command(trial, str(results)),
+            env={**os.environ, "FASTLARS_CUDA_PATH": trial.path},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    first, heard = len(trial.found), time.monotonic()
+    try:
+        while True:
+            ended = process.poll() is not None  # before the last look at the results
+            *whole, _ = results.read_text().split("\n")
+            if whole[len(trial.found) - first :]:
+                trial.found += whole[len(trial.found) - first :]
+                heard = time.monotonic()
+            if len(trial.found) == len(trial.families) or time.monotonic() > end:
+                return ""
+            if ended:
+                said = output.read_text(errors="replace").strip().splitlines() or ["without a word"]
+                return f"the process ended with status {process.returncode}: {said[-1]}"
+            if time.monotonic() > heard + PATIENCE_S:
+                return f"took longer than {PATIENCE_S:.0f} s"
+            time.sleep(0.02)
+    finally:
+        # With all that it has started, such as Triton's compilers.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        # One that waits inside of a driver may take its time.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(2.0)
 
-    def watch() -> None:
-        nonlocal silent
-        while process.poll() is None:
-            now = time.monotonic()
-            silent = now > heard + PATIENCE_S
-            if silent or now > end:
-                process.kill()
-                return
-            time.sleep(0.05)
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    assert process.stdout is not None
-    for line in process.stdout:
-        # Other libraries may print too.
-        if match := re.fullmatch(r"family (\d+): ?(.*)\n", line):
-            heard = time.monotonic()
-            assert int(match[1]) == len(trial.found)
-            trial.found.append(match[2])
-    process.wait()
-    watcher.join()
-    return silent
-
-
-def check_from(backend: str, device: str, first: int) -> None:
-    """In a process of its own: print what is wrong, family by family."""
-    for number, (_, checked) in list(enumerate(families(backend)))[first:]:
-        text = difference(choose.instance(backend), checked, torch.device(device))
-        print(f"family {number}: {text}", flush=True)
+def check_from(backend: str, device: str, first: int, results: str) -> None:
+    """In a process of its own: note what is wrong, a line for every family."""
+    with open(results, "a") as out:
+        for _, checked in families(backend)[first:]:
+            text = difference(choose.instance(backend), checked, torch.device(device))
+            print(" ".join(text.split()), file=out, flush=True)
 
 
 def table(trials: list[Trial]) -> list[str]:
@@ -228,7 +227,8 @@ def main() -> int:
     start = time.monotonic()
     every = trials()
     present = [trial for trial in every if not trial.absent]
-    with ThreadPoolExecutor(min(len(present), os.cpu_count() or 1)) as pool:
+    # All at once: one that starts late could hide that it hangs.
+    with ThreadPoolExecutor(len(present)) as pool:
         list(pool.map(lambda trial: run(trial, start + LIMIT_S), present))
     print(*table(every), sep="\n")
     for trial in present:
@@ -236,19 +236,16 @@ def main() -> int:
             print(f"\n{trial.name} on {trial.device}:", *trial.wrong[:SHOWN], sep="\n  ")
         if len(trial.wrong) > SHOWN:
             print(f"  and {len(trial.wrong) - SHOWN} more")
-    print("", *advice(every), sep="\n")
     wrong = sum(len(trial.wrong) for trial in present)
     known = sum(len(trial.found) for trial in present)
     left = sum(len(trial.families) for trial in present) - known
-    print(f"{known - wrong} of {known} combinations of rule and types agree with the reference.")
+    print(f"\n{known - wrong} of {known} combinations of rule and types agree with the reference.")
     if left:
-        print(
-            f"{left} more were not reached in {LIMIT_S:.0f} s. Triton keeps what it has compiled:"
-        )
-        print("the next call of this command will reach more.")
-    print(f"{time.monotonic() - start:.1f} s")
+        print(f"{left} more were not reached in {LIMIT_S:.0f} s; what Triton has compiled is kept")
+        print("for the next call of this command.")
+    print(f"{time.monotonic() - start:.1f} s", *advice(every), sep="\n")
     return int(wrong > 0)
 
 
 if __name__ == "__main__":
-    check_from(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    check_from(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])

@@ -79,6 +79,25 @@ class Streams:
             with no_waiting():
                 tested.step()
 
+    def test_the_check_may_wait_where_waits_are_errors(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole = selfcheck.difference
+        found: list[str] = []
+        monkeypatch.setattr(selfcheck, "_agree", defaultdict(set))
+        monkeypatch.setattr(
+            selfcheck, "difference", lambda *given: found.append(whole(*given)) or found[-1]
+        )
+        params, tested = self.made("LARS")
+        set_gradients(params, 0)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            tested.step()
+            assert torch.cuda.get_sync_debug_mode() == 2
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert found == [""]
+
     @each_optimizer
     def test_a_scaler_skips_without_a_wait(self, name: str) -> None:
         expected, scaled = self.made(name), self.made(name)

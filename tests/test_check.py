@@ -18,20 +18,23 @@ CPU = torch.device("cpu")
 # In place of the process of a back end, which would take its time to start.
 STAND_IN = """
 import os, signal, sys, time
-for number in range(int(sys.argv[1]), 180):
-    wrong = ""
-    {plant}
-    print(f"family {{number}}: {{wrong}}", flush=True)
+with open(sys.argv[2], "a") as out:
+    for number in range(int(sys.argv[1]), 180):
+        wrong = ""
+        {plant}
+        print(wrong, file=out, flush=True)
 """
 WRONG = "weight 0 [1] is 2 instead of 1 (1 of 2 wrong)"
 PLANTS = {
-    "talks": "print('a library says hello')",
+    "talks": "os.write(1, b'50%... ' + bytes([255])); os.write(2, bytes([255]))",
     "wrong": f"wrong = {WRONG!r} * (number in (3, 70, 150))",
     "all wrong": f"wrong = {WRONG!r}",
     "killed": "if number == 3: os.kill(os.getpid(), signal.SIGSEGV)",
     "always killed": "os.kill(os.getpid(), signal.SIGSEGV)",
     "ended": "if number == 3: sys.exit('CUDA error: an illegal memory access was encountered')",
     "hangs": "if number == 3: time.sleep(1000)",
+    "leaves a process": "if number == 3: os.fork() or time.sleep(1000); time.sleep(1000)",
+    "never begins": "time.sleep(1000)",
 }
 
 
@@ -39,8 +42,8 @@ PLANTS = {
 def planted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     code = STAND_IN.format(plant=PLANTS[request.param])
 
-    def command(trial: check.Trial) -> list[str]:
-        return [sys.executable, "-c", code, str(len(trial.found))]
+    def command(trial: check.Trial, results: str) -> list[str]:
+        return [sys.executable, "-c", code, str(len(trial.found)), results]
 
     monkeypatch.setattr(check, "command", command)
     monkeypatch.setattr(check, "devices", lambda: [CPU])
@@ -100,6 +103,7 @@ def test_a_long_list_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
         ("killed", "the process ended with status -11"),
         ("ended", "with status 1: CUDA error: an illegal memory access was encountered"),
         ("hangs", "took longer than 6 s"),
+        ("leaves a process", "took longer than 6 s"),
     ],
     indirect=["planted"],
 )
@@ -132,11 +136,22 @@ def test_processes_that_all_end_are_not_started_for_ever(
 def test_the_command_ends_in_time(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check, "LIMIT_S", 0.5)
+    monkeypatch.setattr(check, "LIMIT_S", 6.0)
     start = time.monotonic()
     said = _said(capsys, 0)
     assert time.monotonic() - start < 60
     assert "more were not reached" in said
+
+
+@_plant("never begins")
+@pytest.mark.usefixtures("planted")
+def test_one_of_which_nothing_is_known_is_not_right(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "LIMIT_S", 0.5)
+    said = _said(capsys, 1)
+    assert "nothing was known after 0 s" in said
+    assert said.endswith("cpu: set FASTLARS_BACKEND=reference\n")
 
 
 def _trial(backend: str, path: str, device: str, *found: str) -> check.Trial:

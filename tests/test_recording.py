@@ -56,7 +56,7 @@ def test_no_back_end_is_looked_for_in_a_graph(monkeypatch: pytest.MonkeyPatch) -
         raise RuntimeError("recorded")
 
     monkeypatch.setattr(base, "check_making", recorded)
-    monkeypatch.setattr(plan, "choose", lambda *arguments: pytest.fail("a back end was chosen"))
+    monkeypatch.setattr(plan, "Chooser", lambda *arguments: pytest.fail("a back end was chosen"))
     param = nn.Parameter(torch.ones(3))
     param.grad = torch.ones(3)
     with pytest.raises(RuntimeError, match="recorded"):

@@ -26,6 +26,7 @@ from backend_cases import (
     Row,
     label,
 )
+from child import python
 from fastlars.backends import choose, selfcheck
 from fastlars.rules import GradientNorm, LambRule, LarsRule, RmspropWarmupRule
 from tolerances import assert_same_bits
@@ -303,6 +304,41 @@ def test_the_check_can_be_left_out(monkeypatch: pytest.MonkeyPatch, checks: list
     monkeypatch.setenv("FASTLARS_CHECK", "no")
     with pytest.raises(ValueError, match="FASTLARS_CHECK must be 0 or 1, got 'no'"):
         _optimizer()[1].step()
+
+
+def test_memory_that_is_short_is_no_fault_of_a_back_end(
+    monkeypatch: pytest.MonkeyPatch, checks: list[str]
+) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory is left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(selfcheck, "_on", full)
+        _optimizer()[1].step()
+    assert not selfcheck._fault
+    _optimizer()[1].step()
+    assert len(checks) == 2
+    _optimizer()[1].step()
+    assert len(checks) == 2
+
+
+FORKED = """
+import os, signal, torch, fastlars
+
+torch.ones(4_000_000).mul_(2)  # starts threads, which a fork leaves behind
+if (child := os.fork()) == 0:
+    signal.alarm(60)
+    w = torch.nn.Parameter(torch.ones(50))
+    w.grad = torch.ones(50)
+    fastlars.LARS([w], lr=0.1).step()
+    os._exit(0)
+raise SystemExit(os.waitpid(child, 0)[1] != 0)
+"""
+
+
+def test_a_forked_process_steps_a_small_model() -> None:
+    done = python("-c", FORKED, FASTLARS_BACKEND="")
+    assert done.returncode == 0, done.stdout
 
 
 def test_a_recording_is_not_disturbed(monkeypatch: pytest.MonkeyPatch, checks: list[str]) -> None:

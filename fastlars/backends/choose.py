@@ -6,6 +6,7 @@ import os
 import warnings
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from fastlars import _C
@@ -134,6 +135,21 @@ def choose(
     elif "cuda" in reasons and _C.build_info()["cuda"]:
         _warn_once(device, "Triton", f"its CUDA kernels do not serve here ({reasons['cuda']})")
     return instance(name or "reference")
+
+
+class Chooser:
+    """:func:`choose` for the weights of one step: asked once for all that are alike."""
+
+    def __init__(self, rule: Rule | GradientNorm, rounds: bool = False) -> None:
+        self._rule = rule
+        self._rounds = rounds
+        self._known: dict[tuple[torch.device, Kinds, bool], Backend] = {}
+
+    def __call__(self, weight: Tensor, kinds: Kinds) -> Backend:
+        alike = weight.device, kinds, is_dense(weight)
+        if alike not in self._known:
+            self._known[alike] = choose(weight, kinds, self._rule, self._rounds)
+        return self._known[alike]
 
 
 def told(reasons: dict[str, str]) -> str:

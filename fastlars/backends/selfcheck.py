@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 
@@ -31,9 +33,9 @@ NAMES = {
 # less than one, off every 16-byte boundary; a single element.
 SIZES = (16_401, 4_096, 257, 1)
 OFF_BOUNDARY = 257
-# A step's learning rate and seed of stochastic rounding: the first step is one call, the second is
-# `measure` and `apply`, as for sharded parameters.
-STEPS = ((0.5, 11), (0.25, 12))
+# A step's learning rate, gradient scale, and seed of stochastic rounding: the first step is one
+# call, the second is `measure` and `apply`, as for sharded parameters.
+STEPS = (Scalars(0.5, 1.0, 11), Scalars(0.25, 0.5, 12))
 # Relative to a value and its tensor's root mean square. Sums in another order differ by 1e-6; where
 # a type has fewer bits, a value next to the middle of two numbers goes up here and down there, in
 # the weight, its copy and the states, in either step: 4 such roundings.
@@ -110,24 +112,50 @@ def family(rule: Rule | GradientNorm, kinds: Kinds, rounds: bool = False) -> Fam
 
 def difference(backend: Backend, family: Family, device: torch.device) -> str:
     """What the back end computes otherwise than the reference, or how it fails; empty where they
-    agree. Waits for the device."""
+    agree. Waits for the device.
+
+    Raises:
+        OutOfMemoryError: the device has no memory left, which is no fault of the back end.
+        RuntimeError: of something else that has failed on the device before.
+    """
     tested = _tensors(family)
-    expected = _in_float64(tested)
-    try:
-        found = _step(backend, family, _on(tested, device))
-    except Exception as error:
-        # Whatever goes wrong in a compiler, a driver or a kernel: another back end serves.
-        lines = str(error).strip().splitlines() or [""]
-        return f"{type(error).__name__}: {lines[0]}"
-    right = _step(Reference(), family, expected)
+    right = _step(Reference(), family, _in_float64(tested))
+    with _waiting_allowed(device):
+        try:
+            there = _on(tested, device)
+            found = [(name, x.detach().to("cpu", F64)) for name, x in _step(backend, family, there)]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # Whatever goes wrong in a compiler, a driver or a kernel: another back end serves.
+            lines = str(error).strip().splitlines() or [""]
+            return f"{type(error).__name__}: {lines[0]}"
     types = (family.kinds.weight, family.kinds.state, family.kinds.copy or torch.float32)
     # Stochastic rounding errs by up to twice as much as rounding to nearest.
     tolerance = max(AGREES[dtype] for dtype in types) * (2 if family.rounds else 1)
     for (name, ours), (_, theirs) in zip(found, right, strict=True):
-        text = _compare(ours.detach().to("cpu", F64), theirs.to(F64), tolerance)
+        text = _compare(ours, theirs.to(F64), tolerance)
         if text:
             return f"{name} {text}"
     return ""
+
+
+@contextmanager
+def _waiting_allowed(device: torch.device) -> Iterator[None]:
+    """What has failed on the device before shows now; a wait is no mistake, as it may be elsewhere
+    (``torch.cuda.set_sync_debug_mode``)."""
+    on_cuda = device.type == "cuda" and torch.cuda.is_available()
+    mode = torch.cuda.get_sync_debug_mode() if on_cuda else 0
+    if mode:
+        torch.cuda.set_sync_debug_mode("default")
+    try:
+        here = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
+        if here and here.type == device.type:
+            torch.accelerator.synchronize(device)
+        yield
+    finally:
+        if mode:
+            torch.cuda.set_sync_debug_mode(mode)
 
 
 def _compare(found: Tensor, right: Tensor, tolerance: float) -> str:
@@ -150,8 +178,8 @@ def _step(backend: Backend, family: Family, tensors: Tensors) -> list[tuple[str,
     named = [("square norm", backend.measure(GradientNorm(), bound, Scalars(0.0))[:, 1])]
     if isinstance(rule, GradientNorm):
         return named
-    for number, (lr, seed) in enumerate(STEPS):
-        now = Scalars(lr, seed=seed if family.rounds else None)
+    for number, scalars in enumerate(STEPS):
+        now = scalars if family.rounds else replace(scalars, seed=None)
         if number == 0:
             ratios = backend.step(rule, bound, now)
         else:
@@ -228,6 +256,17 @@ def _on(tensors: Tensors, device: torch.device) -> Tensors:
 # By back end, its path and device: families that agree; and what the first one that does not has.
 _agree: dict[tuple[str, str, torch.device], set[Family]] = defaultdict(set)
 _fault: dict[tuple[str, str, torch.device], str] = {}
+# A process that was forked from one with threads waits for ever in torch's parallel operations,
+# which the small list takes and a small model may not.
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_note_fork)
 
 
 def is_on() -> bool:
@@ -248,16 +287,20 @@ def why_not(
     """Why a back end is not to be trusted on a device; empty where it agrees with the reference.
 
     Checked once a process for each device and family, and never again on a device on which one
-    family was wrong. Nothing is checked inside a recording of a CUDA graph, which cannot wait.
+    family was wrong. Nothing is checked inside a recording of a CUDA graph, which cannot wait, in a
+    forked process, or where memory is short.
     """
     where = (backend.name, getattr(backend, "path", ""), device)
     checked = family(rule, kinds, rounds)
     if checked in _agree[where] or not is_on():
         return ""
     if where not in _fault:
-        if is_capturing(device):
+        if is_capturing(device) or _forked:
             return ""
-        found = difference(backend, checked, device)
+        try:
+            found = difference(backend, checked, device)
+        except torch.OutOfMemoryError:
+            return ""
         if not found:
             _agree[where].add(checked)
             return ""

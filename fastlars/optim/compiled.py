@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastlars.backends.base import Backend, Kinds, Mismatch, Scalars, Tensors
-from fastlars.backends.choose import choose
+from fastlars.backends.choose import Chooser
 from fastlars.backends.sending import is_capturing
 from fastlars.optim.checks import check_lr
 from fastlars.optim.numbers import numbers, square
@@ -52,6 +52,7 @@ def _lists(
 ) -> list[tuple[Backend, Tensors]]:
     """The operator's flat lists, cut as a plan cuts a group. Masters stand for those weights that
     have low precision, in their order."""
+    choose = Chooser(rule, rounds)
     remaining = iter(masters)
     by_kind: dict[Any, list[tuple[int, Tensor | None]]] = defaultdict(list)
     for i, (w, g) in enumerate(zip(weights, grads, strict=True)):
@@ -60,7 +61,7 @@ def _lists(
         kinds = Kinds(w.dtype, g.dtype, state_dtype)
         if master is not None:
             kinds = Kinds(master.dtype, g.dtype, state_dtype, copy=w.dtype)
-        by_kind[w.device, kinds, choose(w, kinds, rule, rounds)].append((i, master))
+        by_kind[w.device, kinds, choose(w, kinds)].append((i, master))
     lists = []
     for (_, kinds, backend), members in by_kind.items():
         chosen = [weights[i] for i, _ in members]

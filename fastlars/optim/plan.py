@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastlars.backends.base import Backend, Kinds, Mismatch, Tensors
-from fastlars.backends.choose import choose
+from fastlars.backends.choose import Chooser
 from fastlars.optim.checks import (
     check_counter,
     check_gradient,
@@ -208,6 +208,7 @@ class Plan:
         """Parameters with gradients, checked, by what one call of a back end needs alike."""
         group = self.group
         by_kind: dict[Any, list[int]] = defaultdict(list)
+        choose = Chooser(self.rule, group["stochastic_rounding"])
         for i, (place, p, g) in enumerate(zip(self.places, self.params, grads, strict=True)):
             if g is None:
                 continue
@@ -216,7 +217,7 @@ class Plan:
             if has_master(p, group):
                 kinds = Kinds(torch.float32, g.dtype, state_dtype(p, group), copy=p.dtype)
             try:
-                backend = choose(shard(p), kinds, self.rule, group["stochastic_rounding"])
+                backend = choose(shard(p), kinds)
             except RuntimeError as error:
                 raise RuntimeError(f"{place}: {error}") from None
             if group["capturable"] and not backend.reads_device:
