@@ -95,7 +95,7 @@ docs: $(READY)
 # what it has done before on this card with these sources.
 gpu gpu-first gpu-test gpu-counters gpu-bench:
 	@$(FIND_PYTHON)
-	@PYTHONPATH=benchmarks $(PYTHON) -m gpu_proof $(or $(subst gpu-,,$(filter gpu-%,$@)),all) \
+	@PYTHONPATH="benchmarks$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m gpu_proof $(or $(subst gpu-,,$(filter gpu-%,$@)),all) \
 	    --python $(PYTHON) --out $(GPU_OUT) --again '$(GPU_AGAIN)' -- $(PYTEST_ARGS)
 
 lint: $(READY)

@@ -13,13 +13,11 @@ from torch import nn
 from cases import Contender, check, gradients, parameters
 from fastlars.backends import choose
 from fastlars.backends.base import Kinds
+from fastlars.rules import LambRule, LarsRule
 from gpu_cases import Case, contenders
 from machine import COPY_BYTES, Machine
-from timing import Sample, interleave, interleave_device
+from timing import Sample, interleave, interleave_device, lead
 from traffic import traffic
-
-# Longer leads would hide launches by the thousand, which nobody's queue holds.
-LONGEST_LEAD_S = 2e-3
 
 
 class UnavailableError(Exception):
@@ -91,7 +89,7 @@ class Comparison:
         params = parameters(case.shapes(), device, case.torch_dtype)
         for name, contender in self.contenders.items():
             try:
-                self.served_by[name] = backend_of(contender, params[0])
+                self.served_by[name] = backend_of(contender, case, params[0])
                 self._check(contender)
                 self.calls[name] = self._prepared(contender, params)
             except Exception as error:
@@ -135,7 +133,7 @@ class Comparison:
             between=dict.fromkeys(self.calls, restore_and_wait),
             limit_s=effort.host_limit_s,
         )
-        leads = {n: min(1.3 * host.quantile(0.8), LONGEST_LEAD_S) for n, host in hosts.items()}
+        leads = {name: lead(host) for name, host in hosts.items()}
         source = torch.ones(effort.copy_bytes // 4, device=machine.device)
         target = torch.zeros_like(source)
         copying = {"copy": lambda: target.copy_(source)}
@@ -186,22 +184,27 @@ class Comparison:
         return row
 
 
-def backend_of(contender: Contender, param: nn.Parameter) -> str:
+def backend_of(contender: Contender, case: Case, param: nn.Parameter) -> str:
     """The back end that will serve a contender of fastlars; "" for the others.
 
     Raises:
         UnavailableError: the contender's package or back end is missing.
+        RuntimeError: the back end is here, and wrong.
     """
     if importlib.util.find_spec(contender.package) is None:
         raise UnavailableError(f"{contender.package} is not installed")
     if contender.package != "fastlars":
         return ""
-    assert param.grad is not None
+    low = None if param.dtype == torch.float32 else param.dtype
+    kinds = Kinds(torch.float32, param.dtype, torch.float32, copy=low)
     with contender.planning():
         try:
-            backend = choose.choose(param, Kinds(param.dtype, param.grad.dtype, torch.float32))
+            backend = choose.choose(param, kinds)
         except RuntimeError as error:
             raise UnavailableError(str(error)) from None
+        checked = choose.choose(param, kinds, LarsRule() if case.rule == "lars" else LambRule())
+    if checked is not backend:
+        raise RuntimeError(f"{backend.name} fails its check, and {checked.name} would serve")
     path = getattr(backend, "path", "")
     if contender.path not in (None, path):
         raise RuntimeError(f"FASTLARS_CUDA_PATH={contender.path}, but the path taken is {path!r}")

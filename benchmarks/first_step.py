@@ -21,7 +21,7 @@ import host
 from cases import DECAY, LR, parameters
 from shapes import MODELS
 
-PROCESSES = 5
+PROCESSES = 3
 RULES = {
     "LARS": lambda params: fastlars.LARS(params, lr=LR, weight_decay=DECAY),
     "LAMB": lambda params: fastlars.LAMB(params, lr=LR, weight_decay=DECAY),

@@ -72,6 +72,11 @@ class Gpu:
         """Multiprocessors of the device."""
         return self._properties.multi_processor_count
 
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory that a block can have."""
+        return self._properties.shared_memory_per_block_optin
+
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
         event.record()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +22,9 @@ import traffic
 from cases import LR, RULES, Contender, check
 from comparison import Comparison, Effort, UnavailableError
 from fake_device import FakeDevice
-from fastlars.backends import choose
+from fastlars.backends import choose, selfcheck
 from fastlars.backends.base import Kinds
+from fastlars.backends.cpu import Cpu
 from fastlars.backends.sending import Sender
 from gpu_cases import CASES, Case, contenders
 from sources import ROOT
@@ -207,6 +209,18 @@ def test_a_case_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -
     case.machine.free = 1000  # type: ignore[attr-defined]
     assert set(map(type, case.run().errors.values())) == {UnavailableError}
     assert not case.figures
+
+
+def test_a_back_end_that_fails_its_check_has_no_figures_of_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = Cpu.step
+    monkeypatch.setattr(Cpu, "step", lambda *given: whole(*given).mul_(1.1))
+    monkeypatch.setattr(selfcheck, "_agree", defaultdict(set))
+    monkeypatch.setattr(selfcheck, "_fault", {})
+    found = _small(monkeypatch).run()
+    assert str(found.errors["fastlars"]) == "cpu fails its check, and reference would serve"
+    assert list(found.figures) == ["torch SGD(fused)"]
 
 
 def test_a_path_that_was_not_taken_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

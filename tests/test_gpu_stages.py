@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,11 +23,12 @@ from device_cases import EMULATED
 from fake_device import FakeDevice
 from fastlars.backends.cuda import Cuda
 from gpu_cases import Case
-from gpu_proof import counters, grid, page, paths, process, rows
+from gpu_proof import bench, card, counters, grid, page, paths, process, rows
 from sources import ROOT
 
 QUICK = Effort(rounds=5, host_rounds=5, copy_bytes=2**12)
 LARS, LAMB = (Case("resnet50", rule, "float32") for rule in ("lars", "lamb"))
+LAUNCHES = grid.launches(2, 227 * 1024)
 WANTED = rows.is_wanted
 needs_kernels = pytest.mark.skipif(not EMULATED, reason="test_cuda_on_cpu.py runs it")
 
@@ -84,9 +86,9 @@ def test_rows_of_cuda(tmp_path: Path) -> None:
 
 @needs_kernels
 def test_grid_of_cuda(tmp_path: Path) -> None:
-    assert grid.measure(FakeDevice(), 2, tmp_path, [LARS, LAMB], limit_s=0.0) == 0
+    assert grid.measure(FakeDevice(), LAUNCHES, tmp_path, [LARS, LAMB], limit_s=0.0) == 0
     table = _csv(tmp_path / "grid.csv")
-    assert len(table) == 2 * (1 + len(grid.launches(2)))
+    assert len(table) == 2 * (1 + len(LAUNCHES))
     assert {row["path"] for row in table} == {"torch fused", "two-launch", "one-launch"}
     assert {row["over torch fused"] for row in table} == {"1.000"}  # this clock stands still
     assert (tmp_path / "grid.md").read_text().startswith("| case | path | blocks | ring |")
@@ -104,9 +106,9 @@ def test_grid_of_cuda_goes_on_after_a_launch_that_fails(
         return whole(self, *arguments)
 
     monkeypatch.setattr(Cuda, "step", step)
-    assert grid.measure(FakeDevice(), 2, tmp_path, [LARS], limit_s=0.0) == 1
+    assert grid.measure(FakeDevice(), LAUNCHES, tmp_path, [LARS], limit_s=0.0) == 1
     assert "one-launch, 2 blocks, ring 13: too much shared memory" in capsys.readouterr().out
-    assert len(_csv(tmp_path / "grid.csv")) == len(grid.launches(2))
+    assert len(_csv(tmp_path / "grid.csv")) == len(LAUNCHES)
 
 
 @needs_kernels
@@ -145,6 +147,8 @@ NCU = """==PROF== Connected to process 7
 "0","7","void fastlars::cuda::measure<Lars>(Call)","dram__bytes_read.sum","byte","204,512"
 "0","7","void fastlars::cuda::measure<Lars>(Call)","gpu__time_duration.sum","ns","12,345"
 "0","7","void fastlars::cuda::measure<Lars>(Call)","lts__t_sector_hit_rate.pct","%","12.5"
+"0","7","void fastlars::cuda::measure<Lars>(Call)","dram__bytes_write.sum","byte","n/a"
+"0","7","void fastlars::cuda::measure<Lars>(Call)","of a newer ncu","byte","7"
 "1","7","void fastlars::cuda::step<Lars>(Call)","dram__bytes_write.sum","byte","102256"
 ==PROF== Disconnected
 """
@@ -180,7 +184,7 @@ def test_counters_are_written_case_by_case(
     )
     _ncu(tmp_path, monkeypatch, script)
     assert counters.measure(tmp_path, [LARS, LAMB]) == 1
-    assert "resnet50 lamb: ncu counted nothing, status 1" in capsys.readouterr().out
+    assert "resnet50 lamb: ncu failed with status 1, and counted nothing" in capsys.readouterr().out
     assert [row["kernel"] for row in _csv(tmp_path / "counters.csv")] == ["measure", "step"]
 
 
@@ -190,7 +194,18 @@ def test_an_ncu_that_hangs_costs_its_case(
     _ncu(tmp_path, monkeypatch, "exec sleep 1000")
     monkeypatch.setattr(counters, "LIMIT_S", 0.5)
     assert counters.measure(tmp_path, [LARS]) == 1
-    assert "resnet50 lars: ncu did not end within 0 s" in capsys.readouterr().out
+    assert (
+        "resnet50 lars: ncu did not end within 0 s, and counted nothing" in capsys.readouterr().out
+    )
+
+
+def test_counters_that_may_not_be_read_are_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _ncu(tmp_path, monkeypatch, 'echo "==ERROR== ERR_NVGPUCTRPERM - The user ..."; exit 1')
+    assert counters.measure(tmp_path, [LARS]) == process.SKIPPED
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "this user may not read the counters of this GPU"
 
 
 def test_without_ncu_the_stage_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +224,7 @@ def test_steps_of_cuda_to_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
             return _m(self, *rest)
 
         monkeypatch.setattr(Cuda, name, counting)
-    monkeypatch.setenv("FASTLARS_CHECK", "0")
+    monkeypatch.setenv("FASTLARS_CHECK", "0")  # as the stage has it
     counters.steps(LARS, torch.device("cpu"), number=1)
     two = ["two-launch step", "two-launch measure", "two-launch apply"]
     assert calls == [*two, "one-launch step", *two, "one-launch step"]
@@ -235,6 +250,39 @@ def test_benchmarks_without_a_gpu_are_skipped_by_name(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 skipped, 110 deselected" in done.stdout
+
+
+def test_figures_of_benchmarks_are_written_row_by_row(tmp_path: Path) -> None:
+    compared = rows.Comparison(LARS, FakeDevice(), QUICK, lambda name: "torch SGD" in name).run()
+    plugin = bench.Rows(tmp_path, "bench-resnet50")
+    for number, name in enumerate(["fastlars", "a failed one", "torch SGD(fused)"]):
+        plugin.pytest_runtest_teardown(
+            SimpleNamespace(funcargs={"compared": compared, "name": name})
+        )
+        written = _csv(tmp_path / "bench-resnet50.csv")
+        assert len(written) == (1, 1, 2)[number]
+    plugin.pytest_runtest_teardown(SimpleNamespace(funcargs={}))
+    assert "torch SGD(fused)" in (tmp_path / "bench-resnet50.md").read_text()
+
+
+def test_a_huge_output_is_read_from_its_end(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        file.truncate(2**33)
+        file.seek(0, os.SEEK_END)
+        file.write(b"\xff the end\n")
+    assert process.last_line(log).endswith(" the end")
+
+
+def test_a_card_that_does_not_answer_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec sleep 1000\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(card, "LOOK_S", 0.5)
+    with pytest.raises(SystemExit, match="has not said within 0 s which GPU is here"):
+        card.look(str(python))
 
 
 def test_results_of_tests_reach_the_page(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,7 @@ if arguments[0] == "-c":
 stage = os.environ["GPU_STAGE"]
 what = json.loads(os.environ["STAND_IN"]).get(stage, "pass")
 print("ran:", *arguments)
+print("variables:", *(n for n in os.environ if n.startswith(("FASTLARS", "TRITON", "PYTEST"))))
 print("with:", os.environ.get("FASTLARS_CUDA_ARCHS"), os.environ["FASTLARS_GPU_FOLDER"])
 if what == "hang":
     import faulthandler
@@ -59,6 +62,16 @@ elif what == "slow":
     time.sleep(1)
 elif what == "leaves a process":
     os.fork() or time.sleep(1000)
+elif what == "starts a session":
+    import subprocess
+    code = "import time; time.sleep(1000)"
+    subprocess.Popen([{python!r}, "-c", code, sys.argv[0] + " sleeps"], start_new_session=True)
+    time.sleep(1000)
+elif what == "half a report":
+    print("[gw0] [ 50%] PASSED tests/test_it.py::a ")
+    with open(os.path.join(os.environ["FASTLARS_GPU_FOLDER"], "tests.xml"), "w") as report:
+        report.write("<testsuites><te")
+    sys.exit(1)
 with open(os.path.join(os.environ["FASTLARS_GPU_FOLDER"], stage + ".md"), "w") as page:
     page.write("| figure |\\\\n|---|\\\\n| of " + stage + " |\\\\n")
 """
@@ -80,23 +93,35 @@ class StandIn:
 
     def run(self, part: str, *options: str, **told: str) -> tuple[int, str]:
         """The same without make, with options that make has no variable for."""
-        program = [sys.executable, "-m", "gpu_proof", part, f"--python={self.python}"]
-        return self._run([*program, f"--out={self.out}", *options], told)
+        return self._run(self.command(part, *options), told)
 
-    def _run(self, command: list[str], told: dict[str, str]) -> tuple[int, str]:
+    def command(self, part: str, *options: str) -> list[str]:
+        program = [sys.executable, "-m", "gpu_proof", part, f"--python={self.python}"]
+        return [*program, f"--out={self.out}", *options]
+
+    def environment(self, told: dict[str, str]) -> dict[str, str]:
         # The tests may run inside of another make, whose variables would be taken over.
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
-        environment = {"STAND_IN": json.dumps(told), "PYTHONPATH": str(ROOT / "benchmarks")}
+        return {**kept, "STAND_IN": json.dumps(told), "PYTHONPATH": str(ROOT / "benchmarks")}
+
+    def _run(self, command: list[str], told: dict[str, str]) -> tuple[int, str]:
         done = subprocess.run(
             command,
             cwd=ROOT,
-            env={**kept, **environment},
+            env=self.environment(told),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             timeout=600,
         )
         return done.returncode, done.stdout
+
+    def left_over(self) -> list[str]:
+        """Processes of stages, and what those have started."""
+        command = ["ps", "-eww", "-o", "args"]
+        everyone = subprocess.run(command, capture_output=True, text=True, check=True)
+        ours = (f"{self.python} -m gpu_proof.", f"{self.python} sleeps")
+        return [line for line in everyone.stdout.splitlines() if any(o in line for o in ours)]
 
     @property
     def page(self) -> str:
@@ -203,7 +228,11 @@ def test_a_stage_that_the_budget_ended_has_no_answer_yet(stand_in: StandIn) -> N
     status, said = stand_in.run("first", "--seconds=8", grid="hang")
     assert status == 0
     assert "The 8 s are over. Left for the next call: grid, paths" in said
-    assert not (stand_in.out / "stand-in-9000" / "grid.json").exists()
+    assert "| was ended after " in stand_in.page
+    assert stand_in.record("grid")["status"] == "unfinished"
+    status, said = stand_in.run("first")
+    assert status == 0
+    assert _passed(said) == ["grid", "paths"]
 
 
 def test_the_page_says_which_results_are_of_other_sources(stand_in: StandIn) -> None:
@@ -218,10 +247,64 @@ def test_the_page_says_which_results_are_of_other_sources(stand_in: StandIn) -> 
 
 def test_nothing_that_a_stage_has_left_running_stays(stand_in: StandIn) -> None:
     assert stand_in.run("first", rows="leaves a process")[0] == 0
-    everyone = subprocess.run(
-        ["ps", "-eww", "-o", "args"], capture_output=True, text=True, check=True
-    )
-    assert f"{stand_in.python} -m gpu_proof.rows" not in everyone.stdout
+    assert stand_in.left_over() == []
+
+
+def test_a_process_in_a_session_of_its_own_is_ended_too(stand_in: StandIn) -> None:
+    status, _ = stand_in.run("first", "--limit=3", rows="hang", grid="starts a session")
+    assert status == 1
+    assert stand_in.left_over() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_the_driver_ends_the_stage(number: int, stand_in: StandIn) -> None:
+    process = subprocess.Popen(
+        stand_in.command("first"), cwd=ROOT, env=stand_in.environment({"rows": "hang"}),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not stand_in.left_over() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert stand_in.left_over() == []
+    assert "Traceback" not in said
+    assert "Not run yet: rows, grid" in stand_in.page
+
+
+def test_variables_of_the_shell_do_not_reach_the_stages(
+    stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FASTLARS_BACKEND", "FASTLARS_CHECK", "TRITON_INTERPRET", "PYTEST_ADDOPTS"):
+        monkeypatch.setenv(name, "7")
+    assert stand_in.run("first")[0] == 0
+    assert "variables: FASTLARS_GPU_FOLDER\n" in stand_in.log("check")
+
+
+def test_other_arguments_are_another_question(stand_in: StandIn) -> None:
+    assert stand_in.run("bench", "--", "-k", "two-launch")[0] == 0
+    status, said = stand_in.run("bench")
+    assert status == 0
+    assert _passed(said) == [f"bench-{model}" for model in stages.MODELS]
+    assert "build            known" in said
+
+
+def test_damaged_files_are_no_obstacle(stand_in: StandIn) -> None:
+    assert stand_in.run("test", tests="half a report")[0] == 1
+    assert "Before pytest was ended: 1 passed." in stand_in.page
+    folder = stand_in.out / "stand-in-9000"
+    for text in ("", "{", "[]", "null", '{"seconds": null}', '{"card": {}}'):
+        (folder / "sanitizer.json").write_text(text)
+        _, said = stand_in.run("test")
+        assert "sanitizer" in _passed(said), text
+
+
+def test_an_output_that_cannot_be_written_is_said_in_one_line(stand_in: StandIn) -> None:
+    stand_in.out.write_text("a file")
+    status, said = stand_in.run("first")
+    assert status == 1
+    assert re.fullmatch(r"fastlars: .*/out cannot be written: .*\n", said)
 
 
 def test_arguments_of_pytest_reach_tests_and_benchmarks(stand_in: StandIn) -> None:

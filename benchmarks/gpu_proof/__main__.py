@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import resource
+import signal
 import subprocess
 import sys
 import time
@@ -72,6 +72,10 @@ def extension() -> str:
     return ", ".join(f"{path.name} {path.stat().st_mtime_ns}" for path in found)
 
 
+# Of the user's shell: what would change what is tried, or how fast it is.
+LEFT_OUT = ("FASTLARS_", "TRITON_INTERPRET", "CUDA_LAUNCH_BLOCKING", "PYTEST_", "PYTORCH_NO_CUDA")
+
+
 class Proof:
     """Runs stages, and writes their records and the page."""
 
@@ -89,20 +93,27 @@ class Proof:
     def is_done(self, stage: Stage) -> bool:
         """Whether the stage has an answer for this card and these sources."""
         known = read(self.folder, stage.name)
-        if known is None or known.sources != self.sources or self.again & {stage.name, "all"}:
+        if known is None or known.status == "unfinished" or self.again & {stage.name, "all"}:
             return False
-        # What was built may be on another machine.
-        return stage.name != "build" or (known.status == "passed" and known.made == extension())
+        if stage.name == "build" and (known.status != "passed" or known.made != extension()):
+            return False  # what was built is on another machine
+        asked = (known.sources, known.card, known.arguments)
+        return asked == (self.sources, self.card, self._asked(stage))
 
-    def take(self, stage: Stage, left_s: float) -> Record | None:
-        """Run a stage; None where the time that is left was too short for it."""
+    def _asked(self, stage: Stage) -> list[str]:
+        """The stage's arguments, without its folder, which may lie elsewhere the next time."""
+        return [word.replace(str(self.folder), "") for word in stage.arguments]
+
+    def take(self, stage: Stage, left_s: float) -> Record:
+        """Run a stage; it is unfinished where the time that is left was too short for it."""
         log = self.folder / f"{stage.name}.log"
         for old in self.folder.glob(f"{stage.name}.*"):
             old.unlink()
         limit = min(stage.limit_s, self.longest)
         paths = [str(ROOT / "benchmarks"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(LEFT_OUT)}
         environment = {
-            **os.environ,
+            **kept,
             **stage.environment,
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             FOLDER: str(self.folder),
@@ -110,14 +121,17 @@ class Proof:
             "GPU_COMMIT": self.commit,
         }
         command = [self.python, *stage.arguments]
-        found = process.run(command, log, min(limit, left_s), environment)
-        if found.status == "hung" and left_s < limit:
-            return None
+        try:
+            found = process.run(command, log, min(limit, left_s), environment)
+        finally:
+            process.end_descendants()
+        status, words = found.status, found.words
+        if status == "hung" and left_s < limit:
+            status, words = "unfinished", f"was ended after {found.seconds:.0f} s, with its part"
         date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M")
-        known = (self.sources, self.commit, date, self.card)
+        known = (self.sources, self.commit, date, self.card, self._asked(stage))
         made = extension() if stage.name == "build" else ""
-        ended = (found.status, found.words, found.seconds)
-        record = Record(stage.name, stage.asks, *ended, *known, made)
+        record = Record(stage.name, stage.asks, status, words, found.seconds, *known, made)
         record.write(self.folder)
         return record
 
@@ -134,11 +148,13 @@ class Proof:
                 print(f"{name:16} known: {known.words}, {known.date}", flush=True)
                 continue
             left = end - time.monotonic()
-            record = self.take(stage, left) if left > 1.0 else None
-            if record is None:
+            if left < 1.0:
                 late.append(name)
                 continue
+            record = self.take(stage, left)
             status |= record.status in ("failed", "hung")
+            if record.status == "unfinished":
+                late.append(name)
             print(summary(record, self.folder / f"{name}.log"), flush=True)
             write_text(self.page, page(self.folder, list(self.all), self.sources))
             if name == "build" and record.status != "passed":
@@ -170,10 +186,16 @@ def main(argv: list[str] | None = None) -> int:
     arguments.pytest = given[cut + 1 :]
     arguments.out = arguments.out.resolve()
     os.chdir(ROOT)
-    # What is ended by SIGABRT would leave gigabytes.
-    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    process.adopt_orphans()
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        # As an exception, so that the stage that runs is ended too.
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     names, budget_s = PARTS[arguments.part]
-    proof = Proof(look(arguments.python), arguments)
+    try:
+        proof = Proof(look(arguments.python), arguments)
+    except OSError as error:
+        sys.exit(f"fastlars: {arguments.out} cannot be written: {error}")
     card = proof.card
     print(
         f"{card.name}, driver {card.driver}, torch {card.torch}, sources {proof.sources}",

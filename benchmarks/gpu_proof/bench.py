@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,18 +15,30 @@ import report
 from gpu_proof.writing import folder, write_csv, write_text
 
 
+class Rows:
+    """A plugin that writes each row as it comes: pytest may be ended before it writes any."""
+
+    def __init__(self, out: Path, name: str) -> None:
+        self.out = out
+        self.name = name
+        self.table: list[dict[str, Any]] = []
+
+    def pytest_runtest_teardown(self, item: Any) -> None:
+        compared, name = item.funcargs.get("compared"), item.funcargs.get("name")
+        if compared is None or name not in compared.figures:
+            return
+        self.table.append(report.tabulated(compared.case, compared.row(name)))
+        write_csv(self.out / f"{self.name}.csv", self.table)
+        write_text(self.out / f"{self.name}.md", report.markdown(self.table) + "\n")
+
+
 def measure(out: Path, model: str, arguments: list[str]) -> int:
     """Measure, and write the figures of those that have one though others failed."""
-    run = out / f"bench-{model}.run.json"
-    options = ["--model", model, "--benchmark-json", str(run), "-q", "-p", "no:cacheprovider"]
-    status = int(pytest.main(["benchmarks/test_gpu_step.py", *options, *arguments]))
-    if run.exists():
-        table = report.rows(json.loads(run.read_text()))
-        run.unlink()  # every single time: megabytes
-        write_csv(out / f"bench-{model}.csv", table)
-        write_text(out / f"bench-{model}.md", report.markdown(table) + "\n")
-        print(report.markdown(table))
-    # Of 5: -k has left none of this model's.
+    rows = Rows(out, f"bench-{model}")
+    options = ["--model", model, "-q", "-p", "no:cacheprovider", *arguments]
+    status = int(pytest.main(["benchmarks/test_gpu_step.py", *options], plugins=[rows]))
+    print(report.markdown(rows.table))
+    # With -k none of this model's may be left.
     return 0 if status == pytest.ExitCode.NO_TESTS_COLLECTED else status
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+LOOK_S = 120.0
 # Runs in the Python that has torch, before anything of this package is imported.
 LOOK = """
 import json, os, shutil, sys
@@ -75,7 +76,10 @@ class Card:
 
 def look(python: str) -> Card:
     """The card that ``python`` sees; SystemExit with one line that says what is missing."""
-    done = subprocess.run([python, "-c", LOOK], capture_output=True, text=True)
+    try:
+        done = subprocess.run([python, "-c", LOOK], capture_output=True, text=True, timeout=LOOK_S)
+    except subprocess.TimeoutExpired:
+        sys.exit(f"fastlars: {python} has not said within {LOOK_S:.0f} s which GPU is here")
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"{python} ended with {done.returncode}"]
         sys.exit(lines[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,18 +15,24 @@ from gpu_proof.writing import folder, table, write_csv, write_text
 from machine import Gpu, Machine
 
 CASES = [Case("resnet50", "lars", "float32"), Case("bert_large", "lamb", "float32")]
+CHUNK_BYTES = 2**14
 
 
-def launches(multiprocessors: int) -> list[tuple[str, int, int]]:
-    """Path, blocks, chunks in shared memory; 0 is what the back end chooses by itself."""
+def launches(multiprocessors: int, shared_bytes: int) -> list[tuple[str, int, int]]:
+    """Path, blocks, chunks in shared memory as far as they fit; 0 is what the back end chooses."""
     m = multiprocessors
     two = [("two-launch", blocks, 0) for blocks in (0, 2 * m, 3 * m, 4 * m)]
     rings = ((0, 0), (3 * m, 3), (3 * m, 2), (2 * m, 4), (2 * m, 6), (m, 8), (m, 13))
-    return two + [("one-launch", blocks, ring) for blocks, ring in rings]
+    fitting = [(blocks, ring) for blocks, ring in rings if ring * CHUNK_BYTES < shared_bytes]
+    return two + [("one-launch", blocks, ring) for blocks, ring in fitting]
 
 
 def measure(
-    machine: Machine, multiprocessors: int, out: Path, cases: list[Case], limit_s: float = 4.0
+    machine: Machine,
+    tried: list[tuple[str, int, int]],
+    out: Path,
+    cases: list[Case],
+    limit_s: float = 4.0,
 ) -> int:
     """Measure case by case, and write what is known after each; 1 where a launch fails."""
     rows, status = [], 0
@@ -36,7 +43,7 @@ def measure(
         calls: dict[tuple[str, int, int], Callable[[], object]] = {
             ("torch fused", 0, 0): fused.step
         }
-        for path, blocks, ring in launches(multiprocessors):
+        for path, blocks, ring in tried:
             try:
                 calls[path, blocks, ring] = _step(case, params, path, blocks, ring)
             except Exception as error:
@@ -44,7 +51,9 @@ def measure(
                 status = 1
         machine.wait()
         named = {str(key): call for key, call in calls.items()}
-        leads = dict.fromkeys(named, 4e-4)
+        waits = dict.fromkeys(named, machine.wait)
+        hosts = timing.interleave(named, 15, between=waits, limit_s=limit_s / 4)
+        leads = {name: timing.lead(host) for name, host in hosts.items()}
         found = timing.interleave_device(named, 31, machine, leads=leads, limit_s=limit_s)
         base = found[str(("torch fused", 0, 0))].median
         for path, blocks, ring in calls:
@@ -54,6 +63,7 @@ def measure(
         write_csv(out / "grid.csv", rows)
         write_text(out / "grid.md", table(rows))
         del calls, named, fused, params
+        gc.collect()
         torch.cuda.empty_cache()
     print(table(rows))
     return status
@@ -75,4 +85,4 @@ def _step(
 
 if __name__ == "__main__":
     gpu = Gpu()
-    raise SystemExit(measure(gpu, gpu.multiprocessors, folder(), CASES))
+    raise SystemExit(measure(gpu, launches(gpu.multiprocessors, gpu.shared_bytes), folder(), CASES))

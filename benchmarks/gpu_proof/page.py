@@ -10,7 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from gpu_proof.card import Card
-from gpu_proof.process import last_line
+from gpu_proof.process import last_line, tail
 from gpu_proof.writing import write_text
 
 LINES = 30  # of the output of a stage that did not pass
@@ -24,7 +24,8 @@ class Record:
     Attributes:
         sources: hash of the files that are tried; a record of others is out of date.
         words: the outcome in words.
-        made: the extension that the build left, see :func:`extension`.
+        arguments: of the command: of pytest, -k is among them.
+        made: the extension that the build left.
     """
 
     stage: str
@@ -36,6 +37,7 @@ class Record:
     commit: str
     date: str
     card: Card
+    arguments: list[str]
     made: str = ""
 
     def write(self, folder: Path) -> None:
@@ -47,7 +49,8 @@ def read(folder: Path, stage: str) -> Record | None:
     """The record of a stage, if it has run."""
     try:
         values = json.loads((folder / f"{stage}.json").read_text())
-        return Record(**{**values, "card": Card(**values["card"])})
+        seconds, card = float(values["seconds"]), Card(**values["card"])
+        return Record(**{**values, "seconds": seconds, "card": card})
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -86,15 +89,17 @@ def _section(folder: Path, record: Record) -> list[str]:
     lines = []
     log = folder / f"{record.stage}.log"
     results = folder / f"{record.stage}.xml"
-    if results.exists():
-        lines += tests(results)
-    elif record.stage in ("tests", "sanitizer") and log.exists():
-        lines += tests_so_far(log.read_text(errors="replace"))
+    if record.stage in ("tests", "sanitizer"):
+        try:
+            lines += tests(results)
+        except (OSError, ElementTree.ParseError):  # pytest was ended before it wrote its report
+            lines += tests_so_far(tail(log, 2**24)) if log.exists() else []
     figures = folder / f"{record.stage}.md"
     if figures.exists():
         lines += figures.read_text().splitlines()
-    if log.exists() and (record.status in ("failed", "hung") or record.stage in SHOWN):
-        output = log.read_text(errors="replace").rstrip().splitlines()[-LINES:]
+    fine = record.status in ("passed", "skipped") and record.stage not in SHOWN
+    if log.exists() and not fine:
+        output = [line[:500] for line in tail(log).rstrip().splitlines()[-LINES:]]
         lines += ["", "```text", *output, "```"]
     return ["", f"## {record.stage}", "", *lines] if lines else []
 
@@ -141,6 +146,6 @@ def summary(record: Record, log: Path) -> str:
         ending = f"; {last_line(log)[:160]}"
     elif record.status == "hung":
         # As Python's faulthandler prints it, the innermost call first.
-        places = re.findall(r"thread 0x.*\n +(File .*)", log.read_text(errors="replace"), re.I)
+        places = re.findall(r"thread 0x.*\n +(File .*)", tail(log, 2**20), re.I)
         ending = f"; {places[-1]}" if places else "; no Python says where"
     return f"{record.stage:16} {record.seconds:6.1f} s  {record.words}{ending}"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from cases import Contender, gradients, parameters
+from cases import CHECK_LR, Contender, gradients, parameters
 from gpu_cases import Case, fastlars_of
 from gpu_proof.writing import folder, table, write_text
 from machine import Gpu, Machine
@@ -23,7 +24,13 @@ class Run:
     """Parameters, and the call that steps them one way."""
 
     params: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
     step: Callable[[], object]
+
+    def written(self) -> list[Tensor]:
+        """Weights and states."""
+        states = [x for p in self.params for x in self.optimizer.state[p].values()]
+        return [*(p.detach() for p in self.params), *states]
 
 
 def started(case: Case, machine: Machine, path: str, *, graph: bool = False) -> Run:
@@ -32,8 +39,11 @@ def started(case: Case, machine: Machine, path: str, *, graph: bool = False) -> 
     params = parameters(case.shapes(), machine.device)
     with Contender(build, "fastlars", backend="cuda", path=path).planning():
         optimizer = build(params)
+        for group in optimizer.param_groups:
+            # By more than the last bits, and not beyond all bounds: 0.1% of a layer a step.
+            group["lr"] = CHECK_LR[case.rule] * 1e-2
         optimizer.step()
-    return Run(params, machine.recorded(optimizer.step) if graph else optimizer.step)
+    return Run(params, optimizer, machine.recorded(optimizer.step) if graph else optimizer.step)
 
 
 def difference(runs: dict[str, Run], steps: int, device: torch.device) -> str:
@@ -49,8 +59,8 @@ def difference(runs: dict[str, Run], steps: int, device: torch.device) -> str:
                 torch._foreach_copy_(gradients(run.params), gradients(first.params))
             run.step()
     for other, run in others:
-        for i, (p, q) in enumerate(zip(first.params, run.params, strict=True)):
-            if not p.detach().view(torch.int32).equal(q.detach().view(torch.int32)):
+        for i, (x, y) in enumerate(zip(first.written(), run.written(), strict=True)):
+            if not x.view(torch.int32).equal(y.view(torch.int32)):
                 return f"tensor {i} differs between {name} and {other}"
     return ""
 
@@ -71,6 +81,7 @@ def measure(machine: Machine, out: Path, cases: list[Case], steps: dict[str, int
         print(f"{case}: {ways}: {words} after {steps[case.model]} steps", flush=True)
         write_text(out / "paths.md", table(rows))
         del runs
+        gc.collect()
         torch.cuda.empty_cache()
     return status
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from gpu_proof.card import Card
 
 ROOT = Path(__file__).parents[2]
+SANITIZED = "tests/test_cuda_device.py::test_compute_sanitizer"
 MODELS = ("resnet50", "bert_large", "vit_b", "tiny", "giant")
 
 
@@ -83,13 +84,13 @@ def stages(card: Card, folder: Path, arguments: list[str]) -> list[Stage]:
             "tests",
             "do the tests pass that need a GPU",
             200,
-            _pytest(card, folder, "tests", workers, [*files, "-k", "not sanitizer", *arguments]),
+            _pytest(card, folder, "tests", workers, [*files, "--deselect", SANITIZED, *arguments]),
         ),
         Stage(
             "sanitizer",
             "does compute-sanitizer find anything",
             130,
-            _pytest(card, folder, "sanitizer", 2, ["tests/test_cuda_device.py", "-k", "sanitizer"]),
+            _pytest(card, folder, "sanitizer", 2, [SANITIZED]),
         ),
         Stage(
             "counters",
