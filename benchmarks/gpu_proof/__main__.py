@@ -24,6 +24,7 @@ from gpu_proof.stages import PARTS, ROOT, Stage, stages
 from gpu_proof.writing import FOLDER, write_text
 
 TRIED = ("csrc", "fastlars", "tests", "benchmarks", "pyproject.toml", "setup.py")
+SUFFIXES = (".py", ".pyi", ".toml", ".txt", ".cmake", ".h", ".cpp", ".cu", ".cuh")
 
 
 def sources() -> str:
@@ -31,36 +32,16 @@ def sources() -> str:
     found = hashlib.sha256()
     for name in TRIED:
         for path in sorted([ROOT / name, *(ROOT / name).rglob("*")]):
-            text = path.suffix in (
-                ".py",
-                ".pyi",
-                ".toml",
-                ".txt",
-                ".cmake",
-                ".h",
-                ".cpp",
-                ".cu",
-                ".cuh",
-            )
-            if text and path.is_file() and "results" not in path.parts:
+            if path.suffix in SUFFIXES and path.is_file() and "results" not in path.parts:
                 found.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return found.hexdigest()[:12]
 
 
 def commit() -> str:
     """The commit that is checked out, marked where files were changed since."""
-    command = [
-        "git",
-        "-C",
-        str(ROOT),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-        "--exclude=*",
-    ]
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("GPU_COMMIT", "unknown")
     return done.stdout.strip()
@@ -192,15 +173,13 @@ def main(argv: list[str] | None = None) -> int:
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     names, budget_s = PARTS[arguments.part]
+    card = look(arguments.python)
     try:
-        proof = Proof(look(arguments.python), arguments)
+        proof = Proof(card, arguments)
     except OSError as error:
         sys.exit(f"fastlars: {arguments.out} cannot be written: {error}")
-    card = proof.card
-    print(
-        f"{card.name}, driver {card.driver}, torch {card.torch}, sources {proof.sources}",
-        flush=True,
-    )
+    facts = (card.name, f"driver {card.driver}", f"torch {card.torch}", f"sources {proof.sources}")
+    print(", ".join(facts), flush=True)
     return proof.run(names, arguments.seconds or budget_s)
 
 

@@ -74,7 +74,8 @@ def page(folder: Path, names: list[str], sources: str) -> str:
     for record in records:
         old = "" if record.sources == sources else f", of other sources ({record.commit})"
         seconds = f"{record.seconds:.0f}"
-        cells = (record.stage, f"{record.asks}?", record.words + old, seconds, record.date)
+        words = record.words.replace("|", "\\|") + old
+        cells = (record.stage, f"{record.asks}?", words, seconds, record.date)
         lines.append(f"| {' | '.join(cells)} |")
     missing = [name for name in names if all(record.stage != name for record in records)]
     if missing:

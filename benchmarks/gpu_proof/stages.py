@@ -108,7 +108,7 @@ def stages(card: Card, folder: Path, arguments: list[str]) -> list[Stage]:
         *(
             Stage(
                 f"bench-{model}",
-                f"all contenders, {model}",
+                f"what does a step take of every contender, {model}",
                 90,
                 ("-m", "gpu_proof.bench", model, *arguments),
             )
