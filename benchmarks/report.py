@@ -20,6 +20,7 @@ from typing import Any
 import compare
 import figures
 import host
+from comparison import Comparison
 
 COLUMNS = [
     "group",
@@ -76,18 +77,18 @@ def rows(run: dict[str, Any]) -> list[dict[str, Any]]:
     return out
 
 
-def tabulated(case: object, row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a comparison as it stands in the table, measured now by what is installed."""
-    package = str(row["contender"]).split()[0]
+def tabulated(compared: Comparison, name: str) -> dict[str, Any]:
+    """A contender's figures as a row of the table, measured now by what is installed."""
     common = {
         **host.describe(),
-        "group": str(case),
-        "version": version(package),
+        "group": str(compared.case),
+        "version": version(compared.contenders[name].package),
         "python": platform.python_version(),
         "date": f"{date.today()}",
         "commit": os.environ.get("GPU_COMMIT", ""),
     }
-    return {name: _short({**common, **row}.get(name, "")) for name in COLUMNS + GPU_COLUMNS}
+    row = {**common, **compared.row(name)}
+    return {column: _short(row.get(column, "")) for column in COLUMNS + GPU_COLUMNS}
 
 
 def _short(value: Any) -> Any:

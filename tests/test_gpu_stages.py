@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 import torch
 
+import report
 import shapes
 from comparison import Effort
 from device_cases import EMULATED
 from fake_device import FakeDevice
 from fastlars.backends.cuda import Cuda
-from gpu_cases import Case
+from gpu_cases import CASES, Case
 from gpu_proof import bench, card, counters, grid, page, paths, process, rows
 from sources import ROOT
 
@@ -62,6 +63,16 @@ def test_rows_are_written_and_what_cannot_run_is_named(
     assert {row["group"] for row in table} == {"resnet50 lars", "resnet50 lamb"}
     assert "| resnet50 lamb | fastlars" in (tmp_path / "rows.md").read_text()
     assert all(row["machine"] and row["torch"] and row["date"] for row in table)
+
+
+def test_every_contender_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    for case in CASES:
+        compared = rows.Comparison(case, FakeDevice(), QUICK)
+        monkeypatch.setattr(compared, "row", lambda name: {"contender": name})
+        for name, contender in compared.contenders.items():
+            if contender.package == "apex":
+                continue  # not installed here
+            assert report.tabulated(compared, name)["version"], name
 
 
 def test_rows_that_are_wrong_fail_the_stage(

@@ -23,11 +23,12 @@ class Rows:
         self.name = name
         self.table: list[dict[str, Any]] = []
 
+    @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_teardown(self, item: Any) -> None:
         compared, name = item.funcargs.get("compared"), item.funcargs.get("name")
         if compared is None or name not in compared.figures:
             return
-        self.table.append(report.tabulated(compared.case, compared.row(name)))
+        self.table.append(report.tabulated(compared, name))
         write_csv(self.out / f"{self.name}.csv", self.table)
         write_text(self.out / f"{self.name}.md", report.markdown(self.table) + "\n")
 

@@ -37,7 +37,7 @@ def measure(machine: Machine, out: Path, cases: list[Case], effort: Effort = EFF
             words = "skipped" if skipped else type(error).__name__
             print(f"{case}: {name}: {words}: {error}", flush=True)
             status |= not skipped
-        table += [report.tabulated(case, found.row(name)) for name in found.figures]
+        table += [report.tabulated(found, name) for name in found.figures]
         if table:
             write_csv(out / "rows.csv", table)
             write_text(out / "rows.md", report.markdown(table) + "\n")
