@@ -148,7 +148,7 @@ def _sleeps(method: Method) -> Method:
 PLANTED = {
     "one weight": ("step", _one_weight, r"weight 0 \[16400\] is \S+ instead of \S+ \(1 of 16401"),
     "one weight, second step": ("apply", _one_weight, r"weight 0 \[16400\] is"),
-    "a state": ("apply", _last_state, r"2 \[256\] is"),
+    "a state": ("apply", _last_state, r"2 \[256\] is|ratio of step 2 \[2\] is 0\.\d+ instead"),
     "a ratio": ("step", _ratio, r"trust ratio of step 1 \[3\] is"),
     "NaN": ("apply", _not_a_number, r"weight 1 \[7\] is nan|ratio of step 2 \[1\] is 1 instead"),
     "sums of other tensors": ("measure", _swapped, r"square norm \[0\] is"),
