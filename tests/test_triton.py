@@ -91,9 +91,13 @@ def test_interpreter_stays_in_its_own_process() -> None:
 def test_report_says_why() -> None:
     done = python("-m", "fastlars", FASTLARS_BACKEND="triton")
     assert "Triton serves cpu in its interpreter alone" in done.stdout
+    assert f"triton     {triton.__version__}" in done.stdout
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_report_of_the_interpreter() -> None:
     done = python("-m", "fastlars", FASTLARS_BACKEND="triton", TRITON_INTERPRET="1")
     assert "triton: FASTLARS_BACKEND asks for it" in done.stdout
-    assert f"triton     {triton.__version__}" in done.stdout
 
 
 def test_missing_triton_is_a_reason_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
