@@ -7,6 +7,7 @@ takes nothing from the others.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -28,7 +29,7 @@ from fastlars.rules import LambRule, LarsRule, RmspropWarmupRule, Rule
 LIMIT_S = 25.0  # of the whole command, less the start of Python
 SHOWN = 5  # of what is wrong with a back end
 DEATHS = 3  # of processes of one back end, after which it is given up
-PATIENCE_S = 15.0  # for one family, the start of its process and of its device included
+PATIENCE_S = 15.0  # for one family, the start of its device included
 RULES: dict[str, tuple[Rule, ...]] = {
     "LARS": (LarsRule(), LarsRule(adapt=False)),
     "LAMB": (LambRule(), LambRule(adapt=False)),
@@ -149,7 +150,6 @@ def run(trial: Trial, end: float) -> None:
 def _follow(trial: Trial, folder: Path, end: float) -> str:
     """Take in what one process finds; how it failed to go on, empty where it did not."""
     results, output = folder / "results", folder / "output"
-    results.touch()
     with output.open("wb") as out:
         process = subprocess.Popen(
             command(trial, str(results)),
@@ -159,13 +159,15 @@ def _follow(trial: Trial, folder: Path, end: float) -> str:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    first, heard = len(trial.found), time.monotonic()
+    # Its start, with its imports, may take a while next to others, and is no family's fault.
+    first, heard = len(trial.found), math.inf
     try:
         while True:
             ended = process.poll() is not None  # before the last look at the results
-            *whole, _ = results.read_text().split("\n")
-            if whole[len(trial.found) - first :]:
-                trial.found += whole[len(trial.found) - first :]
+            *whole, _ = results.read_text().split("\n") if results.exists() else [""]
+            new = whole[len(trial.found) - first :]
+            trial.found += new
+            if new or (heard == math.inf and results.exists()):
                 heard = time.monotonic()
             if len(trial.found) == len(trial.families) or time.monotonic() > end:
                 return ""
