@@ -69,6 +69,13 @@ class Contender:
             finally:
                 choose.instance.cache_clear()
 
+    def started(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """Its optimizer, after the first step, for which it was planned."""
+        with self.planning():
+            optimizer = self.build(params)
+            optimizer.step()
+        return optimizer
+
 
 def timm(name: str) -> Build:
     def build(params: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -70,8 +70,7 @@ class Comparison:
     def __post_init__(self) -> None:
         every = contenders(self.case)
         # The others are compared with the first.
-        chosen = {n: c for n, c in every.items() if n == "fastlars" or self.wanted(n)}
-        self.contenders = chosen
+        self.contenders = {n: c for n, c in every.items() if n == "fastlars" or self.wanted(n)}
         self.sizes = [torch.Size(shape).numel() for shape in self.case.shapes()]
         self.numel = sum(self.sizes)
 
@@ -109,9 +108,7 @@ class Comparison:
         )
 
     def _prepared(self, contender: Contender, params: list[nn.Parameter]) -> Callable[[], object]:
-        with contender.planning():
-            optimizer = contender.build(params)
-            optimizer.step()
+        optimizer = contender.started(params)
         return self.machine.recorded(optimizer.step) if contender.graph else optimizer.step
 
     def _measure(self, params: list[nn.Parameter]) -> None:

@@ -19,18 +19,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out other models; and torch.compile, which takes minutes, unless -k names it."""
-    compiles = "compile" in (config.getoption("keyword") or "")
-    kept = []
-    for item in items:
-        given = getattr(item, "callspec", None)
-        case = given.params.get("compared") if given is not None else None
-        wanted = case is None or config.getoption("--model") in (None, case.model)
-        if case is not None and not compiles and "compile" in given.params["name"]:
-            wanted = False
-        if wanted:
-            kept.append(item)
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = kept
+    model, compiles = config.getoption("--model"), "compile" in config.getoption("keyword")
+
+    def is_wanted(item: Any) -> bool:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if "compared" not in params:
+            return True
+        return model in (None, params["compared"].model) and (
+            compiles or "compile" not in params["name"]
+        )
+
+    config.hook.pytest_deselected(items=[item for item in items if not is_wanted(item)])
+    items[:] = filter(is_wanted, items)
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:

@@ -69,12 +69,12 @@ def _with_masters(build: Build) -> Build:
     return lambda params: WithMasters(params, build)  # type: ignore[return-value]
 
 
-def fastlars_of(case: Case, *, capturable: bool = False) -> Build:
+def fastlars_of(case: Case, *, lr: float = LR, capturable: bool = False) -> Build:
     """fastlars's optimizer for a case."""
     kind = fastlars.LARS if case.rule == "lars" else fastlars.LAMB
     masters = case.dtype == "bf16"
     return lambda params: kind(
-        params, lr=LR, weight_decay=DECAY, master_weights=masters, capturable=capturable
+        params, lr=lr, weight_decay=DECAY, master_weights=masters, capturable=capturable
     )
 
 
@@ -119,4 +119,6 @@ def contenders(case: Case) -> dict[str, Contender]:
     return found
 
 
+# Those of the targets in docs/performance.md.
+TARGETS = [Case("resnet50", "lars", "float32"), Case("bert_large", "lamb", "float32")]
 CASES = [Case(m, r, d) for m in MODELS for r in ("lars", "lamb") for d in DTYPES]

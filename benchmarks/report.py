@@ -9,18 +9,12 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
-import platform
 import sys
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import compare
 import figures
-import host
-from comparison import Comparison
 
 COLUMNS = [
     "group",
@@ -71,24 +65,14 @@ def rows(run: dict[str, Any]) -> list[dict[str, Any]]:
     for benchmark in run["benchmarks"]:
         info = benchmark["extra_info"]
         if "contender" in info:
-            row = {"group": benchmark["group"], **info, **common}
-            columns = COLUMNS + GPU_COLUMNS if "gpu" in info else COLUMNS
-            out.append({name: _short(row.get(name, "")) for name in columns})
+            out.append(tabulated({"group": benchmark["group"], **info, **common}))
     return out
 
 
-def tabulated(compared: Comparison, name: str) -> dict[str, Any]:
-    """A contender's figures as a row of the table, measured now by what is installed."""
-    common = {
-        **host.describe(),
-        "group": str(compared.case),
-        "version": version(compared.contenders[name].package),
-        "python": platform.python_version(),
-        "date": f"{date.today()}",
-        "commit": os.environ.get("GPU_COMMIT", ""),
-    }
-    row = {**common, **compared.row(name)}
-    return {column: _short(row.get(column, "")) for column in COLUMNS + GPU_COLUMNS}
+def tabulated(row: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a row, of what is known of it."""
+    columns = COLUMNS + GPU_COLUMNS if "gpu" in row else COLUMNS
+    return {name: _short(row.get(name, "")) for name in columns}
 
 
 def _short(value: Any) -> Any:

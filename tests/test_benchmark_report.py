@@ -118,8 +118,8 @@ def test_the_cost_of_the_check_at_first_use_is_the_difference_of_two_processes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(first_step, "PROCESSES", 1)
-    assert first_step.main("cpu", "LAMB") == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| LAMB")]
+    assert first_step.main("cpu", "lamb") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| lamb |")]
     first, without, difference, second = (float(cell) for cell in line.split("|")[2:6])
     assert difference == pytest.approx(first - without, abs=0.11)
     assert min(first, without, second) > 0

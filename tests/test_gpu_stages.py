@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 
-import report
 import shapes
 from comparison import Effort
 from device_cases import EMULATED
@@ -72,7 +71,7 @@ def test_every_contender_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, contender in compared.contenders.items():
             if contender.package == "apex":
                 continue  # not installed here
-            assert report.tabulated(compared, name)["version"], name
+            assert rows.tabulated(compared, name)["version"], name
 
 
 def test_rows_that_are_wrong_fail_the_stage(

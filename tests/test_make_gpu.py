@@ -35,7 +35,7 @@ CARD = {
 # The driver itself and the look at the card are real, or answered; stages do as they are told.
 STAND_IN = """#!{python}
 import json, os, sys, time
-import ctypes, signal
+import signal
 arguments = sys.argv[1:]
 if arguments[:2] == ["-m", "gpu_proof"]:
     os.execv({python!r}, [{python!r}, *arguments])
@@ -48,7 +48,6 @@ print("ran:", *arguments)
 print("variables:", *(n for n in os.environ if n.startswith(("FASTLARS", "TRITON", "PYTEST"))))
 print("with:", os.environ.get("FASTLARS_CUDA_ARCHS"), os.environ["FASTLARS_GPU_FOLDER"])
 if what == "hang":
-    import faulthandler
     def waits_for_the_device():
         time.sleep(1000)
     waits_for_the_device()
@@ -74,7 +73,7 @@ elif what == "half a report":
         report.write("<testsuites><te")
     sys.exit(1)
 with open(os.path.join(os.environ["FASTLARS_GPU_FOLDER"], stage + ".md"), "w") as page:
-    page.write("| figure |\\\\n|---|\\\\n| of " + stage + " |\\\\n")
+    page.write("| figure |\\n|---|\\n| of " + stage + " |\\n")
 """
 
 

@@ -71,15 +71,15 @@ class Proof:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.all = {stage.name: stage for stage in stages(card, self.folder, arguments.pytest)}
 
-    def is_done(self, stage: Stage) -> bool:
-        """Whether the stage has an answer for this card and these sources."""
+    def known(self, stage: Stage) -> Record | None:
+        """The stage's answer for this card and these sources, if there is one."""
         known = read(self.folder, stage.name)
         if known is None or known.status == "unfinished" or self.again & {stage.name, "all"}:
-            return False
+            return None
         if stage.name == "build" and (known.status != "passed" or known.made != extension()):
-            return False  # what was built is on another machine
+            return None  # what was built is on another machine
         asked = (known.sources, known.card, known.arguments)
-        return asked == (self.sources, self.card, self._asked(stage))
+        return known if asked == (self.sources, self.card, self._asked(stage)) else None
 
     def _asked(self, stage: Stage) -> list[str]:
         """The stage's arguments, without its folder, which may lie elsewhere the next time."""
@@ -122,9 +122,7 @@ class Proof:
         status, late = 0, []
         for name in names:
             stage = self.all[name]
-            if self.is_done(stage):
-                known = read(self.folder, name)
-                assert known is not None
+            if (known := self.known(stage)) is not None:
                 status |= known.status in ("failed", "hung")
                 print(f"{name:16} known: {known.words}, {known.date}", flush=True)
                 continue

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import report
+from gpu_proof.rows import tabulated
 from gpu_proof.writing import folder, write_csv, write_text
 
 
@@ -28,7 +29,7 @@ class Rows:
         compared, name = item.funcargs.get("compared"), item.funcargs.get("name")
         if compared is None or name not in compared.figures:
             return
-        self.table.append(report.tabulated(compared, name))
+        self.table.append(tabulated(compared, name))
         write_csv(self.out / f"{self.name}.csv", self.table)
         write_text(self.out / f"{self.name}.md", report.markdown(self.table) + "\n")
 

@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 
-from cases import Contender, parameters
-from gpu_cases import Case, fastlars_of
+from cases import parameters
+from fastlars.backends.cuda import PATHS
+from gpu_cases import TARGETS, Case, contenders
 from gpu_proof import process
 from gpu_proof.writing import folder, table, write_csv, write_text
 
-CASES = [Case("resnet50", "lars", "float32"), Case("bert_large", "lamb", "float32")]
 LIMIT_S = 50.0
-PATHS = ("two-launch", "one-launch")
 # ncu's name: column, and by how much a value is multiplied
 METRICS = {
     "gpu__time_duration.sum": ("us", 1e-3),
@@ -36,13 +35,10 @@ METRICS = {
 
 def steps(case: Case, device: torch.device, number: int = 3) -> None:
     """Some steps by each path; the first launches are not looked at."""
-    optimizers = []
-    for path in PATHS:
-        params = parameters(case.shapes(), device)
-        build = fastlars_of(case)
-        with Contender(build, "fastlars", backend="cuda", path=path).planning():
-            optimizers.append(build(params))
-            optimizers[-1].step()
+    every = contenders(case)
+    optimizers = [
+        every[f"fastlars cuda {path}"].started(parameters(case.shapes(), device)) for path in PATHS
+    ]
     for _ in range(number):
         for optimizer in optimizers:
             optimizer.step()
@@ -107,4 +103,4 @@ if __name__ == "__main__":
         steps(Case(sys.argv[1], sys.argv[2], "float32"), torch.device("cuda"))
         torch.cuda.synchronize()
     else:
-        raise SystemExit(measure(folder(), CASES))
+        raise SystemExit(measure(folder(), TARGETS))

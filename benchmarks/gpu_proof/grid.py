@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 
 import timing
-from cases import Contender, adamw, parameters, sgd
-from gpu_cases import Case, fastlars_of
+from cases import adamw, parameters, sgd
+from gpu_cases import TARGETS, Case, contenders
 from gpu_proof.writing import folder, table, write_csv, write_text
 from machine import Gpu, Machine
 
-CASES = [Case("resnet50", "lars", "float32"), Case("bert_large", "lamb", "float32")]
 CHUNK_BYTES = 2**14
 
 
@@ -72,11 +71,8 @@ def measure(
 def _step(
     case: Case, params: list[torch.nn.Parameter], path: str, blocks: int, ring: int
 ) -> Callable[[], object]:
-    contender = Contender(fastlars_of(case), "fastlars", backend="cuda", path=path)
-    with contender.planning():
-        optimizer = contender.build(params)
-        optimizer.step()
-    # planning() gave the optimizer a back end of its own.
+    optimizer = contenders(case)[f"fastlars cuda {path}"].started(params)
+    # Each contender has a back end of its own.
     backend = optimizer._plans[0].sublists[0].backend
     backend.grid, backend.ring = blocks, ring
     optimizer.step()
@@ -85,4 +81,6 @@ def _step(
 
 if __name__ == "__main__":
     gpu = Gpu()
-    raise SystemExit(measure(gpu, launches(gpu.multiprocessors, gpu.shared_bytes), folder(), CASES))
+    raise SystemExit(
+        measure(gpu, launches(gpu.multiprocessors, gpu.shared_bytes), folder(), TARGETS)
+    )

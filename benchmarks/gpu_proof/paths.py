@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from cases import CHECK_LR, Contender, gradients, parameters
-from gpu_cases import Case, fastlars_of
+from cases import CHECK_LR, gradients, parameters
+from fastlars.backends.cuda import PATHS
+from gpu_cases import Case, contenders, fastlars_of
 from gpu_proof.writing import folder, table, write_text
 from machine import Gpu, Machine
 
@@ -35,14 +36,10 @@ class Run:
 
 def started(case: Case, machine: Machine, path: str, *, graph: bool = False) -> Run:
     """A run after its first step."""
-    build = fastlars_of(case, capturable=graph)
+    # By more than the last bits, and not beyond all bounds: 0.1% of a layer a step.
+    build = fastlars_of(case, lr=CHECK_LR[case.rule] * 1e-2, capturable=graph)
     params = parameters(case.shapes(), machine.device)
-    with Contender(build, "fastlars", backend="cuda", path=path).planning():
-        optimizer = build(params)
-        for group in optimizer.param_groups:
-            # By more than the last bits, and not beyond all bounds: 0.1% of a layer a step.
-            group["lr"] = CHECK_LR[case.rule] * 1e-2
-        optimizer.step()
+    optimizer = replace(contenders(case)[f"fastlars cuda {path}"], build=build).started(params)
     return Run(params, optimizer, machine.recorded(optimizer.step) if graph else optimizer.step)
 
 
@@ -69,7 +66,7 @@ def measure(machine: Machine, out: Path, cases: list[Case], steps: dict[str, int
     """Compare case by case, and write what is known after each; 1 where bits differ."""
     rows, status = [], 0
     for case in cases:
-        runs = {path: started(case, machine, path) for path in ("two-launch", "one-launch")}
+        runs = {path: started(case, machine, path) for path in PATHS}
         if case.model == "resnet50":
             for path in tuple(runs):
                 runs[f"{path}, graph"] = started(case, machine, path, graph=True)

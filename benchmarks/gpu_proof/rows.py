@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import gc
+import os
+import platform
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
+import host
 import report
 from comparison import Comparison, Effort, UnavailableError
-from gpu_cases import Case
+from gpu_cases import TARGETS, Case
 from gpu_proof.writing import folder, write_csv, write_text
 from machine import Gpu, Machine
 
-CASES = [
-    Case("resnet50", "lars", "float32"),
-    Case("bert_large", "lamb", "float32"),
-    Case("resnet50", "lamb", "float32"),
-    Case("bert_large", "lars", "float32"),
-]
+CASES = [*TARGETS, Case("resnet50", "lamb", "float32"), Case("bert_large", "lars", "float32")]
 EFFORT = Effort(rounds=41, limit_s=1.5, host_rounds=31, host_limit_s=0.5)
 
 
 def is_wanted(name: str) -> bool:
     """fastlars by every path, and torch's fused optimizer."""
     return name.startswith("fastlars") or "(fused)" in name
+
+
+def tabulated(compared: Comparison, name: str) -> dict[str, Any]:
+    """A contender's figures as a row of the table, measured now by what is installed."""
+    common = {
+        **host.describe(),
+        "group": str(compared.case),
+        "version": version(compared.contenders[name].package),
+        "python": platform.python_version(),
+        "date": f"{date.today()}",
+        "commit": os.environ.get("GPU_COMMIT", ""),
+    }
+    return report.tabulated({**common, **compared.row(name)})
 
 
 def measure(machine: Machine, out: Path, cases: list[Case], effort: Effort = EFFORT) -> int:
@@ -37,7 +51,7 @@ def measure(machine: Machine, out: Path, cases: list[Case], effort: Effort = EFF
             words = "skipped" if skipped else type(error).__name__
             print(f"{case}: {name}: {words}: {error}", flush=True)
             status |= not skipped
-        table += [report.tabulated(found, name) for name in found.figures]
+        table += [tabulated(found, name) for name in found.figures]
         if table:
             write_csv(out / "rows.csv", table)
             write_text(out / "rows.md", report.markdown(table) + "\n")

@@ -103,7 +103,7 @@ def stages(card: Card, folder: Path, arguments: list[str]) -> list[Stage]:
             "first-step",
             "what does the check at first use add to the first step",
             70,
-            ("benchmarks/first_step.py", "cuda", "LARS"),
+            ("benchmarks/first_step.py", "cuda", "lars"),
         ),
         *(
             Stage(

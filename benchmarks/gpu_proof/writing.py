@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from pathlib import Path
 from typing import Any
@@ -25,17 +23,20 @@ def write_text(path: Path, text: str) -> None:
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Replace a file by the rows, with the columns of all of them."""
-    columns = dict.fromkeys(name for row in rows for name in row)
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, out.getvalue())
+    # Only stages have fastlars, not the driver: nothing is built yet where it starts.
+    from fastlars.trainer import atomic
+
+    columns = _columns(rows)
+    atomic.write_table([columns, *([row.get(name) for name in columns] for row in rows)], path)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows as Markdown."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    columns = _columns(rows)
     lines = [columns, ["---"] * len(columns)]
     lines += [[str(row.get(name, "")) for name in columns] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _columns(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
