@@ -122,6 +122,13 @@ def test_races_of_kernels_are_noticed(
     assert found == (mistake != "none"), done.stderr[:4000]
 
 
+def test_a_wait_that_never_ends_ends_the_launch(watched: list[str | Path], folder: Path) -> None:
+    program = emulated.program(folder, "races", sanitize=True)
+    done = _run(*watched, program, "a lost ticket", FASTLARS_EMULATED_LOOKS="1000")
+    assert done.returncode == -signal.SIGABRT
+    assert "a wait between blocks did not end" in done.stderr
+
+
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_kernels_have_no_races(seed: int, watched: list[str | Path], folder: Path) -> None:
     program = emulated.program(folder, "races", sanitize=True)

@@ -38,6 +38,18 @@ FASTLARS_HD float float_of(std::uint32_t bits) {
   return value;
 }
 
+FASTLARS_HD std::uint64_t bits_of(double value) {
+  std::uint64_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+FASTLARS_HD double double_of(std::uint64_t bits) {
+  double value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 FASTLARS_HD float to_float(float value) { return value; }
 
 FASTLARS_HD float to_float(bfloat16 value) {

@@ -11,8 +11,9 @@
 
 namespace fastlars::cuda {
 
-constexpr int kThreads = 256;  // of every block
-constexpr int kWarps = kThreads / 32;
+constexpr int kThreads = 256;  // of a block that work on a chunk
+constexpr int kLanes = 32;     // of a warp
+constexpr int kWarps = kThreads / kLanes;
 
 __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x); }
 __device__ __forceinline__ int block() { return static_cast<int>(blockIdx.x); }
@@ -21,10 +22,16 @@ __device__ __forceinline__ int blocks() { return static_cast<int>(gridDim.x); }
 // All threads of the block arrive before any goes on, and see what the others wrote.
 __device__ __forceinline__ void barrier() { __syncthreads(); }
 
+// The same, for warps that come to it on different lines.
+__device__ __forceinline__ void meet() { asm volatile("bar.sync 0;" ::: "memory"); }
+
+// The same for one warp alone.
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+
 // The sum over a warp: the same bits in all its lanes.
 template <class T>
 __device__ __forceinline__ T warp_sum(T value) {
-  for (int mask = 16; mask > 0; mask /= 2) value += __shfl_xor_sync(0xffffffffu, value, mask);
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) value += __shfl_xor_sync(0xffffffffu, value, mask);
   return value;
 }
 
@@ -48,6 +55,15 @@ __device__ __forceinline__ std::uint32_t add_acq_rel(std::uint32_t* place, std::
   return before;
 }
 
+__device__ __forceinline__ std::uint32_t load_relaxed(const std::uint32_t* place) {
+  std::uint32_t value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];"
+               : "=r"(value)
+               : "l"(__cvta_generic_to_global(place))
+               : "memory");
+  return value;
+}
+
 __device__ __forceinline__ std::uint64_t load_relaxed(const std::uint64_t* place) {
   std::uint64_t value;
   asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];"
@@ -64,8 +80,35 @@ __device__ __forceinline__ void store_relaxed(std::uint64_t* place, std::uint64_
                : "memory");
 }
 
-// Between two looks at what another block is to write.
-__device__ __forceinline__ void pause() { __nanosleep(64); }
+__device__ __forceinline__ void store_relaxed(std::uint32_t* place, std::uint32_t value) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;"
+               :
+               : "l"(__cvta_generic_to_global(place)), "r"(value)
+               : "memory");
+}
+
+// Between two looks at what another block is to write. Such a wait ends by itself. Should it not,
+// the launch must not hold the device for ever: after some ten seconds it ends with an error, as
+// any write to address 0 does.
+class Patience {
+ public:
+  __device__ void pause() {
+    __nanosleep(64);
+    if (++looks_ < 1u << 24) return;
+    asm volatile("st.global.u32 [%0], %1;" : : "l"(std::uint64_t{0}), "r"(0) : "memory");
+  }
+
+ private:
+  unsigned looks_ = 0;
+};
+
+// Shared memory that another warp writes meanwhile.
+__device__ __forceinline__ int load_shared(const int* place) {
+  return *static_cast<const volatile int*>(place);
+}
+__device__ __forceinline__ void store_shared(int* place, int value) {
+  *static_cast<volatile int*>(place) = value;
+}
 
 // Shared memory whose size the launch decides, on a 16-byte boundary.
 __device__ __forceinline__ float4* dynamic_shared() {

@@ -12,8 +12,8 @@ struct Body<LambRule> {
   // Four arrays of four vectors would not fit the registers.
   static constexpr int kBatch = kVectors / 2;
 
-  static __device__ bool out_of_range(const Pair<float>& sums) {
-    return needs_double({sums.weight, sums.update});
+  static __device__ bool out_of_range(const Pair<float>& sum) {
+    return leaves_float_range(sum.weight) || update_out_of_range(sum);
   }
 
   // The direction is taken from the moments as they are stored, because that is what apply reads.

@@ -19,9 +19,7 @@ template <>
 struct Body<GradientNorm> {
   using Coefficients = float;  // the gradient scale
 
-  static __device__ bool out_of_range(const Pair<float>& sums) {
-    return leaves_float_range(sums.update);
-  }
+  static __device__ bool out_of_range(const Pair<float>& sum) { return update_out_of_range(sum); }
 
   template <bool, int Batch = kVectors, class Sum, class Types>
   static __device__ __forceinline__ void measure(const Coefficients& scale, const Types& types,
@@ -51,8 +49,8 @@ template <>
 struct Body<LarsRule> {
   using Coefficients = LarsCoefficients;
 
-  static __device__ bool out_of_range(const Pair<float>& sums) {
-    return needs_double({sums.weight, sums.update});
+  static __device__ bool out_of_range(const Pair<float>& sum) {
+    return leaves_float_range(sum.weight) || update_out_of_range(sum);
   }
 
   // Holds: the gradients are put into `held`, from where apply takes them.

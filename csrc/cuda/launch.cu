@@ -59,7 +59,7 @@ void check(cudaError_t code, const char* kernel) {
               cudaGetErrorString(code) + (advice.empty() ? "" : "; " + advice));
 }
 
-int blocks_at_once(const void* kernel, int shared_bytes, const char* name) {
+int blocks_at_once(const void* kernel, int threads, int shared_bytes, const char* name) {
   static std::mutex mutex;
   static std::map<std::tuple<int, const void*, int>, int> known;
   int device = 0;
@@ -77,14 +77,14 @@ int blocks_at_once(const void* kernel, int shared_bytes, const char* name) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
   }
   int each = 0;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, shared_bytes), name);
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared_bytes), name);
   const int blocks = std::max(1, each) * attribute(cudaDevAttrMultiProcessorCount, name);
   known.emplace(key, blocks);
   return blocks;
 }
 
 int ring_of_device(int blocks, int bytes, int most) {
-  constexpr int reserved = 2048;  // static shared memory, and what the driver takes of every block
+  constexpr int reserved = 8192;  // static shared memory, and what the driver takes of every block
   const int all = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, "step");
   const int one = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, "step");
   const int room = std::min(all / blocks, one) - reserved;

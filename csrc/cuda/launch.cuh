@@ -15,7 +15,7 @@ namespace fastlars::cuda {
 void check(cudaError_t code, const char* kernel);
 
 // How many blocks of a kernel the current device holds at once.
-int blocks_at_once(const void* kernel, int shared_bytes, const char* name);
+int blocks_at_once(const void* kernel, int threads, int shared_bytes, const char* name);
 
 // How many chunks of `bytes` each of `blocks` blocks of a multiprocessor can hold in shared memory:
 // from 1 to `most`.
@@ -61,15 +61,15 @@ void for_each_launch(const Rule& rule, const Scalars& now, const Work& work, F&&
 
 template <class Rule>
 void launch(const char* name, void (*kernel)(Call<Rule>), Call<Rule>& call, const Work& work,
-            int shared_bytes) {
+            int shared_bytes, int threads = kThreads) {
   // Asked for any grid: on the way it lets the kernel have its shared memory.
-  const int at_once = blocks_at_once(reinterpret_cast<const void*>(kernel), shared_bytes, name);
+  const int at_once = blocks_at_once(reinterpret_cast<const void*>(kernel), threads, shared_bytes, name);
   const int most = work.grid > 0 ? work.grid : at_once;
   const int grid = std::max(1, std::min(most, call.chunks));
   call.share = (call.chunks + grid - 1) / grid;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(grid);
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(work.stream);
   check(cudaLaunchKernelEx(&config, kernel, call), name);

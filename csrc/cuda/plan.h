@@ -24,16 +24,23 @@ struct Item {
   std::int64_t begin;
 };
 
-// One tensor: addresses, 0 where there is none, and its chunks. Gradients are not here: they move
-// from step to step, and travel with the launch.
+// One tensor: addresses, 0 where there is none, its elements, and its chunks. Gradients are not
+// here: they move from step to step, and travel with the launch.
 struct Row {
   std::uintptr_t weight, copy, state[2], counter;
+  std::int64_t size;
   std::int32_t first, chunks;
 };
 
 // A place in a block's queue of chunks that are measured and not yet applied.
 struct Link {
   std::int32_t chunk, tensor;
+};
+
+// Sums of one chunk for other blocks of the same launch: each half of a double with the number of
+// the launch above it. A word so says by itself whether it has come, and no fence is needed.
+struct TaggedSums {
+  std::uint64_t word[4];
 };
 
 // What all blocks of a launch share. The last block to leave puts it back for the next launch, so
@@ -49,7 +56,8 @@ struct Control {
 struct Tables {
   const Item* items;
   const Row* rows;
-  Sums* slots;             // sums of squares by chunk
+  Sums* slots;             // sums of squares by chunk, of measure
+  TaggedSums* tagged;      // likewise, of step
   std::uint32_t* arrived;  // measured chunks by tensor; 0 between launches
   std::uint64_t* flags;    // by tensor: epoch and rate, once its sums are known
   Link* links;             // by chunk: its successor in its owner's queue
@@ -79,6 +87,7 @@ class Plan {
                        address(list.copy),
                        {address(list.state[0]), address(list.state[1])},
                        address(list.counter),
+                       list.numel[t],
                        first(t),
                        first(t + 1) - first(t)};
       changed = changed || std::memcmp(&rows[t], &row, sizeof row) != 0;
@@ -112,6 +121,7 @@ class Plan {
     // Larger alignment first.
     take(work.tables.control, 1);
     take(work.tables.slots, chunks());
+    take(work.tables.tagged, chunks());
     take(work.tables.flags, tensors());
     take(work.tables.links, chunks());
     take(work.tables.arrived, tensors());

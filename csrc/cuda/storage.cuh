@@ -170,7 +170,7 @@ __device__ __forceinline__ void store(const float (&values)[kVector], Dtype type
 
 // One chunk of one tensor.
 struct Chunk {
-  std::uintptr_t weight, copy, grad, state[2];  // of its first element; 0 where there is none
+  std::uintptr_t weight, copy, state[2], grad;  // of its first element; 0 where there is none
   std::int64_t begin;
   int tensor, size;
 };
@@ -189,8 +189,8 @@ __device__ __forceinline__ Chunk locate(const Call<Rule>& call, const Types& typ
   return {
       advanced(row.weight, types.weight(), begin),
       Types::has_copies ? advanced(row.copy, types.copy(), begin) : 0,
-      advanced(grad, types.grad(), begin),
       {advanced(row.state[0], types.state(), begin), advanced(row.state[1], types.state(), begin)},
+      advanced(grad, types.grad(), begin),
       begin,
       item.tensor,
       live ? item.size : 0};

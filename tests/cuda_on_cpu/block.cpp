@@ -94,14 +94,14 @@ void Block::run(State& state, int index) {
   for (auto& warp : warps_) warp.arrived = 0;
   lines_.fill({"not begun", 0});
   waiting_ = ended_ = 0;
-  ready_.set();
-  for (int i = 0; i < kThreads; ++i) {
+  make_all_ready();
+  for (int i = 0; i < threads(); ++i) {
     // Stacks that end at the same place of a page would compete for one line of the cache.
     prepare(fibers_[i], stacks_[i]->begin(), kStack - 64 * (i % 32), begin_thread);
   }
   running.block = this;
-  current_ = random_() % kThreads;
-  step_ = random_() % kThreads | 1;
+  current_ = random_() % threads();
+  step_ = random_() % threads() | 1;
   adopt(main_);
   release(this);
   jump(main_, fibers_[current_]);
@@ -118,7 +118,7 @@ void Block::end_thread() {
   lines_[current_] = {"ended", 0};
   release(this);
   ready_.reset(current_);
-  if (++ended_ < kThreads) {
+  if (++ended_ < threads()) {
     wait();
   } else {
     jump(fibers_[current_], main_);
@@ -126,11 +126,11 @@ void Block::end_thread() {
 }
 
 // The next one in this phase's order, or -1.
-int Block::next_ready() const {
-  const int from = (current_ + step_) % kThreads;
+int Block::next_ready(int step) const {
+  const int from = (current_ + step) % threads();
   std::size_t found = from == 0 ? ready_._Find_first() : ready_._Find_next(from - 1);
-  if (found == kThreads) found = ready_._Find_first();
-  return found == kThreads ? -1 : static_cast<int>(found);
+  if (found == ready_.size()) found = ready_._Find_first();
+  return found == ready_.size() ? -1 : static_cast<int>(found);
 }
 
 void Block::go_to(int thread) {
@@ -141,7 +141,7 @@ void Block::go_to(int thread) {
 }
 
 void Block::wait() {
-  const int next = next_ready();
+  const int next = next_ready(step_);
   if (next < 0) {
     describe();
     give_up("threads wait for others of their block that never come", lines_[current_]);
@@ -153,17 +153,17 @@ void Block::barrier(Line line) {
   lines_[current_] = line;
   release(&waiting_);
   ready_.reset(current_);
-  if (++waiting_ < kThreads) {
+  if (++waiting_ < threads()) {
     wait();
   } else {
-    for (const Line& other : lines_) {
-      if (same(line, other)) continue;
+    for (int i = 0; i < threads(); ++i) {
+      if (same(line, lines_[i])) continue;
       describe();
       give_up("threads of a block meet at different barriers", line);
     }
     waiting_ = 0;
-    ready_.set();
-    step_ = random_() % kThreads | 1;
+    make_all_ready();
+    step_ = random_() % threads() | 1;
   }
   acquire(&waiting_);
 }
@@ -200,7 +200,7 @@ void Block::stall() {
   if (choice < slowness_) {
     sleep_microseconds(random_() % 200);
   } else if (choice % 2 == 0) {
-    go_to(next_ready());
+    go_to(next_ready(step_));
   } else if (choice % 4 == 1) {
     sched_yield();
   }
@@ -213,14 +213,16 @@ void Block::poll(Line line) {
   } else {
     sched_yield();
   }
-  go_to(next_ready());
+  // Whoever is next of all that are ready: in steps, two that poll could take turns for ever, and
+  // leave out the one that both wait for.
+  go_to(next_ready(1));
 }
 
 void Block::describe() const {
   std::fprintf(stderr, "block %d of %d:\n", index_, state_->launch.blocks);
-  for (int i = 0; i < kThreads;) {
+  for (int i = 0; i < threads();) {
     int end = i + 1;
-    while (end < kThreads && same(lines_[end], lines_[i])) ++end;
+    while (end < threads() && same(lines_[end], lines_[i])) ++end;
     std::fprintf(stderr, "  threads %d to %d last waited at %s:%d\n", i, end - 1, lines_[i].file,
                  lines_[i].number);
     i = end;

@@ -86,7 +86,7 @@ class Block {
   void describe() const;
 
  private:
-  using Threads = std::bitset<kThreads>;
+  using Threads = std::bitset<kMostThreads>;
   struct Warp {
     int arrived;
     Line line;
@@ -94,7 +94,9 @@ class Block {
   };
 
   static void begin_thread();
-  int next_ready() const;
+  int threads() const { return state_->launch.threads; }
+  void make_all_ready() { ready_ = ~Threads() >> (kMostThreads - threads()); }
+  int next_ready(int step) const;
   void go_to(int thread);
   void wait();
   void end_thread();
@@ -106,10 +108,10 @@ class Block {
   int current_ = 0, step_ = 1;
   int waiting_ = 0, ended_ = 0;
   Threads ready_;
-  std::array<Warp, kThreads / kLanes> warps_;
-  std::array<Line, kThreads> lines_;
+  std::array<Warp, kMostThreads / kLanes> warps_;
+  std::array<Line, kMostThreads> lines_;
   Fiber main_;
-  std::array<Fiber, kThreads> fibers_;
+  std::array<Fiber, kMostThreads> fibers_;
   std::vector<std::unique_ptr<Fenced>> stacks_;
   Fenced shared_;
 };

@@ -141,16 +141,17 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     return on_cpu::fail(static_cast<cudaError_t>(std::atoi(error)));
   }
   const dim3 grid = config->gridDim, block = config->blockDim;
-  if (grid.x < 1 || grid.y != 1 || grid.z != 1 || block.x != on_cpu::kThreads || block.y != 1 ||
-      block.z != 1) {
+  if (grid.x < 1 || grid.y != 1 || grid.z != 1 || block.x < 1 || block.x % on_cpu::kLanes != 0 ||
+      block.x > on_cpu::kMostThreads || block.y != 1 || block.z != 1) {
     return on_cpu::fail(cudaErrorInvalidConfiguration);
   }
   const std::size_t shared = config->dynamicSmemBytes;
   if (shared > static_cast<std::size_t>(on_cpu::allowed(kernel))) {
     return on_cpu::fail(cudaErrorInvalidValue);
   }
-  on_cpu::launch({static_cast<int>(grid.x), on_cpu::kMultiprocessors * on_cpu::resident(shared),
-                  shared, [&] { kernel(arguments...); }});
+  on_cpu::launch({static_cast<int>(grid.x), static_cast<int>(block.x),
+                  on_cpu::kMultiprocessors * on_cpu::resident(shared), shared,
+                  [&] { kernel(arguments...); }});
   return cudaSuccess;
 }
 

@@ -1,5 +1,5 @@
 // Runs the blocks of a launch on a CPU: a thread of the operating system for each resident block,
-// and on it a fiber for each of the block's 256 threads. Fibers take turns in an order that changes
+// and on it a fiber for each of the block's threads. Fibers take turns in an order that changes
 // at every barrier; blocks begin in random order, and stall wherever they meet another block.
 //
 // What a GPU would let pass, or answer with a wrong number on some day, ends the process with a
@@ -14,11 +14,12 @@
 
 namespace on_cpu {
 
-constexpr int kThreads = 256;
+constexpr int kMostThreads = 288;
 constexpr int kLanes = 32;
 
 struct Launch {
   int blocks;
+  int threads;   // of a block: whole warps, kMostThreads at most
   int resident;  // blocks that run at a time; the others begin when those have ended
   std::size_t shared;
   std::function<void()> kernel;  // one thread

@@ -66,7 +66,9 @@ __global__ void __launch_bounds__(kThreads, 3) add_up(const __grid_constant__ Ca
   } else if (mistake != no_barrier) {
     barrier();
   }
-  while (mistake == no_end && thread() == 0 && load_relaxed(call.never) == 0) pause();
+  for (Patience patience; mistake == no_end && thread() == 0 && load_relaxed(call.never) == 0;) {
+    patience.pause();
+  }
   if (thread() == 0) {
     double sum = 0.0;
     for (int warp = 0; warp < kWarps; ++warp) sum += by_warp[warp];
