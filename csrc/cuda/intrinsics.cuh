@@ -102,14 +102,6 @@ class Patience {
   unsigned looks_ = 0;
 };
 
-// Shared memory that another warp writes meanwhile.
-__device__ __forceinline__ int load_shared(const int* place) {
-  return *static_cast<const volatile int*>(place);
-}
-__device__ __forceinline__ void store_shared(int* place, int value) {
-  *static_cast<volatile int*>(place) = value;
-}
-
 // Shared memory whose size the launch decides, on a 16-byte boundary.
 __device__ __forceinline__ float4* dynamic_shared() {
   extern __shared__ float4 fastlars_dynamic_shared[];

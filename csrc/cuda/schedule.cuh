@@ -23,8 +23,7 @@ struct Turn {
   typename Body<Rule>::Coefficients c;
   Chunk chunk;
   Do what;
-  int slot;   // of the ring
-  bool held;  // whether the slot still has what measure put there
+  int slot;  // of the ring, where measure puts what apply takes; -1 where none was left
 };
 
 // What the warps of a block share.
@@ -32,7 +31,6 @@ template <class Rule>
 struct Shared {
   Turn<Rule> turn[2];                   // one is worked on while the other is made up
   Scratch sums[2];                      // of a turn that measures
-  int worked;                           // the last turn that the first warp has done its part of
   typename Body<Rule>::Coefficients c;  // for the counter that was asked for last
   std::uint64_t answer;                 // of the scheduler's first lane to the others
   int first[kTensors + 1];              // chunk of the launch, by tensor of the launch
@@ -71,10 +69,7 @@ __device__ __forceinline__ void open(Shared<Rule>& shared, const Call<Rule>& cal
       finish(call, tensor, trust_ratio(call.rule, today(call), {0.0, 0.0}));
     }
   }
-  if (thread() == 0) {
-    shared.first[call.tensors] = call.chunks;
-    shared.worked = -1;
-  }
+  if (thread() == 0) shared.first[call.tensors] = call.chunks;
 }
 
 // The warp that schedules. Its lanes hold the same and do the same, but for what one of them must
@@ -91,14 +86,14 @@ class Scheduler {
         epoch_(call.tables.control->epoch + 1) {}
 
   __device__ void run() {
-    Work ended = {Do::wait, {}}, running = ended;
+    Work ended = {Do::wait, {}}, running = ended;  // the turns before
     for (int k = 0;; ++k) {
       Turn<Rule>& turn = shared_.turn[k % 2];
       Work next = ended;
       if (ended.measures() && !report(ended, shared_.sums[k % 2])) {
         next.what = Do::measure_again;  // all else of that turn still stands there
       } else {
-        next = choose(turn, running, k - 1);
+        next = choose(turn, running.measures());
       }
       sync_warp();
       if (lane() == 0) turn.what = next.what;
@@ -115,13 +110,9 @@ class Scheduler {
   }
 
  private:
-  // A chunk and its tensor, both counted from the first of the launch.
-  struct Place {
-    int chunk, tensor;
-  };
   struct Work {
     Do what;
-    Place place;
+    Link place;
     __device__ bool measures() const { return what == Do::measure || what == Do::measure_again; }
   };
 
@@ -135,61 +126,43 @@ class Scheduler {
     return shared_.answer;
   }
 
-  // Decides on a turn, while the others work on turn `running_turn`.
-  __device__ Work choose(Turn<Rule>& turn, const Work& running, int running_turn) {
+  // Decides on a turn, while the others work on the one before.
+  __device__ Work choose(Turn<Rule>& turn, bool measures) {
     for (Patience patience;; patience.pause()) {
       const std::uint64_t flag = look();
       if (static_cast<std::uint32_t>(flag >> 32) == epoch_) {
         return apply(turn, float_of(static_cast<std::uint32_t>(flag)));
       }
-      // To measure another chunk would drive one out of a full ring, which costs its bytes again:
-      // worth looks at the flag for as long as the others work.
-      if (pushed_ - popped_ >= call_.ring && !exhausted_) {
-        if (worked() < running_turn) continue;
-        if (head_.tensor < tensor_) {
-          if (running.measures()) return {Do::wait, {}};
-          continue;
-        }
-      }
-      Place place;
+      Link place;
       if (claim(place)) return measure(turn, place);
-      if (popped_ == pushed_) return {Do::leave, {}};
+      if (queued_ == 0) return {Do::leave, {}};
       // What is measured now may be what all wait for, and is reported after the next turn begins.
-      if (running.measures()) return {Do::wait, {}};
+      if (measures) return {Do::wait, {}};
     }
   }
 
   // The flag of the queue's head, 0 where there is none.
   __device__ std::uint64_t look() {
     std::uint64_t flag = 0;
-    if (lane() == 0 && popped_ != pushed_) {
+    if (lane() == 0 && queued_ > 0) {
       flag = load_relaxed(&call_.tables.flags[call_.tensor + head_.tensor]);
     }
     return share(flag);
   }
 
-  __device__ int worked() { return static_cast<int>(share(load_shared(&shared_.worked))); }
-
   // Takes the queue's head.
   __device__ Work apply(Turn<Rule>& turn, float rate) {
-    const Place place = head_;
+    const Link place = head_;
     fill(turn, place);
     sync_warp();
-    if (lane() == 0) {
-      turn.slot = popped_ % call_.ring;
-      turn.held = pushed_ - popped_ <= call_.ring;
-      set_trusted(call_.rule, rate, turn.c);
-    }
-    ++popped_;
-    if (popped_ != pushed_) {
-      const Link link = call_.tables.links[call_.chunk + head_.chunk];
-      head_ = {link.chunk, link.tensor};
-    }
+    if (lane() == 0) set_trusted(call_.rule, rate, turn.c);
+    if (place.slot >= 0) --held_;
+    if (--queued_ > 0) head_ = call_.tables.links[call_.chunk + place.chunk];
     return {Do::apply, place};
   }
 
   // Claims a chunk, if one is left. No earlier than it is to be measured: its tensor would wait.
-  __device__ bool claim(Place& place) {
+  __device__ bool claim(Link& place) {
     if (exhausted_) return false;
     std::uint32_t ticket = 0;
     if (lane() == 0) ticket = add_relaxed(&call_.tables.control->ticket, 1);
@@ -201,26 +174,30 @@ class Scheduler {
       passed = warp_sum(i < call_.tensors && shared_.first[i] <= chunk ? 1 : 0);
       tensor_ += passed;
     }
-    place = {chunk, tensor_};
+    place = {chunk, tensor_, -1};
     return !exhausted_;
   }
 
   // Appends to the queue. Its links are global memory, which no other block touches.
-  __device__ Work measure(Turn<Rule>& turn, const Place& place) {
+  __device__ Work measure(Turn<Rule>& turn, Link place) {
+    if (held_ < call_.ring) {
+      place.slot = slot_;
+      slot_ = (slot_ + 1) % call_.ring;
+      ++held_;
+    }
     fill(turn, place);
-    if (lane() == 0) turn.slot = pushed_ % call_.ring;
-    if (popped_ == pushed_) {
+    if (queued_ == 0) {
       head_ = place;
     } else if (lane() == 0) {
-      call_.tables.links[call_.chunk + tail_] = {place.chunk, place.tensor};
+      call_.tables.links[call_.chunk + tail_] = place;
     }
     tail_ = place.chunk;
-    ++pushed_;
+    ++queued_;
     return {Do::measure, place};
   }
 
   // A turn's chunk and coefficients, a lane for each word.
-  __device__ void fill(Turn<Rule>& turn, const Place& place) {
+  __device__ void fill(Turn<Rule>& turn, const Link& place) {
     prepare_coefficients(place.tensor);
     const Row& row = call_.tables.rows[call_.tensor + place.tensor];
     const auto begin =
@@ -237,6 +214,7 @@ class Scheduler {
       turn.chunk.size = live_ ? static_cast<int>(min(row.size - begin, std::int64_t{kChunk})) : 0;
       turn.chunk.tensor = call_.tensor + place.tensor;
       turn.chunk.begin = begin;
+      turn.slot = place.slot;
     }
     constexpr int words = sizeof shared_.c / sizeof(std::uint32_t);
     static_assert(words <= kLanes, "a lane for each");
@@ -330,10 +308,11 @@ class Scheduler {
   const bool live_;
   const std::uint32_t epoch_;  // the number of this launch
   float known_ = NAN;          // the counter that shared_.c is for
-  int pushed_ = 0;             // chunks that were taken on to be measured
-  int popped_ = 0;             // those of them that were taken on to be applied
-  Place head_ = {};            // the first of the others
+  int queued_ = 0;             // chunks that were taken on to be measured, not yet to be applied
+  Link head_ = {};             // the first of them
   int tail_ = 0;               // the last of them
+  int held_ = 0;               // how many of them have a slot
+  int slot_ = 0;               // the next one's
   int tensor_ = 0;             // of the last claim
   bool exhausted_ = false;     // whether all tickets are claimed
 };

@@ -29,23 +29,27 @@ __global__ void __launch_bounds__(kThreads + kLanes, (kBlocks<Types>))
   float4* const ring = dynamic_shared();
   const Types types(call);
   for (int k = 0;; ++k) {
-    if (thread() == 0) store_shared(&shared.worked, k - 1);
     meet();
     const Turn<Rule>& turn = shared.turn[k % 2];
     const Do what = turn.what;
     if (what == Do::leave) break;
     if (what == Do::wait) continue;
     const Chunk chunk = turn.chunk;
+    const bool holds = turn.slot >= 0;
     float4* const held = ring + turn.slot * (kChunk / kVector);
     if (what == Do::measure) {
       Pair<float> mine = {};
-      Body<Rule>::template measure<true>(turn.c, types, chunk, mine, held);
+      if (holds) {
+        Body<Rule>::template measure<true>(turn.c, types, chunk, mine, held);
+      } else {
+        Body<Rule>::template measure<false>(turn.c, types, chunk, mine, nullptr);
+      }
       leave(mine, shared.sums[k % 2]);
     } else if (what == Do::measure_again) {
       Pair<double> mine = {};
       Body<Rule>::measure_again(turn.c, types, chunk, mine);
       leave(mine, shared.sums[k % 2]);
-    } else if (turn.held) {
+    } else if (holds) {
       Body<Rule>::template apply<From::held, false>(turn.c, types, chunk, held, 0);
     } else {
       Body<Rule>::template apply<From::forgotten, false>(turn.c, types, chunk, nullptr, 0);
