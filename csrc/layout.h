@@ -53,6 +53,13 @@ class Layout {
     return nullptr;
   }
 
+  // Of counters, which are single floats, of no shape that the weights know.
+  const char* difference_of_counter(std::size_t i, const dlpack::Tensor& tensor) const {
+    if (dtype_of(tensor.dtype) != Dtype::float32) return "dtype";
+    if (tensor.ndim != 0) return "shape";
+    return same_device(i, tensor) ? nullptr : "device";
+  }
+
   bool same_device(std::size_t i, const dlpack::Tensor& tensor) const {
     const dlpack::Device& device = entries_[i].device;
     return tensor.device.type == device.type && tensor.device.id == device.id;
