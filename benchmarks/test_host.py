@@ -1,4 +1,5 @@
-"""Host time of a step: Python and checks, for tensors like ResNet-50's of at most 576 elements each.
+"""Host time of a step: Python and checks, for as many tensors as ResNet-50 has, and as small ones
+as their ranks allow without a size of 1.
 
 What the compiled call takes for such tensors is timed beside it, so that the rest can be read off.
 DTensors are on a mesh of one process: what a step under FSDP2 costs the host, but for the network.

@@ -19,15 +19,6 @@ using namespace pybind11::literals;
 namespace fastlars {
 namespace {
 
-// A tensor that cannot be paired with its weight: args are (list, index, what differs).
-struct Mismatch : std::exception {
-  Mismatch(std::string list, std::size_t index, std::string what)
-      : list(std::move(list)), index(index), what_differs(std::move(what)) {}
-  std::string list;
-  std::size_t index;
-  std::string what_differs;
-};
-
 // Looks at tensors of the types it was given, and at no others: a subclass may keep its elements
 // elsewhere.
 class Viewer {
@@ -232,53 +223,59 @@ void define_cpu_calls(py::module_& m) {
 
 #if FASTLARS_BUILD_CUDA
 
+struct Numbers {
+  Scalars host;
+  cuda::Numbers device;
+};
+
 template <class Rule>
 void define_cuda_measure(py::module_& m) {
   m.def(
       "cuda_measure",
-      [](const Rule& rule, TensorList& list, const cuda::Plan& plan, double lr,
-         double gradient_scale, std::uintptr_t device, std::uintptr_t sums, std::uintptr_t stream,
-         int grid) {
-        const cuda::Work work = {plan, list, pointer<double>(device), pointer<void>(stream), grid};
-        cuda::measure(rule, {lr, gradient_scale}, work, pointer<Sums>(sums));
+      [](const Rule& rule, TensorList& list, const cuda::Plan& plan, const Numbers& numbers,
+         std::uintptr_t sums, std::uintptr_t stream, int grid) {
+        const cuda::Work work = {plan, list, numbers.device, pointer<void>(stream), grid};
+        cuda::measure(rule, numbers.host, work, pointer<Sums>(sums));
       },
-      Released(), "rule"_a, "tensors"_a, "plan"_a, "lr"_a, "gradient_scale"_a, "device"_a, "sums"_a,
-      "stream"_a, "grid"_a);
+      Released(), "rule"_a, "tensors"_a, "plan"_a, "numbers"_a, "sums"_a, "stream"_a, "grid"_a);
 }
 
 template <class Rule>
 void define_cuda_apply(py::module_& m) {
   m.def(
       "cuda_apply",
-      [](const Rule& rule, TensorList& list, const cuda::Plan& plan, double lr,
-         double gradient_scale, std::uintptr_t device, std::optional<std::uint64_t> seed,
-         std::uintptr_t sums, std::uintptr_t ratios, std::uintptr_t stream, int grid) {
+      [](const Rule& rule, TensorList& list, const cuda::Plan& plan, const Numbers& numbers,
+         std::optional<std::uint64_t> seed, std::uintptr_t sums, std::uintptr_t ratios,
+         std::uintptr_t stream, int grid) {
         set_seed(list, seed);
-        const cuda::Work work = {plan, list, pointer<double>(device), pointer<void>(stream), grid};
-        cuda::apply(rule, {lr, gradient_scale}, work, pointer<const Sums>(sums),
-                    pointer<float>(ratios));
+        const cuda::Work work = {plan, list, numbers.device, pointer<void>(stream), grid};
+        cuda::apply(rule, numbers.host, work, pointer<const Sums>(sums), pointer<float>(ratios));
       },
-      Released(), "rule"_a, "tensors"_a, "plan"_a, "lr"_a, "gradient_scale"_a, "device"_a, "seed"_a,
-      "sums"_a, "ratios"_a, "stream"_a, "grid"_a);
+      Released(), "rule"_a, "tensors"_a, "plan"_a, "numbers"_a, "seed"_a, "sums"_a, "ratios"_a,
+      "stream"_a, "grid"_a);
 }
 
 template <class Rule>
 void define_cuda_step(py::module_& m) {
   m.def(
       "cuda_step",
-      [](const Rule& rule, TensorList& list, const cuda::Plan& plan, double lr,
-         double gradient_scale, std::uintptr_t device, std::uintptr_t ratios, std::uintptr_t stream,
-         int grid, int ring) {
-        const cuda::Work work = {plan, list, pointer<double>(device), pointer<void>(stream),
-                                 grid, ring};
-        cuda::step(rule, {lr, gradient_scale}, work, pointer<float>(ratios));
+      [](const Rule& rule, TensorList& list, const cuda::Plan& plan, const Numbers& numbers,
+         std::uintptr_t ratios, std::uintptr_t stream, int grid, int ring) {
+        const cuda::Work work = {plan, list, numbers.device, pointer<void>(stream), grid, ring};
+        cuda::step(rule, numbers.host, work, pointer<float>(ratios));
       },
-      Released(), "rule"_a, "tensors"_a, "plan"_a, "lr"_a, "gradient_scale"_a, "device"_a,
-      "ratios"_a, "stream"_a, "grid"_a, "ring"_a);
+      Released(), "rule"_a, "tensors"_a, "plan"_a, "numbers"_a, "ratios"_a, "stream"_a, "grid"_a,
+      "ring"_a);
 }
 
 void define_cuda(py::module_& m) {
   py::register_exception<cuda::Error>(m, "CudaError", PyExc_RuntimeError);
+  py::class_<Numbers>(m, "CudaNumbers")
+      .def(py::init([](double lr, double gradient_scale, const cuda::Addresses& addresses,
+                       double limit) {
+             return Numbers{{lr, gradient_scale}, {addresses, limit, gradient_scale}};
+           }),
+           "lr"_a, "gradient_scale"_a, "addresses"_a, "limit"_a);
   py::class_<cuda::Plan> plan(m, "CudaPlan");
   plan.def(py::init([](const BoundLayout& layout) { return cuda::Plan(layout.numel()); }))
       .def_property_readonly("tensors", &cuda::Plan::tensors)
@@ -370,18 +367,10 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init([](double beta1, double beta2, double eps, double weight_decay, double lower,
                        double upper, double ratio_eps, int decay, int correction,
                        bool gradient_averaging, bool trust_clip, bool adapt) {
-             return LambRule{beta1,
-                             beta2,
-                             eps,
-                             weight_decay,
-                             lower,
-                             upper,
-                             ratio_eps,
-                             static_cast<Decay>(decay),
-                             static_cast<Correction>(correction),
-                             gradient_averaging,
-                             trust_clip,
-                             adapt};
+             const auto decays = static_cast<Decay>(decay);
+             const auto corrects = static_cast<Correction>(correction);
+             return LambRule{beta1,     beta2,  eps,      weight_decay,       lower,      upper,
+                             ratio_eps, decays, corrects, gradient_averaging, trust_clip, adapt};
            }),
            py::kw_only(), "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "lower"_a, "upper"_a,
            "ratio_eps"_a, "decay"_a, "correction"_a, "gradient_averaging"_a, "trust_clip"_a,

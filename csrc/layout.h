@@ -14,6 +14,15 @@
 
 namespace fastlars {
 
+// A tensor that cannot be paired with its weight: args are (list, index, what differs).
+struct Mismatch : std::exception {
+  Mismatch(std::string list, std::size_t index, std::string what)
+      : list(std::move(list)), index(index), what_differs(std::move(what)) {}
+  std::string list;
+  std::size_t index;
+  std::string what_differs;
+};
+
 inline std::optional<Dtype> dtype_of(const dlpack::DataType& type) {
   if (type.lanes != 1) return std::nullopt;
   if (type.code == 2 && type.bits == 32) return Dtype::float32;

@@ -165,6 +165,7 @@ def test_launches(
     for name in ("measure", "apply", "step"):
         monkeypatch.setattr(_C, f"cuda_{name}", takes_notes(name), raising=False)
     monkeypatch.setattr(_C, "CudaPlan", Plan, raising=False)
+    monkeypatch.setattr(_C, "CudaNumbers", lambda *numbers: numbers, raising=False)
     monkeypatch.setattr(cuda, "serves", lambda: "cpu")
     backend = Cuda()
     backend.path = path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -130,15 +131,28 @@ class Bound:
             sent.precede(stream)
         return stream.cuda_stream
 
-    def numbers(self, now: Scalars) -> tuple[float, float, int]:
-        """Rate, scale, and where the device finds them, with the verdict of a GradScaler."""
+    def numbers(self, now: Scalars) -> _C.CudaNumbers:
+        """By value, or where the device finds them."""
         there = now.device
         if there is None:
-            return now.lr, now.gradient_scale, 0
-        # A wrong address would end the process's use of the device.
-        if there.device != self.device or there.dtype != torch.float64 or there.shape != (3,):
-            raise ValueError(f"a step on {self.device} needs its three numbers there, as float64")
-        return now.lr, now.gradient_scale, there.data_ptr()
+            return _C.CudaNumbers(now.lr, now.gradient_scale, [(0, False)] * 4, math.inf)
+        tensors = (there.lr, there.grad_scale, there.found_inf, there.square_norm)
+        if there.square_norm is not None and there.square_norm.dtype != torch.float64:
+            raise ValueError(f"the square of a norm must be float64, got {there.square_norm.dtype}")
+        addresses = [self._address(tensor) for tensor in tensors]
+        return _C.CudaNumbers(now.lr, now.gradient_scale, addresses, there.limit)
+
+    def _address(self, value: Tensor | None) -> tuple[int, bool]:
+        """Of one float or double. A wrong one would end the process's use of the device."""
+        if value is None:
+            return 0, False
+        address, is_double = value.data_ptr(), value.dtype == torch.float64
+        wide = is_double or value.dtype == torch.float32
+        if not (wide and address and value.device == self.device and value.numel() == 1):
+            raise ValueError(
+                f"a step on {self.device} needs its numbers there, one float32 or float64 each"
+            )
+        return address, is_double
 
 
 class Cuda:
@@ -188,7 +202,7 @@ class Cuda:
         plan, numbers = bound.layout.plan, bound.numbers(now)
         with current(bound.device):
             where = (bound.stream(), self.grid)
-            call(native(rule), bound.native, plan, *numbers, *arguments, *where, *last)
+            call(native(rule), bound.native, plan, numbers, *arguments, *where, *last)
 
     def measure(self, rule: Rule | GradientNorm, bound: Bound, now: Scalars) -> Tensor:
         sums = bound.empty(bound.layout.plan.tensors, 2, dtype=torch.float64)

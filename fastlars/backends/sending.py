@@ -29,6 +29,12 @@ def is_capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
+def keep(weight: Tensor, tensors: list[Tensor]) -> None:
+    """Have what a recording reads live as long as its weights."""
+    if is_capturing(weight.device):
+        _recorded.setdefault(weight, []).extend(tensors)
+
+
 class Sender:
     """Copies small tensors to the device of some weights, in stream order, without a wait."""
 

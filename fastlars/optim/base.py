@@ -90,9 +90,9 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
     def _patch_step_function(self) -> None:
         # torch's, which wraps step in its hooks and its profiler's region, once for each class.
         kind, plain = type(self), type(self).step
-        super()._patch_step_function()  # type: ignore[no-untyped-call]
+        super()._patch_step_function()
         if kind.step is not plain:
-            kind.step = unwatched(plain, kind.step)  # type: ignore[assignment, method-assign]
+            kind.step = unwatched(plain, kind.step)  # type: ignore[method-assign]
 
     def _forget(self) -> None:
         self._plans: list[Plan | None] = []
