@@ -15,7 +15,7 @@ from fastlars import _C
 from fastlars.backends import cpu
 from fastlars.backends.base import Scalars, Tensors
 from fastlars.backends.cpu import native
-from fastlars.backends.sending import Sender, Sent, current, is_capturing
+from fastlars.backends.sending import Resender, Sender, Sent, current, is_capturing
 from fastlars.rules import GradientNorm, Rule
 
 # How a step that adapts is launched; the first is what nobody has to ask for.
@@ -61,6 +61,7 @@ class Tables:
         self._sender = Sender(weights)
         size = plan.tensors * plan.row_bytes
         self._host = torch.zeros(size, dtype=torch.uint8, device="cpu")
+        self._rows = Resender(self._sender, self._host)
         self._fixed: Sent | None = None
         self._placed: tuple[Sent, Sent] | None = None
 
@@ -71,14 +72,11 @@ class Tables:
         if self._placed is not None:
             return self._placed
         fixed = self._fixed or self._send_fixed()
-        placed = fixed, Sent(self._sender, self._send(self._host))
+        placed = fixed, Sent(self._sender, self._rows.send())
         if not is_capturing(self.device):
             # What a recording sends arrives only when it is replayed.
             self._fixed, self._placed = fixed, placed
         return placed
-
-    def _send(self, host: Tensor) -> Tensor:
-        return self._sender.send(self._sender.pinned(host))
 
     def _send_fixed(self) -> Sent:
         size = self._plan.chunks * self._plan.item_bytes
@@ -86,7 +84,7 @@ class Tables:
         self._plan.write_items(items.data_ptr())
         # Kernels put back to 0 what the next launch needs so.
         workspace = torch.zeros(self._plan.workspace_bytes, dtype=torch.uint8, device=self.device)
-        return Sent(self._sender, self._send(items), workspace)
+        return Sent(self._sender, self._sender.send(self._sender.pinned(items)), workspace)
 
 
 @dataclass
