@@ -5,6 +5,7 @@ On a GPU, and where the kernels were compiled for the CPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -37,16 +38,19 @@ def _number(value: float, dtype: torch.dtype = F64) -> Tensor:
     return torch.tensor(value, dtype=dtype, device=DEVICE)
 
 
-GIVEN: dict[str, tuple[float, OnDevice]] = {
-    "lr": (-1.0, OnDevice(lr=_number(0.3, F32))),
-    "lr, double": (0.25, OnDevice(lr=_number(0.3))),
-    "scale": (1.0, OnDevice(grad_scale=_number(3.7, F32))),
-    "scale, double": (-1.0, OnDevice(grad_scale=_number(3.7))),
-    "norm above": (0.25, OnDevice(square_norm=_number(7.0), limit=LIMIT)),
-    "norm close": (1.0, OnDevice(square_norm=_number(2401.0), limit=CLOSE)),
-    "norm below": (-1.0, OnDevice(square_norm=_number(2.0), limit=LIMIT)),
-    "norm of nan": (1.0, OnDevice(square_norm=_number(float("nan")), limit=LIMIT)),
-    "all": (-1.0, OnDevice(*(_number(x, F32) for x in (0.3, 3.7, 0.0)), _number(7.0), LIMIT)),
+GIVEN: dict[str, tuple[float, Callable[[], OnDevice]]] = {
+    "lr": (-1.0, lambda: OnDevice(lr=_number(0.3, F32))),
+    "lr, double": (0.25, lambda: OnDevice(lr=_number(0.3))),
+    "scale": (1.0, lambda: OnDevice(grad_scale=_number(3.7, F32))),
+    "scale, double": (-1.0, lambda: OnDevice(grad_scale=_number(3.7))),
+    "norm above": (0.25, lambda: OnDevice(square_norm=_number(7.0), limit=LIMIT)),
+    "norm close": (1.0, lambda: OnDevice(square_norm=_number(2401.0), limit=CLOSE)),
+    "norm below": (-1.0, lambda: OnDevice(square_norm=_number(2.0), limit=LIMIT)),
+    "norm of nan": (1.0, lambda: OnDevice(square_norm=_number(float("nan")), limit=LIMIT)),
+    "all": (
+        -1.0,
+        lambda: OnDevice(*(_number(x, F32) for x in (0.3, 3.7, 0.0)), _number(7.0), LIMIT),
+    ),
 }
 
 
@@ -54,7 +58,7 @@ GIVEN: dict[str, tuple[float, OnDevice]] = {
 @pytest.mark.parametrize("given", GIVEN)
 def test_bits_are_those_of_torchs_arithmetic(row: Row, given: str) -> None:
     sign, there = GIVEN[given]
-    numbers = Scalars(0.6, sign, None, there)
+    numbers = Scalars(0.6, sign, None, there())
     assert numbers.doubles is not None
     lr, scale, skip = numbers.doubles.tolist()
     assert skip == 0.0
