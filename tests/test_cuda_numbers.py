@@ -94,10 +94,10 @@ def test_wrong_numbers_never_reach_a_kernel() -> None:
         torch._efficientzerotensor((), device=DEVICE),
     ):
         for there in (OnDevice(lr=wrong), OnDevice(grad_scale=wrong), OnDevice(found_inf=wrong)):
-            with pytest.raises(ValueError, match="needs its numbers there, one float32 or float64"):
+            with pytest.raises(ValueError, match="needs its numbers there: one float32 or"):
                 run.backend.step(run.row.rule, run.bind(), Scalars(0.1, device=there))
     there = OnDevice(square_norm=_number(1.0, F32))
-    with pytest.raises(ValueError, match=r"must be float64, got torch\.float32"):
+    with pytest.raises(ValueError, match="and a norm's square as float64"):
         run.backend.step(run.row.rule, run.bind(), Scalars(0.1, device=there))
 
 

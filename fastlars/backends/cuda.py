@@ -134,21 +134,22 @@ class Bound:
         there = now.device
         if there is None:
             return _C.CudaNumbers(now.lr, now.gradient_scale, [(0, False)] * 4, math.inf)
-        tensors = (there.lr, there.grad_scale, there.found_inf, there.square_norm)
-        if there.square_norm is not None and there.square_norm.dtype != torch.float64:
-            raise ValueError(f"the square of a norm must be float64, got {there.square_norm.dtype}")
-        addresses = [self._address(tensor) for tensor in tensors]
+        addresses = [self._address(x) for x in (there.lr, there.grad_scale, there.found_inf)]
+        addresses.append(self._address(there.square_norm, torch.float64))
         return _C.CudaNumbers(now.lr, now.gradient_scale, addresses, there.limit)
 
-    def _address(self, value: Tensor | None) -> tuple[int, bool]:
+    def _address(
+        self, value: Tensor | None, other: torch.dtype = torch.float32
+    ) -> tuple[int, bool]:
         """Of one float or double. A wrong one would end the process's use of the device."""
         if value is None:
             return 0, False
         address, is_double = value.data_ptr(), value.dtype == torch.float64
-        wide = is_double or value.dtype == torch.float32
-        if not (wide and address and value.device == self.device and value.numel() == 1):
+        fits = is_double or value.dtype == other
+        if not (fits and address and value.device == self.device and value.numel() == 1):
             raise ValueError(
-                f"a step on {self.device} needs its numbers there, one float32 or float64 each"
+                f"a step on {self.device} needs its numbers there: one float32 or float64 each, "
+                "and a norm's square as float64"
             )
         return address, is_double
 
