@@ -19,15 +19,6 @@ using namespace pybind11::literals;
 namespace fastlars {
 namespace {
 
-// A tensor that cannot be paired with its weight: args are (list, index, what differs).
-struct Mismatch : std::exception {
-  Mismatch(std::string list, std::size_t index, std::string what)
-      : list(std::move(list)), index(index), what_differs(std::move(what)) {}
-  std::string list;
-  std::size_t index;
-  std::string what_differs;
-};
-
 // Looks at tensors of the types it was given, and at no others: a subclass may keep its elements
 // elsewhere.
 class Viewer {
@@ -95,8 +86,9 @@ std::unique_ptr<BoundLayout> make_layout(std::shared_ptr<Viewer> viewer, const p
 }
 
 // The addresses of a list's tensors, once every one of them was compared with the layout.
+template <class Difference>
 std::vector<std::uintptr_t> addresses(const BoundLayout& layout, const py::list& tensors,
-                                      Dtype dtype, const char* name) {
+                                      const char* name, Difference&& difference) {
   if (tensors.size() != layout.size()) throw Mismatch(name, 0, "length");
   std::vector<std::uintptr_t> out;
   out.reserve(layout.size());
@@ -104,25 +96,8 @@ std::vector<std::uintptr_t> addresses(const BoundLayout& layout, const py::list&
     const py::handle object = PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
     if (!layout.viewer->accepts(object)) throw Mismatch(name, i, "type");
     const dlpack::Tensor tensor = layout.viewer->view(object, name, i);
-    const char* what = layout.difference(i, tensor, dtype);
+    const char* what = difference(i, tensor);
     if (what != nullptr) throw Mismatch(name, i, what);
-    out.push_back(reinterpret_cast<std::uintptr_t>(tensor.data) + tensor.byte_offset);
-  }
-  return out;
-}
-
-// Counters are single floats, of no layout that the weights know.
-std::vector<std::uintptr_t> counter_addresses(const BoundLayout& layout, const py::list& counters) {
-  if (counters.size() != layout.size()) throw Mismatch("counters", 0, "length");
-  std::vector<std::uintptr_t> out;
-  out.reserve(counters.size());
-  for (std::size_t i = 0; i < counters.size(); ++i) {
-    const py::handle object = PyList_GET_ITEM(counters.ptr(), static_cast<Py_ssize_t>(i));
-    if (!layout.viewer->accepts(object)) throw Mismatch("counters", i, "type");
-    const dlpack::Tensor tensor = layout.viewer->view(object, "counters", i);
-    if (dtype_of(tensor.dtype) != Dtype::float32) throw Mismatch("counters", i, "dtype");
-    if (tensor.ndim != 0) throw Mismatch("counters", i, "shape");
-    if (!layout.same_device(i, tensor)) throw Mismatch("counters", i, "device");
     out.push_back(reinterpret_cast<std::uintptr_t>(tensor.data) + tensor.byte_offset);
   }
   return out;
@@ -138,34 +113,65 @@ TensorList bind(const BoundLayout& layout, const py::list& weights, const py::li
   list.grad_dtype = static_cast<Dtype>(grad_dtype);
   list.state_dtype = static_cast<Dtype>(state_dtype);
   list.copy_dtype = static_cast<Dtype>(copy_dtype);
-  list.weight = addresses(layout, weights, list.weight_dtype, "weights");
-  list.grad = addresses(layout, grads, list.grad_dtype, "grads");
+  const auto alike = [&](const py::list& tensors, Dtype dtype, const char* name) {
+    return addresses(layout, tensors, name, [&](std::size_t i, const dlpack::Tensor& tensor) {
+      return layout.difference(i, tensor, dtype);
+    });
+  };
+  list.weight = alike(weights, list.weight_dtype, "weights");
+  list.grad = alike(grads, list.grad_dtype, "grads");
   for (std::size_t i = 0; i < states.size() && i < 2; ++i) {
-    list.state[i] = addresses(layout, states[i], list.state_dtype, "states");
+    list.state[i] = alike(states[i], list.state_dtype, "states");
   }
-  if (!copies.is_none()) {
-    list.copy = addresses(layout, copies.cast<py::list>(), list.copy_dtype, "copies");
+  if (!copies.is_none()) list.copy = alike(copies.cast<py::list>(), list.copy_dtype, "copies");
+  if (!counters.is_none()) {
+    const auto one = [&](std::size_t i, const dlpack::Tensor& tensor) {
+      return layout.difference_of_counter(i, tensor);
+    };
+    list.counter = addresses(layout, counters.cast<py::list>(), "counters", one);
   }
-  if (!counters.is_none()) list.counter = counter_addresses(layout, counters.cast<py::list>());
   return list;
 }
 
-// For kernels that read their addresses from the device: a row per tensor of weight, gradient, two
-// states, copy and counter, 0 where there is none. Returns whether that differs from what `table`
-// held.
-bool write_table(const TensorList& list, std::uintptr_t table) {
-  const std::vector<std::uintptr_t>* columns[] = {&list.weight,   &list.grad, &list.state[0],
-                                                  &list.state[1], &list.copy, &list.counter};
-  auto* place = reinterpret_cast<std::int64_t*>(table);
-  bool changed = false;
-  for (int tensor = 0; tensor < list.count(); ++tensor) {
-    for (const auto* column : columns) {
-      const auto value = static_cast<std::int64_t>(column->empty() ? 0 : (*column)[tensor]);
-      changed = changed || *place != value;
-      *place++ = value;
-    }
+// What a step gathers, with a list's loop here instead of in the interpreter.
+
+// The gradients of parameters that are the `known` ones, if they are of these types; else None.
+py::object gradients(const py::list& params, const py::list& known, const py::list& types) {
+  static PyObject* const grad = PyUnicode_InternFromString("grad");
+  if (params.size() != known.size() || params.size() != types.size()) return py::none();
+  py::list out(params.size());
+  for (Py_ssize_t i = 0; i < static_cast<Py_ssize_t>(known.size()); ++i) {
+    PyObject* const param = PyList_GET_ITEM(known.ptr(), i);
+    if (PyList_GET_ITEM(params.ptr(), i) != param) return py::none();
+    PyObject* const found = PyObject_GetAttr(param, grad);
+    if (found == nullptr) throw py::error_already_set();
+    PyList_SET_ITEM(out.ptr(), i, found);
+    const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(found));
+    if (type != PyList_GET_ITEM(types.ptr(), i)) return py::none();
   }
-  return changed;
+  return std::move(out);
+}
+
+// One state of every tensor. KeyError where it is gone.
+py::list column(const py::list& states, const py::str& name) {
+  py::list out(states.size());
+  for (Py_ssize_t i = 0; i < static_cast<Py_ssize_t>(out.size()); ++i) {
+    PyObject* const found = PyObject_GetItem(PyList_GET_ITEM(states.ptr(), i), name.ptr());
+    if (found == nullptr) throw py::error_already_set();
+    PyList_SET_ITEM(out.ptr(), i, found);
+  }
+  return out;
+}
+
+// Whether a dict's values are these, and no others.
+bool holds(const py::dict& dict, const py::list& values) {
+  if (dict.size() != values.size()) return false;
+  PyObject* value = nullptr;
+  Py_ssize_t place = 0;
+  for (Py_ssize_t i = 0; PyDict_Next(dict.ptr(), &place, nullptr, &value); ++i) {
+    if (value != PyList_GET_ITEM(values.ptr(), i)) return false;
+  }
+  return true;
 }
 
 void set_seed(TensorList& list, std::optional<std::uint64_t> seed) {
@@ -217,53 +223,59 @@ void define_cpu_calls(py::module_& m) {
 
 #if FASTLARS_BUILD_CUDA
 
+struct Numbers {
+  Scalars host;
+  cuda::Numbers device;
+};
+
 template <class Rule>
 void define_cuda_measure(py::module_& m) {
   m.def(
       "cuda_measure",
-      [](const Rule& rule, TensorList& list, const cuda::Plan& plan, double lr,
-         double gradient_scale, std::uintptr_t device, std::uintptr_t sums, std::uintptr_t stream,
-         int grid) {
-        const cuda::Work work = {plan, list, pointer<double>(device), pointer<void>(stream), grid};
-        cuda::measure(rule, {lr, gradient_scale}, work, pointer<Sums>(sums));
+      [](const Rule& rule, TensorList& list, const cuda::Plan& plan, const Numbers& numbers,
+         std::uintptr_t sums, std::uintptr_t stream, int grid) {
+        const cuda::Work work = {plan, list, numbers.device, pointer<void>(stream), grid};
+        cuda::measure(rule, numbers.host, work, pointer<Sums>(sums));
       },
-      Released(), "rule"_a, "tensors"_a, "plan"_a, "lr"_a, "gradient_scale"_a, "device"_a, "sums"_a,
-      "stream"_a, "grid"_a);
+      Released(), "rule"_a, "tensors"_a, "plan"_a, "numbers"_a, "sums"_a, "stream"_a, "grid"_a);
 }
 
 template <class Rule>
 void define_cuda_apply(py::module_& m) {
   m.def(
       "cuda_apply",
-      [](const Rule& rule, TensorList& list, const cuda::Plan& plan, double lr,
-         double gradient_scale, std::uintptr_t device, std::optional<std::uint64_t> seed,
-         std::uintptr_t sums, std::uintptr_t ratios, std::uintptr_t stream, int grid) {
+      [](const Rule& rule, TensorList& list, const cuda::Plan& plan, const Numbers& numbers,
+         std::optional<std::uint64_t> seed, std::uintptr_t sums, std::uintptr_t ratios,
+         std::uintptr_t stream, int grid) {
         set_seed(list, seed);
-        const cuda::Work work = {plan, list, pointer<double>(device), pointer<void>(stream), grid};
-        cuda::apply(rule, {lr, gradient_scale}, work, pointer<const Sums>(sums),
-                    pointer<float>(ratios));
+        const cuda::Work work = {plan, list, numbers.device, pointer<void>(stream), grid};
+        cuda::apply(rule, numbers.host, work, pointer<const Sums>(sums), pointer<float>(ratios));
       },
-      Released(), "rule"_a, "tensors"_a, "plan"_a, "lr"_a, "gradient_scale"_a, "device"_a, "seed"_a,
-      "sums"_a, "ratios"_a, "stream"_a, "grid"_a);
+      Released(), "rule"_a, "tensors"_a, "plan"_a, "numbers"_a, "seed"_a, "sums"_a, "ratios"_a,
+      "stream"_a, "grid"_a);
 }
 
 template <class Rule>
 void define_cuda_step(py::module_& m) {
   m.def(
       "cuda_step",
-      [](const Rule& rule, TensorList& list, const cuda::Plan& plan, double lr,
-         double gradient_scale, std::uintptr_t device, std::uintptr_t ratios, std::uintptr_t stream,
-         int grid, int ring) {
-        const cuda::Work work = {plan, list, pointer<double>(device), pointer<void>(stream),
-                                 grid, ring};
-        cuda::step(rule, {lr, gradient_scale}, work, pointer<float>(ratios));
+      [](const Rule& rule, TensorList& list, const cuda::Plan& plan, const Numbers& numbers,
+         std::uintptr_t ratios, std::uintptr_t stream, int grid, int ring) {
+        const cuda::Work work = {plan, list, numbers.device, pointer<void>(stream), grid, ring};
+        cuda::step(rule, numbers.host, work, pointer<float>(ratios));
       },
-      Released(), "rule"_a, "tensors"_a, "plan"_a, "lr"_a, "gradient_scale"_a, "device"_a,
-      "ratios"_a, "stream"_a, "grid"_a, "ring"_a);
+      Released(), "rule"_a, "tensors"_a, "plan"_a, "numbers"_a, "ratios"_a, "stream"_a, "grid"_a,
+      "ring"_a);
 }
 
 void define_cuda(py::module_& m) {
   py::register_exception<cuda::Error>(m, "CudaError", PyExc_RuntimeError);
+  py::class_<Numbers>(m, "CudaNumbers")
+      .def(py::init([](double lr, double gradient_scale, const cuda::Addresses& addresses,
+                       double limit) {
+             return Numbers{{lr, gradient_scale}, {addresses, limit, gradient_scale}};
+           }),
+           "lr"_a, "gradient_scale"_a, "addresses"_a, "limit"_a);
   py::class_<cuda::Plan> plan(m, "CudaPlan");
   plan.def(py::init([](const BoundLayout& layout) { return cuda::Plan(layout.numel()); }))
       .def_property_readonly("tensors", &cuda::Plan::tensors)
@@ -324,9 +336,18 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<py::type, const std::vector<py::type>&>(), "tensor_type"_a, "accepted"_a)
       .def("accept", &Viewer::accept, "type"_a);
   py::class_<BoundLayout>(m, "Layout").def(py::init(&make_layout), "viewer"_a, "weights"_a);
-  py::class_<TensorList>(m, "TensorList").def("write_table", &write_table, "table"_a);
+  py::class_<TensorList>(m, "TensorList")
+      .def(
+          "write_table",
+          [](const TensorList& list, std::uintptr_t at) {
+            return write_table(list, pointer<std::int64_t>(at));
+          },
+          "table"_a);
   m.def("bind", &bind, "layout"_a, "weights"_a, "grads"_a, "states"_a, "copies"_a, "counters"_a,
         "weight_dtype"_a, "grad_dtype"_a, "state_dtype"_a, "copy_dtype"_a);
+  m.def("gradients", &gradients, "params"_a, "known"_a, "types"_a);
+  m.def("column", &column, "states"_a, "name"_a);
+  m.def("holds", &holds, "dict"_a, "values"_a);
 
   py::class_<GradientNorm>(m, "GradientNorm").def(py::init<>());
   py::class_<LarsRule>(m, "LarsRule")
@@ -346,18 +367,10 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init([](double beta1, double beta2, double eps, double weight_decay, double lower,
                        double upper, double ratio_eps, int decay, int correction,
                        bool gradient_averaging, bool trust_clip, bool adapt) {
-             return LambRule{beta1,
-                             beta2,
-                             eps,
-                             weight_decay,
-                             lower,
-                             upper,
-                             ratio_eps,
-                             static_cast<Decay>(decay),
-                             static_cast<Correction>(correction),
-                             gradient_averaging,
-                             trust_clip,
-                             adapt};
+             const auto decays = static_cast<Decay>(decay);
+             const auto corrects = static_cast<Correction>(correction);
+             return LambRule{beta1,     beta2,  eps,      weight_decay,       lower,      upper,
+                             ratio_eps, decays, corrects, gradient_averaging, trust_clip, adapt};
            }),
            py::kw_only(), "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "lower"_a, "upper"_a,
            "ratio_eps"_a, "decay"_a, "correction"_a, "gradient_averaging"_a, "trust_clip"_a,

@@ -14,6 +14,15 @@
 
 namespace fastlars {
 
+// A tensor that cannot be paired with its weight: args are (list, index, what differs).
+struct Mismatch : std::exception {
+  Mismatch(std::string list, std::size_t index, std::string what)
+      : list(std::move(list)), index(index), what_differs(std::move(what)) {}
+  std::string list;
+  std::size_t index;
+  std::string what_differs;
+};
+
 inline std::optional<Dtype> dtype_of(const dlpack::DataType& type) {
   if (type.lanes != 1) return std::nullopt;
   if (type.code == 2 && type.bits == 32) return Dtype::float32;
@@ -51,6 +60,13 @@ class Layout {
     }
     if (tensor.data == nullptr && numel_[i] > 0) return "memory";
     return nullptr;
+  }
+
+  // Of counters, which are single floats, of no shape that the weights know.
+  const char* difference_of_counter(std::size_t i, const dlpack::Tensor& tensor) const {
+    if (dtype_of(tensor.dtype) != Dtype::float32) return "dtype";
+    if (tensor.ndim != 0) return "shape";
+    return same_device(i, tensor) ? nullptr : "device";
   }
 
   bool same_device(std::size_t i, const dlpack::Tensor& tensor) const {

@@ -83,6 +83,9 @@ def bind(
     state_dtype: int,
     copy_dtype: int,
 ) -> TensorList: ...
+def gradients(params: list[Tensor], known: list[Tensor], types: list[type]) -> list[Any] | None: ...
+def column(states: list[dict[str, Any]], name: str) -> list[Tensor]: ...
+def holds(dict: dict[Any, Any], values: list[Any]) -> bool: ...
 def cpu_measure(
     rule: AdaptingRule | GradientNorm,
     tensors: TensorList,
@@ -112,6 +115,15 @@ def build_info() -> dict[str, Any]: ...
 
 # What follows, and CudaError, exists where build_info()["cuda"] says so.
 
+class CudaNumbers:
+    def __init__(
+        self,
+        lr: float,
+        gradient_scale: float,
+        addresses: Sequence[tuple[int, bool]],
+        limit: float,
+    ) -> None: ...
+
 class CudaPlan:
     item_bytes: ClassVar[int]
     row_bytes: ClassVar[int]
@@ -130,9 +142,7 @@ def cuda_measure(
     rule: AdaptingRule | GradientNorm,
     tensors: TensorList,
     plan: CudaPlan,
-    lr: float,
-    gradient_scale: float,
-    device: int,
+    numbers: CudaNumbers,
     sums: int,
     stream: int,
     grid: int,
@@ -141,9 +151,7 @@ def cuda_apply(
     rule: NativeRule,
     tensors: TensorList,
     plan: CudaPlan,
-    lr: float,
-    gradient_scale: float,
-    device: int,
+    numbers: CudaNumbers,
     seed: int | None,
     sums: int,
     ratios: int,
@@ -154,9 +162,7 @@ def cuda_step(
     rule: AdaptingRule,
     tensors: TensorList,
     plan: CudaPlan,
-    lr: float,
-    gradient_scale: float,
-    device: int,
+    numbers: CudaNumbers,
     ratios: int,
     stream: int,
     grid: int,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from backend_cases import (
     DEFAULTS,
     F16,
     F32,
+    F64,
     OPTIONS,
     PLAIN,
     USUAL,
@@ -31,7 +34,7 @@ from device_cases import (
     optimizer,
     set_gradients,
 )
-from fastlars.backends.base import Scalars
+from fastlars.backends.base import OnDevice, Scalars
 from fastlars.rules import GradientNorm
 from problems import ORDINARY, Problem
 from tolerances import assert_close, assert_same_bits
@@ -118,15 +121,18 @@ class Bits:
         by_value, on_device = (self.twin(row, PLAIN, ORDINARY) for _ in range(2))
         for step in range(2):
             now = row.now(step)
-            values = [now.lr, now.gradient_scale, 0.0]
-            there = torch.tensor(values, dtype=torch.float64, device=self.device)
-            for run, given in ((by_value, now), (on_device, Scalars(9.0, 9.0, None, there))):
+            values = (now.lr, 1.0 / abs(now.gradient_scale), 0.0)  # scales are powers of 2
+            there = OnDevice(*(torch.tensor(x, dtype=F64, device=self.device) for x in values))
+            given = Scalars(9.0, math.copysign(1.0, now.gradient_scale), None, there)
+            for run, numbers in ((by_value, now), (on_device, given)):
                 run.take_gradients(step)
-                run.backend.step(row.rule, run.bind(), given)
+                run.backend.step(row.rule, run.bind(), numbers)
             assert_same_runs("device", on_device, by_value)
         before = [x.clone() for _, x in on_device.written()]
-        there[2] = 1.0
-        on_device.backend.step(row.rule, on_device.bind(), Scalars(9.0, 9.0, None, there))
+        assert there.found_inf is not None
+        there.found_inf.fill_(1.0)
+        given = Scalars(9.0, 1.0, None, there)
+        on_device.backend.step(row.rule, on_device.bind(), given)
         for (name, x), was in zip(on_device.written(), before, strict=True):
             assert_same_bits(f"skipped: {name}", x.cpu(), was.cpu())
 

@@ -69,7 +69,7 @@ def test_pictures_have_a_point_for_every_row(tmp_path: Path) -> None:
             for rule in ("lars", "lamb")
             for name in ("fastlars", "SGD" if rule == "lars" else "AdamW")]  # fmt: skip
     rows.append(row("resnet50 lars bf16 + masters", "fastlars", 1))
-    rows.append(row("host, 161 tensors of 1 element", "fastlars LARS", ""))
+    rows.append(row("host, 161 small tensors", "fastlars LARS", ""))
     lines = figures._roofline(rows).axes[0].lines
     labels = [line.get_label() for line in lines]
     assert labels == ["fastlars", "SGD", "fastlars, bfloat16", "memory, 50 GB/s"]

@@ -38,6 +38,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         pytest.param("test_cuda_bits.py", 140, 140, marks=pytest.mark.slow),
         ("test_cuda_schedule.py", 33, 50),
         ("test_cuda_errors.py", 11, 11),
+        ("test_cuda_numbers.py", 104, 104),
         ("test_core.py", 4, 4),
         ("test_trust.py", 26, 26),
         ("test_selfcheck.py", 100, 100),

@@ -90,6 +90,30 @@ def test_what_a_recording_sends_is_for_that_recording_alone(
         assert tables.placed(None) is eager
 
 
+def test_pinned_memory_lies_ready_for_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    recording, pinned = [False], []
+    for module in (cuda, sending):
+        monkeypatch.setattr(module, "is_capturing", lambda device: recording[0])
+    real = Sender.pinned
+    monkeypatch.setattr(Sender, "pinned", lambda *a: pinned.append(a) or real(*a))
+    plan = Plan()
+    tables = Tables(plan, [torch.ones(3)])
+    for _ in range(2):
+        recording[0] = False
+        tables.placed(None)
+        pinned.clear()
+        # Weights may have moved.
+        recording[0] = plan.changed = True
+        tables.placed(None)
+        assert pinned == []
+        plan.changed = True
+    # Where the plan itself is of the recording: for items, and for rows.
+    plan = Plan()
+    tables = Tables(plan, [torch.ones(3)])
+    assert tables.placed(None)[1].tensors[0].numel() == 96
+    assert len(pinned) == 2
+
+
 class Stream:
     """Stands in for torch.cuda.Stream, and for a tensor that is used on it."""
 
@@ -165,6 +189,7 @@ def test_launches(
     for name in ("measure", "apply", "step"):
         monkeypatch.setattr(_C, f"cuda_{name}", takes_notes(name), raising=False)
     monkeypatch.setattr(_C, "CudaPlan", Plan, raising=False)
+    monkeypatch.setattr(_C, "CudaNumbers", lambda *numbers: numbers, raising=False)
     monkeypatch.setattr(cuda, "serves", lambda: "cpu")
     backend = Cuda()
     backend.path = path

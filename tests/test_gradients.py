@@ -7,6 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from backend_cases import BF16
 from optimizers import ROWS, SIMPLE, Row, assert_same, parameters, set_gradients, train
@@ -124,6 +128,42 @@ def test_step_hooks(row: Row) -> None:
     before.remove()
     train(optimizer, params, [1])
     assert len(weights) == 3
+
+
+@each_class
+def test_hooks_of_all_optimizers(row: Row) -> None:
+    params = parameters()
+    made = row.make(params)
+    train(made, params, [0])
+    seen: list[Any] = []
+    hooks = [
+        register(lambda o, *_: seen.append(o))
+        for register in (register_optimizer_step_pre_hook, register_optimizer_step_post_hook)
+    ]
+    for hook in hooks:
+        train(made, params, [1])
+        hook.remove()
+    train(made, params, [2])
+    assert seen == [made] * 3
+
+
+@each_class
+def test_a_profiler_sees_the_step_and_nobody_else_pays_for_it(
+    row: Row, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = parameters()
+    optimizer = row.make(params)
+    train(optimizer, params, [0])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        train(optimizer, params, [1])
+    name = f"Optimizer.step#{type(optimizer).__name__}.step"
+    assert [event.name for event in profile.events()].count(name) == 1
+
+    def fails(*_: Any) -> None:
+        raise AssertionError("a region was begun")
+
+    monkeypatch.setattr(torch.autograd.profiler, "record_function", fails)
+    train(optimizer, params, [2])
 
 
 @each_class

@@ -12,7 +12,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlars
+from fastlars.backends import sending
 from fastlars.optim import base, compiled, plan
+from fastlars.optim.numbers import DeviceNumbers
 from fastlars.optim.plan import Plan, lacks_states
 from fastlars.optim.work import check_making, check_recording
 from fastlars.rules import LarsRule
@@ -89,6 +91,25 @@ def test_states_are_lacking_until_the_first_step(row: Row) -> None:
     assert lacks_states(group, optimizer.rule_of(group), optimizer.state)
     params[1].grad = None
     assert not lacks_states(group, optimizer.rule_of(group), optimizer.state)
+
+
+def test_numbers_on_the_device_live_as_long_as_their_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """But for the norm, which a recording makes itself, in memory that it may use again."""
+    params = parameters()
+    optimizer = fastlars.LARS(params, lr=torch.ones(()), max_grad_norm=1.0)
+    set_gradients(params, 0)
+    (work,) = optimizer._prepare()
+    numbers = DeviceNumbers(torch.ones(()), torch.zeros(()))
+    numbers.take_square(torch.ones((), dtype=torch.float64))
+    for recording in (False, True):
+        monkeypatch.setattr(sending, "is_capturing", lambda device, now=recording: now)
+        given = work.scalars(numbers).device
+        assert given is not None
+        kept = sending._recorded.get(params[0], [])
+        expected = [given.lr, given.grad_scale, given.found_inf] if recording else []
+        assert list(map(id, kept)) == list(map(id, expected))
 
 
 class Copies(TorchDispatchMode):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from backend_cases import BF16, F32, PLAIN, ROWS, Kinds, Run
-from fastlars.backends.base import Scalars
+from fastlars.backends.base import OnDevice, Scalars
 from fastlars.rules import GradientNorm
 from problems import ORDINARY
 
@@ -71,7 +71,7 @@ def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Notes:
 
 
 def _on_device(rate: float, seed: int | None) -> Scalars:
-    return Scalars(0.0, 1.0, seed, torch.tensor([rate, 1.0, 0.0], dtype=torch.float64))
+    return Scalars(0.0, 1.0, seed, OnDevice(torch.tensor(rate, dtype=torch.float64)))
 
 
 @pytest.mark.parametrize("kinds", [PLAIN, Kinds(BF16, F32, F32)], ids=["plain", "stochastic"])

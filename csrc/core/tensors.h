@@ -26,4 +26,21 @@ struct TensorList {
   int count() const { return static_cast<int>(numel.size()); }
 };
 
+// For kernels that read their addresses from the device: a row per tensor of weight, gradient, two
+// states, copy and counter, 0 where there is none. Returns whether that differs from what the table
+// held.
+inline bool write_table(const TensorList& list, std::int64_t* place) {
+  const std::vector<std::uintptr_t>* columns[] = {&list.weight,   &list.grad, &list.state[0],
+                                                  &list.state[1], &list.copy, &list.counter};
+  bool changed = false;
+  for (int tensor = 0; tensor < list.count(); ++tensor) {
+    for (const auto* column : columns) {
+      const auto value = static_cast<std::int64_t>(column->empty() ? 0 : (*column)[tensor]);
+      changed = changed || *place != value;
+      *place++ = value;
+    }
+  }
+  return changed;
+}
+
 }  // namespace fastlars

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "core/api.h"
+#include "cuda/numbers.h"
 #include "cuda/plan.h"
 
 namespace fastlars::cuda {
@@ -19,7 +20,7 @@ struct Error : std::runtime_error {
 struct Work {
   const Plan& plan;
   const TensorList& list;
-  const double* device;  // learning rate, gradient scale, skip, on the device; or null
+  Numbers device;  // what the device knows; the rest is by value
   void* stream;
   int grid;      // blocks; 0 is as many as the device holds at once
   int ring = 0;  // chunks that a block of `step` holds in shared memory; 0 is what fits

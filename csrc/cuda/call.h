@@ -2,7 +2,7 @@
 #pragma once
 
 #include "core/api.h"
-#include "core/rules.h"
+#include "cuda/numbers.h"
 #include "cuda/plan.h"
 
 namespace fastlars::cuda {
@@ -15,8 +15,7 @@ constexpr int kTensors = 480;
 template <class Rule>
 struct Call {
   Rule rule;
-  Scalars now;
-  const double* device;  // learning rate, gradient scale, skip; or null, and `now` holds
+  Numbers numbers;
   Tables tables;
   const Sums* sums;  // by tensor of the list, for apply
   Sums* measured;    // by tensor of the list, from measure

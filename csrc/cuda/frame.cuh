@@ -18,17 +18,16 @@ struct Frame {
   Scratch tensor;
 };
 
-// The numbers of the day, from the device where they lie there.
+// The numbers of the day.
 template <class Rule>
 __device__ __forceinline__ Scalars today(const Call<Rule>& call) {
-  if (call.device == nullptr) return call.now;
-  return {call.device[0], call.device[1]};
+  return call.numbers.today();
 }
 
 // False where the step is to be skipped: then nothing is written.
 template <class Rule>
 __device__ __forceinline__ bool is_live(const Call<Rule>& call) {
-  return call.device == nullptr || call.device[2] == 0.0;
+  return !call.numbers.skips();
 }
 
 // The counter of a tensor. Steps count from 1, and `advances` where this launch takes the step.

@@ -36,8 +36,7 @@ void for_each_launch(const Rule& rule, const Scalars& now, const Work& work, F&&
   const TensorList& list = work.list;
   Call<Rule> call;
   call.rule = rule;
-  call.now = now;
-  call.device = work.device;
+  call.numbers = work.device.with(now);
   call.tables = work.plan.tables();
   call.sums = nullptr;
   call.measured = nullptr;

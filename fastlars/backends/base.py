@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -44,6 +46,31 @@ class Tensors:
 
 
 @dataclass(frozen=True)
+class OnDevice:
+    """Numbers of a step that its device knows and the host does not: tensors of one element there,
+    float32 or float64, or None.
+
+    Attributes:
+        lr: learning rate.
+        grad_scale: of a GradScaler: divides ``Scalars.gradient_scale``, which is 1 or -1.
+        found_inf: its verdict: where it is not 0, nothing is changed.
+        square_norm: float64, the square of the global norm, which is clipped to ``limit``.
+    """
+
+    lr: Tensor | None = None
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    square_norm: Tensor | None = None
+    limit: float = math.inf
+
+    @property
+    def given(self) -> list[Tensor]:
+        """The tensors."""
+        every = (self.lr, self.grad_scale, self.found_inf, self.square_norm)
+        return [tensor for tensor in every if tensor is not None]
+
+
+@dataclass(frozen=True)
 class Scalars:
     """What changes from step to step.
 
@@ -51,14 +78,46 @@ class Scalars:
         lr: learning rate.
         gradient_scale: factor on every gradient: unscaling, global clip, sign of ``maximize``.
         seed: of stochastic rounding; None rounds to nearest.
-        device: float64 [lr, gradient_scale, skip] for back ends with ``reads_device``, which take
-            those from there instead, without a wait; where skip is not 0, nothing is changed.
+        device: for back ends with ``reads_device``, which take from there what is there, without a
+            wait.
     """
 
     lr: float
     gradient_scale: float = 1.0
     seed: int | None = None
-    device: Tensor | None = None
+    device: OnDevice | None = None
+
+    @cached_property
+    def doubles(self) -> Tensor | None:
+        """float64 [lr, gradient scale, skip] where the device knows any of them, made there: for
+        kernels that cannot take them from where they lie, as csrc/cuda does, to the same bits."""
+        there = self.device
+        if there is None:
+            return None
+        scale: Tensor | float = self.gradient_scale
+        if there.grad_scale is not None:
+            scale = scale / _double(there.grad_scale)
+        if there.square_norm is not None:
+            norm = _double(there.square_norm).sqrt()
+            scale = scale * torch.where(norm > there.limit, there.limit / norm, 1.0)
+        values = (
+            self.lr if there.lr is None else there.lr,
+            scale,
+            0.0 if there.found_inf is None else there.found_inf,
+        )
+        # full fills in a launch: no host memory that a graph would read again at its replay.
+        return torch.stack(
+            [
+                _double(value)
+                if isinstance(value, Tensor)
+                else torch.full((), value, dtype=torch.float64, device=there.given[0].device)
+                for value in values
+            ]
+        )
+
+
+def _double(value: Tensor) -> Tensor:
+    return value.detach().reshape(()).to(torch.float64)
 
 
 class Backend(Protocol):

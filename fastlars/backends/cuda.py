@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from fastlars import _C
 from fastlars.backends import cpu
 from fastlars.backends.base import Scalars, Tensors
 from fastlars.backends.cpu import native
-from fastlars.backends.sending import Sender, Sent, current, is_capturing
+from fastlars.backends.sending import Resender, Sender, Sent, current, is_capturing
 from fastlars.rules import GradientNorm, Rule
 
 # How a step that adapts is launched; the first is what nobody has to ask for.
@@ -60,6 +61,7 @@ class Tables:
         self._sender = Sender(weights)
         size = plan.tensors * plan.row_bytes
         self._host = torch.zeros(size, dtype=torch.uint8, device="cpu")
+        self._rows = Resender(self._sender, self._host)
         self._fixed: Sent | None = None
         self._placed: tuple[Sent, Sent] | None = None
 
@@ -70,14 +72,11 @@ class Tables:
         if self._placed is not None:
             return self._placed
         fixed = self._fixed or self._send_fixed()
-        placed = fixed, Sent(self._sender, self._send(self._host))
+        placed = fixed, Sent(self._sender, self._rows.send())
         if not is_capturing(self.device):
             # What a recording sends arrives only when it is replayed.
             self._fixed, self._placed = fixed, placed
         return placed
-
-    def _send(self, host: Tensor) -> Tensor:
-        return self._sender.send(self._sender.pinned(host))
 
     def _send_fixed(self) -> Sent:
         size = self._plan.chunks * self._plan.item_bytes
@@ -85,7 +84,7 @@ class Tables:
         self._plan.write_items(items.data_ptr())
         # Kernels put back to 0 what the next launch needs so.
         workspace = torch.zeros(self._plan.workspace_bytes, dtype=torch.uint8, device=self.device)
-        return Sent(self._sender, self._send(items), workspace)
+        return Sent(self._sender, self._sender.send(self._sender.pinned(items)), workspace)
 
 
 @dataclass
@@ -130,15 +129,29 @@ class Bound:
             sent.precede(stream)
         return stream.cuda_stream
 
-    def numbers(self, now: Scalars) -> tuple[float, float, int]:
-        """Rate, scale, and where the device finds them, with the verdict of a GradScaler."""
+    def numbers(self, now: Scalars) -> _C.CudaNumbers:
+        """By value, or where the device finds them."""
         there = now.device
         if there is None:
-            return now.lr, now.gradient_scale, 0
-        # A wrong address would end the process's use of the device.
-        if there.device != self.device or there.dtype != torch.float64 or there.shape != (3,):
-            raise ValueError(f"a step on {self.device} needs its three numbers there, as float64")
-        return now.lr, now.gradient_scale, there.data_ptr()
+            return _C.CudaNumbers(now.lr, now.gradient_scale, [(0, False)] * 4, math.inf)
+        addresses = [self._address(x) for x in (there.lr, there.grad_scale, there.found_inf)]
+        addresses.append(self._address(there.square_norm, torch.float64))
+        return _C.CudaNumbers(now.lr, now.gradient_scale, addresses, there.limit)
+
+    def _address(
+        self, value: Tensor | None, other: torch.dtype = torch.float32
+    ) -> tuple[int, bool]:
+        """Of one float or double. A wrong one would end the process's use of the device."""
+        if value is None:
+            return 0, False
+        address, is_double = value.data_ptr(), value.dtype == torch.float64
+        fits = is_double or value.dtype == other
+        if not (fits and address and value.device == self.device and value.numel() == 1):
+            raise ValueError(
+                f"a step on {self.device} needs its numbers there: one float32 or float64 each, "
+                "and a norm's square as float64"
+            )
+        return address, is_double
 
 
 class Cuda:
@@ -188,7 +201,7 @@ class Cuda:
         plan, numbers = bound.layout.plan, bound.numbers(now)
         with current(bound.device):
             where = (bound.stream(), self.grid)
-            call(native(rule), bound.native, plan, *numbers, *arguments, *where, *last)
+            call(native(rule), bound.native, plan, numbers, *arguments, *where, *last)
 
     def measure(self, rule: Rule | GradientNorm, bound: Bound, now: Scalars) -> Tensor:
         sums = bound.empty(bound.layout.plan.tensors, 2, dtype=torch.float64)

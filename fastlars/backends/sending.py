@@ -29,6 +29,12 @@ def is_capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
+def keep(weight: Tensor, tensors: list[Tensor]) -> None:
+    """Have what a recording reads live as long as its weights."""
+    if is_capturing(weight.device):
+        _recorded.setdefault(weight, []).extend(tensors)
+
+
 class Sender:
     """Copies small tensors to the device of some weights, in stream order, without a wait."""
 
@@ -48,6 +54,27 @@ class Sender:
         if is_capturing(self.device):
             self.recorded += [source, sent]
         return sent
+
+
+class Resender:
+    """Sends a table whenever it has changed, also within a recording, where no pinned memory is to
+    be allocated: some lies ready for one."""
+
+    def __init__(self, sender: Sender, table: Tensor) -> None:
+        self._sender = sender
+        self._table = table
+        self._spare = None if is_capturing(sender.device) else sender.pinned(table)
+
+    def send(self) -> Tensor:
+        """The table as it is now, on the device."""
+        capturing = is_capturing(self._sender.device)
+        if capturing and self._spare is not None:
+            source, self._spare = self._spare.copy_(self._table), None
+        else:
+            source = self._sender.pinned(self._table)
+        if self._spare is None and not capturing:
+            self._spare = self._sender.pinned(self._table)
+        return self._sender.send(source)
 
 
 class Sent:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlars.backends.base import Scalars
+from fastlars.backends.base import OnDevice, Scalars
 
 
 class HostNumbers:
@@ -53,11 +53,12 @@ class DeviceNumbers:
     def __init__(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         self._grad_scale = grad_scale
         self._found_inf = found_inf
-        self._norm: Tensor | None = None
+        self._square: Tensor | None = None
 
     def unclipped(self, sign: float, device: torch.device) -> Scalars:
         """For measuring gradients: they are not stepped yet."""
-        return _scalars(0.0, self._unscaled(sign, device), 0.0, None, device)
+        scale = _there(self._grad_scale, device)
+        return Scalars(0.0, sign, None, None if scale is None else OnDevice(grad_scale=scale))
 
     def take_norm(self, sums: list[Tensor]) -> None:
         """The global norm, from every list's sums of squares."""
@@ -65,22 +66,22 @@ class DeviceNumbers:
 
     def take_square(self, square: Tensor) -> None:
         """The global norm, from its square."""
-        self._norm = square.sqrt()
+        self._square = square
 
     def scalars(
         self, lr: Any, sign: float, limit: float | None, seed: int | None, device: torch.device
     ) -> Scalars:
         """For one list, clipped where its group asks for it."""
-        scale = self._unscaled(sign, device)
-        if limit is not None and self._norm is not None:
-            norm = _double(self._norm, device)
-            scale = scale * torch.where(norm > limit, limit / norm, 1.0)
-        if isinstance(lr, Tensor) and lr.device.type == "cpu" and device.type != "cpu":
-            lr = float(lr)
-        return _scalars(lr, scale, self._found_inf, seed, device)
-
-    def _unscaled(self, sign: float, device: torch.device) -> float | Tensor:
-        return sign if self._grad_scale is None else sign / _double(self._grad_scale, device)
+        rate = lr if isinstance(lr, Tensor) and lr.device.type == device.type else None
+        there = OnDevice(
+            _there(rate, device),
+            _there(self._grad_scale, device),
+            _there(self._found_inf, device),
+            None if limit is None else _there(self._square, device),
+            limit or math.inf,
+        )
+        known = float(lr) if rate is None else 0.0
+        return Scalars(known, sign, seed, there if there.given else None)
 
 
 def square(sums: list[Tensor], on_device: bool) -> Tensor:
@@ -88,36 +89,18 @@ def square(sums: list[Tensor], on_device: bool) -> Tensor:
     first = sums[0].device
     if on_device:
         squares = [each[:, 1].sum().to(first, non_blocking=True) for each in sums]
-        return torch.stack(squares).sum()
+        return torch.stack(squares).sum() if squares[1:] else squares[0]
     total = sum(x for each in sums for x in each[:, 1].tolist())
     return torch.tensor(total, dtype=torch.float64, device="cpu")
 
 
-def _double(value: Tensor, device: torch.device) -> Tensor:
-    return value.detach().reshape(()).to(device, torch.float64, non_blocking=True)
-
-
-def _scalars(
-    lr: float | Tensor,
-    scale: float | Tensor,
-    skip: float | Tensor | None,
-    seed: int | None,
-    device: torch.device,
-) -> Scalars:
-    values = [lr, scale, 0.0 if skip is None else skip]
-    by_value = [0.0 if isinstance(value, Tensor) else float(value) for value in values]
-    tensor = None
-    if any(isinstance(value, Tensor) for value in values):
-        # full fills in a launch: no host memory that a graph would read again at its replay.
-        tensor = torch.stack(
-            [
-                _double(value, device)
-                if isinstance(value, Tensor)
-                else torch.full((), value, dtype=torch.float64, device=device)
-                for value in values
-            ]
-        )
-    return Scalars(by_value[0], by_value[1], seed, tensor)
+def _there(value: Tensor | None, device: torch.device) -> Tensor | None:
+    """A number on a device, as floats that every kernel reads."""
+    if value is None:
+        return None
+    dtype = value.dtype if value.dtype in (torch.float32, torch.float64) else torch.float64
+    value = value.to(device, dtype, non_blocking=True)
+    return value.resolve_neg() if value.is_neg() else value
 
 
 Numbers = HostNumbers | DeviceNumbers

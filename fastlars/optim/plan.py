@@ -10,12 +10,12 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from dataclasses import dataclass
-from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastlars import _C
 from fastlars.backends.base import Backend, Kinds, Mismatch, Tensors
 from fastlars.backends.choose import Chooser
 from fastlars.optim.checks import (
@@ -161,13 +161,10 @@ class Plan:
         plan.kinds = plan._sort(list(grads))
         return plan.ready()
 
-    def fits(self, params: list[Tensor], grads: list[Tensor | None]) -> bool:
-        """Whether the plan was made for these parameters and gradients."""
-        return (
-            list(map(type, grads)) == self.grad_types
-            and len(params) == len(self.params)
-            and all(map(is_, params, self.params))
-        )
+    def gradients(self, params: list[Tensor]) -> list[Any] | None:
+        """Of the parameters, if these and the types of their gradients are what the plan was made
+        for."""
+        return _C.gradients(list(params), self.params, self.grad_types)
 
     def _check(self, place: str, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
         check_parameter(p, place)
@@ -251,12 +248,12 @@ class Plan:
         counter = self.rule.counter
         weights, copies = sublist.weights, None
         if sublist.kinds.copy is not None:
-            weights, copies = [s["master"] for s in states], weights
+            weights, copies = _C.column(states, "master"), weights
         tensors = Tensors(
             weights=weights,
             grads=grads,
-            states=tuple([s[name] for s in states] for name in self.rule.states),
-            counters=[s[counter] for s in states] if counter is not None else None,
+            states=tuple(_C.column(states, name) for name in self.rule.states),
+            counters=_C.column(states, counter) if counter is not None else None,
             copies=copies,
             kinds=sublist.kinds,
         )

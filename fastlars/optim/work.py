@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastlars.backends.base import Backend, Scalars
+from fastlars.backends.sending import keep
 from fastlars.optim.numbers import Numbers
 from fastlars.optim.plan import State, Sublist, lacks_states
 from fastlars.optim.sharded import complete, shards
@@ -49,7 +50,12 @@ class Work:
             # generator state resumes it.
             seed = int(torch.randint(2**62, (), device="cpu"))
         limit = self.group["max_grad_norm"]
-        return now.scalars(self.group["lr"], self.sign, limit, seed, self.device)
+        scalars = now.scalars(self.group["lr"], self.sign, limit, seed, self.device)
+        if scalars.device is not None:
+            # Not the norm: what a recording has made itself is its own.
+            there = replace(scalars.device, square_norm=None)
+            keep(self.sublist.weights[0], there.given)
+        return scalars
 
 
 def check_recording(works: list[Work]) -> None:

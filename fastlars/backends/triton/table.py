@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlars.backends.sending import Sender, is_capturing
+from fastlars.backends.sending import Resender, Sender, is_capturing
 from fastlars.backends.triton.memory import COLUMNS
 
 # Elements a program works on. It fixes the order of sums, and so their bits.
@@ -48,9 +48,8 @@ class Addresses:
     def __init__(self, tensors: int, sender: Sender) -> None:
         self._sender = sender
         self._host = torch.zeros(tensors, COLUMNS.value, dtype=torch.int64, device="cpu")
-        # A graph may be recorded with gradients that lie elsewhere than before, and pinned memory
-        # is not to be allocated then.
-        self._spare: Tensor | None = sender.pinned(self._host)
+        # A graph may be recorded with gradients that lie elsewhere than before.
+        self._resender = Resender(sender, self._host)
         self._table: Tensor | None = None
         self._stream = 0
 
@@ -60,17 +59,11 @@ class Addresses:
         stream = self._current_stream()
         if self._table is None or changed or stream != self._stream:
             self._table = None  # should sending fail, the next step sends again
-            self._table = self._sender.send(self._source())
+            self._table = self._resender.send()
             self._stream = stream
         elif is_capturing(self._sender.device):
             self._sender.recorded.append(self._table)
         return self._table
-
-    def _source(self) -> Tensor:
-        if self._spare is None or not is_capturing(self._sender.device):
-            return self._sender.pinned(self._host)
-        source, self._spare = self._spare, None
-        return source.copy_(self._host)
 
     def _current_stream(self) -> int:
         device = self._sender.device
