@@ -45,13 +45,14 @@ __device__ __forceinline__ std::uint64_t flag_of(std::uint32_t epoch, float rate
 // Reports a tensor's ratio and advances its counter. Blocks that begin late may still read that
 // counter; but not for a chunk of this tensor, because none is left.
 template <class Rule>
-__device__ __forceinline__ void finish(const Call<Rule>& call, int tensor, double trust) {
+__device__ __forceinline__ void finish(const Call<Rule>& call, const Scalars& now, bool live,
+                                       int tensor, double trust) {
   call.ratios[tensor] = static_cast<float>(trust);
   const Row& row = call.tables.rows[tensor];
-  if (row.counter == 0 || !is_live(call)) return;
+  if (row.counter == 0 || !live) return;
   auto* const place = reinterpret_cast<std::uint32_t*>(row.counter);
   const float before = float_of(load_relaxed(place));
-  store_relaxed(place, bits_of(advanced(call.rule, today(call), before)));
+  store_relaxed(place, bits_of(advanced(call.rule, now, before)));
 }
 
 // Copies what tickets are looked up in. For all threads of a block.
@@ -66,7 +67,8 @@ __device__ __forceinline__ void open(Shared<Rule>& shared, const Call<Rule>& cal
     shared.first[i] = row.first - call.chunk;
     // Nobody would report a tensor that has no chunk.
     if (row.chunks == 0 && block() == 0) {
-      finish(call, tensor, trust_ratio(call.rule, today(call), {0.0, 0.0}));
+      const Scalars now = today(call);
+      finish(call, now, is_live(call), tensor, trust_ratio(call.rule, now, {0.0, 0.0}));
     }
   }
   if (thread() == 0) shared.first[call.tensors] = call.chunks;
@@ -262,7 +264,7 @@ class Scheduler {
       const double trust = trust_ratio(call_.rule, now_, sums);
       const float rate = trusted(call_.rule, now_, shared_.c, trust);
       store_relaxed(&call_.tables.flags[tensor], flag_of(epoch_, rate));
-      finish(call_, tensor, trust);
+      finish(call_, now_, live_, tensor, trust);
     }
     return true;
   }
