@@ -18,29 +18,32 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<Types, from>))
   constexpr bool counts = !Rule::counts_steps || from == From::unmeasured;
   __shared__ Frame<Rule> frame;
   const Types types(call);
-  const bool live = is_live(call);
-  const Tables& tables = call.tables;
   const auto trust = [&](int tensor) {
     return call.sums == nullptr ? 1.0 : trust_ratio(call.rule, today(call), call.sums[tensor]);
   };
-  for (int i = first_chunk(call); i < end_chunk(call);) {
-    const int tensor = tables.items[i].tensor;
-    const Row& row = tables.rows[tensor];
-    const int end = min(row.first + row.chunks, end_chunk(call));
-    barrier();
+  if (thread() == 0) open(frame);
+  const Home<Rule>& home = frame.home;
+  for (;;) {
     if (thread() == 0) {
-      const double q = trust(tensor);
-      frame.c = coefficients(call.rule, today(call), counter(call.rule, row, counts));
-      set_trust(call.rule, today(call), q, frame.c);
-      if (i == row.first) call.ratios[tensor] = static_cast<float>(q);
+      enter<true>(call, counts, frame);
+      if (home.end != 0) {
+        const double q = trust(home.tensor);
+        set_trust(call.rule, today(call), q, frame.home.c);
+        if (home.first == home.row.first) call.ratios[home.tensor] = static_cast<float>(q);
+      }
     }
     barrier();
-    for (; i < end; ++i) {
-      const Chunk chunk = locate(call, types, tables.items[i], live);
-      Body<Rule>::template apply<from, Rounds>(frame.c, types, chunk, nullptr, call.seed);
+    if (home.end == 0) break;
+    // `Any` leaves no register for `first`, and reads it again; for Float32 reading it again is
+    // what makes the compiler spill. Seen on sm_120.
+    const int first = home.first;
+    for (int i = home.end - 1; i >= (Types::has_copies ? home.first : first); --i) {
+      Body<Rule>::template apply<from, Rounds>(home.c, types, locate(types, home, i), nullptr,
+                                               call.seed);
     }
+    barrier();
   }
-  if (is_last_block(*tables.control, frame.last)) {
+  if (is_last_block(*call.tables.control, frame.last)) {
     close(call, counts, [&](int empty) { call.ratios[empty] = static_cast<float>(trust(empty)); });
   }
 }

@@ -23,7 +23,8 @@ struct Call {
   std::uint64_t seed;
   int tensor, tensors;  // the first tensor of this launch, and how many there are
   int chunk, chunks;    // likewise
-  int share;            // neighbouring chunks that a block of measure or apply takes
+  int runs;             // of neighbouring chunks: what a block of measure or apply takes at once
+  int share, longer;    // chunks of a run, and how many of the first runs have one more
   int ring;             // chunks that a block of step can hold in shared memory
   Dtype weight_dtype, copy_dtype, grad_dtype, state_dtype;
   std::uintptr_t grad[kTensors];

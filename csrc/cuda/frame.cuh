@@ -7,12 +7,24 @@
 
 namespace fastlars::cuda {
 
+// The tensor at hand, and which of its chunks a block takes. Looked up once for all of them: a look
+// at tables in global memory takes microseconds while the memory is busy.
+template <class Rule>
+struct Home {
+  typename Body<Rule>::Coefficients c;
+  float counter;  // that they are for
+  Row row;
+  std::uintptr_t grad;
+  int tensor;
+  int first, end;   // chunks; none where the block is done
+  int whole, last;  // sizes of chunks: 0 where the step is to be skipped
+};
+
 // What the threads of a block share.
 template <class Rule>
 struct Frame {
-  typename Body<Rule>::Coefficients c;
-  float known;  // the counter that `c` is for
-  int chunks;   // of the tensor at hand that this block measures
+  Home<Rule> home;
+  int run, begin, end;  // the run at hand, and what is left of it
   bool last;
   Scratch chunk[2][2];  // two chunks in turn: there is no other barrier between them
   Scratch tensor;
@@ -85,15 +97,70 @@ __device__ __forceinline__ void close(const Call<Rule>& call, bool advances, F&&
   }
 }
 
-// A block's neighbouring chunks: [first_chunk, end_chunk).
+// The first chunk of a run. The first runs of the list have one chunk more than others.
 template <class Rule>
-__device__ __forceinline__ int first_chunk(const Call<Rule>& call) {
-  return call.chunk + block() * call.share;
+__device__ __forceinline__ int first_chunk(const Call<Rule>& call, int run) {
+  return call.chunk + run * call.share + min(run, call.longer);
 }
+
 template <class Rule>
-__device__ __forceinline__ int end_chunk(const Call<Rule>& call) {
-  const int end = (block() + 1) * call.share;
-  return call.chunk + (end < call.chunks ? end : call.chunks);
+__device__ __forceinline__ void open(Frame<Rule>& frame) {
+  frame.home.counter = NAN;
+  frame.run = block() - blocks();
+  frame.begin = frame.end = 0;
+}
+
+// Goes on to the next tensor. For one thread: what it keeps track of lies in shared memory, because
+// registers are scarce. All blocks go through the list side by side, some of it at a time, and so
+// leave its end in the cache. `Backwards`: from the end of the list, to meet there what the cache
+// holds of it.
+template <bool Backwards, class Rule>
+__device__ __forceinline__ void enter(const Call<Rule>& call, bool counts, Frame<Rule>& frame) {
+  Home<Rule>& home = frame.home;
+  const Tables& tables = call.tables;
+  while (frame.begin == frame.end) {
+    frame.run += blocks();
+    if (frame.run >= call.runs) {
+      home.first = home.end = 0;
+      return;
+    }
+    const int run = Backwards ? call.runs - 1 - frame.run : frame.run;
+    frame.begin = first_chunk(call, run);
+    frame.end = first_chunk(call, run + 1);
+  }
+  const Item item = tables.items[Backwards ? frame.end - 1 : frame.begin];
+  home.row = tables.rows[item.tensor];
+  home.grad = call.grad[item.tensor - call.tensor];
+  home.tensor = item.tensor;
+  home.first = frame.begin;
+  home.end = frame.end;
+  if (Backwards) {
+    home.first = frame.end = max(home.row.first, frame.begin);
+  } else {
+    home.end = frame.begin = min(home.row.first + home.row.chunks, frame.end);
+  }
+  const bool live = is_live(call);
+  home.whole = live ? kChunk : 0;
+  home.last = live ? tables.items[home.end - 1].size : 0;
+  const float current = counter(call.rule, home.row, counts);
+  if (current != home.counter) home.c = coefficients(call.rule, today(call), current);
+  home.counter = current;
+}
+
+// A chunk of the tensor at hand, without a look at tables in global memory.
+template <class Types, class Rule>
+__device__ __forceinline__ Chunk locate(const Types& types, const Home<Rule>& home, int number) {
+  const Row& row = home.row;
+  const int at = number - row.first;
+  const std::int64_t begin = std::int64_t{at} * kChunk;
+  return {
+      advanced(row.weight, types.weight(), begin),
+      Types::has_copies ? advanced(row.copy, types.copy(), begin) : 0,
+      advanced(home.grad, types.grad(), begin),
+      {advanced(row.state[0], types.state(), begin), advanced(row.state[1], types.state(), begin)},
+      begin,
+      home.tensor,
+      at == row.chunks - 1 ? home.last : home.whole};
 }
 
 }  // namespace fastlars::cuda

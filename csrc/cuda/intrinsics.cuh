@@ -108,12 +108,65 @@ __device__ __forceinline__ float4* dynamic_shared() {
   return fastlars_dynamic_shared;
 }
 
-// Accesses of 2, 4, 8 or 16 bytes of global memory. They stay in the order in which they are
-// written. `Last`: nobody reads the place again before much else was read, so that the cache is
-// better kept for something else.
+// Plain accesses of 2, 4, 8 or 16 bytes of global memory. They are written in PTX so that they stay
+// wide, and in the order in which they are written: the compiler splits plain C++, and __ldca makes
+// loads that other threads of the multiprocessor must see in order, which the hardware may have to
+// queue.
+__device__ __forceinline__ uint4 load_plain(const uint4* place) {
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(__cvta_generic_to_global(place)));
+  return v;
+}
+__device__ __forceinline__ uint2 load_plain(const uint2* place) {
+  uint2 v;
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
+               : "=r"(v.x), "=r"(v.y)
+               : "l"(__cvta_generic_to_global(place)));
+  return v;
+}
+__device__ __forceinline__ std::uint32_t load_plain(const std::uint32_t* place) {
+  std::uint32_t v;
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(__cvta_generic_to_global(place)));
+  return v;
+}
+__device__ __forceinline__ std::uint16_t load_plain(const std::uint16_t* place) {
+  std::uint16_t v;
+  asm volatile("ld.global.u16 %0, [%1];" : "=h"(v) : "l"(__cvta_generic_to_global(place)));
+  return v;
+}
+
+__device__ __forceinline__ void store_plain(uint4* place, const uint4& v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(place)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+__device__ __forceinline__ void store_plain(uint2* place, const uint2& v) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};"
+               :
+               : "l"(__cvta_generic_to_global(place)), "r"(v.x), "r"(v.y)
+               : "memory");
+}
+__device__ __forceinline__ void store_plain(std::uint32_t* place, std::uint32_t v) {
+  asm volatile("st.global.u32 [%0], %1;"
+               :
+               : "l"(__cvta_generic_to_global(place)), "r"(v)
+               : "memory");
+}
+__device__ __forceinline__ void store_plain(std::uint16_t* place, std::uint16_t v) {
+  asm volatile("st.global.u16 [%0], %1;"
+               :
+               : "l"(__cvta_generic_to_global(place)), "h"(v)
+               : "memory");
+}
+
+// `Last`: nobody reads the place again before much else was read, so that the cache is better kept
+// for something else.
 template <bool Last, class V>
 __device__ __forceinline__ V read(const V* place) {
-  return Last ? __ldcs(place) : __ldca(place);
+  return Last ? __ldcs(place) : load_plain(place);
 }
 
 template <bool Last, class V>
@@ -121,7 +174,7 @@ __device__ __forceinline__ void write(V* place, V value) {
   if (Last) {
     __stcs(place, value);
   } else {
-    __stwb(place, value);
+    store_plain(place, value);
   }
 }
 

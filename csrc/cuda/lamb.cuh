@@ -92,7 +92,7 @@ struct Body<LambRule> {
     constexpr bool many = from == From::unmeasured || from == From::forgotten;
     sweep<many ? kBatch : kVectors>(chunk.size, [&](auto place) {
       Raw w[place.batch], g[place.batch], m[place.batch], v[place.batch];
-      load<false>(w, types.weight(), chunk.weight, place);
+      load<from == From::memory>(w, types.weight(), chunk.weight, place);
       if (from == From::unmeasured) load<true>(g, types.grad(), chunk.grad, place);
       if (from != From::held) {
         load<true>(m, types.state(), chunk.state[0], place);

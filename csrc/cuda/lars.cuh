@@ -92,7 +92,7 @@ struct Body<LarsRule> {
     sweep<batch>(chunk.size, [&](auto place) {
       Raw w[place.batch], g[place.batch], b[place.batch];
       if (has_buffer) load<true>(b, types.state(), chunk.state[0], place);
-      load<false>(w, types.weight(), chunk.weight, place);
+      load<from == From::memory>(w, types.weight(), chunk.weight, place);
       if (from != From::held) load<true>(g, types.grad(), chunk.grad, place);
 #pragma unroll
       for (int n = 0; n < place.batch; ++n) {

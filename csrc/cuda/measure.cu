@@ -11,40 +11,34 @@ namespace {
 template <class Rule>
 constexpr int kBlocks = std::is_same_v<Rule, LambRule> ? 3 : 4;
 
-// The chunks of a block are neighbours, so that it takes on a tensor's coefficients once, and
-// arrives once for all of its chunks.
+// A block arrives once for all of a tensor's chunks that are neighbours.
 template <class Rule, class Types>
 __global__ void __launch_bounds__(kThreads, kBlocks<Rule>)
     measure(const __grid_constant__ Call<Rule> call) {
   constexpr bool counts = std::is_same_v<Rule, LambRule>;
   __shared__ Frame<Rule> frame;
   const Types types(call);
-  const bool live = is_live(call);
   const Tables& tables = call.tables;
-  if (thread() == 0) frame.known = NAN;
-  for (int i = first_chunk(call); i < end_chunk(call);) {
-    const int tensor = tables.items[i].tensor;
-    const Row& row = tables.rows[tensor];
-    const int end = min(row.first + row.chunks, end_chunk(call));
+  if (thread() == 0) open(frame);
+  const Home<Rule>& home = frame.home;
+  for (;;) {
+    if (thread() == 0) enter<false>(call, counts, frame);
     barrier();
-    if (thread() == 0) {
-      const float current = counter(call.rule, row, counts);
-      if (current != frame.known) frame.c = coefficients(call.rule, today(call), current);
-      frame.known = current;
-      frame.chunks = end - i;
-    }
-    barrier();
-    for (; i < end; ++i) {
-      const Chunk chunk = locate(call, types, tables.items[i], live);
+    if (home.end == 0) break;
+    for (int i = home.first; i < home.end; ++i) {
+      const Chunk chunk = locate(types, home, i);
       const Sums sums =
-          measure_chunk<false, Rule>(frame.c, types, chunk, frame.chunk[i % 2], nullptr);
+          measure_chunk<false, Rule>(home.c, types, chunk, frame.chunk[i % 2], nullptr);
       if (thread() == 0) tables.slots[i] = sums;
     }
-    if (thread() == 0) frame.last = arrive(tables, tensor, row, frame.chunks);
+    if (thread() == 0) {
+      frame.last = arrive(tables, home.tensor, home.row, home.end - home.first);
+    }
     barrier();
     if (frame.last) {
-      const Sums sums = total(tables, row, frame.tensor);
-      if (thread() == 0) call.measured[tensor] = sums;
+      const Sums sums = total(tables, home.row, frame.tensor);
+      if (thread() == 0) call.measured[home.tensor] = sums;
+      barrier();
     }
   }
   if (is_last_block(*tables.control, frame.last)) {
