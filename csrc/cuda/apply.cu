@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<Types, from>))
 template <From from, class Rule>
 void run(const Rule& rule, const Scalars& now, const Work& work, const Sums* sums, float* ratios) {
   for_each_launch(rule, now, work, [&](Call<Rule>& call) {
-    call.sums = rule.adapt ? sums : nullptr;
+    call.sums = rule.adapt ? const_cast<Sums*>(sums) : nullptr;  // only read
     call.ratios = ratios;
     if (rounds_stochastically(work.list)) {
       launch("apply", apply<Rule, Any<Rule>, from, true>, call, work, 0);

@@ -17,9 +17,8 @@ struct Call {
   Rule rule;
   Numbers numbers;
   Tables tables;
-  const Sums* sums;  // by tensor of the list, for apply
-  Sums* measured;    // by tensor of the list, from measure
-  float* ratios;     // by tensor of the list
+  Sums* sums;     // by tensor of the list: from measure, for apply
+  float* ratios;  // by tensor of the list
   std::uint64_t seed;
   int tensor, tensors;  // the first tensor of this launch, and how many there are
   int chunk, chunks;    // likewise

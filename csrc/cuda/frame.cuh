@@ -156,8 +156,8 @@ __device__ __forceinline__ Chunk locate(const Types& types, const Home<Rule>& ho
   return {
       advanced(row.weight, types.weight(), begin),
       Types::has_copies ? advanced(row.copy, types.copy(), begin) : 0,
-      advanced(home.grad, types.grad(), begin),
       {advanced(row.state[0], types.state(), begin), advanced(row.state[1], types.state(), begin)},
+      advanced(home.grad, types.grad(), begin),
       begin,
       home.tensor,
       at == row.chunks - 1 ? home.last : home.whole};

@@ -31,7 +31,8 @@ __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 // The sum over a warp: the same bits in all its lanes.
 template <class T>
 __device__ __forceinline__ T warp_sum(T value) {
-  for (int mask = kLanes / 2; mask > 0; mask /= 2) value += __shfl_xor_sync(0xffffffffu, value, mask);
+  for (int mask = kLanes / 2; mask > 0; mask /= 2)
+    value += __shfl_xor_sync(0xffffffffu, value, mask);
   return value;
 }
 
@@ -101,6 +102,14 @@ class Patience {
  private:
   unsigned looks_ = 0;
 };
+
+// Shared memory that another warp reads or writes meanwhile.
+__device__ __forceinline__ int load_shared(const int* place) {
+  return *static_cast<const volatile int*>(place);
+}
+__device__ __forceinline__ void store_shared(int* place, int value) {
+  *static_cast<volatile int*>(place) = value;
+}
 
 // Shared memory whose size the launch decides, on a 16-byte boundary.
 __device__ __forceinline__ float4* dynamic_shared() {

@@ -47,6 +47,7 @@ struct Body<LambRule> {
   static __device__ __forceinline__ void measure(const Coefficients& c, const Types& types,
                                                  const Chunk& chunk, Pair<Sum>& sums,
                                                  float4* held) {
+    sums.bits = 1;  // updates that are 0 throughout are too rare for a register
     sweep<kBatch>(chunk.size, [&](auto place) {
       Raw w[place.batch], g[place.batch], m[place.batch], v[place.batch];
       load<false>(w, types.weight(), chunk.weight, place);

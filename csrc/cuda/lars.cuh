@@ -31,7 +31,9 @@ struct Body<GradientNorm> {
       for (int n = 0; n < place.batch; ++n) {
 #pragma unroll
         for (int k = 0; k < kVector; ++k) {
-          if (k < place.count(n)) sums.add(0, scale * value(types.grad(), g[n], k));
+          const float y = scale * value(types.grad(), g[n], k);
+          if (k < place.count(n)) sums.add(0.0f, y);
+          sums.note(y);
         }
       }
     });
@@ -69,7 +71,9 @@ struct Body<LarsRule> {
         for (int k = 0; k < kVector; ++k) {
           const float x = value(types.weight(), w[n], k);
           d[k] = value(types.grad(), g[n], k);
-          if (k < place.count(n)) sums.add(x, lars_measured(c, x, d[k]));
+          const float y = lars_measured(c, x, d[k]);
+          if (k < place.count(n)) sums.add(x, y);
+          sums.note(y);
         }
         if (Holds) held[place.slot(n)] = make_float4(d[0], d[1], d[2], d[3]);
       }

@@ -39,7 +39,6 @@ void for_each_launch(const Rule& rule, const Scalars& now, const Work& work, F&&
   call.numbers = work.device.with(now);
   call.tables = work.plan.tables();
   call.sums = nullptr;
-  call.measured = nullptr;
   call.ratios = nullptr;
   call.seed = list.seed;
   call.runs = call.share = call.longer = call.ring = 0;
@@ -66,7 +65,8 @@ template <class Rule>
 void launch(const char* name, void (*kernel)(Call<Rule>), Call<Rule>& call, const Work& work,
             int shared_bytes, int threads = kThreads) {
   // Asked for any grid: on the way it lets the kernel have its shared memory.
-  const int at_once = blocks_at_once(reinterpret_cast<const void*>(kernel), threads, shared_bytes, name);
+  const int at_once =
+      blocks_at_once(reinterpret_cast<const void*>(kernel), threads, shared_bytes, name);
   const int most = work.grid > 0 ? work.grid : at_once;
   const int grid = std::max(1, std::min(most, call.chunks));
   call.runs = grid * kRounds;

@@ -37,19 +37,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Rule>)
     barrier();
     if (frame.last) {
       const Sums sums = total(tables, home.row, frame.tensor);
-      if (thread() == 0) call.measured[home.tensor] = sums;
+      if (thread() == 0) call.sums[home.tensor] = sums;
       barrier();
     }
   }
   if (is_last_block(*tables.control, frame.last)) {
-    close(call, counts, [&](int tensor) { call.measured[tensor] = {0.0, 0.0}; });
+    close(call, counts, [&](int tensor) { call.sums[tensor] = {0.0, 0.0}; });
   }
 }
 
 template <class Rule>
 void run(const Rule& rule, const Scalars& now, const Work& work, Sums* sums) {
   for_each_launch(rule, now, work, [&](Call<Rule>& call) {
-    call.measured = sums;
+    call.sums = sums;
     if (is_float32(work.list)) {
       launch("measure", measure<Rule, Float32<Rule>>, call, work, 0);
     } else {

@@ -34,8 +34,7 @@ struct Row {
 
 // A place in a block's queue of chunks that are measured and not yet applied.
 struct Link {
-  std::int32_t chunk, tensor;  // of the launch
-  std::int32_t slot;           // of the ring; -1 where it had none left
+  std::int32_t chunk, tensor;
 };
 
 // Sums of one chunk for other blocks of the same launch: each half of a double with the number of

@@ -13,12 +13,12 @@ namespace fastlars::cuda {
 template <class T>
 struct Pair {
   T weight, update;
-  std::uint32_t bits;  // of every y: 0 where each was 0
+  std::uint32_t bits;  // of every y that was noted: 0 where each was 0
   __device__ void add(float x, float y) {
     weight += static_cast<T>(x) * x;
     update += static_cast<T>(y) * y;
-    bits |= bits_of(y) << 1;  // without the sign
   }
+  __device__ void note(float y) { bits |= bits_of(y) << 1; }  // without the sign
 };
 
 // Whether a sum of updates is to be taken again in double. 0 is right: see leave().

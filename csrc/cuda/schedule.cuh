@@ -15,7 +15,8 @@
 
 namespace fastlars::cuda {
 
-// measure_again: what the turn before the last measured, because its sums left the range of float32.
+// measure_again: what the turn before the last measured, because its sums left the range of
+// float32.
 enum class Do : int { measure, measure_again, apply, wait, leave };
 
 template <class Rule>
@@ -23,7 +24,8 @@ struct Turn {
   typename Body<Rule>::Coefficients c;
   Chunk chunk;
   Do what;
-  int slot;  // of the ring, where measure puts what apply takes; -1 where none was left
+  int slot;   // of the ring
+  bool held;  // whether the slot still has what measure put there
 };
 
 // What the warps of a block share.
@@ -31,6 +33,7 @@ template <class Rule>
 struct Shared {
   Turn<Rule> turn[2];                   // one is worked on while the other is made up
   Scratch sums[2];                      // of a turn that measures
+  int worked;                           // the last turn that the first warp has done its part of
   typename Body<Rule>::Coefficients c;  // for the counter that was asked for last
   std::uint64_t answer;                 // of the scheduler's first lane to the others
   int first[kTensors + 1];              // chunk of the launch, by tensor of the launch
@@ -71,7 +74,10 @@ __device__ __forceinline__ void open(Shared<Rule>& shared, const Call<Rule>& cal
       finish(call, now, is_live(call), tensor, trust_ratio(call.rule, now, {0.0, 0.0}));
     }
   }
-  if (thread() == 0) shared.first[call.tensors] = call.chunks;
+  if (thread() == 0) {
+    shared.first[call.tensors] = call.chunks;
+    shared.worked = -1;
+  }
 }
 
 // The warp that schedules. Its lanes hold the same and do the same, but for what one of them must
@@ -88,14 +94,14 @@ class Scheduler {
         epoch_(call.tables.control->epoch + 1) {}
 
   __device__ void run() {
-    Work ended = {Do::wait, {}}, running = ended;  // the turns before
+    Work ended = {Do::wait, {}}, running = ended;
     for (int k = 0;; ++k) {
       Turn<Rule>& turn = shared_.turn[k % 2];
       Work next = ended;
       if (ended.measures() && !report(ended, shared_.sums[k % 2])) {
         next.what = Do::measure_again;  // all else of that turn still stands there
       } else {
-        next = choose(turn, running.measures());
+        next = choose(turn, running, k - 1);
       }
       sync_warp();
       if (lane() == 0) turn.what = next.what;
@@ -112,9 +118,13 @@ class Scheduler {
   }
 
  private:
+  // A chunk and its tensor, both counted from the first of the launch.
+  struct Place {
+    int chunk, tensor;
+  };
   struct Work {
     Do what;
-    Link place;
+    Place place;
     __device__ bool measures() const { return what == Do::measure || what == Do::measure_again; }
   };
 
@@ -128,43 +138,61 @@ class Scheduler {
     return shared_.answer;
   }
 
-  // Decides on a turn, while the others work on the one before.
-  __device__ Work choose(Turn<Rule>& turn, bool measures) {
+  // Decides on a turn, while the others work on turn `running_turn`.
+  __device__ Work choose(Turn<Rule>& turn, const Work& running, int running_turn) {
     for (Patience patience;; patience.pause()) {
       const std::uint64_t flag = look();
       if (static_cast<std::uint32_t>(flag >> 32) == epoch_) {
         return apply(turn, float_of(static_cast<std::uint32_t>(flag)));
       }
-      Link place;
+      // To measure another chunk would drive one out of a full ring, which costs its bytes again:
+      // worth looks at the flag for as long as the others work.
+      if (pushed_ - popped_ >= call_.ring && !exhausted_) {
+        if (worked() < running_turn) continue;
+        if (head_.tensor < tensor_) {
+          if (running.measures()) return {Do::wait, {}};
+          continue;
+        }
+      }
+      Place place;
       if (claim(place)) return measure(turn, place);
-      if (queued_ == 0) return {Do::leave, {}};
+      if (popped_ == pushed_) return {Do::leave, {}};
       // What is measured now may be what all wait for, and is reported after the next turn begins.
-      if (measures) return {Do::wait, {}};
+      if (running.measures()) return {Do::wait, {}};
     }
   }
 
   // The flag of the queue's head, 0 where there is none.
   __device__ std::uint64_t look() {
     std::uint64_t flag = 0;
-    if (lane() == 0 && queued_ > 0) {
+    if (lane() == 0 && popped_ != pushed_) {
       flag = load_relaxed(&call_.tables.flags[call_.tensor + head_.tensor]);
     }
     return share(flag);
   }
 
+  __device__ int worked() { return static_cast<int>(share(load_shared(&shared_.worked))); }
+
   // Takes the queue's head.
   __device__ Work apply(Turn<Rule>& turn, float rate) {
-    const Link place = head_;
+    const Place place = head_;
     fill(turn, place);
     sync_warp();
-    if (lane() == 0) set_trusted(call_.rule, rate, turn.c);
-    if (place.slot >= 0) --held_;
-    if (--queued_ > 0) head_ = call_.tables.links[call_.chunk + place.chunk];
+    if (lane() == 0) {
+      turn.slot = popped_ % call_.ring;
+      turn.held = pushed_ - popped_ <= call_.ring;
+      set_trusted(call_.rule, rate, turn.c);
+    }
+    ++popped_;
+    if (popped_ != pushed_) {
+      const Link link = call_.tables.links[call_.chunk + head_.chunk];
+      head_ = {link.chunk, link.tensor};
+    }
     return {Do::apply, place};
   }
 
   // Claims a chunk, if one is left. No earlier than it is to be measured: its tensor would wait.
-  __device__ bool claim(Link& place) {
+  __device__ bool claim(Place& place) {
     if (exhausted_) return false;
     std::uint32_t ticket = 0;
     if (lane() == 0) ticket = add_relaxed(&call_.tables.control->ticket, 1);
@@ -176,37 +204,35 @@ class Scheduler {
       passed = warp_sum(i < call_.tensors && shared_.first[i] <= chunk ? 1 : 0);
       tensor_ += passed;
     }
-    place = {chunk, tensor_, -1};
+    place = {chunk, tensor_};
     return !exhausted_;
   }
 
   // Appends to the queue. Its links are global memory, which no other block touches.
-  __device__ Work measure(Turn<Rule>& turn, Link place) {
-    if (held_ < call_.ring) {
-      place.slot = slot_;
-      slot_ = (slot_ + 1) % call_.ring;
-      ++held_;
-    }
+  __device__ Work measure(Turn<Rule>& turn, const Place& place) {
     fill(turn, place);
-    if (queued_ == 0) {
+    if (lane() == 0) turn.slot = pushed_ % call_.ring;
+    if (popped_ == pushed_) {
       head_ = place;
     } else if (lane() == 0) {
-      call_.tables.links[call_.chunk + tail_] = place;
+      call_.tables.links[call_.chunk + tail_] = {place.chunk, place.tensor};
     }
     tail_ = place.chunk;
-    ++queued_;
+    ++pushed_;
     return {Do::measure, place};
   }
 
   // A turn's chunk and coefficients, a lane for each word.
-  __device__ void fill(Turn<Rule>& turn, const Link& place) {
+  __device__ void fill(Turn<Rule>& turn, const Place& place) {
     prepare_coefficients(place.tensor);
     const Row& row = call_.tables.rows[call_.tensor + place.tensor];
     const auto begin =
         static_cast<std::int64_t>(place.chunk - shared_.first[place.tensor]) * kChunk;
     if (lane() < 4) {
       // Row and Chunk begin alike: weight, copy, two states.
-      const Dtype type = lane() == 0 ? types_.weight() : lane() == 1 ? types_.copy() : types_.state();
+      const Dtype type = lane() == 0   ? types_.weight()
+                         : lane() == 1 ? types_.copy()
+                                       : types_.state();
       const auto* from = reinterpret_cast<const std::uintptr_t*>(&row);
       auto* to = reinterpret_cast<std::uintptr_t*>(&turn.chunk);
       to[lane()] = advanced(from[lane()], type, begin);
@@ -216,7 +242,6 @@ class Scheduler {
       turn.chunk.size = live_ ? static_cast<int>(min(row.size - begin, std::int64_t{kChunk})) : 0;
       turn.chunk.tensor = call_.tensor + place.tensor;
       turn.chunk.begin = begin;
-      turn.slot = place.slot;
     }
     constexpr int words = sizeof shared_.c / sizeof(std::uint32_t);
     static_assert(words <= kLanes, "a lane for each");
@@ -310,11 +335,10 @@ class Scheduler {
   const bool live_;
   const std::uint32_t epoch_;  // the number of this launch
   float known_ = NAN;          // the counter that shared_.c is for
-  int queued_ = 0;             // chunks that were taken on to be measured, not yet to be applied
-  Link head_ = {};             // the first of them
+  int pushed_ = 0;             // chunks that were taken on to be measured
+  int popped_ = 0;             // those of them that were taken on to be applied
+  Place head_ = {};            // the first of the others
   int tail_ = 0;               // the last of them
-  int held_ = 0;               // how many of them have a slot
-  int slot_ = 0;               // the next one's
   int tensor_ = 0;             // of the last claim
   bool exhausted_ = false;     // whether all tickets are claimed
 };

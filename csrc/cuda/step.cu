@@ -1,7 +1,7 @@
-// Both phases in one launch: blocks measure chunks, and apply those that they have measured once the
-// rates of their tensors are known. Meanwhile they measure on, and keep what measure read (LARS: the
-// gradient) or made (LAMB: the update) in a ring in shared memory; what the ring has no room for is
-// read again. schedule.cuh says which chunk is next.
+// Both phases in one launch: blocks measure chunks, and apply those that they have measured once
+// the rates of their tensors are known. Meanwhile they measure on, and keep what measure read
+// (LARS: the gradient) or made (LAMB: the update) in a ring in shared memory; what the ring has no
+// room for is read again. schedule.cuh says which chunk is next.
 #include "cuda/api.h"
 #include "cuda/launch.cuh"
 #include "cuda/schedule.cuh"
@@ -29,27 +29,23 @@ __global__ void __launch_bounds__(kThreads + kLanes, (kBlocks<Types>))
   float4* const ring = dynamic_shared();
   const Types types(call);
   for (int k = 0;; ++k) {
+    if (thread() == 0) store_shared(&shared.worked, k - 1);
     meet();
     const Turn<Rule>& turn = shared.turn[k % 2];
     const Do what = turn.what;
     if (what == Do::leave) break;
     if (what == Do::wait) continue;
     const Chunk chunk = turn.chunk;
-    const bool holds = turn.slot >= 0;
     float4* const held = ring + turn.slot * (kChunk / kVector);
     if (what == Do::measure) {
       Pair<float> mine = {};
-      if (holds) {
-        Body<Rule>::template measure<true>(turn.c, types, chunk, mine, held);
-      } else {
-        Body<Rule>::template measure<false>(turn.c, types, chunk, mine, nullptr);
-      }
+      Body<Rule>::template measure<true>(turn.c, types, chunk, mine, held);
       leave(mine, shared.sums[k % 2]);
     } else if (what == Do::measure_again) {
       Pair<double> mine = {};
       Body<Rule>::measure_again(turn.c, types, chunk, mine);
       leave(mine, shared.sums[k % 2]);
-    } else if (holds) {
+    } else if (turn.held) {
       Body<Rule>::template apply<From::held, false>(turn.c, types, chunk, held, 0);
     } else {
       Body<Rule>::template apply<From::forgotten, false>(turn.c, types, chunk, nullptr, 0);

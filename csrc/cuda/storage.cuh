@@ -180,22 +180,6 @@ __device__ __forceinline__ std::uintptr_t advanced(std::uintptr_t base, Dtype ty
   return base == 0 ? 0 : base + elements * (type == Dtype::float32 ? 4 : 2);
 }
 
-template <class Types, class Rule>
-__device__ __forceinline__ Chunk locate(const Call<Rule>& call, const Types& types,
-                                        const Item& item, bool live) {
-  const Row& row = call.tables.rows[item.tensor];
-  const std::int64_t begin = item.begin;
-  const std::uintptr_t grad = call.grad[item.tensor - call.tensor];
-  return {
-      advanced(row.weight, types.weight(), begin),
-      Types::has_copies ? advanced(row.copy, types.copy(), begin) : 0,
-      {advanced(row.state[0], types.state(), begin), advanced(row.state[1], types.state(), begin)},
-      advanced(grad, types.grad(), begin),
-      begin,
-      item.tensor,
-      live ? item.size : 0};
-}
-
 // Calls f(place) for all of a chunk's vectors, Batch of them at a time: as many as registers can
 // hold of all arrays at once.
 template <int Batch, class F>

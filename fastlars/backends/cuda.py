@@ -19,7 +19,7 @@ from fastlars.backends.sending import Resender, Sender, Sent, current, is_captur
 from fastlars.rules import GradientNorm, Rule
 
 # How a step that adapts is launched; the first is what nobody has to ask for.
-PATHS = ("two-launch", "one-launch")
+PATHS = ("one-launch", "two-launch")
 
 
 def demanded_path() -> str:
