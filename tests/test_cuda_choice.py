@@ -137,12 +137,12 @@ def test_a_driver_that_torch_does_not_find_is_a_reason(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("value", ["", *PATHS])
 def test_path(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTLARS_CUDA_PATH", value)
-    assert Cuda().path == (value or "two-launch")
+    assert Cuda().path == (value or "one-launch")
 
 
 def test_a_path_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTLARS_CUDA_PATH", "three-launch")
-    expected = "FASTLARS_CUDA_PATH must be one of two-launch, one-launch, got 'three-launch'"
+    expected = "FASTLARS_CUDA_PATH must be one of one-launch, two-launch, got 'three-launch'"
     with pytest.raises(ValueError, match=expected):
         Cuda()
 
@@ -175,7 +175,7 @@ def test_report() -> None:
 def test_report_refuses_a_path_that_is_none() -> None:
     done = _report(FASTLARS_CUDA_PATH="three-launch")
     assert done.returncode == 2
-    assert "must be one of two-launch, one-launch, got 'three-launch'" in done.stderr
+    assert "must be one of one-launch, two-launch, got 'three-launch'" in done.stderr
 
 
 def test_report_of_a_gpu(weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +184,7 @@ def test_report_of_a_gpu(weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H200")
     monkeypatch.setenv("FASTLARS_CHECK", "0")  # which needs a real one
     _answers(monkeypatch)
-    assert why("cuda", weight) == "two-launch path; H200"
+    assert why("cuda", weight) == "one-launch path; H200"
     _answers(monkeypatch, built=False)
     assert why("triton", weight) == (
         "fastlars was built without CUDA kernels (nvcc was not found); H200"

@@ -90,11 +90,12 @@ struct Body<LarsRule> {
   static __device__ __forceinline__ void apply(const Coefficients& c, const Types& types,
                                                const Chunk& chunk, const float4* held,
                                                std::uint64_t seed) {
-    // Beside what the one launch keeps track of, registers do not hold more.
-    constexpr int batch = from == From::memory ? kVectors : kVectors / 2;
+    // A third array of four vectors would not fit the registers of the one launch.
+    constexpr int batch = from == From::forgotten ? kVectors / 2 : kVectors;
     const bool has_buffer = chunk.state[0] != 0;
     sweep<batch>(chunk.size, [&](auto place) {
-      Raw w[place.batch], g[place.batch], b[place.batch];
+      // Without a value, the compiler keeps registers for the one before, through all of the kernel.
+      Raw w[place.batch], g[place.batch], b[place.batch] = {};
       if (has_buffer) load<true>(b, types.state(), chunk.state[0], place);
       load<from == From::memory>(w, types.weight(), chunk.weight, place);
       if (from != From::held) load<true>(g, types.grad(), chunk.grad, place);
