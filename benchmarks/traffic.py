@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 CHUNK = 4096
 # Of csrc/cuda/plan.h: what says where a chunk and a tensor lie, and where a chunk's sums go.
-ITEM, ROW, SUMS = 16, 48, 16
+ITEM, ROW, SUMS = 16, 56, {"one-launch": 32, "two-launch": 16}
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,6 @@ def traffic(rule: str, path: str, sizes: list[int], widths: Widths = FLOAT32) ->
     count, total = chunks(sizes), sum(sizes)
     moved = elements(rule, path, widths)
     # A slot is written by its chunk and read by the last chunk of the tensor to arrive.
-    least = count * (ITEM + 2 * SUMS) + len(sizes) * ROW
-    touched = count * (2 * ITEM + 2 * SUMS + 2 * ROW)
+    least = count * (ITEM + 2 * SUMS[path]) + len(sizes) * ROW
+    touched = count * (2 * ITEM + 2 * SUMS[path] + 2 * ROW)
     return Traffic(moved.least + least / total, moved.touched + touched / total)

@@ -6,9 +6,9 @@
 // What it has measured and not yet applied has no bound: a block that could not take on more would
 // have to wait for others, which may be waiting for it.
 //
-// A block waits for others only when all tickets are claimed, and then only for chunks that blocks
-// which run have claimed. So a launch ends for any number of blocks, whether or not they run at
-// once.
+// A block waits only for tensors whose chunks are all claimed, by blocks that run, and never before
+// it has reported what it measured itself. So a launch ends for any number of blocks, whether or
+// not they run at once.
 #pragma once
 
 #include "cuda/frame.cuh"
@@ -146,16 +146,12 @@ class Scheduler {
         return apply(turn, float_of(static_cast<std::uint32_t>(flag)));
       }
       // To measure another chunk would drive one out of a full ring, which costs its bytes again:
-      // worth looks at the flag for as long as the others work.
-      if (pushed_ - popped_ >= call_.ring && !exhausted_) {
-        if (worked() < running_turn) continue;
-        if (head_.tensor < tensor_) {
-          if (running.measures()) return {Do::wait, {}};
-          continue;
-        }
-      }
+      // worth looks at the flag for as long as the others work, and longer where all chunks of its
+      // tensor are claimed. A tensor of which some are not is larger than all rings.
+      const bool is_full = pushed_ - popped_ >= call_.ring && !exhausted_;
+      if (is_full && worked() < running_turn) continue;
       Place place;
-      if (claim(place)) return measure(turn, place);
+      if (!(is_full && head_.tensor < tensor_) && claim(place)) return measure(turn, place);
       if (popped_ == pushed_) return {Do::leave, {}};
       // What is measured now may be what all wait for, and is reported after the next turn begins.
       if (running.measures()) return {Do::wait, {}};

@@ -158,11 +158,11 @@ class Cuda:
     """float32, bfloat16 and float16 weights and gradients in any mix; float32 or bfloat16 states.
 
     ``measure`` and ``apply`` take one launch each, whatever the number of tensors up to 480, and
-    ``step`` takes these two or, on the one-launch path, one. Results have the same bits on either
+    ``step`` takes one, or these two on the two-launch path and where it rounds stochastically. Results have the same bits on either
     path, for any grid, and from run to run.
 
     Attributes:
-        path: "two-launch" or "one-launch".
+        path: "one-launch" or "two-launch".
         grid: blocks of a launch; 0 for as many as the device holds at once.
         ring: chunks that a block holds in shared memory on the one-launch path; 0 for what fits.
     """
