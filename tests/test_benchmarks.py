@@ -133,10 +133,10 @@ def test_a_contender_is_planned_for_its_back_end_and_leaves_no_trace() -> None:
         return choose.choose(weight, Kinds(*3 * [weight.dtype])).name, cuda.path
 
     before = chosen()
-    named = Contender(_idle, "torch", backend="reference", path="one-launch")
+    named = Contender(_idle, "torch", backend="reference", path="two-launch")
     with named.planning():
-        assert chosen() == ("reference", "one-launch")
-    assert chosen() == before == ("cpu", "two-launch")
+        assert chosen() == ("reference", "two-launch")
+    assert chosen() == before == ("cpu", "one-launch")
 
 
 def test_device_times_are_interleaved_and_leave_out_the_rest() -> None:

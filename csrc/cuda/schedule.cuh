@@ -148,10 +148,15 @@ class Scheduler {
       // To measure another chunk would drive one out of a full ring, which costs its bytes again:
       // worth looks at the flag for as long as the others work, and longer where all chunks of its
       // tensor are claimed. A tensor of which some are not is larger than all rings.
-      const bool is_full = pushed_ - popped_ >= call_.ring && !exhausted_;
-      if (is_full && worked() < running_turn) continue;
+      if (pushed_ - popped_ >= call_.ring && !exhausted_) {
+        if (worked() < running_turn) continue;
+        if (head_.tensor < tensor_) {
+          if (running.measures()) return {Do::wait, {}};
+          continue;
+        }
+      }
       Place place;
-      if (!(is_full && head_.tensor < tensor_) && claim(place)) return measure(turn, place);
+      if (claim(place)) return measure(turn, place);
       if (popped_ == pushed_) return {Do::leave, {}};
       // What is measured now may be what all wait for, and is reported after the next turn begins.
       if (running.measures()) return {Do::wait, {}};

@@ -157,9 +157,9 @@ class Bound:
 class Cuda:
     """float32, bfloat16 and float16 weights and gradients in any mix; float32 or bfloat16 states.
 
-    ``measure`` and ``apply`` take one launch each, whatever the number of tensors up to 480, and
-    ``step`` takes one, or these two on the two-launch path and where it rounds stochastically. Results have the same bits on either
-    path, for any grid, and from run to run.
+    ``measure`` and ``apply`` take one launch each, whatever the number of tensors up to 480.
+    ``step`` takes one too, or those two on the two-launch path and where it rounds stochastically.
+    Results have the same bits on either path, for any grid, and from run to run.
 
     Attributes:
         path: "one-launch" or "two-launch".
