@@ -94,7 +94,8 @@ struct Body<LarsRule> {
     constexpr int batch = from == From::forgotten ? kVectors / 2 : kVectors;
     const bool has_buffer = chunk.state[0] != 0;
     sweep<batch>(chunk.size, [&](auto place) {
-      // Without a value, the compiler keeps registers for the one before, through all of the kernel.
+      // Without a value, the compiler keeps registers for the one before, through all of the
+      // kernel.
       Raw w[place.batch], g[place.batch], b[place.batch] = {};
       if (has_buffer) load<true>(b, types.state(), chunk.state[0], place);
       load<from == From::memory>(w, types.weight(), chunk.weight, place);
