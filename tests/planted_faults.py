@@ -58,9 +58,9 @@ FAULTS = {
     ),
     "cuda": Fault(
         "a slot of the ring counts as held after it was written again",
-        "csrc/cuda/step.cu",
-        "return measured - popped <=",
-        "return pushed - popped <=",
+        "csrc/cuda/schedule.cuh",
+        "turn.held = pushed_ - popped_ <= call_.ring;",
+        "turn.held = true;",
     ),
     "triton": Fault(
         "the clip of the trust ratio divides by a learning rate of 0",
