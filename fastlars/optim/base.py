@@ -12,7 +12,7 @@ from torch._compile import _disable_dynamo
 from torch.autograd import profiler
 from torch.optim import optimizer
 
-from fastlars import _C
+import fastlars._C as _C
 from fastlars.backends.base import Mismatch
 from fastlars.optim import checkpoint
 from fastlars.optim.checks import check_lr, check_options, check_overlap

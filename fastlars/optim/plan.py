@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlars import _C
+import fastlars._C as _C
 from fastlars.backends.base import Backend, Kinds, Mismatch, Tensors
 from fastlars.backends.choose import Chooser
 from fastlars.optim.checks import (
