@@ -43,10 +43,13 @@ __device__ __forceinline__ bool is_live(const Call<Rule>& call) {
 }
 
 // The counter of a tensor. Steps count from 1, and `advances` where this launch takes the step.
-template <class Rule>
+// `Moves`: another block may advance it meanwhile. Where none does, a plain load saves registers.
+template <bool Moves = false, class Rule>
 __device__ __forceinline__ float counter(const Rule&, const Row& row, bool advances) {
   if (row.counter == 0) return 0.0f;
-  const float found = *reinterpret_cast<const float*>(row.counter);
+  const float found =
+      Moves ? float_of(load_relaxed(reinterpret_cast<const std::uint32_t*>(row.counter)))
+            : *reinterpret_cast<const float*>(row.counter);
   return Rule::counts_steps && advances ? found + 1.0f : found;
 }
 __device__ __forceinline__ float counter(const GradientNorm&, const Row&, bool) { return 0.0f; }

@@ -64,9 +64,7 @@ __device__ __forceinline__ void open(Shared<Rule>& shared, const Call<Rule>& cal
   for (int i = thread(); i < call.tensors; i += kThreads + kLanes) {
     const int tensor = call.tensor + i;
     const Row& row = call.tables.rows[tensor];
-    const auto* place = reinterpret_cast<const std::uint32_t*>(row.counter);
-    const float found = place == nullptr ? 0.0f : float_of(load_relaxed(place));
-    shared.counter[i] = Rule::counts_steps ? found + 1.0f : found;
+    shared.counter[i] = counter<true>(call.rule, row, true);
     shared.first[i] = row.first - call.chunk;
     // Nobody would report a tensor that has no chunk.
     if (row.chunks == 0 && block() == 0) {
