@@ -335,7 +335,11 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Viewer, std::shared_ptr<Viewer>>(m, "Viewer")
       .def(py::init<py::type, const std::vector<py::type>&>(), "tensor_type"_a, "accepted"_a)
       .def("accept", &Viewer::accept, "type"_a);
-  py::class_<BoundLayout>(m, "Layout").def(py::init(&make_layout), "viewer"_a, "weights"_a);
+  py::class_<BoundLayout>(m, "Layout")
+      .def(py::init(&make_layout), "viewer"_a, "weights"_a)
+      .def(
+          "equals", [](const BoundLayout& a, const BoundLayout& b) { return a.equals(b); },
+          "other"_a);
   py::class_<TensorList>(m, "TensorList")
       .def(
           "write_table",

@@ -62,6 +62,16 @@ class Layout {
     return nullptr;
   }
 
+  // Whether both were made of tensors that lie alike.
+  bool equals(const Layout& other) const {
+    const auto alike = [](const Entry& a, const Entry& b) {
+      return a.device.type == b.device.type && a.device.id == b.device.id && a.ndim == b.ndim;
+    };
+    return std::equal(entries_.begin(), entries_.end(), other.entries_.begin(),
+                      other.entries_.end(), alike) &&
+           extents_ == other.extents_;
+  }
+
   // Of counters, which are single floats, of no shape that the weights know.
   const char* difference_of_counter(std::size_t i, const dlpack::Tensor& tensor) const {
     if (dtype_of(tensor.dtype) != Dtype::float32) return "dtype";

@@ -3,32 +3,60 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
+from decimal import Decimal
+from numbers import Real
 from typing import Any, ClassVar, Literal
 
+# Rates that torch's schedulers bring down to 0 end, by their roundings, a little above or below.
+ROUNDING = 1e-9
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+
+def number(name: str, value: Any) -> float:
+    """``value`` as a float: a real number of Python, numpy or torch, or an array of one element.
+
+    What is below 0 by no more than a rounding is 0. True and False are no numbers.
+    """
+    if hasattr(value, "item") and math.prod(value.shape) == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (Real, Decimal)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return float(value)
+    found = float(value)
+    return 0.0 if -ROUNDING < found < 0.0 else found
 
 
-def at_least_zero(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a finite number of at least 0."""
-    if not 0.0 <= _number(name, value) < math.inf:
+def pair(name: str, value: Any) -> tuple[float, float]:
+    """``value`` as two floats; any sequence of two numbers."""
+    try:
+        first, second = () if isinstance(value, (str, Mapping, Set)) else value
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a pair of numbers, got {value!r}") from None
+    return number(name, first), number(name, second)
+
+
+def at_least_zero(name: str, value: Any) -> float:
+    """``value`` as a finite float of at least 0."""
+    found = number(name, value)
+    if not 0.0 <= found < math.inf:
         raise ValueError(f"{name} must be finite and at least 0, got {value}")
+    return found
 
 
-def above_zero(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a finite number above 0."""
-    if not 0.0 < _number(name, value) < math.inf:
+def above_zero(name: str, value: Any) -> float:
+    """``value`` as a finite float above 0."""
+    found = number(name, value)
+    if not 0.0 < found < math.inf:
         raise ValueError(f"{name} must be finite and above 0, got {value}")
+    return found
 
 
-def below_one(name: str, value: Any) -> None:
-    """Raise unless ``value`` lies in [0, 1)."""
-    if not 0.0 <= _number(name, value) < 1.0:
+def below_one(name: str, value: Any) -> float:
+    """``value`` as a float in [0, 1)."""
+    found = number(name, value)
+    if not 0.0 <= found < 1.0:
         raise ValueError(f"{name} must lie in [0, 1), got {value}")
+    return found
 
 
 def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -37,14 +65,34 @@ def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def flag(name: str, value: Any) -> None:
-    """Raise unless ``value`` is True or False."""
-    if not isinstance(value, bool):
+def flag(name: str, value: Any) -> bool:
+    """``value`` as a bool: True, False, numpy's, or 1 and 0."""
+    if isinstance(value, bool):
+        return value
+    if hasattr(value, "item") and math.prod(value.shape) == 1:
+        value = value.item()
+    if not isinstance(value, int) or value not in (0, 1):
         raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def adapts(group: Mapping[str, Any]) -> bool:
+    """Whether a parameter group has trust ratios: ``always_adapt`` asks for a weight decay."""
+    always = flag("always_adapt", group["always_adapt"])
+    decays = number("weight_decay", group["weight_decay"]) != 0.0
+    return flag("adapt", group["adapt"]) and (always or decays)
+
+
+class _Checked:
+    """A rule whose fields are checked when it is made, and kept as Python's own numbers."""
+
+    def _check(self, check: Callable[[str, Any], Any], *names: str) -> None:
+        for name in names:
+            object.__setattr__(self, name, check(name, getattr(self, name)))
 
 
 @dataclass(frozen=True)
-class LarsRule:
+class LarsRule(_Checked):
     r"""LARS (You, Gitman, Ginsburg 2017). Field by field as in :class:`fastlars.LARS`.
 
     Example:
@@ -69,16 +117,13 @@ class LarsRule:
     BUFFERS: ClassVar[tuple[str, ...]] = ("step", "scaled", "gradient")
 
     def __post_init__(self) -> None:
-        below_one("momentum", self.momentum)
-        at_least_zero("weight_decay", self.weight_decay)
-        at_least_zero("trust_coefficient", self.trust_coefficient)
-        at_least_zero("eps", self.eps)
-        if not 0.0 <= _number("dampening", self.dampening) <= 1.0:
+        self._check(below_one, "momentum")
+        self._check(at_least_zero, "dampening", "weight_decay", "trust_coefficient", "eps")
+        if self.dampening > 1.0:
             raise ValueError(f"dampening must lie in [0, 1], got {self.dampening}")
         one_of("ratio", self.ratio, self.RATIOS)
         one_of("buffer", self.buffer, self.BUFFERS)
-        for name in ("nesterov", "momentum_correction", "trust_clip", "adapt"):
-            flag(name, getattr(self, name))
+        self._check(flag, "nesterov", "momentum_correction", "trust_clip", "adapt")
         if self.nesterov and (self.momentum == 0.0 or self.dampening != 0.0):
             raise ValueError("nesterov needs a momentum and no dampening")
         if self.momentum_correction and self.buffer != "step":
@@ -87,9 +132,11 @@ class LarsRule:
                 f'buffer="step", got {self.buffer!r}'
             )
 
+    STATES: ClassVar[frozenset[str]] = frozenset({"momentum_buffer"})
+
     @property
     def states(self) -> tuple[str, ...]:
-        """Names of the states with a tensor per parameter."""
+        """Names of the states with a tensor per parameter; of STATES, those in use."""
         return ("momentum_buffer",) if self.momentum else ()
 
     @property
@@ -101,7 +148,7 @@ class LarsRule:
 
 
 @dataclass(frozen=True)
-class LambRule:
+class LambRule(_Checked):
     r"""LAMB (You et al. 2020). Field by field as in :class:`fastlars.LAMB`.
 
     Example:
@@ -126,28 +173,26 @@ class LambRule:
     DECAYS: ClassVar[tuple[str, ...]] = ("update", "decoupled", "gradient")
     CORRECTIONS: ClassVar[tuple[str, ...]] = ("moments", "none", "rate")
     states: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    STATES: ClassVar[frozenset[str]] = frozenset(states)
     counter: ClassVar[str] = "step"
     NEVER_STEPPED: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
-        below_one("beta1", self.beta1)
-        below_one("beta2", self.beta2)
-        for name in ("eps", "weight_decay", "ratio_eps"):
-            at_least_zero(name, getattr(self, name))
-        at_least_zero("lower end of phi", self.lower)
-        if not self.lower <= _number("upper end of phi", self.upper) or self.upper == 0.0:
+        self._check(below_one, "beta1", "beta2")
+        self._check(at_least_zero, "eps", "weight_decay", "ratio_eps")
+        self._check(number, "lower", "upper")
+        if not 0.0 <= self.lower <= self.upper or self.upper == 0.0:
             raise ValueError(
                 f"phi must be (lower, upper) with 0 <= lower <= upper and upper > 0, "
                 f"got ({self.lower}, {self.upper})"
             )
         one_of("decay", self.decay, self.DECAYS)
         one_of("bias_correction", self.bias_correction, self.CORRECTIONS)
-        for name in ("grad_averaging", "trust_clip", "adapt"):
-            flag(name, getattr(self, name))
+        self._check(flag, "grad_averaging", "trust_clip", "adapt")
 
 
 @dataclass(frozen=True)
-class RmspropWarmupRule:
+class RmspropWarmupRule(_Checked):
     r"""RMSprop warm-up (Akiba et al. 2017). Field by field as in :class:`fastlars.RMSpropWarmup`.
 
     Example:
@@ -169,18 +214,16 @@ class RmspropWarmupRule:
     # No norm is measured.
     adapt: ClassVar[bool] = False
     states: ClassVar[tuple[str, ...]] = ("momentum_buffer", "square_avg")
+    STATES: ClassVar[frozenset[str]] = frozenset(states)
     counter: ClassVar[str] = "step"
     NEVER_STEPPED: ClassVar[float] = 0.0
     # Adding 1 changes no float32 from here on.
     MOST_STEPS: ClassVar[float] = 2.0**24
 
     def __post_init__(self) -> None:
-        below_one("momentum", self.momentum)
-        below_one("square_decay", self.square_decay)
-        for name in ("weight_decay", "lr_rmsprop", "center_steps"):
-            at_least_zero(name, getattr(self, name))
-        for name in ("eps", "period_steps"):
-            above_zero(name, getattr(self, name))
+        self._check(below_one, "momentum", "square_decay")
+        self._check(at_least_zero, "weight_decay", "lr_rmsprop", "center_steps")
+        self._check(above_zero, "eps", "period_steps")
         one_of("transition", self.transition, self.TRANSITIONS)
         if self.center_steps + self.rise / 2.0 >= self.MOST_STEPS:
             raise ValueError(
@@ -222,3 +265,5 @@ class GradientNorm:
 
 
 Rule = LarsRule | LambRule | RmspropWarmupRule
+# Names of the states with one number per parameter.
+COUNTERS = frozenset({"last_lr", "step"})

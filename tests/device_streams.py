@@ -100,7 +100,7 @@ class Streams:
 
     @each_optimizer
     def test_a_scaler_skips_without_a_wait(self, name: str) -> None:
-        expected, scaled = self.made(name), self.made(name)
+        expected, scaled = self.made(name), self.made(name, fused_unscale=True)
         scaler = torch.amp.GradScaler("cuda")
         scaler.scale(torch.ones((), device="cuda"))  # makes the scale, a power of two
         for step in range(STEPS):

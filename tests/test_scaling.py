@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastlars
 from backend_cases import BF16, F64
 from optimizers import ROWS, SIMPLE, Row, Snapshot, assert_same, parameters, set_gradients, train
 from optimizers import one_thread as one_thread
@@ -34,10 +35,11 @@ GRAD_SCALER_ROWS = [row for row in ROWS if row.dtype != torch.float16]
 
 @pytest.mark.parametrize("row", GRAD_SCALER_ROWS, ids=repr)
 @pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("limit", [None, 0.05])
-def test_grad_scaler(row: Row, unscale: bool, limit: float | None) -> None:
+def test_grad_scaler(row: Row, unscale: bool, fused: bool | None, limit: float | None) -> None:
     params, others = parameters(row.dtype), parameters(row.dtype)
-    optimizer = row.make(params, max_grad_norm=limit)
+    optimizer = row.make(params, max_grad_norm=limit, fused_unscale=fused)
     other = row.make(others, max_grad_norm=limit)
     # A power of 2 scales without rounding, so that the results have the same bits.
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -45,7 +47,8 @@ def test_grad_scaler(row: Row, unscale: bool, limit: float | None) -> None:
         _scaled_gradients(params, step, scaler)
         if unscale:
             scaler.unscale_(optimizer)
-        grads = [p.grad.clone() for p in params]
+        scale = 1.0 if unscale or fused else scaler.get_scale()
+        grads = [p.grad / scale for p in params]
         scaler.step(optimizer)
         assert_same("gradient", [p.grad for p in params], grads)
         scaler.update()
@@ -56,11 +59,13 @@ def test_grad_scaler(row: Row, unscale: bool, limit: float | None) -> None:
 
 
 @pytest.mark.parametrize("row", GRAD_SCALER_ROWS, ids=repr)
-@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize(("fused", "unscale"), [(None, True), (True, False), (True, True)])
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_grad_scaler_skips_a_bad_step(row: Row, unscale: bool, bad: float) -> None:
+def test_grad_scaler_skips_a_bad_step(
+    row: Row, unscale: bool, fused: bool | None, bad: float
+) -> None:
     params, others = parameters(row.dtype), parameters(row.dtype)
-    optimizer, other = row.make(params), row.make(others)
+    optimizer, other = row.make(params, fused_unscale=fused), row.make(others)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for step in range(4):
         _scaled_gradients(params, step, scaler)
@@ -78,6 +83,34 @@ def test_grad_scaler_skips_a_bad_step(row: Row, unscale: bool, bad: float) -> No
     assert_same("parameter", params, others)
     for p, q in zip(params, others, strict=True):
         assert_same("state", optimizer.state[p].values(), other.state[q].values())
+
+
+@each_class
+def test_who_unscales(row: Row) -> None:
+    """Lightning and Accelerate ask this attribute whether they may clip and see skipped steps."""
+
+    def fused(dtype: torch.dtype, *, asked: Any = None, **options: Any) -> bool:
+        made = row.make(parameters(dtype), fused_unscale=asked, **options)
+        return bool(made._step_supports_amp_scaling)
+
+    assert not fused(torch.float32)
+    assert not fused(torch.float16, asked=False)
+    assert fused(torch.float32, asked=True)
+    assert fused(torch.float32, capturable=True)  # a recorded step is not skipped by the host
+    # A GradScaler refuses to unscale gradients of float16.
+    assert fused(torch.float16, master_weights=True)
+    params = parameters(torch.float32)
+    groups = [{"params": params[:1], "fused_unscale": True}, {"params": params[1:]}]
+    assert not row.make(groups)._step_supports_amp_scaling
+
+
+def test_a_scaler_steps_float16_weights() -> None:
+    w = nn.Parameter(torch.ones(4, dtype=torch.float16))
+    optimizer = fastlars.LARS([w], lr=1.0, adapt=False, momentum=0.0, master_weights=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(w.sum()).backward()
+    scaler.step(optimizer)
+    assert w.tolist() == [0.0] * 4
 
 
 # Clipping.

@@ -90,8 +90,8 @@ class Cpu:
     reads_device = False
 
     def layout(self, weights: list[Tensor]) -> Any:
-        for weight in weights:
-            viewer().accept(type(weight))
+        for kind in set(map(type, weights)):
+            viewer().accept(kind)
         return _C.Layout(viewer(), weights)
 
     def bind(self, tensors: Tensors, layout: Any) -> Bound:

@@ -224,7 +224,8 @@ class Engine:
         check_recording(works)
         now = numbers(all(work.backend.reads_device for work in works), None, None)
         done = [] if self._kind == "clip" else self.started
-        return [pair for started in done for pair in started.finish(self._kind)] + take(works, now)
+        taken = [pair for started in done for pair in started.finish(self._kind)]
+        return taken + take(works, now, optimizer._total())
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -19,6 +19,7 @@ from fastlars.migrate.reading import States, from_dict, from_tree
 from fastlars.optim.base import FusedOptimizer
 from fastlars.optim.lamb import LAMB
 from fastlars.optim.lars import LARS
+from fastlars.optim.misread import misread
 from fastlars.optim.plan import has_master
 
 __all__ = ["FORMATS", "load"]
@@ -144,22 +145,13 @@ def _install(
             theirs = given[p]
             if not any(each in theirs for each in rule.states):
                 continue
-            for option in ("betas", "grad_averaging"):
-                _check_same(name, number, option, theirs, group)
-            wanted = [*rule.states, *([rule.counter] if rule.counter is not None else [])]
-            state[index[p]] = {each: theirs.get(each) for each in wanted}
+            obstacle = misread(group, theirs)
+            if obstacle:
+                raise ValueError(f"group {number}: {name}: {obstacle}")
+            wanted = {*rule.states, rule.counter}
+            state[index[p]] = {k: v for k, v in theirs.items() if k in wanted and v is not None}
             if has_master(p, group):
                 state[index[p]]["master"] = p.detach()
+    for saved in whole["param_groups"]:
+        saved.pop("step", None)  # then counted from the states
     optimizer.load_state_dict({**whole, "state": state})
-
-
-def _check_same(name: str, number: int, option: str, theirs: States, group: dict[str, Any]) -> None:
-    """Moments under other betas, or averaged otherwise, are other numbers."""
-    if option not in group:
-        return
-    ours, other = group[option], theirs.get(option, group[option] if option == "betas" else True)
-    ours, other = (tuple(x)[:2] if option == "betas" else bool(x) for x in (ours, other))
-    if ours != other:
-        raise ValueError(
-            f"group {number}: {name} moments were made with {option}={other}, this group has {ours}"
-        )

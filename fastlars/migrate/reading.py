@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlars.migrate.formats import Format
+from fastlars.optim.misread import COUPLING, DEFAULTS
 
 States = dict[str, Any]  # of one parameter, by their names here
 
@@ -30,7 +31,7 @@ def from_dict(
             if group.get(option, value) != value:
                 raise ValueError(f"group {number}: {name} states with {option} mean something else")
         shared: States = {"last_lr": group["lr"] if lr is None else lr}
-        shared |= {key: group[key] for key in ("betas", "grad_averaging") if key in group}
+        shared |= {key: group[key] for key in (*DEFAULTS, *COUPLING) if key in group}
         if form.step == "group":
             shared["step"] = group.get("step")
         for index in group["params"]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Protocol, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -16,11 +17,17 @@ import fastlars._C as _C
 from fastlars.backends.base import Mismatch
 from fastlars.optim import checkpoint
 from fastlars.optim.checks import check_lr, check_options, check_overlap
+from fastlars.optim.norm import check_clip, check_norm_group, part_of, summed
 from fastlars.optim.numbers import numbers
 from fastlars.optim.plan import Plan, location, options_of
+from fastlars.optim.sharded import shard
+from fastlars.optim.shown import count_step, show_steps, take_names
 from fastlars.optim.traced import TracedStep
 from fastlars.optim.work import Work, check_making, check_recording, take
 from fastlars.rules import Rule
+
+if TYPE_CHECKING:
+    from fastlars.optim.norm import NormGroup
 
 Params = Iterable[Any]
 # Options that every optimizer has beside its rule.
@@ -31,6 +38,7 @@ OPTIONS: dict[str, Any] = {
     "stochastic_rounding": False,
     "state_dtype": torch.float32,
     "capturable": False,
+    "fused_unscale": None,
 }
 
 
@@ -55,6 +63,20 @@ def unwatched(plain: Callable[..., Any], watched: Callable[..., Any]) -> Callabl
     return step
 
 
+def _kept(value: Any) -> Any:
+    """A copy of what may be changed in place, to compare with later."""
+    if type(value) in (list, tuple):
+        return type(value)(map(_kept, value))
+    return value.item() if hasattr(value, "item") and math.prod(value.shape) == 1 else value
+
+
+def _same(known: tuple[Any, ...], values: tuple[Any, ...]) -> bool:
+    try:
+        return bool(known == values)
+    except (RuntimeError, ValueError):
+        return False  # arrays, which compare element by element
+
+
 class Ahead(Protocol):
     """Steps parameters before ``step()`` does, as fastlars.distributed.overlap has it."""
 
@@ -70,22 +92,43 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
     tensor of every group; an error leaves parameters and states as they were.
     """
 
-    # GradScaler hands over its scale and its verdict, instead of a pass of its own over the
-    # gradients; a skipped step changes nothing.
-    _step_supports_amp_scaling = True
-
-    # What every group of a state_dict of this class has, and of no other.
+    # Options that the groups of this class have, and of no other: one of them shows whose they are.
     marks: ClassVar[frozenset[str]] = frozenset()
     # Optimizers of torch whose states mean the same.
     loads_from: ClassVar[tuple[checkpoint.Source, ...]] = ()
 
     _ahead: Ahead | None = None
+    _norm_group: NormGroup | None = None
+    _part_of: str | None = None
+    # Whether group["step"] shows the steps taken, as training scripts read it off other classes.
+    _counts: ClassVar[bool] = False
 
-    def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
-        check_lr(defaults["lr"])
-        defaults = OPTIONS | defaults
+    def __init__(
+        self, params: Params, defaults: dict[str, Any], norm_group: NormGroup | None = None
+    ) -> None:
+        if defaults["lr"] is not None:
+            check_lr(defaults["lr"])
+        check_norm_group(norm_group)
+        self._norm_group = norm_group
+        self._part_of = part_of()
         self._forget()
-        super().__init__(params, defaults)
+        super().__init__(params, OPTIONS | defaults)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by GradScaler: whether ``step`` takes its scale and its verdict.
+
+        Lightning then refuses to clip gradients, and Accelerate does not see that a step was
+        skipped; so it is True on request, where a GradScaler cannot unscale (float16 parameters),
+        where the host cannot skip (CUDA graphs), and under overlap, which refuses a GradScaler.
+        """
+        asked = [group["fused_unscale"] for group in self.param_groups]
+        if None in asked:
+            return self._ahead is not None or any(
+                group["capturable"] or any(p.dtype == torch.float16 for p in group["params"])
+                for group in self.param_groups
+            )
+        return all(asked)
 
     def _patch_step_function(self) -> None:
         # torch's, which wraps step in its hooks and its profiler's region, once for each class.
@@ -101,10 +144,24 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         self._planned_states: list[dict[str, Any]] = []
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group; ValueError or TypeError if its values are out of range."""
-        super().add_param_group(param_group)
+        """Add a parameter group; ValueError or TypeError if its values are out of range.
+
+        Other than in torch, groups with names and groups without go together:
+        :func:`fastlars.parameter_groups` names parameters unasked.
+        """
+        names = take_names(param_group)
+        hidden = [(g, g.pop("param_names")) for g in self.param_groups if "param_names" in g]
+        try:
+            super().add_param_group(param_group)
+        finally:
+            for group, known in hidden:
+                group["param_names"] = known
+            if names is not None:
+                param_group["param_names"] = names
         number = len(self.param_groups) - 1
         group = self.param_groups[number]
+        if self._counts:
+            show_steps(group, self.state)
         try:
             try:
                 check_lr(group["lr"])
@@ -112,22 +169,32 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
                 self.rule_of(group)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"group {number}: {error}") from None
+            check_clip([group], self._part_of, self._norm_group)
             everything = [
                 (p, location(g, i))
                 for g, other in enumerate(self.param_groups)
                 for i, p in enumerate(other["params"])
             ]
             check_overlap(everything)
-        except (TypeError, ValueError):
+        except (RuntimeError, TypeError, ValueError):
             self.param_groups.pop()
             raise
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy that forgot the group would clip by a part of the norm, without a word.
+        group = {} if self._norm_group is None else {"_norm_group": self._norm_group}
+        return {**super().__getstate__(), **group}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        # torch adds it to the defaults, and so it would get into every group and checkpoint.
+        self.defaults.pop("differentiable", None)
         self._forget()
         for group in self.param_groups:
             for name, value in (OPTIONS | self.defaults).items():
                 group.setdefault(name, value)
+            if self._counts:
+                show_steps(group, self.state)
 
     def state_dict(self) -> dict[str, Any]:
         """As of every optimizer of torch; ``load_state_dict`` takes it back."""
@@ -159,19 +226,25 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
                 loss = closure()
         if not torch.compiler.is_compiling():
             self._step_eagerly()
-        elif self._ahead is None and getattr(self, "found_inf", None) is None:
+        elif self._traceable():
             self._step_traced()
         else:
             self._step_outside_graph()
         return loss
 
+    def _traceable(self) -> bool:
+        alone = self._ahead is None and self._norm_group is None
+        return alone and getattr(self, "found_inf", None) is None
+
     def _step_eagerly(self) -> None:
         if self._ahead is not None:
             self._last = self._ahead.step()
+            self._count_steps(host_knows=True)
             return
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and not self._reads_device() and float(found_inf) != 0.0:
             return
+        check_clip(self.param_groups, self._part_of, self._norm_group)
         works = self._prepare()
         check_recording(works)
         now = numbers(
@@ -181,11 +254,29 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         )
         if now.skip:
             return
-        self._last = take(works, now)
+        self._last = take(works, now, self._total())
+        self._count_steps(host_knows=found_inf is None or not self._reads_device())
 
-    # A step under overlap or a GradScaler cannot be traced. Left to the compiler, torch 2.11 fails
-    # where it resumes tracing: at an assignment to the optimizer. This is torch.compiler.disable
-    # as torch's own optimizers use it: torch._dynamo is imported by the first call, and not, for
+    def _count_steps(self, host_knows: bool) -> None:
+        if self._counts:
+            for group in self.param_groups:
+                count_step(group, self.state, host_knows and not group["capturable"])
+
+    def _total(self) -> Callable[[Tensor | None], Tensor] | None:
+        """What sums the square of the global norm over the processes of ``norm_group``."""
+        group = self._norm_group
+        clips = any(each["max_grad_norm"] is not None for each in self.param_groups)
+        first = next((p for each in self.param_groups for p in each["params"]), None)
+        if group is None or not clips or first is None:
+            return None
+        device = shard(first).device
+        # A process without gradients has to take part too.
+        none = torch.zeros((), dtype=torch.float64, device=device)
+        return lambda square: summed(none if square is None else square, group, device)
+
+    # A step under overlap, a GradScaler or a norm group cannot be traced. Left to the compiler,
+    # torch 2.11 fails where it resumes tracing: at an assignment to the optimizer. This is
+    # torch.compiler.disable as torch's own optimizers use it: torch._dynamo is imported by the first call, and not, for
     # 2 s, by `import fastlars`.
     _step_outside_graph = _disable_dynamo(_step_eagerly)
 
@@ -215,13 +306,11 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         check_lr(group["lr"])
         values = tuple(group[name] for name in self.defaults if name != "lr")
         known = self._rules[number]
-        if known is not None and known[0] == values:
+        if known is not None and _same(known[0], values):
             return known[1]
         check_options(group)
         rule = self.rule_of(group)
-        # Pairs may be lists, whose numbers may be changed in place.
-        kept = tuple(list(value) if isinstance(value, list) else value for value in values)
-        self._rules[number] = (kept, rule)
+        self._rules[number] = (tuple(map(_kept, values)), rule)
         plan = self._plans[number]
         if plan is not None and plan.options != options_of(group, rule):
             self._plans[number] = None
@@ -266,16 +355,20 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
                 raise type(error)(f"group {number}: {error}") from None
             rules.append((group, rule))
             plan = self._plans[number]
+            known = plan.known if plan is not None else None
             try:
                 grads = plan.gradients(group["params"]) if plan is not None else None
+                if plan is not None and grads is None:
+                    plan = self._plans[number] = plan.of_others(group["params"])
+                    grads = [p.grad for p in group["params"]]
                 if plan is not None and grads is not None:
                     bound.append(plan.bind(grads))
                     continue
             except (Mismatch, KeyError):
-                pass  # a parameter or a state was replaced: plan again, with all checks
+                known = None  # a parameter or a state was replaced: plan again, with all checks
             # First: to find out which back ends there are does not go into a recording either.
             check_making(group, rule, self.state)
-            new[number] = Plan(group, number, rule, self.state)
+            new[number] = Plan(group, number, rule, self.state, known)
             bound.append(None)
         for number, plan in new.items():
             self._plans[number] = plan.ready()

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from fastlars.optim.checks import check_lr, check_options
-from fastlars.optim.plan import counter_dtype, like, location, wanted
+from fastlars.optim.misread import misread
+from fastlars.optim.plan import counter_dtype, like, location, state_dtype, wanted
 from fastlars.optim.sharded import is_dtensor, mesh_of, placed
-from fastlars.rules import Rule
+from fastlars.rules import COUNTERS, Rule
 
 if TYPE_CHECKING:
     from fastlars.optim.base import FusedOptimizer
@@ -39,7 +41,7 @@ class Source:
     keys: frozenset[str]
     states: tuple[str, ...]
     refused: tuple[str, ...]
-    obstacle: Callable[[Dict], str]
+    obstacle: Callable[[Dict], str] = lambda _: ""
 
     def matches(self, group: Dict) -> bool:
         return self.keys <= group.keys()
@@ -47,8 +49,11 @@ class Source:
 
 def portable(state_dict: Dict) -> Dict:
     """``state_dict`` with types by their names: torch.distributed.checkpoint gathers no others."""
-    groups = [{**g, "state_dtype": str(g["state_dtype"])} for g in state_dict["param_groups"]]
-    return {**state_dict, "param_groups": groups}
+    groups = state_dict.get("param_groups", [])  # a hook may have rebuilt the dict
+    typed = [
+        {**g, "state_dtype": str(g["state_dtype"])} if "state_dtype" in g else g for g in groups
+    ]
+    return {**state_dict, **({"param_groups": typed} if typed else {})}
 
 
 def _with_types(group: Dict) -> Dict:
@@ -70,7 +75,10 @@ def load(optimizer: FusedOptimizer, load_base: Callable[[Dict], None], state_dic
 
     def mend(_: Any) -> None:
         for p, group, state in _pairs(optimizer, loaded):
-            optimizer.state[p] = _state_of(optimizer, p, group, state)
+            ours = _state_of(optimizer, p, group, state)
+            # The rest, which wrappers keep here, torch has moved and cast already.
+            rest = {k: own(v) for k, v in optimizer.state[p].items() if k not in ours}
+            optimizer.state[p] = {k: ours[k] if k in ours else rest[k] for k in state}
 
     # The user's own hooks come first before loading and last after it, and so see what counts.
     before = optimizer.register_load_state_dict_pre_hook(check)
@@ -91,29 +99,43 @@ def _pairs(optimizer: FusedOptimizer, loaded: Dict) -> Iterator[tuple[Tensor, Di
 
 
 def _state_of(optimizer: FusedOptimizer, p: Tensor, group: Dict, state: Dict) -> Dict:
+    """Those states of a parameter that are this optimizer's own, in its types and strides."""
     rule = optimizer.rule_of(group)
     types = wanted(p, rule, group)
+    # A state that the rule does without today, such as the buffer of a momentum of 0.
+    types |= dict.fromkeys(rule.STATES - types.keys(), state_dtype(p, group))
     out: Dict = {}
     for name, value in state.items():
-        if name in types:
+        if value is None:
+            out[name] = None
+        elif name in types and isinstance(value, Tensor) and value.shape == p.shape:
             out[name] = like(p, placed(value, p) if is_dtensor(p) else value, types[name])
-        elif name == rule.counter:
+        elif name in COUNTERS:
             out[name] = torch.tensor(float(value), dtype=counter_dtype(p), device=p.device)
-        else:
-            out[name] = value
     return out
+
+
+def own(value: Any) -> Any:
+    """``value`` with tensors of its own: torch's load shares those that it need not cast."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {k: own(v) for k, v in value.items()}
+    return type(value)(map(own, value)) if type(value) in (list, tuple) else value
 
 
 def _translated(optimizer: FusedOptimizer, incoming: Dict) -> Dict:
     """The dict itself, or what another optimizer's dict comes to with our hyper-parameters."""
     kind = type(optimizer).__name__
     groups = incoming["param_groups"]
-    if all(group.keys() >= optimizer.marks for group in groups):
+    if all(group.keys() & optimizer.marks for group in groups):
         return incoming
     sources = [s for s in optimizer.loads_from if all(s.matches(group) for group in groups)]
     if not sources:
-        missing = sorted(optimizer.marks - set.intersection(*(set(g) for g in groups)))
-        raise ValueError(f"this state_dict is not of {kind}: its groups have no {missing}")
+        raise ValueError(
+            f"this state_dict is not of {kind}: its groups have none of {sorted(optimizer.marks)}. "
+            "fastlars.migrate.load takes states of other libraries, with the name of their source"
+        )
     if len(groups) != len(optimizer.param_groups):
         raise ValueError(
             f"this state_dict has {len(groups)} parameter groups, the optimizer "
@@ -123,11 +145,11 @@ def _translated(optimizer: FusedOptimizer, incoming: Dict) -> Dict:
     source = sources[0]
     translated: Dict = {"state": {}, "param_groups": []}
     for number, (ours, theirs) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
-        obstacle = source.obstacle(ours)
+        obstacle = source.obstacle(ours) or misread(ours, theirs)
         if obstacle:
             raise ValueError(f"group {number}: {obstacle}")
-        own = {k: v for k, v in ours.items() if k not in ("params", "param_names")}
-        translated["param_groups"].append({**own, "params": theirs["params"]})
+        kept = {k: v for k, v in ours.items() if k not in ("params", "param_names", "step")}
+        translated["param_groups"].append({**kept, "params": theirs["params"]})
         for i, index in enumerate(theirs["params"]):
             state = incoming["state"].get(index, {})
             bad = [name for name in source.refused if state.get(name) is not None]
@@ -162,9 +184,13 @@ def _check(optimizer: FusedOptimizer, loaded: Dict) -> None:
 
 
 def _check_state(p: Tensor, state: Dict, rule: Rule, group: Dict, where: str) -> None:
+    if is_lazy(p):
+        raise ValueError(f"{where} has no shape before the model's first forward pass: load later")
     names = list(wanted(p, rule, group))
     for name in [*names, rule.counter] if rule.counter is not None else names:
         value = state.get(name)
+        if value is None and name in state and name in rule.states:
+            continue  # a state that was reset starts anew, here as in torch's SGD
         if value is None:
             raise ValueError(f"{where}: no {name}")
         if name == rule.counter and isinstance(value, (int, float)):

@@ -9,40 +9,48 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from fastlars.backends.choose import is_dense
 from fastlars.optim.sharded import is_dtensor, shard
+from fastlars.rules import at_least_zero, flag, number
 
 FLAGS = frozenset(
-    {"adapt", "always_adapt", "maximize", "master_weights", "stochastic_rounding", "capturable"}
+    {
+        "adapt",
+        "always_adapt",
+        "maximize",
+        "master_weights",
+        "stochastic_rounding",
+        "capturable",
+        "fused_unscale",
+    }
 )
+MAY_BE_NONE = frozenset({"fused_unscale"})
 
 
 def check_lr(lr: Any) -> None:
     """Raise unless ``lr`` is a finite number of at least 0, or a tensor of one element."""
+    if type(lr) is float and 0.0 <= lr < math.inf:
+        return
+    if lr is None:
+        raise TypeError("no lr: give one to the group, or one for all groups to the optimizer")
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
         if lr.device.type != "cpu":
             return  # its value is the device's business: looking would wait for the device
-        lr = lr.item()
-    elif isinstance(lr, bool) or not isinstance(lr, (int, float)):
-        raise TypeError(f"lr must be a number or a 1-element tensor, got {type(lr).__name__}")
-    if not 0.0 <= lr < math.inf:
-        raise ValueError(f"lr must be finite and at least 0, got {lr}")
+    at_least_zero("lr", lr)
 
 
 def check_options(group: dict[str, Any]) -> None:
     """Raise unless a group's options beside its rule are in range."""
     norm = group["max_grad_norm"]
-    if norm is not None:
-        if isinstance(norm, bool) or not isinstance(norm, (int, float)):
-            raise TypeError(f"max_grad_norm must be a number or None, got {type(norm).__name__}")
-        if not norm > 0.0:
-            raise ValueError(f"max_grad_norm must be positive, or None for no clip, got {norm}")
-    for name, value in group.items():
-        if name in FLAGS and not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {value!r}")
+    if norm is not None and not number("max_grad_norm", norm) > 0.0:
+        raise ValueError(f"max_grad_norm must be positive, or None for no clip, got {norm}")
+    for name in FLAGS & group.keys():
+        if group[name] is not None or name not in MAY_BE_NONE:
+            flag(name, group[name])
     if group["state_dtype"] not in (torch.float32, torch.bfloat16):
         raise ValueError(
             f"state_dtype must be torch.float32 or torch.bfloat16, got {group['state_dtype']}"
@@ -83,7 +91,7 @@ def check_parameter(weight: Tensor, where: str) -> None:
         raise TypeError(f"{where} is a {kind}: plain tensors are stepped, not such subclasses")
     if weight.is_neg():
         raise TypeError(f"{where} is a lazily negated view: step a resolve_neg() of it instead")
-    if any(
+    if weight.numel() > 0 and any(
         size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True)
     ):
         raise ValueError(f"{where} is expanded: several of its elements share one memory cell")
@@ -163,15 +171,19 @@ def check_state(weight: Tensor, name: str, value: Any, dtype: torch.dtype, where
         )
 
 
-def check_counter(name: str, value: Any, dtype: torch.dtype, where: str) -> None:
-    """Raise unless a counter is the 0-dim tensor that back ends advance."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{where}: its {name} is a {type(value).__name__}, not a tensor")
-    if value.dim() != 0 or value.dtype != dtype:
-        raise ValueError(
-            f"{where}: its {name} must be a 0-dim tensor of {dtype}, but has shape "
-            f"{tuple(value.shape)} and is {value.dtype}"
-        )
+def check_counter(name: str, value: Any, where: str) -> None:
+    """Raise unless a counter is one number, or a tensor of one."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex():
+            raise ValueError(
+                f"{where}: its {name} must be one number, but has shape {tuple(value.shape)} and "
+                f"is {value.dtype}"
+            )
+        return
+    try:
+        number(name, value)
+    except TypeError:
+        raise TypeError(f"{where}: its {name} is a {type(value).__name__}, not a tensor") from None
 
 
 def _byte_range(tensor: Tensor) -> tuple[int, int]:
@@ -188,6 +200,8 @@ def check_overlap(parameters: list[tuple[Tensor, str]]) -> None:
     """
     by_storage: dict[int, list[tuple[Tensor, str]]] = defaultdict(list)
     for whole, where in parameters:
+        if is_lazy(whole):
+            continue  # without memory before the first forward pass
         parameter = shard(whole)
         if parameter.layout == torch.strided and not parameter.is_meta and parameter.numel() > 0:
             by_storage[parameter.untyped_storage()._cdata].append((parameter, where))

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastlars.optim.base import FusedOptimizer, Params
 from fastlars.optim.checkpoint import Source
-from fastlars.rules import LambRule
+from fastlars.rules import LambRule, adapts, pair
 
-
-def _adam_obstacle(group: dict[str, Any]) -> str:
-    if group["grad_averaging"]:
-        return ""
-    return "torch.optim.Adam averages gradients: its moments do not fit grad_averaging=False"
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class LAMB(FusedOptimizer):
@@ -52,7 +50,8 @@ class LAMB(FusedOptimizer):
         always_adapt: False sets the ratio to 1 in groups without weight decay, as apex and timm do.
             NVLAMB is ``always_adapt=True, max_grad_norm=1.0``.
         maximize: ascend.
-        max_grad_norm: clip the norm of all gradients together to this, positive, or None.
+        max_grad_norm: clip the norm of all gradients together to this, positive, or None. Those
+            are the gradients of this optimizer, and of DTensors all shards: see ``norm_group``.
         master_weights: keep a float32 master of float16 and bfloat16 parameters in the state, step
             that, and write its rounding in the same pass.
         stochastic_rounding: round bfloat16 parameters up or down at random, without bias; seeded
@@ -60,6 +59,15 @@ class LAMB(FusedOptimizer):
         state_dtype: of both moments, ``torch.float32`` or ``torch.bfloat16``.
         capturable: read ``lr`` and the step on the device, so that a step can stand in a CUDA
             graph. Needs a back end for such a device.
+        fused_unscale: True lets the step take the scale and the verdict of a ``GradScaler``, as
+            ``fused=True`` does in torch: no pass unscales the gradients, and on a GPU nothing waits
+            for the verdict. Lightning then refuses ``gradient_clip_val``, and Accelerate's
+            schedulers do not see a skipped step. None: only with float16 parameters or
+            ``capturable``, where a ``GradScaler`` cannot do it. Needs all groups to agree.
+        norm_group: process group or :class:`~torch.distributed.device_mesh.DeviceMesh` over which
+            the squares of the norm for ``max_grad_norm`` are summed: the stages of a pipeline, or
+            the processes of a ``ZeroRedundancyOptimizer``, each of which has other parameters. All
+            its processes must step together. It is not part of ``state_dict()``.
 
     Raises:
         ValueError, TypeError: a value is out of range, parameters share memory, or a tensor cannot
@@ -75,13 +83,13 @@ class LAMB(FusedOptimizer):
         >>> optimizer.zero_grad()
     """
 
-    marks = frozenset({"betas", "phi", "ratio_eps"})
+    _counts = True
+    marks = frozenset({"phi", "ratio_eps"})
     loads_from = (
         Source(
             keys=frozenset({"betas", "amsgrad", "differentiable"}),
             states=("exp_avg", "exp_avg_sq", "step"),
             refused=("max_exp_avg_sq",),
-            obstacle=_adam_obstacle,
         ),
     )
 
@@ -107,6 +115,8 @@ class LAMB(FusedOptimizer):
         stochastic_rounding: bool = False,
         state_dtype: torch.dtype = torch.float32,
         capturable: bool = False,
+        fused_unscale: bool | None = None,
+        norm_group: ProcessGroup | DeviceMesh | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -127,8 +137,9 @@ class LAMB(FusedOptimizer):
             "stochastic_rounding": stochastic_rounding,
             "state_dtype": state_dtype,
             "capturable": capturable,
+            "fused_unscale": fused_unscale,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, norm_group)
 
     @staticmethod
     def rule_of(group: dict[str, Any]) -> LambRule:
@@ -136,20 +147,19 @@ class LAMB(FusedOptimizer):
         correction = group["bias_correction"]
         if correction not in corrections:
             raise ValueError(f'bias_correction must be True, False or "rate", got {correction!r}')
-        for name in ("betas", "phi"):
-            if not isinstance(group[name], (tuple, list)) or len(group[name]) != 2:
-                raise TypeError(f"{name} must be a pair of numbers, got {group[name]!r}")
+        beta1, beta2 = pair("betas", group["betas"])
+        lower, upper = pair("phi", group["phi"])
         return LambRule(
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
+            beta1=beta1,
+            beta2=beta2,
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             decay=group["decay"],
             bias_correction=corrections[correction],
             grad_averaging=group["grad_averaging"],
-            lower=group["phi"][0],
-            upper=group["phi"][1],
+            lower=lower,
+            upper=upper,
             ratio_eps=group["ratio_eps"],
             trust_clip=group["trust_clip"],
-            adapt=group["adapt"] and (group["always_adapt"] or group["weight_decay"] != 0.0),
+            adapt=adapts(group),
         )

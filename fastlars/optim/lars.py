@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastlars.optim.base import FusedOptimizer, Params
 from fastlars.optim.checkpoint import Source
-from fastlars.rules import LarsRule
+from fastlars.rules import LarsRule, adapts
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def _sgd_obstacle(group: dict[str, Any]) -> str:
-    exact = group["buffer"] == "gradient" or (group["buffer"] == "scaled" and not group["adapt"])
+    exact = group["buffer"] == "gradient" or (group["buffer"] == "scaled" and not adapts(group))
     if exact:
         return ""
     return (
@@ -39,7 +43,7 @@ class LARS(FusedOptimizer):
     Args:
         params: parameters or parameter groups; see :func:`fastlars.parameter_groups`.
         lr: learning rate :math:`\gamma \ge 0`, a number or a 1-element tensor. Large: 5 to 30 is
-            usual with the default trust coefficient.
+            usual with the default trust coefficient. None, where each group has an ``lr`` itself.
         momentum: :math:`\mu`, in [0, 1). Without momentum there is no buffer.
         dampening: in [0, 1]; what enters the buffer is multiplied by ``1 - dampening``, from the
             second step on, as in :class:`torch.optim.SGD`.
@@ -59,7 +63,8 @@ class LARS(FusedOptimizer):
         adapt: False sets q = 1: stochastic gradient descent with momentum.
         always_adapt: False sets q = 1 in groups without weight decay, as timm does.
         maximize: ascend.
-        max_grad_norm: clip the norm of all gradients together to this, positive, or None.
+        max_grad_norm: clip the norm of all gradients together to this, positive, or None. Those
+            are the gradients of this optimizer, and of DTensors all shards: see ``norm_group``.
         master_weights: keep a float32 master of float16 and bfloat16 parameters in the state, step
             that, and write its rounding in the same pass.
         stochastic_rounding: round bfloat16 parameters up or down at random, without bias; seeded
@@ -67,6 +72,15 @@ class LARS(FusedOptimizer):
         state_dtype: of the momentum buffer, ``torch.float32`` or ``torch.bfloat16``.
         capturable: read ``lr`` on the device, so that a step can stand in a CUDA graph. Needs a
             back end for such a device.
+        fused_unscale: True lets the step take the scale and the verdict of a ``GradScaler``, as
+            ``fused=True`` does in torch: no pass unscales the gradients, and on a GPU nothing waits
+            for the verdict. Lightning then refuses ``gradient_clip_val``, and Accelerate's
+            schedulers do not see a skipped step. None: only with float16 parameters or
+            ``capturable``, where a ``GradScaler`` cannot do it. Needs all groups to agree.
+        norm_group: process group or :class:`~torch.distributed.device_mesh.DeviceMesh` over which
+            the squares of the norm for ``max_grad_norm`` are summed: the stages of a pipeline, or
+            the processes of a ``ZeroRedundancyOptimizer``, each of which has other parameters. All
+            its processes must step together. It is not part of ``state_dict()``.
 
     Raises:
         ValueError, TypeError: a value is out of range, parameters share memory, or a tensor cannot
@@ -82,7 +96,7 @@ class LARS(FusedOptimizer):
         >>> optimizer.zero_grad()
     """
 
-    marks = frozenset({"trust_coefficient", "buffer", "ratio"})
+    marks = frozenset({"buffer", "ratio"})
     loads_from = (
         Source(
             keys=frozenset({"momentum", "dampening", "nesterov", "differentiable"}),
@@ -95,7 +109,7 @@ class LARS(FusedOptimizer):
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor,
+        lr: float | Tensor | None = None,
         momentum: float = 0.9,
         dampening: float = 0.0,
         weight_decay: float = 0.0,
@@ -115,6 +129,8 @@ class LARS(FusedOptimizer):
         stochastic_rounding: bool = False,
         state_dtype: torch.dtype = torch.float32,
         capturable: bool = False,
+        fused_unscale: bool | None = None,
+        norm_group: ProcessGroup | DeviceMesh | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -136,8 +152,16 @@ class LARS(FusedOptimizer):
             "stochastic_rounding": stochastic_rounding,
             "state_dtype": state_dtype,
             "capturable": capturable,
+            "fused_unscale": fused_unscale,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, norm_group)
+
+    @property
+    def optim(self) -> LARS:
+        """The optimizer itself: scripts for apex's LARC and torchlars read ``optim.param_groups``
+        of the optimizer that those wrap.
+        """
+        return self
 
     @staticmethod
     def rule_of(group: dict[str, Any]) -> LarsRule:
@@ -152,5 +176,5 @@ class LARS(FusedOptimizer):
             buffer=group["buffer"],
             momentum_correction=group["momentum_correction"],
             trust_clip=group["trust_clip"],
-            adapt=group["adapt"] and (group["always_adapt"] or group["weight_decay"] != 0.0),
+            adapt=adapts(group),
         )

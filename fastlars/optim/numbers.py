@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlars.backends.base import OnDevice, Scalars
+from fastlars.rules import number
 
 
 class HostNumbers:
@@ -27,9 +28,9 @@ class HostNumbers:
         """For measuring gradients: they are not stepped yet."""
         return Scalars(lr=0.0, gradient_scale=sign * self._unscale)
 
-    def take_norm(self, sums: list[Tensor]) -> None:
-        """The global norm, from every list's sums of squares."""
-        self.take_square(square(sums, on_device=False))
+    def square(self, sums: list[Tensor]) -> Tensor:
+        """The square of the global norm, from every list's sums of squares."""
+        return square(sums, on_device=False)
 
     def take_square(self, square: Tensor) -> None:
         """The global norm, from its square."""
@@ -41,8 +42,8 @@ class HostNumbers:
         """For one list, clipped where its group asks for it."""
         scale = sign * self._unscale
         if limit is not None and self._norm > limit:
-            scale *= limit / self._norm
-        return Scalars(float(lr), scale, seed)
+            scale *= float(limit) / self._norm
+        return Scalars(number("lr", lr), scale, seed)
 
 
 class DeviceNumbers:
@@ -60,9 +61,9 @@ class DeviceNumbers:
         scale = _there(self._grad_scale, device)
         return Scalars(0.0, sign, None, None if scale is None else OnDevice(grad_scale=scale))
 
-    def take_norm(self, sums: list[Tensor]) -> None:
-        """The global norm, from every list's sums of squares."""
-        self.take_square(square(sums, on_device=True))
+    def square(self, sums: list[Tensor]) -> Tensor:
+        """The square of the global norm, from every list's sums of squares."""
+        return square(sums, on_device=True)
 
     def take_square(self, square: Tensor) -> None:
         """The global norm, from its square."""
@@ -78,9 +79,9 @@ class DeviceNumbers:
             _there(self._grad_scale, device),
             _there(self._found_inf, device),
             None if limit is None else _there(self._square, device),
-            limit or math.inf,
+            float(limit or math.inf),
         )
-        known = float(lr) if rate is None else 0.0
+        known = number("lr", lr) if rate is None else 0.0
         return Scalars(known, sign, seed, there if there.given else None)
 
 

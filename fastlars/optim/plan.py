@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from operator import is_
+from types import NoneType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +21,7 @@ from torch import Tensor
 import fastlars._C as _C
 from fastlars.backends.base import Backend, Kinds, Mismatch, Tensors
 from fastlars.backends.choose import Chooser
+from fastlars.backends.cpu import viewer
 from fastlars.optim.checks import (
     check_counter,
     check_gradient,
@@ -25,12 +29,14 @@ from fastlars.optim.checks import (
     check_rounding,
     check_state,
 )
-from fastlars.optim.sharded import Shards, mesh_of, shard, shards_of, tables, unwrapped
-from fastlars.rules import Rule
+from fastlars.optim.sharded import Shards, mesh_of, shard, shards, shards_of, tables, unwrapped
+from fastlars.rules import Rule, number
 
 State = dict[Tensor, dict[str, Any]]
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 # States that say how the last step left a weight or its buffer.
+# Of a group, for that many sets of gradients; one holds a few words for each tensor.
+MOST_PLANS = 8
 FOLLOWERS = frozenset({"master", "last_lr"})
 
 
@@ -75,9 +81,10 @@ def lacks_states(group: dict[str, Any], rule: Rule, state: State) -> bool:
     """Whether the next step of a group has states to make."""
     counter = {rule.counter} - {None}
     return any(
-        not wanted(p, rule, group).keys() | counter <= state.get(p, {}).keys()
+        state.get(p, {}).get(name) is None
         for p in group["params"]
         if p.grad is not None
+        for name in wanted(p, rule, group).keys() | counter
     )
 
 
@@ -87,8 +94,16 @@ def forget(weight: Tensor, rule: Rule, group: dict[str, Any], states: dict[str, 
         states.pop(name, None)
 
 
-def bind(backend: Backend, tensors: Tensors, layout: Any) -> Any:
-    """Bound tensors; gradients that do not lie as their weights do are copied."""
+def bind(backend: Backend, tensors: Tensors, layout: Any, copied: list[int] | None = None) -> Any:
+    """Bound tensors; gradients that do not lie as their weights do are copied.
+
+    ``copied`` remembers which, so that the next step does not need to be refused to find them.
+    """
+    weights = tensors.copies or tensors.weights
+    if copied:
+        tensors.grads = list(tensors.grads)
+        for i in copied:
+            tensors.grads[i] = _lying_as(weights[i], tensors.grads[i])
     try:
         return backend.bind(tensors, layout)
     except Mismatch as mismatch:
@@ -96,11 +111,63 @@ def bind(backend: Backend, tensors: Tensors, layout: Any) -> Any:
             raise
     # Such as a contiguous gradient of a channels_last weight; or zeros that autograd has not
     # written anywhere, as behind torch.sgn.
-    tensors.grads = [
-        g if g.stride() == w.stride() and not g._is_zerotensor() else like(w, g, g.dtype)
-        for w, g in zip(tensors.copies or tensors.weights, tensors.grads, strict=True)
-    ]
+    given, tensors.grads = tensors.grads, list(map(_lying_as, weights, tensors.grads))
+    if copied is not None:
+        pairs = enumerate(zip(given, tensors.grads, strict=True))
+        copied += [i for i, (g, copy) in pairs if g is not copy]
     return backend.bind(tensors, layout)
+
+
+def _lying_as(weight: Tensor, grad: Tensor) -> Tensor:
+    if grad.stride() == weight.stride() and not grad._is_zerotensor():
+        return grad
+    return like(weight, grad, grad.dtype)
+
+
+class Kind(NamedTuple):
+    """What parameters must have alike to be stepped in one call."""
+
+    device: torch.device
+    kinds: Kinds
+    backend: Backend
+    mesh: Any
+
+
+class Row(NamedTuple):
+    """A parameter that was checked with a gradient of this type."""
+
+    grad_type: type
+    kind: Kind
+    states: dict[str, Any]
+
+
+class Known:
+    """The parameters of a group that were checked, and how they lay then.
+
+    Where other parameters get gradients than in the step before (dropped layers, experts, networks
+    that take turns), the next plan takes from here what would cost 40 us to check for each of them.
+    """
+
+    def __init__(self, params: list[Tensor], rows: dict[int, Row], before: Known | None) -> None:
+        """Args:
+        params: all parameters of the group.
+        rows: of those that the plan has checked, by their place in the group.
+        before: what earlier plans knew; it is kept where it still holds.
+        """
+        self.params = params
+        holds = before is not None and before.of(params) and before.lie_as_before()
+        self.rows = {**before.rows, **rows} if before is not None and holds else rows
+        self.plans: dict[tuple[type, ...], Plan] = {}
+        self._members = [shard(params[i]) for i in self.rows]
+        self._layout = _C.Layout(viewer(), self._members)
+
+    def of(self, params: list[Tensor]) -> bool:
+        """Whether these are the parameters."""
+        return len(params) == len(self.params) and all(map(is_, params, self.params))
+
+    def lie_as_before(self) -> bool:
+        """Whether all have the devices, shapes and strides with which they were checked."""
+        return bool(self._layout.equals(_C.Layout(viewer(), self._members)))
 
 
 @dataclass
@@ -115,6 +182,7 @@ class Sublist:
     single: list[int]  # weights of one element
     states: list[dict[str, Any]]
     shards: Shards | None = None  # of weights that are DTensors
+    copied: list[int] = field(default_factory=list)  # whose gradients lie otherwise
 
 
 def options_of(group: dict[str, Any], rule: Rule) -> tuple[Any, ...]:
@@ -129,7 +197,14 @@ class Plan:
     Making it checks everything and writes nothing; :meth:`ready` makes states.
     """
 
-    def __init__(self, group: dict[str, Any], number: int, rule: Rule, state: State) -> None:
+    def __init__(
+        self,
+        group: dict[str, Any],
+        number: int,
+        rule: Rule,
+        state: State,
+        known: Known | None = None,
+    ) -> None:
         self.params: list[Tensor] = list(group["params"])
         grads = [p.grad for p in self.params]
         self.grad_types = list(map(type, grads))
@@ -137,8 +212,12 @@ class Plan:
         self.state = state
         self.group = group
         self.options = options_of(group, rule)
-        names = group.get("param_names") or [None] * len(grads)
-        self.places = [location(number, i, name) for i, name in enumerate(names)]
+        names = group.get("param_names") or []
+        # A list that was changed by hand does not say whose names are left.
+        self.names = names if len(names) == len(grads) else [None] * len(grads)
+        self.number = number
+        self.places = list(range(len(grads)))
+        self.known = known
         self.kinds = self._sort(grads)
         self.sublists: list[Sublist] = []
         self.whole = False
@@ -148,9 +227,43 @@ class Plan:
         for indices in self.kinds.values():
             for i in indices:
                 self._make_states(self.params[i], self.group)
-        self.sublists = self._cut()
-        self.whole = [s.indices for s in self.sublists] == [list(range(len(self.params)))]
+        rows = {
+            i: Row(self.grad_types[i], kind, self.state[self.params[i]])
+            for kind, indices in self.kinds.items()
+            for i in indices
+        }
+        self.sublists = self._cut(rows)
+        self.known = Known(self.params, rows, self.known)
         return self
+
+    def of_others(self, params: list[Tensor]) -> Plan | None:
+        """The plan, ready, for gradients of other parameters of the group, if all were checked."""
+        known, types = self.known, [type(p.grad) for p in params]
+        if known is None or not known.of(params):
+            return None
+        kept = known.plans.pop(tuple(types), None)
+        plan = self._sorted_anew(known, types) if kept is None else kept
+        if plan is not None:
+            known.plans[tuple(types)] = plan  # now the newest
+            if len(known.plans) > MOST_PLANS:
+                known.plans.pop(next(iter(known.plans)))
+        return plan
+
+    def _sorted_anew(self, known: Known, types: list[type]) -> Plan | None:
+        kinds: dict[int, tuple[Kind, list[int]]] = {}
+        for i, grad_type in enumerate(types):
+            if grad_type is NoneType:
+                continue
+            row = known.rows.get(i)
+            if row is None or row.grad_type is not grad_type:
+                return None
+            kinds.setdefault(id(row.kind), (row.kind, []))[1].append(i)
+        if not known.lie_as_before():
+            return None
+        plan = copy.copy(self)
+        plan.grad_types, plan.kinds = types, dict(kinds.values())
+        plan.sublists = plan._cut(known.rows)
+        return plan
 
     def part(self, indices: list[int], grads: list[Tensor]) -> Plan:
         """The plan of some of these parameters, ready, with gradients that lie elsewhere."""
@@ -158,6 +271,7 @@ class Plan:
         plan.params = [self.params[i] for i in indices]
         plan.places = [self.places[i] for i in indices]
         plan.grad_types = list(map(type, grads))
+        plan.known = None
         plan.kinds = plan._sort(list(grads))
         return plan.ready()
 
@@ -166,6 +280,10 @@ class Plan:
         for."""
         return _C.gradients(list(params), self.params, self.grad_types)
 
+    def _place(self, i: int) -> str:
+        index = self.places[i]
+        return location(self.number, index, self.names[index])
+
     def _check(self, place: str, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
         check_parameter(p, place)
         check_gradient(p, g, place)
@@ -173,42 +291,49 @@ class Plan:
             check_rounding(p, place)
         states = self.state.get(p, {})
         for name, dtype in wanted(p, self.rule, group).items():
-            if name in states:
+            if states.get(name) is not None:
                 check_state(p, name, states[name], dtype, place)
         counter = self.rule.counter
-        if counter is not None and counter in states:
-            check_counter(counter, states[counter], counter_dtype(p), place)
+        begun = any(states.get(name) is not None for name in self.rule.states)
+        if counter in states and (begun or states[counter] is not None):
+            check_counter(counter, states[counter], place)
 
     def _make_states(self, p: Tensor, group: dict[str, Any]) -> None:
-        states = self.state[p]
+        states = self.state.setdefault(p, {})
         forget(p, self.rule, group, states)
-        stepped_before = any(name in states for name in self.rule.states)
+        # None is how torch's SGD writes a momentum that was reset.
+        fresh = [name for name in self.rule.states if states.get(name) is None]
         for name, dtype in wanted(p, self.rule, group).items():
-            if name not in states:
+            value = states.get(name)
+            if value is None:
                 # A zero of the host's would be spread out there, and sent in full.
                 zero = torch.zeros((), dtype=dtype, device=p.device)
                 start = p.detach() if name == "master" else zero
                 states[name] = like(p, start, dtype)
-            elif shard(states[name]).stride() != shard(p).stride():
-                states[name] = like(p, states[name], dtype)
+            elif shard(value).stride() != shard(p).stride():
+                states[name] = like(p, value, dtype)
         counter = self.rule.counter
-        if counter is not None and counter not in states:
-            # The rate of a step that nobody noted is 0, which corrects nothing.
-            count = 0.0 if stepped_before else self.rule.NEVER_STEPPED
+        if counter is not None:
+            dtype, count = counter_dtype(p), states.get(counter)
+            if len(fresh) == len(self.rule.states):
+                count = self.rule.NEVER_STEPPED
+            elif count is None:
+                count = 0.0  # as rate of a step that nobody noted, it corrects nothing
             # A 0-dim tensor, as in torch.optim: it survives checkpoints, and a device can
             # advance it by itself.
-            states[counter] = torch.full((), count, dtype=counter_dtype(p), device=p.device)
-        elif counter is not None and states[counter].device != p.device:
-            states[counter] = states[counter].to(p.device)
+            if not (isinstance(count, Tensor) and count.dim() == 0 and count.dtype == dtype):
+                count = torch.full((), number(counter, count), dtype=dtype, device=p.device)
+            states[counter] = count.to(p.device)
 
-    def _sort(self, grads: list[Tensor | None]) -> dict[Any, list[int]]:
+    def _sort(self, grads: list[Tensor | None]) -> dict[Kind, list[int]]:
         """Parameters with gradients, checked, by what one call of a back end needs alike."""
         group = self.group
-        by_kind: dict[Any, list[int]] = defaultdict(list)
+        by_kind: dict[Kind, list[int]] = defaultdict(list)
         choose = Chooser(self.rule, group["stochastic_rounding"])
-        for i, (place, p, g) in enumerate(zip(self.places, self.params, grads, strict=True)):
+        for i, (p, g) in enumerate(zip(self.params, grads, strict=True)):
             if g is None:
                 continue
+            place = self._place(i)
             self._check(place, p, g, group)
             kinds = Kinds(p.dtype, g.dtype, state_dtype(p, group))
             if has_master(p, group):
@@ -222,22 +347,23 @@ class Plan:
                     f"{place}: capturable=True needs a back end that reads lr and step on the "
                     f"device, but {backend.name} serves it"
                 )
-            by_kind[p.device, kinds, backend, mesh_of(p)].append(i)
+            by_kind[Kind(p.device, kinds, backend, mesh_of(p))].append(i)
         return by_kind
 
-    def _cut(self) -> list[Sublist]:
+    def _cut(self, rows: Mapping[int, Row]) -> list[Sublist]:
         sublists = []
-        found = tables([(mesh, indices) for (*_, mesh), indices in self.kinds.items()])
-        for ((_, kinds, backend, _), indices), place in zip(self.kinds.items(), found, strict=True):
+        found = tables([(kind.mesh, indices) for kind, indices in self.kinds.items()])
+        for (kind, indices), place in zip(self.kinds.items(), found, strict=True):
             weights = [self.params[i] for i in indices]
-            local = [shard(w) for w in weights]
-            layout = backend.layout(local)
+            local = weights if kind.mesh is None else shards(weights)
+            layout = kind.backend.layout(local)
             single = [i for i, w in enumerate(local) if w.numel() == 1]
-            states = [self.state[w] for w in weights]
-            shards = shards_of(*place, weights) if place is not None else None
+            states = [rows[i].states for i in indices]
+            of_mesh = shards_of(*place, weights) if place is not None else None
             sublists.append(
-                Sublist(indices, weights, kinds, backend, layout, single, states, shards)
+                Sublist(indices, weights, kind.kinds, kind.backend, layout, single, states, of_mesh)
             )
+        self.whole = [s.indices for s in sublists] == [list(range(len(self.params)))]
         return sublists
 
     def gather(self, sublist: Sublist, grads: list[Any]) -> Tensors:
@@ -274,5 +400,5 @@ class Plan:
                 # tensors of one element.
                 if tensors.grads[i].is_neg():
                     tensors.grads = [g.resolve_neg() for g in tensors.grads]
-            bound.append((sublist, bind(sublist.backend, tensors, sublist.layout)))
+            bound.append((sublist, bind(sublist.backend, tensors, sublist.layout, sublist.copied)))
         return bound

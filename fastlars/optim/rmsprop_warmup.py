@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastlars.optim.base import FusedOptimizer, Params
 from fastlars.rules import RmspropWarmupRule
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class RMSpropWarmup(FusedOptimizer):
@@ -56,7 +60,8 @@ class RMSpropWarmup(FusedOptimizer):
             :math:`\alpha_\text{RMSprop}` below 0, before it falls back to 1; here it ends at 1,
             after p / 4.
         maximize: ascend.
-        max_grad_norm: clip the norm of all gradients together to this, positive, or None.
+        max_grad_norm: clip the norm of all gradients together to this, positive, or None. Those
+            are the gradients of this optimizer, and of DTensors all shards: see ``norm_group``.
         master_weights: keep a float32 master of float16 and bfloat16 parameters in the state, step
             that, and write its rounding in the same pass.
         stochastic_rounding: round bfloat16 parameters up or down at random, without bias; seeded
@@ -64,6 +69,15 @@ class RMSpropWarmup(FusedOptimizer):
         state_dtype: of b and m, ``torch.float32`` or ``torch.bfloat16``.
         capturable: read ``lr`` and the step on the device, so that a step can stand in a CUDA
             graph. Needs a back end for such a device.
+        fused_unscale: True lets the step take the scale and the verdict of a ``GradScaler``, as
+            ``fused=True`` does in torch: no pass unscales the gradients, and on a GPU nothing waits
+            for the verdict. Lightning then refuses ``gradient_clip_val``, and Accelerate's
+            schedulers do not see a skipped step. None: only with float16 parameters or
+            ``capturable``, where a ``GradScaler`` cannot do it. Needs all groups to agree.
+        norm_group: process group or :class:`~torch.distributed.device_mesh.DeviceMesh` over which
+            the squares of the norm for ``max_grad_norm`` are summed: the stages of a pipeline, or
+            the processes of a ``ZeroRedundancyOptimizer``, each of which has other parameters. All
+            its processes must step together. It is not part of ``state_dict()``.
 
     Raises:
         ValueError, TypeError: a value is out of range, parameters share memory, or a tensor cannot
@@ -82,6 +96,7 @@ class RMSpropWarmup(FusedOptimizer):
         >>> optimizer.zero_grad()
     """
 
+    _counts = True
     marks = frozenset({"center_steps", "period_steps", "lr_rmsprop"})
 
     def __init__(
@@ -103,6 +118,8 @@ class RMSpropWarmup(FusedOptimizer):
         stochastic_rounding: bool = False,
         state_dtype: torch.dtype = torch.float32,
         capturable: bool = False,
+        fused_unscale: bool | None = None,
+        norm_group: ProcessGroup | DeviceMesh | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -120,8 +137,9 @@ class RMSpropWarmup(FusedOptimizer):
             "stochastic_rounding": stochastic_rounding,
             "state_dtype": state_dtype,
             "capturable": capturable,
+            "fused_unscale": fused_unscale,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, norm_group)
 
     @staticmethod
     def rule_of(group: dict[str, Any]) -> RmspropWarmupRule:

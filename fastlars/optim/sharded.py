@@ -203,7 +203,7 @@ def _begin(array: Tensor, mesh: DeviceMesh) -> tuple[Tensor, Any]:
         return array, None
     # Parameters that FSDP2 keeps on the CPU have a mesh, and so a group, of GPUs.
     array = array.to(mesh.device_type)
-    return array, dist.all_reduce(array, group=_group(mesh), async_op=True)
+    return array, dist.all_reduce(array, group=group_of(mesh), async_op=True)
 
 
 # Groups made here, by mesh, and the default group under which they were made.
@@ -211,7 +211,7 @@ _groups: dict[DeviceMesh, Any] = {}
 _made_under: list[Any] = [None]
 
 
-def _group(mesh: DeviceMesh) -> Any:
+def group_of(mesh: DeviceMesh) -> Any:
     """A group of all ranks of a mesh."""
     if mesh.ndim == 1:
         return mesh.get_group()

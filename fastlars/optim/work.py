@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,11 +76,20 @@ def check_making(group: dict[str, Any], rule: Rule, state: State) -> None:
         )
 
 
-def take(works: list[Work], now: Numbers) -> list[tuple[list[Tensor], Tensor]]:
-    """Step every list; parameters and their trust ratios."""
-    if any(work.group["max_grad_norm"] is not None for work in works):
+def take(
+    works: list[Work], now: Numbers, total: Callable[[Tensor | None], Tensor] | None = None
+) -> list[tuple[list[Tensor], Tensor]]:
+    """Step every list; parameters and their trust ratios.
+
+    ``total`` makes the square of the global norm of that of the works, None where there are none.
+    """
+    if total is not None or any(work.group["max_grad_norm"] is not None for work in works):
         parts = [(work.sublist.shards, work.square_norms(now)) for work in works]
-        now.take_norm(complete(parts))
+        square = now.square(complete(parts)) if parts else None
+        if total is not None:
+            square = total(square)
+        if square is not None:
+            now.take_square(square)
     each = [work.scalars(now) for work in works]
     sums = _sharded_sums(works, each)
     taken = []

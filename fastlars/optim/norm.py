@@ -1,0 +1,74 @@
+"""The global norm: over which processes it is summed, and who would take a part of it for all."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastlars.optim.sharded import group_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    NormGroup = ProcessGroup | DeviceMesh
+
+
+def check_norm_group(group: Any) -> None:
+    """Raise unless ``group`` is a process group or a device mesh of this process, or None."""
+    if group is None or hasattr(group, "get_group") or hasattr(group, "rank"):
+        return
+    raise TypeError(
+        "norm_group must be a torch.distributed process group or DeviceMesh, or None, got "
+        f"{type(group).__name__}"
+    )
+
+
+def part_of() -> str | None:
+    """Whose part an optimizer is that is being made; None where nobody is known to own it."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = sys._getframe(1) if module is not None else None
+    while module is not None and frame is not None:
+        if isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):
+            return "ZeroRedundancyOptimizer"
+        frame = frame.f_back
+    return None
+
+
+def check_clip(groups: list[dict[str, Any]], owner: str | None, norm_group: Any) -> None:
+    """Raise where ``max_grad_norm`` would clip by the norm of a part of the gradients."""
+    if all(group["max_grad_norm"] is None for group in groups):
+        return
+    if owner is not None and norm_group is None:
+        raise RuntimeError(
+            f"max_grad_norm under {owner}, which gives each process an optimizer of a part of the "
+            "parameters, would clip by the norm of that part: sum it over the processes, with "
+            "optimizer_class=functools.partial(fastlars.LAMB, norm_group=process_group), or leave "
+            "max_grad_norm out and call torch.nn.utils.clip_grad_norm_ before the step"
+        )
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "max_grad_norm in a step inside backward, such as that of one optimizer for each "
+            "parameter, would clip by the norm of a part of the gradients: leave max_grad_norm out, "
+            "or step after backward"
+        )
+
+
+def summed(square: Tensor, group: NormGroup, device: torch.device) -> Tensor:
+    """The square of the norm, over all processes of ``group``; on the device of the sum.
+
+    Args:
+        square: float64, of this process.
+        group: whose processes all come here at every step.
+        device: of the parameters, for groups that do not say which they reduce on.
+    """
+    if hasattr(group, "get_group"):
+        device = torch.device(group.device_type) if device.type != group.device_type else device
+        group = group_of(group)
+    total = square.to(device, copy=True)
+    dist.all_reduce(total, group=group)
+    return total.to(square.device)
