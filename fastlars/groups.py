@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
+from torch.overrides import TorchFunctionMode
 
-Excluded = Literal["none", "norms", "norms+biases"]
+Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+Rule = Callable[[str, nn.Parameter], bool]
+Excluded = Literal["none", "norms", "norms+biases"] | Rule
 
 
 def parameter_groups(
-    model: nn.Module,
+    params: Params,
     weight_decay: float,
     *,
     no_decay: Excluded = "norms+biases",
     no_ratio: Excluded = "norms+biases",
-    exclude: Callable[[str, nn.Parameter], bool] | None = None,
+    exclude: Rule | None = None,
     adapt_excluded: bool = False,
 ) -> list[dict[str, Any]]:
     """Matrices and filters, decayed and adapted; biases and norms, by default neither.
@@ -28,70 +33,210 @@ def parameter_groups(
     reference leaves them out of both, LAMB's authors the norms alone.
 
     Args:
-        model: its trainable parameters are grouped; shared ones appear once.
-        weight_decay: of the parameters that are decayed, at least 0.
-        no_decay: parameters without weight decay. ``"norms"``: gains and biases of normalisation
-            layers, known by having at most one dimension in a module without any larger parameter
-            of its own; ``"norms+biases"``: all of at most one dimension; ``"none"``.
+        params: a model, or what an optimizer takes: parameters, pairs of name and parameter (as of
+            ``model.named_parameters()``), or a list of dicts, each a parameter group. Shared
+            parameters appear once, where they come first; frozen ones are left out.
+
+            Each group is split by itself and keeps what else it holds, such as ``lr``. Its own
+            ``weight_decay`` counts, and not the argument; groups out of ``optimizer.param_groups``
+            always have one, which may be 0. A group with ``weight_decay`` 0 or ``adapt`` False
+            keeps that for all its parameters.
+        weight_decay: of the parameters that are decayed, a float of at least 0, which the optimizer
+            checks.
+        no_decay: parameters without weight decay. ``"norms+biases"``, the default: all of at most
+            one dimension; ``"norms"``: gains and biases of normalisation layers, known by having
+            at most one dimension in a module without any larger parameter of its own, which needs
+            a model; ``"none"``; or a callable: True from ``no_decay(name, parameter)`` leaves a
+            parameter out. (One of the parameter alone: ``lambda name, p: rule(p)``.) Where no names
+            were given the name is None, so that a rule about names fails at once, instead of
+            finding nobody.
         no_ratio: parameters that are not adapted, likewise.
-        exclude: ``exclude(name, parameter)`` names the parameters that get neither, in place of
-            ``no_decay`` and ``no_ratio``.
-        adapt_excluded: True is ``no_ratio="none"``, and adapts also what ``exclude`` names.
+        exclude: None, or a callable as above for both, in place of ``no_decay`` and ``no_ratio``.
+        adapt_excluded: False, or True for ``no_ratio="none"``, which adapts also what ``exclude``
+            names.
 
     Returns:
-        Up to four dicts with ``params`` (pairs of name and parameter) and ``weight_decay``; those
-        that are not adapted also with ``adapt``. What they do not say is the optimizer's. A group
-        without parameters is left out.
+        A list of dicts for an optimizer, up to four for each group given: the decayed and adapted
+        first, then the not adapted, the not decayed, and the neither. ``params`` are pairs of name
+        and parameter, or parameters alone where no names were given; ``weight_decay`` is there
+        always, ``adapt`` where it is False or was given. What they do not say is the optimizer's.
+        A group without parameters is left out. What was given is not changed, but an iterator is
+        used up.
 
     Raises:
-        ValueError: the model has no trainable parameters, or arguments are none of their choices
-            or exclude each other.
+        ValueError: there are no trainable parameters; some have names and others not; a group has
+            no ``params``, or more or fewer ``param_names``; arguments are none of their choices or
+            exclude each other; ``"norms"`` without a model; the shape of a lazy module's parameter
+            was asked for before its first forward pass. What a callable raises is passed on.
+        TypeError: ``params`` or something in it is nothing of the above, for example a plain tensor
+            of a ``state_dict``; ``exclude`` is no callable.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-        >>> for group in parameter_groups(model, weight_decay=1e-4):
-        ...     print([name for name, _ in group.pop("params")], group)
+        >>> def show(groups):
+        ...     for group in groups:
+        ...         print([name for name, _ in group.pop("params")], group)
+        >>> show(parameter_groups(model, weight_decay=1e-4))
         ['0.weight'] {'weight_decay': 0.0001}
         ['0.bias', '1.weight', '1.bias'] {'weight_decay': 0.0, 'adapt': False}
-        >>> for group in parameter_groups(model, 1e-4, no_decay="norms", no_ratio="none"):
-        ...     print([name for name, _ in group.pop("params")], group)
+        >>> show(parameter_groups(model, 1e-4, no_decay="norms", no_ratio="none"))
         ['0.weight', '0.bias'] {'weight_decay': 0.0001}
         ['1.weight', '1.bias'] {'weight_decay': 0.0}
+
+        By name, with a rule of one's own:
+
+        >>> show(parameter_groups(model, 1e-4, exclude=lambda name, p: name.endswith("bias")))
+        ['0.weight', '1.weight'] {'weight_decay': 0.0001}
+        ['0.bias', '1.bias'] {'weight_decay': 0.0, 'adapt': False}
+
+        Groups with learning rates of their own:
+
+        >>> linear, norm = model[0].named_parameters("linear"), model[1].named_parameters("norm")
+        >>> show(parameter_groups([{"params": linear, "lr": 0.5}, {"params": norm}], 1e-4))
+        ['linear.weight'] {'lr': 0.5, 'weight_decay': 0.0001}
+        ['linear.bias'] {'lr': 0.5, 'weight_decay': 0.0, 'adapt': False}
+        ['norm.weight', 'norm.bias'] {'weight_decay': 0.0, 'adapt': False}
     """
-    if exclude is None:
-        undecayed = _small(model, "no_decay", no_decay)
-        unadapted = _small(model, "no_ratio", no_ratio)
-    elif (no_decay, no_ratio) == ("norms+biases", "norms+biases"):
-        undecayed = unadapted = {name for name, p in model.named_parameters() if exclude(name, p)}
-    else:
-        raise ValueError("exclude takes the place of no_decay and no_ratio: leave them out")
+    if exclude is not None:
+        if not callable(exclude):
+            raise TypeError(f"exclude must be a callable or None, got {exclude!r}")
+        if (no_decay, no_ratio) != ("norms+biases", "norms+biases"):
+            raise ValueError("exclude takes the place of no_decay and no_ratio: leave them out")
+        no_decay = no_ratio = exclude
+    undecayed, unadapted = _rule("no_decay", no_decay, params), _rule("no_ratio", no_ratio, params)
     if adapt_excluded:
-        unadapted = set()
-    found: dict[tuple[bool, bool], list[tuple[str, Tensor]]] = {
-        (decay, adapt): [] for decay in (True, False) for adapt in (True, False)
-    }
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            found[name not in undecayed, name not in unadapted].append((name, parameter))
-    if not any(found.values()):
-        raise ValueError(f"{type(model).__name__} has no trainable parameters")
+        unadapted = _nobody
+    made: list[dict[str, Any]] = []
+    for group, entries in _read(params):
+        made += _split(group, entries, weight_decay, (undecayed, unadapted))
+    if not made:
+        raise ValueError(f"{type(params).__name__} has no trainable parameters")
+    return made
+
+
+class _Entry(NamedTuple):
+    """A parameter, and how messages call it. The name is None where none was given."""
+
+    where: str
+    # Any: what people write as rules takes str and nn.Parameter, as almost all of them are.
+    name: Any
+    parameter: Any
+
+
+def _read(params: Params) -> list[tuple[dict[str, Any], list[_Entry]]]:
+    """Groups with their trainable parameters; those of a model or of a flat list are one."""
+    given = params.named_parameters() if isinstance(params, nn.Module) else params
+    if not _has_order(given):
+        raise TypeError(
+            "params must be a model, parameters, pairs of name and parameter, or a list of "
+            f"parameter groups, got {type(params).__name__}"
+        )
+    items: list[Any] = list(given)
+    if items and isinstance(items[0], dict):
+        read = [(group, _of_group(group, f"group {i}")) for i, group in enumerate(items)]
+    else:
+        read = [({}, _entries(items))]
+    every = [entry for _, entries in read for entry in entries]
+    for entry in every:
+        if (entry.name is None) != (every[0].name is None):
+            raise ValueError(f"{entry.where}: either all parameters have names, or none")
+    first = {entry.parameter: entry for entry in reversed(every)}
     return [
-        {
-            "params": params,
-            "weight_decay": weight_decay if decay else 0.0,
-            **({} if adapt else {"adapt": False}),
-        }
-        for (decay, adapt), params in found.items()
-        if params
+        (group, [e for e in entries if e.parameter.requires_grad and first[e.parameter] is e])
+        for group, entries in read
     ]
 
 
-def _small(model: nn.Module, keyword: str, which: str) -> set[str]:
-    """Names of the parameters of at most one dimension that the choice `which` means."""
-    if which not in ("none", "norms", "norms+biases"):
-        raise ValueError(f'{keyword} must be "none", "norms" or "norms+biases", got {which!r}')
-    small = {name for name, parameter in model.named_parameters() if parameter.ndim <= 1}
-    return {"none": set(), "norms": small & _of_norms(model), "norms+biases": small}[which]
+def _of_group(group: Any, where: str) -> list[_Entry]:
+    if not isinstance(group, dict):
+        raise TypeError(f"{where} must be a dict as those before it, got {type(group).__name__}")
+    if "params" not in group:
+        raise ValueError(f'{where} has no "params"')
+    params = group["params"]
+    if isinstance(params, Tensor):
+        params = [params]
+    if not _has_order(params):
+        raise TypeError(
+            f"{where}: params must be parameters, or pairs of name and parameter, "
+            f"got {type(params).__name__}"
+        )
+    items = list(params)
+    if "param_names" in group:
+        names = group["param_names"]
+        if len(names) != len(items):
+            raise ValueError(f"{where} has {len(names)} param_names for {len(items)} params")
+        items = list(zip(names, items, strict=True))
+    return _entries(items, f"{where}, ")
+
+
+def _has_order(value: Any) -> bool:
+    # A mapping would give its keys, a string its letters, a tensor its rows; a set, any order.
+    wrong = (Tensor, str, Mapping, set, frozenset)
+    return isinstance(value, Iterable) and not isinstance(value, wrong)
+
+
+def _entries(items: list[Any], prefix: str = "") -> list[_Entry]:
+    return [_entry(item, f"{prefix}parameter {i}") for i, item in enumerate(items)]
+
+
+def _entry(item: Any, where: str) -> _Entry:
+    name, parameter = item if isinstance(item, tuple) and len(item) == 2 else (None, item)
+    if isinstance(name, str):
+        where += f" ({name})"
+    if not (isinstance(name, str | None) and isinstance(parameter, Tensor)):
+        parts = item if isinstance(item, tuple) else (item,)
+        got = ", ".join(type(part).__name__ for part in parts)
+        raise TypeError(f"{where} must be a parameter, or a pair of name and parameter, got {got}")
+    if not (parameter.requires_grad or isinstance(parameter, nn.Parameter)):
+        raise TypeError(f"{where} is a tensor without requires_grad, as in a state_dict")
+    return _Entry(where, name, parameter)
+
+
+def _split(
+    group: dict[str, Any], entries: list[_Entry], weight_decay: float, rules: tuple[Rule, Rule]
+) -> list[dict[str, Any]]:
+    """Up to four groups, with everything that the one held."""
+    kept = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    decay = kept.get("weight_decay", weight_decay)
+    never_decayed, never_adapted = kept.get("weight_decay") == 0, kept.get("adapt") is False
+    no_decay, no_ratio = rules
+    parts: dict[tuple[bool, bool], list[Any]] = {}
+    for entry in entries:
+        undecayed = _asked(no_decay, entry)
+        # Once, where it is the same: a rule of somebody's own may print or count.
+        unadapted = undecayed if no_ratio is no_decay else _asked(no_ratio, entry)
+        part = parts.setdefault((undecayed or never_decayed, unadapted or never_adapted), [])
+        part.append(entry.parameter if entry.name is None else (entry.name, entry.parameter))
+    return [
+        {"params": part, **kept, "weight_decay": 0.0 if undecayed else decay}
+        | ({"adapt": False} if unadapted else {})
+        for (undecayed, unadapted), part in sorted(parts.items(), key=lambda item: item[0])
+    ]
+
+
+def _rule(keyword: str, which: Excluded, params: Params) -> Rule:
+    if callable(which):
+        return which
+    if which == "none":
+        return _nobody
+    if which == "norms+biases":
+        return _is_small
+    if which != "norms":
+        raise ValueError(
+            f'{keyword} must be "none", "norms", "norms+biases" or a callable, got {which!r}'
+        )
+    if not isinstance(params, nn.Module):
+        raise ValueError(f'{keyword}="norms" needs a model: norms are known by their modules')
+    norms = _of_norms(params)
+    return lambda name, parameter: _is_small(name, parameter) and name in norms
+
+
+def _nobody(name: str, parameter: Tensor) -> bool:
+    return False
+
+
+def _is_small(name: str, parameter: Tensor) -> bool:
+    return parameter.ndim <= 1
 
 
 def _of_norms(model: nn.Module) -> set[str]:
@@ -104,3 +249,31 @@ def _of_norms(model: nn.Module) -> set[str]:
         if all(parameter.ndim <= 1 for parameter in (*own.values(), *held)):
             names |= {f"{prefix}.{name}" if prefix else name for name in own}
     return names
+
+
+def _asked(rule: Rule, entry: _Entry) -> bool:
+    """What a rule says of a parameter. It cannot where it asks for a shape that is not there."""
+    lazy = is_lazy(entry.parameter)
+    try:
+        with _NoShape() if lazy else nullcontext():
+            return bool(rule(entry.name, entry.parameter))
+    except (RuntimeError, ValueError) as error:
+        if not lazy:
+            raise
+        raise ValueError(
+            f"{entry.where} has no shape yet, for its module is lazy: run a forward pass first"
+        ) from error
+
+
+class _NoShape(TorchFunctionMode):
+    """torch refuses most questions about a lazy parameter, but says that it is a vector without
+    elements where it is asked for ``ndim`` or ``size()``: a weight would pass for a bias."""
+
+    refused = (Tensor.ndim.__get__, Tensor.size)  # type: ignore[attr-defined]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in self.refused and is_lazy(args[0]):
+            raise ValueError  # _asked says of which parameter
+        return func(*args, **(kwargs or {}))

@@ -97,6 +97,15 @@ def test_who_is_decayed_and_who_is_adapted(no_decay: Any, no_ratio: Any) -> None
     assert all(group["params"] for group in groups)
 
 
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_wrapped_models(wrap: Any) -> None:
+    wrapped = wrap(Norms())
+    kept, excluded = fastlars.parameter_groups(wrapped, 0.1, no_decay="norms", no_ratio="norms")
+    prefix = {nn.DataParallel: "module.", torch.compile: "_orig_mod."}[wrap]
+    assert set(names(excluded)) == {prefix + name for name in NORMS}
+    assert set(names(kept)) == {prefix + name for name in BIASES | LARGE}
+
+
 def test_adapt_excluded_is_no_ratio_none() -> None:
     old = fastlars.parameter_groups(Norms(), 0.1, adapt_excluded=True)
     new = fastlars.parameter_groups(Norms(), 0.1, no_ratio="none")
@@ -108,9 +117,14 @@ def test_adapt_excluded_is_no_ratio_none() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"no_decay": "biases"}, 'no_decay must be "none", "norms" or "norms+biases", got'),
+        (
+            {"no_decay": "biases"},
+            'no_decay must be "none", "norms", "norms+biases" or a callable, got \'biases\'',
+        ),
+        ({"no_ratio": "biases", "adapt_excluded": True}, "no_ratio must be"),
         ({"no_ratio": ""}, "no_ratio must be"),
         ({"no_ratio": "none", "exclude": lambda *_: True}, "exclude takes the place"),
+        ({"no_decay": lambda *_: True, "exclude": lambda *_: True}, "exclude takes the place"),
     ],
 )
 def test_choices_that_are_none(arguments: dict[str, Any], message: str) -> None:
