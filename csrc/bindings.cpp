@@ -1,5 +1,6 @@
 // fastlars._C: the only file that knows Python. Tensors are looked at through DLPack's C function
 // table, which costs about 20 ns a tensor; torch itself is needed neither to build nor to link.
+#include <pybind11/operators.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -320,7 +321,6 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fastlars. Use the optimizers in fastlars instead.";
-
   // Python has no args for C++ exceptions: the translator builds them.
   static py::exception<Mismatch> mismatch(m, "Mismatch", PyExc_ValueError);
   py::register_exception_translator([](std::exception_ptr pointer) {
@@ -337,9 +337,7 @@ PYBIND11_MODULE(_C, m) {
       .def("accept", &Viewer::accept, "type"_a);
   py::class_<BoundLayout>(m, "Layout")
       .def(py::init(&make_layout), "viewer"_a, "weights"_a)
-      .def(
-          "equals", [](const BoundLayout& a, const BoundLayout& b) { return a.equals(b); },
-          "other"_a);
+      .def(py::self == py::self);
   py::class_<TensorList>(m, "TensorList")
       .def(
           "write_table",
@@ -366,7 +364,6 @@ PYBIND11_MODULE(_C, m) {
            py::kw_only(), "momentum"_a, "dampening"_a, "weight_decay"_a, "trust_coefficient"_a,
            "eps"_a, "buffer"_a, "combined"_a, "nesterov"_a, "momentum_correction"_a, "trust_clip"_a,
            "adapt"_a);
-
   py::class_<LambRule>(m, "LambRule")
       .def(py::init([](double beta1, double beta2, double eps, double weight_decay, double lower,
                        double upper, double ratio_eps, int decay, int correction,

@@ -63,7 +63,7 @@ class Layout {
   }
 
   // Whether both were made of tensors that lie alike.
-  bool equals(const Layout& other) const {
+  bool operator==(const Layout& other) const {
     const auto alike = [](const Entry& a, const Entry& b) {
       return a.device.type == b.device.type && a.device.id == b.device.id && a.ndim == b.ndim;
     };

@@ -29,7 +29,9 @@ def number(name: str, value: Any) -> float:
 def pair(name: str, value: Any) -> tuple[float, float]:
     """``value`` as two floats; any sequence of two numbers."""
     try:
-        first, second = () if isinstance(value, (str, Mapping, Set)) else value
+        if isinstance(value, (str, Mapping, Set)):
+            raise TypeError
+        first, second = value
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a pair of numbers, got {value!r}") from None
     return number(name, first), number(name, second)

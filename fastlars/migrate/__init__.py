@@ -19,7 +19,7 @@ from fastlars.migrate.reading import States, from_dict, from_tree
 from fastlars.optim.base import FusedOptimizer
 from fastlars.optim.lamb import LAMB
 from fastlars.optim.lars import LARS
-from fastlars.optim.misread import misread
+from fastlars.optim.meaning import why_not_the_same
 from fastlars.optim.plan import has_master
 
 __all__ = ["FORMATS", "load"]
@@ -145,7 +145,7 @@ def _install(
             theirs = given[p]
             if not any(each in theirs for each in rule.states):
                 continue
-            obstacle = misread(group, theirs)
+            obstacle = why_not_the_same(group, theirs)
             if obstacle:
                 raise ValueError(f"group {number}: {name}: {obstacle}")
             wanted = {*rule.states, rule.counter}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlars.migrate.formats import Format
-from fastlars.optim.misread import COUPLING, DEFAULTS
+from fastlars.optim.meaning import COUPLING, DEFAULTS
 
 States = dict[str, Any]  # of one parameter, by their names here
 

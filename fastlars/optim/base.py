@@ -276,8 +276,8 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
 
     # A step under overlap, a GradScaler or a norm group cannot be traced. Left to the compiler,
     # torch 2.11 fails where it resumes tracing: at an assignment to the optimizer. This is
-    # torch.compiler.disable as torch's own optimizers use it: torch._dynamo is imported by the first call, and not, for
-    # 2 s, by `import fastlars`.
+    # torch.compiler.disable as torch's own optimizers use it: torch._dynamo is imported by the
+    # first call, and not, for 2 s, by `import fastlars`.
     _step_outside_graph = _disable_dynamo(_step_eagerly)
 
     def trust_ratios(self) -> dict[Tensor, float]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from fastlars.optim.checks import check_lr, check_options
-from fastlars.optim.misread import misread
+from fastlars.optim.meaning import why_not_the_same
 from fastlars.optim.plan import counter_dtype, like, location, state_dtype, wanted
 from fastlars.optim.sharded import is_dtensor, mesh_of, placed
 from fastlars.rules import COUNTERS, Rule
@@ -145,7 +145,7 @@ def _translated(optimizer: FusedOptimizer, incoming: Dict) -> Dict:
     source = sources[0]
     translated: Dict = {"state": {}, "param_groups": []}
     for number, (ours, theirs) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
-        obstacle = source.obstacle(ours) or misread(ours, theirs)
+        obstacle = source.obstacle(ours) or why_not_the_same(ours, theirs)
         if obstacle:
             raise ValueError(f"group {number}: {obstacle}")
         kept = {k: v for k, v in ours.items() if k not in ("params", "param_names", "step")}

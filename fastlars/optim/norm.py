@@ -53,8 +53,8 @@ def check_clip(groups: list[dict[str, Any]], owner: str | None, norm_group: Any)
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             "max_grad_norm in a step inside backward, such as that of one optimizer for each "
-            "parameter, would clip by the norm of a part of the gradients: leave max_grad_norm out, "
-            "or step after backward"
+            "parameter, would clip by the norm of a part of the gradients: leave max_grad_norm "
+            "out, or step after backward"
         )
 
 
@@ -66,9 +66,12 @@ def summed(square: Tensor, group: NormGroup, device: torch.device) -> Tensor:
         group: whose processes all come here at every step.
         device: of the parameters, for groups that do not say which they reduce on.
     """
+    reduced_by: Any = group
     if hasattr(group, "get_group"):
-        device = torch.device(group.device_type) if device.type != group.device_type else device
-        group = group_of(group)
+        # Parameters that FSDP2 keeps on the CPU have a mesh of GPUs.
+        kind = reduced_by.device_type
+        device = device if device.type == kind else torch.device(kind)
+        reduced_by = group_of(reduced_by)
     total = square.to(device, copy=True)
-    dist.all_reduce(total, group=group)
+    dist.all_reduce(total, group=reduced_by)
     return total.to(square.device)

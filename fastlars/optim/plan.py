@@ -11,9 +11,8 @@ import copy
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from operator import is_
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,6 @@ from torch import Tensor
 import fastlars._C as _C
 from fastlars.backends.base import Backend, Kinds, Mismatch, Tensors
 from fastlars.backends.choose import Chooser
-from fastlars.backends.cpu import viewer
 from fastlars.optim.checks import (
     check_counter,
     check_gradient,
@@ -29,14 +27,13 @@ from fastlars.optim.checks import (
     check_rounding,
     check_state,
 )
+from fastlars.optim.known import Kind, Known, Row
 from fastlars.optim.sharded import Shards, mesh_of, shard, shards, shards_of, tables, unwrapped
 from fastlars.rules import Rule, number
 
 State = dict[Tensor, dict[str, Any]]
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 # States that say how the last step left a weight or its buffer.
-# Of a group, for that many sets of gradients; one holds a few words for each tensor.
-MOST_PLANS = 8
 FOLLOWERS = frozenset({"master", "last_lr"})
 
 
@@ -79,12 +76,12 @@ def wanted(weight: Tensor, rule: Rule, group: dict[str, Any]) -> dict[str, torch
 
 def lacks_states(group: dict[str, Any], rule: Rule, state: State) -> bool:
     """Whether the next step of a group has states to make."""
-    counter = {rule.counter} - {None}
+    counter = () if rule.counter is None else (rule.counter,)
     return any(
         state.get(p, {}).get(name) is None
         for p in group["params"]
         if p.grad is not None
-        for name in wanted(p, rule, group).keys() | counter
+        for name in (*wanted(p, rule, group), *counter)
     )
 
 
@@ -122,52 +119,6 @@ def _lying_as(weight: Tensor, grad: Tensor) -> Tensor:
     if grad.stride() == weight.stride() and not grad._is_zerotensor():
         return grad
     return like(weight, grad, grad.dtype)
-
-
-class Kind(NamedTuple):
-    """What parameters must have alike to be stepped in one call."""
-
-    device: torch.device
-    kinds: Kinds
-    backend: Backend
-    mesh: Any
-
-
-class Row(NamedTuple):
-    """A parameter that was checked with a gradient of this type."""
-
-    grad_type: type
-    kind: Kind
-    states: dict[str, Any]
-
-
-class Known:
-    """The parameters of a group that were checked, and how they lay then.
-
-    Where other parameters get gradients than in the step before (dropped layers, experts, networks
-    that take turns), the next plan takes from here what would cost 40 us to check for each of them.
-    """
-
-    def __init__(self, params: list[Tensor], rows: dict[int, Row], before: Known | None) -> None:
-        """Args:
-        params: all parameters of the group.
-        rows: of those that the plan has checked, by their place in the group.
-        before: what earlier plans knew; it is kept where it still holds.
-        """
-        self.params = params
-        holds = before is not None and before.of(params) and before.lie_as_before()
-        self.rows = {**before.rows, **rows} if before is not None and holds else rows
-        self.plans: dict[tuple[type, ...], Plan] = {}
-        self._members = [shard(params[i]) for i in self.rows]
-        self._layout = _C.Layout(viewer(), self._members)
-
-    def of(self, params: list[Tensor]) -> bool:
-        """Whether these are the parameters."""
-        return len(params) == len(self.params) and all(map(is_, params, self.params))
-
-    def lie_as_before(self) -> bool:
-        """Whether all have the devices, shapes and strides with which they were checked."""
-        return bool(self._layout.equals(_C.Layout(viewer(), self._members)))
 
 
 @dataclass
@@ -244,9 +195,7 @@ class Plan:
         kept = known.plans.pop(tuple(types), None)
         plan = self._sorted_anew(known, types) if kept is None else kept
         if plan is not None:
-            known.plans[tuple(types)] = plan  # now the newest
-            if len(known.plans) > MOST_PLANS:
-                known.plans.pop(next(iter(known.plans)))
+            known.keep(tuple(types), plan)
         return plan
 
     def _sorted_anew(self, known: Known, types: list[type]) -> Plan | None:

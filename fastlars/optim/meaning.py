@@ -1,4 +1,4 @@
-"""States that another group's options have made into other numbers than ours would be."""
+"""Meaning: whether states that were made in one parameter group are the same in another."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from fastlars.rules import number, pair
 
 Group = Mapping[str, Any]
 
-# Options that change what a momentum buffer or a moment holds, with the value of groups without
-# them. Not the learning rate, the momentum or the weight decay, which may change in any run.
-DEFAULTS: Group = {"betas": None, "grad_averaging": True, "dampening": 0.0, "maximize": False}
+# Options that change what a momentum buffer or a moment holds, with their value where a group does
+# not say it: None, where that can be anything. Not the learning rate, the momentum or the weight
+# decay, which may change in any run.
+DEFAULTS: Group = {"betas": None, "grad_averaging": True, "dampening": 0.0, "maximize": None}
 # What says whether Adam's moments hold weight decay.
 COUPLING = ("amsgrad", "weight_decay", "decoupled_weight_decay")
 
 
-def misread(ours: Group, theirs: Group) -> str:
-    """Why a group of ours would misread states that were made in a group of theirs; else empty."""
-    for name in DEFAULTS.keys() & ours.keys():
-        other = theirs.get(name, ours[name] if name == "betas" else DEFAULTS[name])
-        if _plain(name, ours[name]) != _plain(name, other):
+def why_not_the_same(ours: Group, theirs: Group) -> str:
+    """Why states made in a group of theirs mean something else in a group of ours; else empty."""
+    for name, default in DEFAULTS.items():
+        other = theirs.get(name, default)
+        if name in ours and other is not None and _plain(name, ours[name]) != _plain(name, other):
             return (
                 f"these states were made with {name}={other}, and mean something else with "
                 f"{name}={ours[name]}, which this group has"
             )
-    return _coupling(ours, theirs) if "amsgrad" in theirs and "decay" in ours else ""
+    return _why_not_coupled(ours, theirs) if "amsgrad" in theirs and "decay" in ours else ""
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -33,7 +34,7 @@ def _plain(name: str, value: Any) -> Any:
     return pair(name, tuple(value)[:2]) if name == "betas" else number(name, float(value))
 
 
-def _coupling(ours: Group, theirs: Group) -> str:
+def _why_not_coupled(ours: Group, theirs: Group) -> str:
     if number("weight_decay", theirs.get("weight_decay", 0.0)) == 0.0:
         return ""
     decoupled = theirs.get("decoupled_weight_decay")

@@ -1,0 +1,73 @@
+"""Known: what plans have found out about the parameters of a group, for the plans after them."""
+
+from __future__ import annotations
+
+from operator import is_
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastlars._C as _C
+from fastlars.backends.base import Backend, Kinds
+from fastlars.backends.cpu import viewer
+from fastlars.optim.sharded import shard
+
+if TYPE_CHECKING:
+    from fastlars.optim.plan import Plan
+
+# Of a group, for that many sets of gradients; one holds a few words for each tensor.
+MOST_PLANS = 8
+
+
+class Kind(NamedTuple):
+    """What parameters must have alike to be stepped in one call."""
+
+    device: torch.device
+    kinds: Kinds
+    backend: Backend
+    mesh: Any
+
+
+class Row(NamedTuple):
+    """A parameter that was checked with a gradient of this type."""
+
+    grad_type: type
+    kind: Kind
+    states: dict[str, Any]
+
+
+class Known:
+    """The parameters of a group that were checked, and how they lay then.
+
+    Where other parameters get gradients than in the step before (dropped layers, experts, networks
+    that take turns), the next plan takes from here what would cost 40 us to check for each of them.
+    """
+
+    def __init__(self, params: list[Tensor], rows: dict[int, Row], before: Known | None) -> None:
+        """Args:
+        params: all parameters of the group.
+        rows: of those that the plan has checked, by their place in the group.
+        before: what earlier plans knew; it is kept where it still holds.
+        """
+        self.params = params
+        self.rows: dict[int, Row] = rows
+        if before is not None and before.of(params) and before.lie_as_before():
+            self.rows = {**before.rows, **rows}
+        self.plans: dict[tuple[type, ...], Plan] = {}
+        self._members = [shard(params[i]) for i in self.rows]
+        self._layout = _C.Layout(viewer(), self._members)
+
+    def of(self, params: list[Tensor]) -> bool:
+        """Whether these are the parameters."""
+        return len(params) == len(self.params) and all(map(is_, params, self.params))
+
+    def lie_as_before(self) -> bool:
+        """Whether all have the devices, shapes and strides with which they were checked."""
+        return bool(self._layout == _C.Layout(viewer(), self._members))
+
+    def keep(self, types: tuple[type, ...], plan: Plan) -> None:
+        """Keep the plan of a set of gradients, and forget the one that was longest not in use."""
+        self.plans[types] = plan
+        if len(self.plans) > MOST_PLANS:
+            self.plans.pop(next(iter(self.plans)))
