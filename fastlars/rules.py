@@ -135,6 +135,7 @@ class LarsRule(_Checked):
             )
 
     STATES: ClassVar[frozenset[str]] = frozenset({"momentum_buffer"})
+    COUNTER: ClassVar[str] = "last_lr"
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -144,7 +145,8 @@ class LarsRule(_Checked):
     @property
     def counter(self) -> str | None:
         """Name of the state with one number per parameter, if the rule needs it."""
-        return "last_lr" if self.momentum and (self.dampening or self.momentum_correction) else None
+        noted = self.momentum and (self.dampening or self.momentum_correction)
+        return self.COUNTER if noted else None
 
     NEVER_STEPPED: ClassVar[float] = -1.0
 
@@ -177,6 +179,7 @@ class LambRule(_Checked):
     states: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
     STATES: ClassVar[frozenset[str]] = frozenset(states)
     counter: ClassVar[str] = "step"
+    COUNTER: ClassVar[str] = counter
     NEVER_STEPPED: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
@@ -218,6 +221,7 @@ class RmspropWarmupRule(_Checked):
     states: ClassVar[tuple[str, ...]] = ("momentum_buffer", "square_avg")
     STATES: ClassVar[frozenset[str]] = frozenset(states)
     counter: ClassVar[str] = "step"
+    COUNTER: ClassVar[str] = counter
     NEVER_STEPPED: ClassVar[float] = 0.0
     # Adding 1 changes no float32 from here on.
     MOST_STEPS: ClassVar[float] = 2.0**24
@@ -267,5 +271,3 @@ class GradientNorm:
 
 
 Rule = LarsRule | LambRule | RmspropWarmupRule
-# Names of the states with one number per parameter.
-COUNTERS = frozenset({"last_lr", "step"})

@@ -64,17 +64,19 @@ def unwatched(plain: Callable[..., Any], watched: Callable[..., Any]) -> Callabl
 
 
 def _kept(value: Any) -> Any:
-    """A copy of what may be changed in place, to compare with later."""
+    """What to compare an option with later, if it may have been changed in place."""
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+        return value
     if type(value) in (list, tuple):
         return type(value)(map(_kept, value))
-    return value.item() if hasattr(value, "item") and math.prod(value.shape) == 1 else value
+    if hasattr(value, "item") and math.prod(value.shape) == 1:
+        return value.item()
+    return _Unlike()  # a sequence of another library is looked at in every step
 
 
-def _same(known: tuple[Any, ...], values: tuple[Any, ...]) -> bool:
-    try:
-        return bool(known == values)
-    except (RuntimeError, ValueError):
-        return False  # arrays, which compare element by element
+class _Unlike:
+    def __eq__(self, other: object) -> bool:
+        return False  # where an array would compare element by element
 
 
 class Ahead(Protocol):
@@ -306,7 +308,7 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         check_lr(group["lr"])
         values = tuple(group[name] for name in self.defaults if name != "lr")
         known = self._rules[number]
-        if known is not None and _same(known[0], values):
+        if known is not None and known[0] == values:
             return known[1]
         check_options(group)
         rule = self.rule_of(group)

@@ -7,6 +7,7 @@ strides, and a dict that does not fit is refused before anything is loaded.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from fastlars.optim.checks import check_lr, check_options
 from fastlars.optim.meaning import why_not_the_same
 from fastlars.optim.plan import counter_dtype, like, location, state_dtype, wanted
 from fastlars.optim.sharded import is_dtensor, mesh_of, placed
-from fastlars.rules import COUNTERS, Rule
+from fastlars.rules import Rule
 
 if TYPE_CHECKING:
     from fastlars.optim.base import FusedOptimizer
@@ -71,14 +72,14 @@ def load(optimizer: FusedOptimizer, load_base: Callable[[Dict], None], state_dic
         loaded.update(_translated(optimizer, incoming))
         loaded["param_groups"] = [_with_types(group) for group in loaded["param_groups"]]
         _check(optimizer, loaded)
-        return loaded
+        # torch's own copies would share memory with the checkpoint, and make generators of texts.
+        known = {index for group in loaded["param_groups"] for index in group["params"]}
+        empty = {index: {} if index in known else v for index, v in loaded["state"].items()}
+        return {**loaded, "state": empty}
 
     def mend(_: Any) -> None:
         for p, group, state in _pairs(optimizer, loaded):
-            ours = _state_of(optimizer, p, group, state)
-            # The rest, which wrappers keep here, torch has moved and cast already.
-            rest = {k: own(v) for k, v in optimizer.state[p].items() if k not in ours}
-            optimizer.state[p] = {k: ours[k] if k in ours else rest[k] for k in state}
+            optimizer.state[p] = _state_of(optimizer, p, group, state)
 
     # The user's own hooks come first before loading and last after it, and so see what counts.
     before = optimizer.register_load_state_dict_pre_hook(check)
@@ -99,29 +100,34 @@ def _pairs(optimizer: FusedOptimizer, loaded: Dict) -> Iterator[tuple[Tensor, Di
 
 
 def _state_of(optimizer: FusedOptimizer, p: Tensor, group: Dict, state: Dict) -> Dict:
-    """Those states of a parameter that are this optimizer's own, in its types and strides."""
     rule = optimizer.rule_of(group)
-    types = wanted(p, rule, group)
-    # A state that the rule does without today, such as the buffer of a momentum of 0.
-    types |= dict.fromkeys(rule.STATES - types.keys(), state_dtype(p, group))
+    # Also those that the rule does without today, such as the buffer of a momentum of 0.
+    types = dict.fromkeys(rule.STATES, state_dtype(p, group)) | wanted(p, rule, group)
     out: Dict = {}
     for name, value in state.items():
-        if value is None:
-            out[name] = None
-        elif name in types and isinstance(value, Tensor) and value.shape == p.shape:
+        is_tensor = isinstance(value, Tensor)
+        if name in types and is_tensor and value.shape == p.shape:
             out[name] = like(p, placed(value, p) if is_dtensor(p) else value, types[name])
-        elif name in COUNTERS:
+        elif name == rule.COUNTER and (is_tensor or isinstance(value, (int, float))):
             out[name] = torch.tensor(float(value), dtype=counter_dtype(p), device=p.device)
+        else:
+            out[name] = _moved(p, value, name)
     return out
 
 
-def own(value: Any) -> Any:
-    """``value`` with tensors of its own: torch's load shares those that it need not cast."""
+def _moved(p: Tensor, value: Any, name: Any = None) -> Any:
+    """A copy of what a wrapper keeps with ``p``, moved and cast as torch does it: everything to the
+    device of ``p``, and to its type, but for what is called step."""
     if isinstance(value, Tensor):
-        return value.clone()
+        if name == "step":
+            return value.detach().clone()
+        dtype = p.dtype if p.is_floating_point() else value.dtype
+        return value.detach().to(p.device, dtype, copy=True)
     if isinstance(value, dict):
-        return {k: own(v) for k, v in value.items()}
-    return type(value)(map(own, value)) if type(value) in (list, tuple) else value
+        return type(value)((k, _moved(p, v, k)) for k, v in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(_moved(p, v) for v in value)
+    return copy.deepcopy(value)
 
 
 def _translated(optimizer: FusedOptimizer, incoming: Dict) -> Dict:

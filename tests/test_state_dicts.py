@@ -1,0 +1,319 @@
+"""State dicts in other hands: saved and loaded again they are the same, whoever stands between."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import namedtuple
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+import fastlars
+from input_cases import through_file
+from optimizers import ROWS, SIMPLE, Row, assert_same, parameters, set_gradients, train
+from optimizers import one_thread as one_thread
+from tolerances import assert_same_bits
+
+every_row = pytest.mark.parametrize("row", ROWS, ids=repr)
+each_class = pytest.mark.parametrize("row", SIMPLE, ids=repr)
+
+
+def assert_identical(now: Any, was: Any, where: str = "state_dict") -> None:
+    """Equal keys, types and values, all the way down."""
+    assert type(now) is type(was), (where, now, was)
+    if isinstance(was, Tensor):
+        assert_same_bits(where, now, was)
+    elif isinstance(was, dict):
+        assert now.keys() == was.keys(), (where, set(now) ^ set(was))
+        for key in was:
+            assert_identical(now[key], was[key], f"{where}[{key!r}]")
+    elif isinstance(was, (list, tuple)):
+        assert len(now) == len(was), where
+        for i, pair in enumerate(zip(now, was, strict=True)):
+            assert_identical(*pair, f"{where}[{i}]")
+    else:
+        assert now == was, where
+
+
+def grouped(row: Row, named: bool = False, **more: Any) -> tuple[Any, list[nn.Parameter]]:
+    params = parameters(row.dtype)
+    given = [(f"p{i}", p) for i, p in enumerate(params)] if named else params
+    return row.make(
+        [{"params": given[:2]}, {"params": given[2:], "weight_decay": 0.0}], **more
+    ), params
+
+
+@every_row
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_save_load_save_is_an_identity(row: Row, named: bool, steps: int) -> None:
+    optimizer, params = grouped(row, named)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]  # what a scheduler keeps there
+    train(optimizer, params, range(steps))
+    saved = through_file(optimizer.state_dict())
+    other, _ = grouped(row)
+    for _ in range(2):
+        other.load_state_dict(saved)
+        assert_identical(other.state_dict(), saved)
+    assert_identical(pickle.loads(pickle.dumps(optimizer)).state_dict(), saved)
+    assert_identical(copy.deepcopy(optimizer).state_dict(), saved)
+    assert other.defaults.keys() == row.make(parameters(row.dtype)).defaults.keys()
+
+
+class Model(nn.Module):
+    """The parameters of the other tests, with names."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__()
+        # Without the empty one, for which torch.distributed.checkpoint has no place.
+        for i, p in enumerate(parameters(row.dtype)[:4]):
+            self.register_parameter(f"p{i}", p)
+
+
+@every_row
+@pytest.mark.parametrize("flat", [False, True])
+def test_torch_distributed_checkpoint_loads_again_and_again(row: Row, flat: bool) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    models = [Model(row), Model(row)]
+    optimizers = [
+        row.make([{"params": [m.p0, m.p1]}, {"params": [m.p2, m.p3], "weight_decay": 0.0}])
+        for m in models
+    ]
+    train(optimizers[0], list(models[0].parameters()), range(2))
+    for p, q in zip(models[1].parameters(), models[0].parameters(), strict=True):
+        p.data.copy_(q.data)
+    for _ in range(2):
+        saved = get_optimizer_state_dict(models[0], optimizers[0], options=options)
+        saved = through_file(saved)
+        set_optimizer_state_dict(models[1], optimizers[1], saved, options=options)
+        again = get_optimizer_state_dict(models[1], optimizers[1], options=options)
+        assert_identical(again, saved)
+        for model, optimizer in zip(models, optimizers, strict=True):
+            train(optimizer, list(model.parameters()), [2])
+        assert_same("parameter", models[1].parameters(), models[0].parameters())
+
+
+# What wrappers keep in optimizer.state.
+
+
+@each_class
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_states_of_wrappers_move_and_cast_as_in_torch(row: Row, dtype: torch.dtype) -> None:
+    theirs = {
+        "slow": torch.arange(30.0).reshape(6, 5),
+        "nested": {"ema": torch.ones(3), "kept": [torch.zeros(2), 3], "step": torch.tensor(2)},
+        "count": torch.tensor(7),
+        "whole": 5,
+        "nothing": None,
+    }
+    seen, sources = [], []
+    for kind in (row.make, torch.optim.SGD):
+        first = nn.Parameter(torch.ones(6, 5))
+        optimizer = kind([first], lr=0.1)
+        first.grad = torch.ones(6, 5)
+        optimizer.step()
+        optimizer.state[first].update(copy.deepcopy(theirs))
+        saved = optimizer.state_dict()
+        second = nn.Parameter(torch.ones(6, 5, dtype=dtype))
+        other = kind([second], lr=0.1)
+        other.load_state_dict(saved)
+        loaded = other.state[second]
+        seen.append({name: loaded[name] for name in theirs})
+        sources.append(saved["state"][0])
+        second.grad = torch.ones_like(second)
+        other.step()
+    assert_identical(*seen)
+    shared = {x.data_ptr() for x in _tensors(sources[0])} & {
+        x.data_ptr() for x in _tensors(seen[0])
+    }
+    assert not shared
+
+
+@each_class
+def test_states_that_torch_spoils(row: Row) -> None:
+    """torch makes a generator of a text, and fails for arrays and named tuples."""
+    pair = namedtuple("pair", "a b")
+    theirs = {"text": "kept", "pair": pair(1, 2), "array": numpy.ones(2), "set": {1, 2}}
+    optimizer, params = grouped(row)
+    train(optimizer, params, [0])
+    optimizer.state[params[0]].update(theirs)
+    other, others = grouped(row)
+    other.load_state_dict(optimizer.state_dict())
+    assert repr({name: other.state[others[0]][name] for name in theirs}) == repr(theirs)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value
+    return [t for v in values for t in _tensors(v)] if isinstance(value, (dict, list)) else []
+
+
+@each_class
+def test_a_plain_dict_of_states(row: Row) -> None:
+    """Lightning and others rebuild the states, as other dicts."""
+    optimizer, params = grouped(row)
+    other, others = grouped(row)
+    optimizer.state = {}
+    train(optimizer, params, range(2))
+    train(other, others, range(2))
+    optimizer.state = {p: dict(state) for p, state in optimizer.state.items()}
+    train(optimizer, params, range(2, 4))
+    train(other, others, range(2, 4))
+    assert_same("parameter", params, others)
+
+
+# Hooks that leave out, add or rebuild.
+
+
+def _without_types(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    groups = [
+        {k: v for k, v in g.items() if k != "state_dtype"} for g in state_dict["param_groups"]
+    ]
+    return {**state_dict, "param_groups": groups}
+
+
+def _in_an_envelope(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    return {"optimizer": state_dict}
+
+
+@each_class
+def test_hooks_of_state_dict(row: Row) -> None:
+    optimizer, params = grouped(row)
+    train(optimizer, params, range(2))
+    plain = optimizer.state_dict()
+    without = optimizer.register_state_dict_post_hook(_without_types)
+    other, _ = grouped(row)
+    other.load_state_dict(optimizer.state_dict())
+    assert_identical(other.state_dict(), plain)
+    without.remove()
+    optimizer.register_state_dict_post_hook(_in_an_envelope)
+    inside = optimizer.state_dict()
+    assert inside.keys() == {"optimizer"}
+    other.register_load_state_dict_pre_hook(lambda _, state_dict: state_dict["optimizer"])
+    other.load_state_dict(inside)
+    assert_identical(other.state_dict(), plain)
+
+
+@each_class
+def test_groups_of_which_a_hook_left_little(row: Row) -> None:
+    """Who wants to go on with rates and decays of the new run takes the old ones out."""
+    optimizer, params = grouped(row)
+    train(optimizer, params, range(2))
+    mark = next(iter(sorted(row.kind.marks)))
+    kept = {"params", mark}
+
+    def leave_out(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        groups = [{k: v for k, v in g.items() if k in kept} for g in state_dict["param_groups"]]
+        return {**state_dict, "param_groups": groups}
+
+    other, others = grouped(row, lr=0.25)
+    other.register_load_state_dict_pre_hook(leave_out)
+    other.load_state_dict(optimizer.state_dict())
+    assert [group["lr"] for group in other.param_groups] == [0.25, 0.25]
+    train(other, others, [2])
+
+
+# States of torch's optimizers under options that change what they hold.
+
+
+def _made(kind: Any, **options: Any) -> dict[str, Any]:
+    w = nn.Parameter(torch.ones(3))
+    optimizer = kind([w], lr=0.1, **options)
+    w.grad = torch.ones(3)
+    optimizer.step()
+    state: dict[str, Any] = optimizer.state_dict()
+    return state
+
+
+def _loads(optimizer: Any, state: dict[str, Any]) -> bool:
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError:
+        return False
+    return True
+
+
+ADAM, ADAMW, SGD = torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
+OLD_ADAMW = {"decoupled_weight_decay": None}
+LARS: Callable[..., Any] = lambda p, **more: fastlars.LARS(p, lr=1.0, buffer="gradient", **more)  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("kind", "theirs", "make", "ours", "fits"),
+    [
+        (ADAMW, {}, fastlars.LAMB, {}, True),
+        (ADAMW, {"betas": (0.9, 0.95)}, fastlars.LAMB, {}, False),
+        (ADAMW, {"betas": (0.9, 0.95)}, fastlars.LAMB, {"betas": [0.9, 0.95]}, True),
+        (ADAMW, {"maximize": True}, fastlars.LAMB, {}, False),
+        (ADAMW, {"maximize": True}, fastlars.LAMB, {"maximize": True}, True),
+        (ADAMW, {}, fastlars.LAMB, {"maximize": True}, False),
+        (ADAMW, {"amsgrad": True}, fastlars.LAMB, {}, False),
+        (ADAMW, {"weight_decay": 0.1}, fastlars.LAMB, {"decay": "decoupled"}, True),
+        (ADAMW, {"weight_decay": 0.1}, fastlars.LAMB, {"decay": "gradient"}, False),
+        (ADAMW, {"weight_decay": 0.0}, fastlars.LAMB, {"decay": "gradient"}, True),
+        (ADAM, {"weight_decay": 0.1}, fastlars.LAMB, {}, False),
+        (ADAM, {"weight_decay": 0.1}, fastlars.LAMB, {"decay": "gradient"}, True),
+        (ADAM, {"weight_decay": 0.1, "decoupled_weight_decay": True}, fastlars.LAMB, {}, True),
+        (ADAM, {"weight_decay": 0.0}, fastlars.LAMB, {}, True),
+        (SGD, {"momentum": 0.9}, LARS, {}, True),
+        (SGD, {"momentum": 0.9, "maximize": True}, LARS, {}, False),
+        (SGD, {"momentum": 0.9, "maximize": True}, LARS, {"maximize": True}, True),
+        (SGD, {"momentum": 0.9, "dampening": 0.5}, LARS, {}, False),
+        (SGD, {"momentum": 0.9, "dampening": 0.5}, LARS, {"dampening": 0.5}, True),
+        (SGD, {"momentum": 0.9, "nesterov": True}, LARS, {}, True),
+    ],
+)
+def test_states_are_taken_only_with_their_meaning(
+    kind: Any, theirs: dict[str, Any], make: Any, ours: dict[str, Any], fits: bool
+) -> None:
+    state = _made(kind, **theirs)
+    optimizer = make([nn.Parameter(torch.ones(3))], **ours)
+    before = copy.deepcopy(optimizer.state_dict())
+    assert _loads(optimizer, state) == fits
+    if not fits:
+        assert_identical(optimizer.state_dict(), before)
+
+
+def test_a_state_that_does_not_say_whether_it_is_of_adam_or_adamw() -> None:
+    """Checkpoints of torch before 2.7 have no decoupled_weight_decay."""
+    state = _made(ADAMW, weight_decay=0.1)
+    del state["param_groups"][0]["decoupled_weight_decay"]
+    optimizer = fastlars.LAMB([nn.Parameter(torch.ones(3))])
+    with pytest.raises(ValueError, match="put decoupled_weight_decay=True"):
+        optimizer.load_state_dict(state)
+    state["param_groups"][0]["decoupled_weight_decay"] = True
+    optimizer.load_state_dict(state)
+
+
+def test_what_is_not_ours_names_migrate() -> None:
+    state = _made(torch.optim.RMSprop)
+    for kind in (fastlars.LARS, fastlars.LAMB):
+        optimizer = kind([nn.Parameter(torch.ones(3))], lr=0.1)
+        with pytest.raises(ValueError, match=r"fastlars\.migrate\.load"):
+            optimizer.load_state_dict(state)
+
+
+@each_class
+def test_a_state_before_the_first_forward_pass_of_a_lazy_module(row: Row) -> None:
+    models = [nn.Sequential(nn.LazyLinear(3)) for _ in range(2)]
+    optimizers = [row.make(model.parameters()) for model in models]
+    models[0](torch.ones(2, 4)).sum().backward()
+    optimizers[0].step()
+    with pytest.raises(ValueError, match="group 0, parameter 0 has no shape before"):
+        optimizers[1].load_state_dict(optimizers[0].state_dict())
+    models[1](torch.ones(2, 4))
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    set_gradients(models[1].parameters(), 1)
+    optimizers[1].step()
