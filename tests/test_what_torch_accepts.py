@@ -66,7 +66,7 @@ REFUSED: dict[str, list[Callable[[], Any]]] = {
         lambda: stepped(fastlars.LAMB([P(torch.ones(2, dtype=torch.complex64))]))
     ],
     "sparse gradients": [sparse],
-    "a negative `lr` for SGD, in a group after construction": [negative],
+    "a negative `lr` in a group, after construction": [negative],
     "`True` and `False` as numbers, as `momentum=True`": [
         lambda: fastlars.LARS([weight()], lr=1.0, momentum=True),
         lambda: fastlars.LARS([weight()], lr=True),
@@ -117,6 +117,7 @@ def surroundings() -> None:
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    optimizer.step()
     scheduler.step()
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(p.sum()).backward()
@@ -139,7 +140,7 @@ def types() -> None:
 ACCEPTED: dict[str, Callable[[], Any] | str] = {
     "parameters, groups, pairs": kinds_of_parameters,
     "`lr` as a number": rates,
-    "no `lr` for AdamW": without_a_rate,
+    "no `lr` (AdamW": without_a_rate,
     "`maximize=True`": keywords,
     "closures, hooks": surroundings,
     "parameters of lazy modules": lazy,
