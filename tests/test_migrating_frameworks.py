@@ -267,3 +267,16 @@ def test_what_scripts_read_is_there_in_the_libraries(make: Any, name: str) -> No
     assert rows
     for row in rows:
         assert any(has(found, expression) for expression in spans(row[0])), row[0]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [(torch.optim.SGD, fastlars.LARS), (torch.optim.AdamW, fastlars.LAMB)]
+)
+def test_other_keys_of_torchs_groups_are_the_same(theirs: Any, ours: Any) -> None:
+    (row,) = [row for row in READ if row[1].startswith("torch's SGD")]
+    missing = (
+        theirs([nn.Parameter(torch.ones(2))], lr=0.1).defaults.keys()
+        - ours([nn.Parameter(torch.ones(2))], lr=0.1).param_groups[0].keys()
+    )
+    assert missing
+    assert {f'group["{name}"]' for name in missing} <= set(spans(row[0]))
