@@ -183,7 +183,7 @@ torchlars = Convention(
 solo_lars = replace(
     torchlars,
     name="solo_lars",
-    excluded="Vectors, with exclude_bias_n_norm=True: no ratio, no decay. parameter_groups.",
+    excluded="With exclude_bias_n_norm=True, vectors: neither. parameter_groups(model, l).",
     differences=(
         "eta is trust_coefficient here, clip_lars_lr trust_clip.",
         "Where g = 0 or w = 0 it neither decays nor clips. Here such a tensor decays, and with "

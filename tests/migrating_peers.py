@@ -113,7 +113,7 @@ Simclr = named(
     exclude_from_layer_adaptation=None,
     classic_momentum=True,
     eeta=1e-3,
-    # Not keywords of its own: what stands in the way of batch norm's shifts is left out.
+    # Options of the formula alone. released=True would never move weights that are all zero.
     skip=False,
     released=False,
 )
