@@ -104,6 +104,15 @@ timm_lars = Convention(
     source="timm.optim.Lars",
 )
 
+lightly_lars = replace(
+    timm_lars,
+    name="lightly_lars",
+    differences=(
+        "Where g = 0 it does not decay. Here such a tensor decays at the whole learning rate.",
+    ),
+    source="lightly.utils.lars.LARS; also pl_bolts.optimizers.LARS and torch_optimizer.LARS",
+)
+
 pytorch_optimizer_lars = Convention(
     name="pytorch_optimizer_lars",
     optimizer="LARS",
@@ -129,6 +138,24 @@ optax_lars = Convention(
     source="optax.lars",
 )
 
+simclr_lars = replace(
+    optax_lars,
+    name="simclr_lars",
+    equation=f"q = h |w| / |g + l w|;  {_RATE_INSIDE}",
+    excluded=(
+        "Release 1.0.2: nobody, whatever its lists say. Copies that take param_names: names with "
+        "'bn' or 'bias', by parameter_groups with exclude=."
+    ),
+    differences=(
+        "eeta is trust_coefficient here, use_nesterov nesterov. classic_momentum=False, which "
+        "fails there, has no equal.",
+        "Weights that are all zero never move in release 1.0.2: its q is 0. Here q is 1.",
+        "It decays by the weight_decay of its constructor, fastlars by that of each group.",
+        "It overwrites p.grad.",
+    ),
+    source="LARS in Spijkervet/SimCLR, simclr/modules/lars.py, a port of Google's",
+)
+
 apex_larc = Convention(
     name="apex_larc",
     optimizer="LARS",
@@ -151,6 +178,18 @@ torchlars = Convention(
     excluded=_NOBODY,
     differences=("trust_coef is trust_coefficient here.",),
     source="torchlars.LARS around torch.optim.SGD",
+)
+
+solo_lars = replace(
+    torchlars,
+    name="solo_lars",
+    excluded="With exclude_bias_n_norm=True, vectors: neither. parameter_groups(model, l).",
+    differences=(
+        "eta is trust_coefficient here, clip_lars_lr trust_clip.",
+        "Where g = 0 or w = 0 it neither decays nor clips. Here such a tensor decays, and with "
+        "lr > 1 its step is clipped like any other.",
+    ),
+    source="solo-learn, solo/utils/lars.py",
 )
 
 mlperf_lars = Convention(
@@ -260,6 +299,20 @@ pytorch_optimizer_lamb = Convention(
         _SHARED_STEP,
     ),
     source="pytorch_optimizer.Lamb, release 4",
+)
+
+cybertronai_lamb = Convention(
+    name="cybertronai_lamb",
+    optimizer="LAMB",
+    keywords={"decay": "update", "bias_correction": False, "phi": (0.0, 10.0)},
+    equation="u = m / (sqrt(v) + e) + l w;  w -= lr min(|w|, 10) / |u| u",
+    excluded=_NOBODY,
+    differences=(
+        "clamp_value=c is phi=(0.0, c) here, adam=True adapt=False. debias=True, which also "
+        "scales the decay, has no equal.",
+        "Weights that are all zero never move in pytorch_lamb: its q is 0. Here q is 1.",
+    ),
+    source="cybertronai/pytorch-lamb, and its copies, as torch_optimizer.Lamb",
 )
 
 optax_lamb = Convention(

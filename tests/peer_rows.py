@@ -162,6 +162,22 @@ LARC: list[Any] = [
     (M | D | {"clip": False}, M | D | {"trust_clip": False}),
     M | D | {"eps": 0.1},
 ]
+SOLO: list[Any] = [
+    {},
+    M | D,
+    M | D | N,
+    M | D | {"dampening": 0.3},
+    (
+        M | D | {"eta": 5.0, "eps": 0.1, "clip_lars_lr": True},
+        M | D | {"trust_coefficient": 5.0, "eps": 0.1, "trust_clip": True},
+    ),
+]
+SIMCLR: list[Any] = [
+    {},
+    D,
+    (D | {"use_nesterov": True}, D | N),
+    (D | {"eeta": 0.01}, D | {"trust_coefficient": 0.01}),
+]
 VICREG_OPTIONS = {"momentum": 0.9, "weight_decay": 0.0, "eta": 1e-3}
 MLPERF_OPTIONS = {
     "momentum": 0.9,
@@ -169,6 +185,30 @@ MLPERF_OPTIONS = {
     "eeta": 1e-3,
     "epsilon": 0.0,
     "nesterov": False,
+}
+SGD_OPTIONS = {"momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False}
+LIGHTLY_OPTIONS = SGD_OPTIONS | {"trust_coefficient": 1e-3, "eps": 1e-8}
+SOLO_OPTIONS = SGD_OPTIONS | {
+    "eta": 1e-3,
+    "eps": 1e-8,
+    "clip_lars_lr": False,
+    "exclude_bias_n_norm": False,
+}
+SIMCLR_OPTIONS = {
+    "momentum": 0.9,
+    "use_nesterov": False,
+    "weight_decay": 0.0,
+    "classic_momentum": True,
+    "eeta": 1e-3,
+    "skip": False,
+    "released": False,
+}
+CYBERTRONAI_OPTIONS = {
+    "betas": (0.9, 0.999),
+    "eps": 1e-6,
+    "weight_decay": 0.0,
+    "clamp_value": 10.0,
+    "adam": False,
 }
 NUS_OPTIONS = {"momentum": 0.0, "weight_decay": 0.0, "eeta": 1e-3}
 
@@ -240,6 +280,38 @@ ROWS = [
     *rows("apex_larc", around_sgd(peers.larc), 1.0, *LARC, groups=split),
     *rows("torchlars", around_sgd(peers.torchlars), 5.0, {}, M | D, M | D | N, groups=split),
     *rows("torchlars", around_sgd(peers.torchlars), 5.0, M | D | {"eps": 0.1}),
+    *rows(
+        "lightly_lars",
+        formula(peers.lightly, LIGHTLY_OPTIONS),
+        5.0,
+        {},
+        M | D,
+        M | D | N,
+        M | D | {"dampening": 0.3},
+        M | D | {"eps": 0.1, "trust_coefficient": 0.01},
+        groups=split,
+    ),
+    *rows("solo_lars", formula(peers.solo, SOLO_OPTIONS), 1.0, *SOLO, groups=split),
+    *rows(
+        "solo_lars",
+        formula(peers.solo, SOLO_OPTIONS),
+        1.0,
+        (M | D | {"exclude_bias_n_norm": True}, M | D),
+        groups=but_numbers,
+        peer_groups=everything,
+    ),
+    *rows("simclr_lars", formula(peers.simclr, SIMCLR_OPTIONS), 5.0, *SIMCLR),
+    *rows("simclr_lars", formula(peers.simclr, SIMCLR_OPTIONS), 5.0, D, **MLPERF_GROUPS),
+    *rows(
+        "cybertronai_lamb",
+        formula(peers.cybertronai, CYBERTRONAI_OPTIONS),
+        0.05,
+        {},
+        {"weight_decay": 0.1},
+        {"weight_decay": 0.1, "betas": (0.8, 0.9), "eps": 1e-3},
+        ({"adam": True}, {"adapt": False}),
+        ({"clamp_value": 5.0}, {"phi": (0.0, 5.0)}),
+    ),
     *rows("apex_lamb", peers.ApexLamb, 0.05, *APEX_LAMB, groups=split),
     *rows("mlperf_lars", mlperf(correct=False), 5.0, *MLPERF_ROWS, **MLPERF_GROUPS),
     *rows("mlperf_mxnet_lars", mlperf(correct=True), 5.0, *MLPERF_ROWS, **MLPERF_GROUPS),

@@ -1,7 +1,8 @@
 """Other implementations of LARS and LAMB on one training problem, for tests/test_conventions.py.
 
 Peers that can be installed are run as they are. Those that cannot (apex, torchlars, TensorFlow's
-and MXNet's MLPerf code, VICReg's script) stand here as their published formula, step by step.
+and MXNet's MLPerf code, VICReg's script), or that would bring a trainer along (lightly, solo-learn,
+SimCLR's port), stand here as their published formula, step by step.
 """
 
 from __future__ import annotations
@@ -185,6 +186,62 @@ def torchlars(
     if p_norm > 0 and g_norm > 0:
         rate = trust_coefficient * p_norm / (g_norm + p_norm * wd + eps)
     return rate * (g + wd * p)
+
+
+def _sgd(p: Tensor, d: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    """torch's SGD along d, as copies of its code have it."""
+    mu = group["momentum"]
+    if mu != 0:
+        kept = state.get("momentum_buffer")
+        b = d.clone() if kept is None else mu * kept + (1.0 - group["dampening"]) * d
+        state["momentum_buffer"] = b
+        d = d + mu * b if group["nesterov"] else b
+    p.sub_(group["lr"] * d)
+
+
+def lightly(p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    """lightly, lightning-bolts and torch_optimizer: without a weight decay, plain SGD."""
+    if group["weight_decay"] != 0:
+        g = larc(p, g, group, group["trust_coefficient"], group["eps"], clip=False)
+    _sgd(p, g, state, group)
+
+
+def solo(p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    """solo-learn: the same for every weight decay, with LARC's clip on demand."""
+    if p.ndim != 1 or not group["exclude_bias_n_norm"]:
+        g = larc(p, g, group, group["eta"], group["eps"], group["clip_lars_lr"])
+    _sgd(p, g, state, group)
+
+
+def simclr(p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    """The port of SimCLR's LARS: the rate inside; skipped, by name: neither ratio nor decay.
+
+    Where its release 1.0.2 has `>= 0`, which always holds, its copies have `> 0`, as Google does.
+    """
+    trust = 1.0
+    if not group["skip"]:
+        g = g + group["weight_decay"] * p
+        w_norm, g_norm = p.norm(), g.norm()
+        if group["released"] or (w_norm > 0 and g_norm > 0):
+            trust = group["eeta"] * w_norm / g_norm
+    scaled, mu = group["lr"] * trust * g, group["momentum"]
+    b = state["momentum_buffer"] = mu * state.get("momentum_buffer", torch.zeros_like(p)) + scaled
+    p.sub_(mu * b + scaled if group["use_nesterov"] else b)
+
+
+def cybertronai(p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    """cybertronai's LAMB: no bias correction, and the norm of the weights is at most 10."""
+    beta1, beta2 = group["betas"]
+    state["step"] = state.get("step", 0) + 1
+    m = beta1 * state.get("exp_avg", torch.zeros_like(p)) + (1.0 - beta1) * g
+    v = beta2 * state.get("exp_avg_sq", torch.zeros_like(p)) + (1.0 - beta2) * g * g
+    u = m / (v.sqrt() + group["eps"]) + group["weight_decay"] * p
+    w_norm, u_norm = p.norm().clamp(0, group["clamp_value"]), u.norm()
+    # torch_optimizer's guard; pytorch_lamb has none, and never moves weights that are all zero.
+    ratio = w_norm / u_norm if w_norm > 0 and u_norm > 0 else torch.ones_like(u_norm)
+    state |= {"exp_avg": m, "exp_avg_sq": v}
+    state |= {"weight_norm": w_norm, "adam_norm": u_norm, "trust_ratio": ratio}
+    p.sub_(group["lr"] * (1.0 if group["adam"] else ratio) * u)
 
 
 class ApexLamb(Formula):

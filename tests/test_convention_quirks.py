@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import fastlars
 import peers
 from fastlars import conventions
+from peer_rows import LIGHTLY_OPTIONS, SIMCLR_OPTIONS, SOLO_OPTIONS, formula
 from peers import AroundSgd, Model, distance, train
 
 
@@ -97,6 +98,33 @@ def test_larc_does_not_decay_without_a_gradient() -> None:
     convention = conventions.apex_larc(**options)
     ours = steps_of(fastlars.LARS, [3.0, 4.0], [0.0, 0.0], **convention)
     assert ours == [pytest.approx([1.5, 2.0])]
+
+
+def test_lightly_does_not_decay_without_a_gradient() -> None:
+    options = {"lr": 1.0, "weight_decay": 0.5}
+    lightly = partial(formula(peers.lightly, LIGHTLY_OPTIONS), **options)
+    assert steps_of(lightly, [3.0, 4.0], [0.0, 0.0]) == [[0.0, 0.0]]
+    ours = steps_of(fastlars.LARS, [3.0, 4.0], [0.0, 0.0], **conventions.lightly_lars(**options))
+    assert ours == [pytest.approx([1.5, 2.0])]
+
+
+def test_solo_neither_decays_nor_clips_zeros() -> None:
+    grad, zero = [0.6, 0.8], [0.0, 0.0]
+    solo = partial(formula(peers.solo, SOLO_OPTIONS), lr=5.0, weight_decay=0.1, clip_lars_lr=True)
+    convention = conventions.solo_lars(lr=5.0, weight_decay=0.1, trust_clip=True)
+    assert steps_of(solo, zero, grad) == [pytest.approx([3.0, 4.0])]
+    assert steps_of(fastlars.LARS, zero, grad, **convention) == [pytest.approx(grad)]
+    assert steps_of(solo, grad, zero) == [zero]
+    assert steps_of(fastlars.LARS, grad, zero, **convention) == [pytest.approx([0.06, 0.08])]
+
+
+def test_simclrs_release_never_moves_zeros() -> None:
+    grad, zero = [0.6, 0.8], [0.0, 0.0]
+    port = formula(peers.simclr, SIMCLR_OPTIONS)
+    assert steps_of(port, zero, grad, lr=1.0, released=True) == [zero]
+    assert steps_of(port, zero, grad, lr=1.0) == [pytest.approx(grad)]
+    ours = steps_of(fastlars.LARS, zero, grad, lr=1.0, **conventions.simclr_lars)
+    assert ours == [pytest.approx(grad)]
 
 
 def test_mlperf_mxnet_has_no_correction_from_zero() -> None:

@@ -112,6 +112,7 @@ def other(keyword: str, value: Any) -> Any:
 def keywords() -> Iterator[tuple[str, str]]:
     """Every convention with every keyword that has a meaning in it."""
     of_storage = {"lr", "master_weights", "stochastic_rounding", "state_dtype", "capturable"}
+    of_storage |= {"fused_unscale"}
     without_ratio = {"ratio", "trust_coefficient", "eps", "phi", "ratio_eps", "trust_clip"}
     for name, convention in conventions.by_name.items():
         optimizer = getattr(fastlars, convention.optimizer)([torch.zeros(1)], lr=1.0, **convention)

@@ -238,3 +238,40 @@ def test_every_convention_has_a_format() -> None:
     assert named == set(conventions.by_name)
     for name in named:
         assert migrate.FORMATS[name].optimizer == conventions.by_name[name].optimizer
+
+
+SIMCLR_GROUP = {
+    "lr": 1.0,
+    "momentum": 0.9,
+    "use_nesterov": False,
+    "weight_decay": 1e-4,
+    "exclude_from_weight_decay": None,
+    "exclude_from_layer_adaptation": None,
+    "classic_momentum": True,
+    "eeta": 0.001,
+    "params": [0],
+}
+
+
+@pytest.mark.parametrize("convention", [conventions.simclr_lars, conventions.optax_lars], ids=str)
+def test_takes_simclrs_buffers_under_each_name_of_its_rule(
+    convention: conventions.Convention,
+) -> None:
+    w, buffer = nn.Parameter(torch.ones(2, 3)), torch.full((2, 3), 0.25)
+    optimizer = fastlars.LARS([w], lr=1.0, **convention(weight_decay=1e-4))
+    old = {"state": {0: {"momentum_buffer": buffer}}, "param_groups": [SIMCLR_GROUP]}
+    migrate.load(optimizer, old, "simclr_lars")
+    assert torch.equal(optimizer.state[w]["momentum_buffer"], buffer)
+
+
+def test_leaves_the_norms_of_a_plain_lamb_out() -> None:
+    w = nn.Parameter(torch.ones(3))
+    moments = {"exp_avg": torch.full((3,), 0.25), "exp_avg_sq": torch.full((3,), 0.5)}
+    norms = {"weight_norm": torch.ones(()), "adam_norm": torch.ones(()), "trust_ratio": 1}
+    group = {"lr": 1.0, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0, "params": [0]}
+    old = {"state": {0: {"step": 7, **moments, **norms}}, "param_groups": [group]}
+    optimizer = fastlars.LAMB([w], **conventions.cybertronai_lamb)
+    migrate.load(optimizer, old, conventions.cybertronai_lamb)
+    assert optimizer.state[w].keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert torch.equal(optimizer.state[w]["exp_avg_sq"], moments["exp_avg_sq"])
+    assert optimizer.state[w]["step"] == 7

@@ -47,6 +47,13 @@ def moments(names: tuple[str, str] = ("exp_avg", "exp_avg_sq"), **more: Any) -> 
 
 ADAMW = {"group": {"amsgrad": False}}
 TIMM_LAMB = {"grad_averaging": True, "step": 3}
+POPULAR = {
+    "momentum": 0.9,
+    "eeta": 1e-3,
+    "use_nesterov": False,
+    "classic_momentum": False,
+    "params": [0, 1],
+}
 QUANTIZED = {"each": {"absmax1": torch.ones(1), "step": 3}}
 
 REFUSED: list[tuple[Any, Any, Any, dict[str, Any], str]] = [
@@ -105,6 +112,20 @@ REFUSED: list[tuple[Any, Any, Any, dict[str, Any], str]] = [
         "pytorch_optimizer_lamb",
         {},
         "group 0: pytorch_optimizer_lamb states with adanorm mean something else",
+    ),
+    (
+        lambda: lars(buffer="step"),
+        {"state": {}, "param_groups": [POPULAR]},
+        "simclr_lars",
+        {},
+        "group 0: simclr_lars states with classic_momentum mean something else",
+    ),
+    (
+        lamb,
+        moments(each={"max_exp_avg_sq": 1}, group={"eps": 1e-6}),
+        "cybertronai_lamb",
+        {},
+        "has max_exp_avg_sq, which has no counterpart here",
     ),
     (lamb, moments(each={"max_exp_avg_sq": 1}, **ADAMW), "torch_adamw", {}, "has max_exp_avg_sq"),
     (lamb, moments(**ADAMW), "torch_adamw", {}, "group 0, parameter 0: no step"),

@@ -52,9 +52,12 @@ _MLPERF = Format("LARS", {"momentum": "momentum_buffer"}, buffer="step", sign=-1
 #: By the name of the convention; bitsandbytes, whose rules are others, has none.
 FORMATS: Mapping[str, Format] = {
     "timm_lars": _lars("scaled", "trust_coeff"),
+    "lightly_lars": _lars("scaled", "trust_coefficient", "eps", *_SGD),
     "pytorch_optimizer_lars": _lars("scaled", "trust_coefficient"),
     "apex_larc": _lars("scaled", *_SGD),
     "torchlars": _lars("scaled", *_SGD),
+    "simclr_lars": _lars("step", "eeta", "use_nesterov", demands={"classic_momentum": True}),
+    "solo_lars": _lars("scaled", "eta", "clip_lars_lr"),
     "vicreg_lars": _lars("scaled", names={"mu": "momentum_buffer"}),
     "barlow_twins_lars": _lars("scaled", names={"mu": "momentum_buffer"}),
     "nus_lars": _lars("gradient"),
@@ -72,6 +75,7 @@ FORMATS: Mapping[str, Format] = {
     "timm_lamb": _lamb("group", "grad_averaging"),
     "apex_lamb": _lamb("group", "grad_averaging"),
     "pytorch_optimizer_lamb": _lamb("group", "grad_averaging", demands={"adanorm": False}),
+    "cybertronai_lamb": _lamb("state", "eps", refused=("max_exp_avg_sq",)),
     "torch_adamw": _lamb("state", "amsgrad", refused=("max_exp_avg_sq",)),
     "bitsandbytes_lamb": _lamb(
         "state", names={"state1": "exp_avg", "state2": "exp_avg_sq"}, refused=("absmax1",)
