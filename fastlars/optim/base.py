@@ -103,7 +103,7 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
     _norm_group: NormGroup | None = None
     _part_of: str | None = None
     # Whether group["step"] shows the steps taken, as training scripts read it off other classes.
-    _counts: ClassVar[bool] = False
+    counts_steps: ClassVar[bool] = False
 
     def __init__(
         self, params: Params, defaults: dict[str, Any], norm_group: NormGroup | None = None
@@ -162,7 +162,7 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
                 param_group["param_names"] = names
         number = len(self.param_groups) - 1
         group = self.param_groups[number]
-        if self._counts:
+        if self.counts_steps:
             show_steps(group, self.state)
         try:
             try:
@@ -195,7 +195,7 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in (OPTIONS | self.defaults).items():
                 group.setdefault(name, value)
-            if self._counts:
+            if self.counts_steps:
                 show_steps(group, self.state)
 
     def state_dict(self) -> dict[str, Any]:
@@ -260,7 +260,7 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         self._count_steps(host_knows=found_inf is None or not self._reads_device())
 
     def _count_steps(self, host_knows: bool) -> None:
-        if self._counts:
+        if self.counts_steps:
             for group in self.param_groups:
                 count_step(group, self.state, host_knows and not group["capturable"])
 

@@ -20,6 +20,7 @@ from fastlars.optim.checks import check_lr, check_options
 from fastlars.optim.meaning import why_not_the_same
 from fastlars.optim.plan import counter_dtype, like, location, state_dtype, wanted
 from fastlars.optim.sharded import is_dtensor, mesh_of, placed
+from fastlars.optim.shown import show_steps
 from fastlars.rules import Rule
 
 if TYPE_CHECKING:
@@ -80,6 +81,10 @@ def load(optimizer: FusedOptimizer, load_base: Callable[[Dict], None], state_dic
     def mend(_: Any) -> None:
         for p, group, state in _pairs(optimizer, loaded):
             optimizer.state[p] = _state_of(optimizer, p, group, state)
+        for ours, theirs in zip(optimizer.param_groups, loaded["param_groups"], strict=True):
+            if optimizer.counts_steps and "step" not in theirs:
+                del ours["step"]  # which was taken from states that were not there yet
+                show_steps(ours, optimizer.state)
 
     # The user's own hooks come first before loading and last after it, and so see what counts.
     before = optimizer.register_load_state_dict_pre_hook(check)

@@ -83,7 +83,7 @@ class LAMB(FusedOptimizer):
         >>> optimizer.zero_grad()
     """
 
-    _counts = True
+    counts_steps = True
     marks = frozenset({"phi", "ratio_eps"})
     loads_from = (
         Source(

@@ -96,7 +96,7 @@ class RMSpropWarmup(FusedOptimizer):
         >>> optimizer.zero_grad()
     """
 
-    _counts = True
+    counts_steps = True
     marks = frozenset({"center_steps", "period_steps", "lr_rmsprop"})
 
     def __init__(
