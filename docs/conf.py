@@ -29,7 +29,8 @@ html_theme = "furo"
 html_title = f"fastlars {release}"
 nitpicky = True
 # Types of annotations whose documentation lies with others.
-nitpick_ignore_regex = [("py:.*", r"(torch|nn|Tensor|Optimizer|LambdaLR|collections|Any)\b.*")]
+_OTHERS = "torch|nn|Tensor|Optimizer|LambdaLR|collections|Any|ProcessGroup|DeviceMesh|NormGroup"
+nitpick_ignore_regex = [("py:.*", rf"({_OTHERS}|Params)\b.*")]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_class_signature = "mixed"

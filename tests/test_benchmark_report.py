@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import changing
 import compare
 import figures
 import first_step
@@ -123,6 +124,28 @@ def test_the_cost_of_the_check_at_first_use_is_the_difference_of_two_processes(
     first, without, difference, second = (float(cell) for cell in line.split("|")[2:6])
     assert difference == pytest.approx(first - without, abs=0.11)
     assert min(first, without, second) > 0
+
+
+def test_host_times_of_changing_sets_of_gradients(capsys: pytest.CaptureFixture[str]) -> None:
+    assert changing.main("12", "5") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[3:]] == [f"| {name}" for name in changing.BUILDS]
+    assert all(line.count("(") - line.split("|")[1].count("(") == 5 for line in lines[3:])
+
+
+@pytest.mark.parametrize("which", changing.SETS)
+def test_sets_of_gradients_are_what_they_are_called(which: str) -> None:
+    run = changing.Run(changing.BUILDS["fastlars LARS"], which, 20)
+    seen = []
+    for _ in range(4):
+        seen.append([p.grad is not None for p in run.params])
+        run.optimizer.step()
+        run.next()
+    counts = {"a tenth dropped": 18, "halves in turns": 10, "one half": 10}
+    assert {sum(each) for each in seen} == {counts.get(which, 20)}
+    assert (seen[0] != seen[1]) == (which in ("a tenth dropped", "halves in turns"))
+    p = run.params[0]
+    assert p.grad is None or (p.grad.stride() != p.stride()) == (which == "lie otherwise")
 
 
 def test_bert_large_has_the_parameters_of_bert_large() -> None:

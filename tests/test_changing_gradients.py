@@ -99,10 +99,10 @@ def test_a_bad_parameter_is_found_though_it_was_known(row: Row) -> None:
     set_gradients(params, 6)
     params[1].grad = None
     params[0].data = torch.zeros(1, 5).expand(6, 5)
-    with pytest.raises(ValueError, match="group 0, parameter 0.* is expanded"):
+    with pytest.raises(ValueError, match=r"group 0, parameter 0.* is expanded"):
         optimizer.step()
     params[0].data = torch.zeros(6, 4)
-    with pytest.raises((ValueError, TypeError), match="group 0, parameter 0.* has shape"):
+    with pytest.raises((ValueError, TypeError), match=r"group 0, parameter 0.* has shape"):
         optimizer.step()
 
 

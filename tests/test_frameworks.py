@@ -1,4 +1,4 @@
-"""Frameworks that read more off an optimizer than its step: Lightning's clip, Accelerate's skips."""
+"""Frameworks that ask an optimizer more than to step: Lightning's clip, Accelerate's skips."""
 
 from __future__ import annotations
 

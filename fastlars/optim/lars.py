@@ -23,7 +23,8 @@ def _sgd_obstacle(group: dict[str, Any]) -> str:
     return (
         "a torch.optim.SGD momentum buffer sums plain gradients, which is what LARS's holds with "
         'buffer="gradient", or with buffer="scaled" and adapt=False, but not with '
-        f"buffer={group['buffer']!r}, adapt={group['adapt']}"
+        f"buffer={group['buffer']!r}, adapt={group['adapt']}; fastlars.migrate.load takes those of "
+        "LARC, torchlars and others around SGD"
     )
 
 

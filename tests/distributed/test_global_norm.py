@@ -1,4 +1,4 @@
-"""max_grad_norm where an optimizer has a part of the parameters: summed over processes, or refused."""
+"""max_grad_norm of an optimizer with a part of the parameters: summed over processes or refused."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_steps_inside_backward_are_refused(row: Row, install: Any) -> None:
 
 @each_class
 def test_what_is_no_group(row: Row) -> None:
-    with pytest.raises(TypeError, match="norm_group must be a .* process group or DeviceMesh"):
+    with pytest.raises(TypeError, match=r"norm_group must be a .* process group or DeviceMesh"):
         row.make(parameters(), norm_group="world")
 
 
