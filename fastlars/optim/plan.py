@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any
@@ -96,11 +96,8 @@ def bind(backend: Backend, tensors: Tensors, layout: Any, copied: list[int] | No
 
     ``copied`` remembers which, so that the next step does not need to be refused to find them.
     """
-    weights = tensors.copies or tensors.weights
     if copied:
-        tensors.grads = list(tensors.grads)
-        for i in copied:
-            tensors.grads[i] = _lying_as(weights[i], tensors.grads[i])
+        _copy(tensors, copied)
     try:
         return backend.bind(tensors, layout)
     except Mismatch as mismatch:
@@ -108,17 +105,25 @@ def bind(backend: Backend, tensors: Tensors, layout: Any, copied: list[int] | No
             raise
     # Such as a contiguous gradient of a channels_last weight; or zeros that autograd has not
     # written anywhere, as behind torch.sgn.
-    given, tensors.grads = tensors.grads, list(map(_lying_as, weights, tensors.grads))
+    found = _copy(tensors, range(len(tensors.grads)))
     if copied is not None:
-        pairs = enumerate(zip(given, tensors.grads, strict=True))
-        copied += [i for i, (g, copy) in pairs if g is not copy]
+        copied += found
     return backend.bind(tensors, layout)
 
 
-def _lying_as(weight: Tensor, grad: Tensor) -> Tensor:
-    if grad.stride() == weight.stride() and not grad._is_zerotensor():
-        return grad
-    return like(weight, grad, grad.dtype)
+def _copy(tensors: Tensors, indices: Iterable[int]) -> list[int]:
+    """Copy those gradients of ``indices`` that lie otherwise than their weights; their places."""
+    weights, grads = tensors.copies or tensors.weights, list(tensors.grads)
+    moved = [
+        i for i in indices if grads[i].stride() != weights[i].stride() or grads[i]._is_zerotensor()
+    ]
+    given = [grads[i] for i in moved]
+    for i in moved:
+        grads[i] = torch.empty_like(weights[i], dtype=grads[i].dtype, requires_grad=False)
+    if moved:
+        torch._foreach_copy_([grads[i] for i in moved], given)
+    tensors.grads = grads
+    return moved
 
 
 @dataclass
