@@ -198,7 +198,8 @@ def _split(
     """Up to four groups, with everything that the one held."""
     kept = {key: value for key, value in group.items() if key not in ("params", "param_names")}
     decay = kept.get("weight_decay", weight_decay)
-    never_decayed, never_adapted = kept.get("weight_decay") == 0, kept.get("adapt") is False
+    never_decayed = bool(kept.get("weight_decay") == 0)  # an array of numpy answers with an array
+    never_adapted = kept.get("adapt") is False
     no_decay, no_ratio = rules
     parts: dict[tuple[bool, bool], list[Any]] = {}
     for entry in entries:

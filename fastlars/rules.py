@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 ROUNDING = 1e-9
 
 
-def number(name: str, value: Any) -> float:
+def real(name: str, value: Any) -> float:
     """``value`` as a float: a real number of Python, numpy or torch, or an array of one element.
 
     What is below 0 by no more than a rounding is 0. True and False are no numbers.
@@ -34,12 +34,12 @@ def pair(name: str, value: Any) -> tuple[float, float]:
         first, second = value
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a pair of numbers, got {value!r}") from None
-    return number(name, first), number(name, second)
+    return real(name, first), real(name, second)
 
 
 def at_least_zero(name: str, value: Any) -> float:
     """``value`` as a finite float of at least 0."""
-    found = number(name, value)
+    found = real(name, value)
     if not 0.0 <= found < math.inf:
         raise ValueError(f"{name} must be finite and at least 0, got {value}")
     return found
@@ -47,7 +47,7 @@ def at_least_zero(name: str, value: Any) -> float:
 
 def above_zero(name: str, value: Any) -> float:
     """``value`` as a finite float above 0."""
-    found = number(name, value)
+    found = real(name, value)
     if not 0.0 < found < math.inf:
         raise ValueError(f"{name} must be finite and above 0, got {value}")
     return found
@@ -55,7 +55,7 @@ def above_zero(name: str, value: Any) -> float:
 
 def below_one(name: str, value: Any) -> float:
     """``value`` as a float in [0, 1)."""
-    found = number(name, value)
+    found = real(name, value)
     if not 0.0 <= found < 1.0:
         raise ValueError(f"{name} must lie in [0, 1), got {value}")
     return found
@@ -81,7 +81,7 @@ def flag(name: str, value: Any) -> bool:
 def adapts(group: Mapping[str, Any]) -> bool:
     """Whether a parameter group has trust ratios: ``always_adapt`` asks for a weight decay."""
     always = flag("always_adapt", group["always_adapt"])
-    decays = number("weight_decay", group["weight_decay"]) != 0.0
+    decays = real("weight_decay", group["weight_decay"]) != 0.0
     return flag("adapt", group["adapt"]) and (always or decays)
 
 
@@ -185,7 +185,7 @@ class LambRule(_Checked):
     def __post_init__(self) -> None:
         self._check(below_one, "beta1", "beta2")
         self._check(at_least_zero, "eps", "weight_decay", "ratio_eps")
-        self._check(number, "lower", "upper")
+        self._check(real, "lower", "upper")
         if not 0.0 <= self.lower <= self.upper or self.upper == 0.0:
             raise ValueError(
                 f"phi must be (lower, upper) with 0 <= lower <= upper and upper > 0, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -173,3 +174,60 @@ def test_compiled_step_obeys_a_scaler(found_inf: float) -> None:
             step()
     assert_same("weight", models[1].parameters(), models[0].parameters())
     assert optimizers[1].trust_ratios()
+
+
+CYCLES: dict[str, list[Any]] = {
+    "weight_decay": [0.1, 0.2, 0.3, 0.4, 0.2],
+    "eps": [1e-6, 1e-3, 1e-2, 0.1, 1e-3],
+    "betas": [(0.9, 0.99), (0.8, 0.99), (0.7, 0.98), [0.6, 0.9], (0.9, 0.99)],
+    "phi": [(0.0, 1.0), (0.0, 0.5), (0.1, 0.4), (0.0, 1.0)],
+    "max_grad_norm": [0.5, 0.2, 0.3, None, 0.4],
+    "lr": [0.1, 0.2, 0.3, 0.4],
+    "momentum": [0.9, 0.5, 0.3, 0.0, 0.7],
+}
+
+
+@pytest.mark.parametrize("name", CYCLES)
+def test_hyper_parameters_that_a_schedule_changes(name: str) -> None:
+    """torch.compile lets a float vary once it has changed: what was made of it must not stay."""
+    torch._dynamo.reset()
+    kind = fastlars.LARS if name == "momentum" else fastlars.LAMB
+    rows = []
+    for compiled in (False, True):
+        w = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+        optimizer = kind([w], lr=0.5)
+        step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
+        seen = []
+        for i, value in enumerate(CYCLES[name]):
+            optimizer.param_groups[0][name] = value
+            w.grad = torch.tensor([1.0, 2.0, 0.5 * i])
+            step()
+            seen.append(w.detach().clone())
+        rows.append(seen)
+    assert_same("weights after step", rows[1], rows[0])
+    assert len({tuple(weights.tolist()) for weights in rows[0]}) == len(rows[0])
+
+
+def test_a_weight_laid_out_anew_between_compiled_steps() -> None:
+    """The graph holds the states as they lay; an ordinary step lays them out anew."""
+    torch._dynamo.reset()
+    w, v = (torch.nn.Parameter(torch.arange(6.0).reshape(2, 3)) for _ in range(2))
+    compiled, plain = fastlars.LARS([w], lr=1.0), fastlars.LARS([v], lr=1.0)
+    step = torch.compile(compiled.step, backend="aot_eager")
+
+    def both(ours: Any) -> None:
+        for p in (w, v):
+            p.grad = torch.ones_like(p)
+        ours()
+        plain.step()
+
+    both(step)
+    for p in (w, v):
+        p.data = p.data.t().contiguous().t()
+    w.grad = torch.ones_like(w)
+    with pytest.raises(RuntimeError, match=r"states 0 .*: take one step outside of torch\.compile"):
+        step()
+    torch.set_grad_enabled(True)  # which torch leaves off behind an error in a compiled region
+    both(compiled.step)
+    both(step)
+    assert_same("weight", [w], [v])

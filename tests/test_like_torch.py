@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import fastlars
-from optimizers import SIMPLE, Row, assert_same, parameters, train
+from optimizers import SIMPLE, Row, assert_same, parameters, set_gradients, train
 from optimizers import one_thread as one_thread
 
 SGD = torch.optim.SGD
@@ -269,6 +269,67 @@ def test_a_list_changed_by_hand_does_not_lend_names_to_others() -> None:
     params[1].grad = torch.ones(7, dtype=torch.float32).to_sparse()
     with pytest.raises(TypeError, match=r"group 0, parameter 0 has a sparse gradient"):
         optimizer.step()
+
+
+@each_class
+def test_groups_replaced_as_a_whole(row: Row) -> None:
+    """By dicts without what a group was given here; as torch's, the step is taken."""
+    params = parameters()
+    optimizer = row.make(params[:2])
+    train(optimizer, params, [0])
+    optimizer.param_groups = [{**optimizer.defaults, "params": params}]
+    before = [p.detach().clone() for p in params]
+    train(optimizer, params, range(1, 3))
+    moved = [not torch.equal(p, was) for p, was in zip(params, before, strict=True)]
+    assert moved == [p.numel() > 0 for p in params]
+    if row.kind is not fastlars.LARS:
+        assert optimizer.param_groups[0]["step"] == 3
+
+
+@each_class
+def test_a_parameter_put_in_twice_by_hand_is_refused(row: Row) -> None:
+    """In one launch it would take two steps at once, which is none that anybody asked for."""
+    params = parameters()
+    optimizer = row.make(params[:2])
+    train(optimizer, params, [0])
+    optimizer.param_groups[0]["params"].append(params[0])
+    with pytest.raises(ValueError, match="parameter 2 shares memory with group 0, parameter 0"):
+        train(optimizer, params, [1])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_momentum_that_a_schedule_takes_to_zero(compiled: bool) -> None:
+    """SGD looks at nesterov=True and a momentum of 0 together only where it is made."""
+    w, v = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    ours = fastlars.LARS([w], lr=0.5, nesterov=True, adapt=False, buffer="scaled")
+    theirs = SGD([v], lr=0.5, momentum=0.9, nesterov=True)
+    step = torch.compile(ours.step, backend="aot_eager") if compiled else ours.step
+    for momentum in (0.9, 0.0, 0.5):
+        for optimizer in (ours, theirs):
+            optimizer.param_groups[0]["momentum"] = momentum
+        w.grad, v.grad = torch.ones(3), torch.ones(3)
+        step()
+        theirs.step()
+    torch.testing.assert_close(w, v)
+    with pytest.raises(ValueError, match="nesterov needs a momentum"):
+        fastlars.LARS([w], lr=0.5, nesterov=True, momentum=0.0)
+
+
+@pytest.mark.parametrize("kind", [numpy.float32, numpy.float64, Fraction])
+@pytest.mark.parametrize("name", ["lr", "max_grad_norm", "weight_decay"])
+@pytest.mark.filterwarnings("ignore")
+def test_numbers_of_other_libraries_in_compiled_steps(kind: Any, name: str) -> None:
+    rows = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        params = parameters()[:2]
+        optimizer = fastlars.LAMB(params, **{name: kind(0.25)})
+        step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
+        for number in range(2):
+            set_gradients(params, number)
+            step()
+        rows.append(params)
+    assert_same("parameter", *rows)
 
 
 # Parameters.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections import namedtuple
-from collections.abc import Callable
+from collections import OrderedDict, defaultdict, namedtuple
 from typing import Any
 
 import numpy
@@ -20,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 import fastlars
 from input_cases import through_file
-from optimizers import ROWS, SIMPLE, Row, assert_same, parameters, set_gradients, train
+from optimizers import ROWS, SIMPLE, Row, assert_same, parameters, train
 from optimizers import one_thread as one_thread
 from tolerances import assert_same_bits
 
@@ -111,7 +110,7 @@ def test_torch_distributed_checkpoint_loads_again_and_again(row: Row, flat: bool
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_states_of_wrappers_move_and_cast_as_in_torch(row: Row, dtype: torch.dtype) -> None:
     theirs = {
-        "slow": torch.arange(30.0).reshape(6, 5),
+        "slow": torch.arange(30.0, requires_grad=True).detach().reshape(6, 5),
         "nested": {"ema": torch.ones(3), "kept": [torch.zeros(2), 3], "step": torch.tensor(2)},
         "count": torch.tensor(7),
         "whole": 5,
@@ -134,6 +133,7 @@ def test_states_of_wrappers_move_and_cast_as_in_torch(row: Row, dtype: torch.dty
         second.grad = torch.ones_like(second)
         other.step()
     assert_identical(*seen)
+    copy.deepcopy(other)
     shared = {x.data_ptr() for x in _tensors(sources[0])} & {
         x.data_ptr() for x in _tensors(seen[0])
     }
@@ -144,12 +144,19 @@ def test_states_of_wrappers_move_and_cast_as_in_torch(row: Row, dtype: torch.dty
 def test_states_that_torch_spoils(row: Row) -> None:
     """torch makes a generator of a text, and fails for arrays and named tuples."""
     pair = namedtuple("pair", "a b")
-    theirs = {"text": "kept", "pair": pair(1, 2), "array": numpy.ones(2), "set": {1, 2}}
+    theirs = {
+        "text": "kept",
+        "pair": pair(1, 2),
+        "array": numpy.ones(2),
+        "set": {1, 2},
+        "dict": defaultdict(list, a=[1]),
+    }
     optimizer, params = grouped(row)
     train(optimizer, params, [0])
     optimizer.state[params[0]].update(theirs)
     other, others = grouped(row)
     other.load_state_dict(optimizer.state_dict())
+    theirs["dict"] = {"a": [1]}
     assert repr({name: other.state[others[0]][name] for name in theirs}) == repr(theirs)
 
 
@@ -158,6 +165,18 @@ def _tensors(value: Any) -> list[Tensor]:
         return [value]
     values = value.values() if isinstance(value, dict) else value
     return [t for v in values for t in _tensors(v)] if isinstance(value, (dict, list)) else []
+
+
+def test_states_of_no_parameter_are_copied() -> None:
+    optimizer = fastlars.LARS(parameters(), lr=0.1)
+    optimizer.state["ema"] = {"decay": torch.ones(2), "weights": [nn.Parameter(torch.ones(3))]}
+    saved = optimizer.state_dict()
+    again = fastlars.LARS(parameters(), lr=0.1)
+    again.load_state_dict(saved)
+    assert again.state["ema"]["weights"][0].tolist() == [1.0] * 3
+    shared = {x.data_ptr() for x in _tensors(saved["state"]["ema"])}
+    assert not shared & {x.data_ptr() for x in _tensors(again.state["ema"])}
+    copy.deepcopy(again)
 
 
 @each_class
@@ -207,6 +226,20 @@ def test_hooks_of_state_dict(row: Row) -> None:
 
 
 @each_class
+def test_what_a_hook_returns_is_returned(row: Row) -> None:
+    results: list[Any] = [
+        OrderedDict(a=1),
+        [1, 2],
+        {"param_groups": None},
+        {"param_groups": {0: 1}},
+    ]
+    for result in results:
+        optimizer, _ = grouped(row)
+        optimizer.register_state_dict_post_hook(lambda *_, result=result: result)
+        assert optimizer.state_dict() is result
+
+
+@each_class
 def test_groups_of_which_a_hook_left_little(row: Row) -> None:
     """Who wants to go on with rates and decays of the new run takes the old ones out."""
     optimizer, params = grouped(row)
@@ -225,95 +258,69 @@ def test_groups_of_which_a_hook_left_little(row: Row) -> None:
     train(other, others, [2])
 
 
-# States of torch's optimizers under options that change what they hold.
-
-
-def _made(kind: Any, **options: Any) -> dict[str, Any]:
-    w = nn.Parameter(torch.ones(3))
-    optimizer = kind([w], lr=0.1, **options)
-    w.grad = torch.ones(3)
-    optimizer.step()
-    state: dict[str, Any] = optimizer.state_dict()
-    return state
-
-
-def _loads(optimizer: Any, state: dict[str, Any]) -> bool:
-    try:
-        optimizer.load_state_dict(state)
-    except ValueError:
-        return False
-    return True
-
-
-ADAM, ADAMW, SGD = torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
-OLD_ADAMW = {"decoupled_weight_decay": None}
-LARS: Callable[..., Any] = lambda p, **more: fastlars.LARS(p, lr=1.0, buffer="gradient", **more)  # noqa: E731
-
-
-@pytest.mark.parametrize(
-    ("kind", "theirs", "make", "ours", "fits"),
-    [
-        (ADAMW, {}, fastlars.LAMB, {}, True),
-        (ADAMW, {"betas": (0.9, 0.95)}, fastlars.LAMB, {}, False),
-        (ADAMW, {"betas": (0.9, 0.95)}, fastlars.LAMB, {"betas": [0.9, 0.95]}, True),
-        (ADAMW, {"maximize": True}, fastlars.LAMB, {}, False),
-        (ADAMW, {"maximize": True}, fastlars.LAMB, {"maximize": True}, True),
-        (ADAMW, {}, fastlars.LAMB, {"maximize": True}, False),
-        (ADAMW, {"amsgrad": True}, fastlars.LAMB, {}, False),
-        (ADAMW, {"weight_decay": 0.1}, fastlars.LAMB, {"decay": "decoupled"}, True),
-        (ADAMW, {"weight_decay": 0.1}, fastlars.LAMB, {"decay": "gradient"}, False),
-        (ADAMW, {"weight_decay": 0.0}, fastlars.LAMB, {"decay": "gradient"}, True),
-        (ADAM, {"weight_decay": 0.1}, fastlars.LAMB, {}, False),
-        (ADAM, {"weight_decay": 0.1}, fastlars.LAMB, {"decay": "gradient"}, True),
-        (ADAM, {"weight_decay": 0.1, "decoupled_weight_decay": True}, fastlars.LAMB, {}, True),
-        (ADAM, {"weight_decay": 0.0}, fastlars.LAMB, {}, True),
-        (SGD, {"momentum": 0.9}, LARS, {}, True),
-        (SGD, {"momentum": 0.9, "maximize": True}, LARS, {}, False),
-        (SGD, {"momentum": 0.9, "maximize": True}, LARS, {"maximize": True}, True),
-        (SGD, {"momentum": 0.9, "dampening": 0.5}, LARS, {}, False),
-        (SGD, {"momentum": 0.9, "dampening": 0.5}, LARS, {"dampening": 0.5}, True),
-        (SGD, {"momentum": 0.9, "nesterov": True}, LARS, {}, True),
-    ],
-)
-def test_states_are_taken_only_with_their_meaning(
-    kind: Any, theirs: dict[str, Any], make: Any, ours: dict[str, Any], fits: bool
-) -> None:
-    state = _made(kind, **theirs)
-    optimizer = make([nn.Parameter(torch.ones(3))], **ours)
-    before = copy.deepcopy(optimizer.state_dict())
-    assert _loads(optimizer, state) == fits
-    if not fits:
-        assert_identical(optimizer.state_dict(), before)
-
-
-def test_a_state_that_does_not_say_whether_it_is_of_adam_or_adamw() -> None:
-    """Checkpoints of torch before 2.7 have no decoupled_weight_decay."""
-    state = _made(ADAMW, weight_decay=0.1)
-    del state["param_groups"][0]["decoupled_weight_decay"]
-    optimizer = fastlars.LAMB([nn.Parameter(torch.ones(3))])
-    with pytest.raises(ValueError, match="put decoupled_weight_decay=True"):
-        optimizer.load_state_dict(state)
-    state["param_groups"][0]["decoupled_weight_decay"] = True
-    optimizer.load_state_dict(state)
-
-
-def test_what_is_not_ours_names_migrate() -> None:
-    state = _made(torch.optim.RMSprop)
-    for kind in (fastlars.LARS, fastlars.LAMB):
-        optimizer = kind([nn.Parameter(torch.ones(3))], lr=0.1)
-        with pytest.raises(ValueError, match=r"fastlars\.migrate\.load"):
-            optimizer.load_state_dict(state)
-
-
 @each_class
 def test_a_state_before_the_first_forward_pass_of_a_lazy_module(row: Row) -> None:
     models = [nn.Sequential(nn.LazyLinear(3)) for _ in range(2)]
     optimizers = [row.make(model.parameters()) for model in models]
     models[0](torch.ones(2, 4)).sum().backward()
     optimizers[0].step()
-    with pytest.raises(ValueError, match="group 0, parameter 0 has no shape before"):
-        optimizers[1].load_state_dict(optimizers[0].state_dict())
-    models[1](torch.ones(2, 4))
     optimizers[1].load_state_dict(optimizers[0].state_dict())
-    set_gradients(models[1].parameters(), 1)
-    optimizers[1].step()
+    models[1](torch.ones(2, 4))
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        q.data.copy_(p)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(optimizer, list(model.parameters()), [1])
+    assert_same("parameter", *(model.parameters() for model in models))
+    wrong = row.make(nn.Sequential(nn.LazyLinear(3)).parameters())
+    wrong.load_state_dict(optimizers[0].state_dict())
+    (weight, _) = wrong.param_groups[0]["params"]
+    weight.materialize((3, 5))
+    weight.grad = torch.ones(3, 5)
+    with pytest.raises(ValueError, match=r"group 0, parameter 0 has shape \(3, 5\), its "):
+        wrong.step()
+
+
+# Steps and checkpoints take the same.
+
+
+@each_class
+def test_a_wrapper_that_began_before_the_first_step(row: Row) -> None:
+    optimizer, params = grouped(row)
+    optimizer.state[params[0]]["slow"] = torch.ones(6, 5)
+    again, others = grouped(row)
+    again.load_state_dict(optimizer.state_dict())
+    assert list(again.state[others[0]]) == ["slow"]
+    train(again, others, [0])
+
+
+@pytest.mark.parametrize(
+    ("option", "dtype"),
+    [
+        ({"dampening": 0.1}, torch.float32),
+        ({"momentum_correction": True}, torch.float32),
+        ({"master_weights": True}, torch.bfloat16),
+    ],
+)
+def test_an_option_switched_on_between_two_steps(option: Any, dtype: torch.dtype) -> None:
+    runs = []
+    for loads in (False, True):
+        params = parameters(dtype)
+        optimizer = fastlars.LARS(params, lr=0.5, trust_coefficient=0.1)
+        train(optimizer, params, range(2))
+        optimizer.param_groups[0].update(option)
+        if loads:
+            optimizer.load_state_dict(optimizer.state_dict())
+        train(optimizer, params, range(2, 4))
+        runs.append(params)
+    assert_same("parameter", *runs)
+
+
+@pytest.mark.parametrize("count", [numpy.int64(5), 5, 5.0, torch.tensor(5), torch.tensor([5.0])])
+def test_counts_of_any_type(count: Any) -> None:
+    optimizer = fastlars.LAMB(parameters())
+    train(optimizer, optimizer.param_groups[0]["params"], [0])
+    state = optimizer.state_dict()
+    state["state"][0]["step"] = count
+    optimizer.load_state_dict(state)
+    step = optimizer.state[optimizer.param_groups[0]["params"][0]]["step"]
+    assert_same_bits("step", step, torch.tensor(5.0))

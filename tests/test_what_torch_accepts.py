@@ -71,6 +71,10 @@ REFUSED: dict[str, list[Callable[[], Any]]] = {
         lambda: fastlars.LARS([weight()], lr=1.0, momentum=True),
         lambda: fastlars.LARS([weight()], lr=True),
     ],
+    "`None`, 1.0 and texts as flags, as `maximize=None`": [
+        lambda: fastlars.LAMB([weight()], maximize=None),  # type: ignore[arg-type]
+        lambda: fastlars.LARS([weight()], lr=1.0, nesterov="yes"),  # type: ignore[arg-type]
+    ],
     "`momentum` of 1 and more": [lambda: fastlars.LARS([weight()], lr=1.0, momentum=1.0)],
     "FSDP1's flat parameters": [flat],
     "one tensor in two parameters, such as overlapping views": [overlapping],

@@ -17,7 +17,7 @@ import fastlars._C as _C
 from fastlars.backends.base import Mismatch
 from fastlars.optim import checkpoint
 from fastlars.optim.checks import check_lr, check_options, check_overlap
-from fastlars.optim.norm import check_clip, check_norm_group, part_of, summed
+from fastlars.optim.norm import Processes, check_clip, part_of
 from fastlars.optim.numbers import numbers
 from fastlars.optim.plan import Plan, location, options_of
 from fastlars.optim.sharded import shard
@@ -100,7 +100,7 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
     loads_from: ClassVar[tuple[checkpoint.Source, ...]] = ()
 
     _ahead: Ahead | None = None
-    _norm_group: NormGroup | None = None
+    _norm_group: Processes | None = None
     _part_of: str | None = None
     # Whether group["step"] shows the steps taken, as training scripts read it off other classes.
     counts_steps: ClassVar[bool] = False
@@ -110,8 +110,7 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
     ) -> None:
         if defaults["lr"] is not None:
             check_lr(defaults["lr"])
-        check_norm_group(norm_group)
-        self._norm_group = norm_group
+        self._norm_group = None if norm_group is None else Processes(norm_group)
         self._part_of = part_of()
         self._forget()
         super().__init__(params, OPTIONS | defaults)
@@ -172,20 +171,22 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
             except (TypeError, ValueError) as error:
                 raise type(error)(f"group {number}: {error}") from None
             check_clip([group], self._part_of, self._norm_group)
-            everything = [
-                (p, location(g, i))
-                for g, other in enumerate(self.param_groups)
-                for i, p in enumerate(other["params"])
-            ]
-            check_overlap(everything)
+            check_overlap(self._places())
         except (RuntimeError, TypeError, ValueError):
             self.param_groups.pop()
             raise
 
+    def _places(self) -> list[tuple[Tensor, str]]:
+        return [
+            (p, location(number, i))
+            for number, group in enumerate(self.param_groups)
+            for i, p in enumerate(group["params"])
+        ]
+
     def __getstate__(self) -> dict[str, Any]:
-        # A copy that forgot the group would clip by a part of the norm, without a word.
-        group = {} if self._norm_group is None else {"_norm_group": self._norm_group}
-        return {**super().__getstate__(), **group}
+        # A copy that forgot them would clip by a part of the norm, without a word.
+        parts = {"_norm_group": self._norm_group, "_part_of": self._part_of}
+        return {**super().__getstate__(), **{k: v for k, v in parts.items() if v is not None}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -200,7 +201,12 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As of every optimizer of torch; ``load_state_dict`` takes it back."""
-        return checkpoint.portable(super().state_dict())
+        # Before the user's own hooks, whose result is what they return.
+        first = self.register_state_dict_post_hook(checkpoint.portable, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            first.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` gave, from this class or one whose state means the same.
@@ -274,7 +280,7 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         device = shard(first).device
         # A process without gradients has to take part too.
         none = torch.zeros((), dtype=torch.float64, device=device)
-        return lambda square: summed(none if square is None else square, group, device)
+        return lambda square: group.sum(none if square is None else square, device)
 
     # A step under overlap, a GradScaler or a norm group cannot be traced. Left to the compiler,
     # torch 2.11 fails where it resumes tracing: at an assignment to the optimizer. This is
@@ -372,6 +378,8 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
             check_making(group, rule, self.state)
             new[number] = Plan(group, number, rule, self.state, known)
             bound.append(None)
+        if new:
+            check_overlap(self._places())  # lists and memory may have been changed by hand
         for number, plan in new.items():
             self._plans[number] = plan.ready()
             bound[number] = plan.bind([p.grad for p in plan.params])

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from fastlars.optim.checks import check_lr, check_options
+from fastlars.optim.checks import check_counter, check_lr, check_options
 from fastlars.optim.meaning import why_not_the_same
-from fastlars.optim.plan import counter_dtype, like, location, state_dtype, wanted
+from fastlars.optim.plan import FOLLOWERS, counter_dtype, like, location, state_dtype, wanted
 from fastlars.optim.sharded import is_dtensor, mesh_of, placed
 from fastlars.optim.shown import show_steps
-from fastlars.rules import Rule
+from fastlars.rules import Rule, real
 
 if TYPE_CHECKING:
     from fastlars.optim.base import FusedOptimizer
@@ -49,13 +49,10 @@ class Source:
         return self.keys <= group.keys()
 
 
-def portable(state_dict: Dict) -> Dict:
+def portable(_: Any, state_dict: Dict) -> Dict:
     """``state_dict`` with types by their names: torch.distributed.checkpoint gathers no others."""
-    groups = state_dict.get("param_groups", [])  # a hook may have rebuilt the dict
-    typed = [
-        {**g, "state_dtype": str(g["state_dtype"])} if "state_dtype" in g else g for g in groups
-    ]
-    return {**state_dict, **({"param_groups": typed} if typed else {})}
+    groups = [{**g, "state_dtype": str(g["state_dtype"])} for g in state_dict["param_groups"]]
+    return {**state_dict, "param_groups": groups}
 
 
 def _with_types(group: Dict) -> Dict:
@@ -68,19 +65,22 @@ def _with_types(group: Dict) -> Dict:
 def load(optimizer: FusedOptimizer, load_base: Callable[[Dict], None], state_dict: Dict) -> None:
     """Load through ``load_base``, torch's method, and mend what it does to the states."""
     loaded: Dict = {}
+    states: dict[Tensor, Dict] = {}
 
     def check(_: Any, incoming: Dict) -> Dict:
         loaded.update(_translated(optimizer, incoming))
         loaded["param_groups"] = [_with_types(group) for group in loaded["param_groups"]]
-        _check(optimizer, loaded)
+        if _fits(optimizer, loaded):
+            states.update(
+                {p: _state_of(optimizer, p, *of) for p, *of in _members(optimizer, loaded)}
+            )
         # torch's own copies would share memory with the checkpoint, and make generators of texts.
         known = {index for group in loaded["param_groups"] for index in group["params"]}
-        empty = {index: {} if index in known else v for index, v in loaded["state"].items()}
-        return {**loaded, "state": empty}
+        rest = {k: {} if k in known else _copied(v) for k, v in loaded["state"].items()}
+        return {**loaded, "state": rest}
 
     def mend(_: Any) -> None:
-        for p, group, state in _pairs(optimizer, loaded):
-            optimizer.state[p] = _state_of(optimizer, p, group, state)
+        optimizer.state.update(states)
         for ours, theirs in zip(optimizer.param_groups, loaded["param_groups"], strict=True):
             if optimizer.counts_steps and "step" not in theirs:
                 del ours["step"]  # which was taken from states that were not there yet
@@ -96,7 +96,7 @@ def load(optimizer: FusedOptimizer, load_base: Callable[[Dict], None], state_dic
         after.remove()
 
 
-def _pairs(optimizer: FusedOptimizer, loaded: Dict) -> Iterator[tuple[Tensor, Dict, Dict]]:
+def _members(optimizer: FusedOptimizer, loaded: Dict) -> Iterator[tuple[Tensor, Dict, Dict]]:
     """Parameters with a state in the dict, their loaded group, that state."""
     for ours, theirs in zip(optimizer.param_groups, loaded["param_groups"], strict=True):
         for p, index in zip(ours["params"], theirs["params"], strict=True):
@@ -110,28 +110,31 @@ def _state_of(optimizer: FusedOptimizer, p: Tensor, group: Dict, state: Dict) ->
     types = dict.fromkeys(rule.STATES, state_dtype(p, group)) | wanted(p, rule, group)
     out: Dict = {}
     for name, value in state.items():
-        is_tensor = isinstance(value, Tensor)
-        if name in types and is_tensor and value.shape == p.shape:
+        if name in types and isinstance(value, Tensor) and is_lazy(p):
+            out[name] = value.detach().to(p.device, types[name], copy=True)
+        elif name in types and isinstance(value, Tensor) and value.shape == p.shape:
             out[name] = like(p, placed(value, p) if is_dtensor(p) else value, types[name])
-        elif name == rule.COUNTER and (is_tensor or isinstance(value, (int, float))):
-            out[name] = torch.tensor(float(value), dtype=counter_dtype(p), device=p.device)
+        elif name == rule.counter:
+            count = real(name, value)
+            out[name] = torch.tensor(count, dtype=counter_dtype(p), device=p.device)
         else:
-            out[name] = _moved(p, value, name)
+            out[name] = _copied(value, p, name)
     return out
 
 
-def _moved(p: Tensor, value: Any, name: Any = None) -> Any:
-    """A copy of what a wrapper keeps with ``p``, moved and cast as torch does it: everything to the
-    device of ``p``, and to its type, but for what is called step."""
+def _copied(value: Any, p: Tensor | None = None, name: Any = None) -> Any:
+    """A copy of what a wrapper keeps in a state. With a parameter, it is moved and cast as torch
+    does it: to the parameter's device and, but for what is called step, to its type."""
     if isinstance(value, Tensor):
-        if name == "step":
+        if p is None or name == "step":
             return value.detach().clone()
         dtype = p.dtype if p.is_floating_point() else value.dtype
         return value.detach().to(p.device, dtype, copy=True)
     if isinstance(value, dict):
-        return type(value)((k, _moved(p, v, k)) for k, v in value.items())
-    if type(value) in (list, tuple):
-        return type(value)(_moved(p, v) for v in value)
+        return {k: _copied(v, p, k) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        members = [_copied(v, p) for v in value]
+        return type(value)(*members) if hasattr(value, "_fields") else type(value)(members)
     return copy.deepcopy(value)
 
 
@@ -174,10 +177,11 @@ def _translated(optimizer: FusedOptimizer, incoming: Dict) -> Dict:
     return translated
 
 
-def _check(optimizer: FusedOptimizer, loaded: Dict) -> None:
+def _fits(optimizer: FusedOptimizer, loaded: Dict) -> bool:
+    """Raise where something in the dict does not fit; False where groups have other sizes."""
     sizes = [len(group["params"]) for group in loaded["param_groups"]]
     if sizes != [len(group["params"]) for group in optimizer.param_groups]:
-        return  # torch's own check follows, with its own message
+        return False  # torch's own check follows, with its own message
     for number, (ours, theirs) in enumerate(
         zip(optimizer.param_groups, loaded["param_groups"], strict=True)
     ):
@@ -190,35 +194,35 @@ def _check(optimizer: FusedOptimizer, loaded: Dict) -> None:
             raise ValueError(f"state_dict, group {number}: {error}") from None
         for i, (p, index) in enumerate(zip(ours["params"], theirs["params"], strict=True)):
             state = loaded["state"].get(index, {})
-            if state:
+            if any(name in state for name in rule.states):  # a wrapper may have begun before us
                 _check_state(p, state, rule, group, f"state_dict, {location(number, i)}")
+    return True
 
 
 def _check_state(p: Tensor, state: Dict, rule: Rule, group: Dict, where: str) -> None:
-    if is_lazy(p):
-        raise ValueError(f"{where} has no shape before the model's first forward pass: load later")
     names = list(wanted(p, rule, group))
     for name in [*names, rule.counter] if rule.counter is not None else names:
         value = state.get(name)
+        if name not in state and name in FOLLOWERS:
+            continue  # its option was switched on after the last step: the next step makes it
         if value is None and name in state and name in rule.states:
             continue  # a state that was reset starts anew, here as in torch's SGD
         if value is None:
             raise ValueError(f"{where}: no {name}")
-        if name == rule.counter and isinstance(value, (int, float)):
+        if name == rule.counter:
+            try:
+                check_counter(name, value, where)
+            except TypeError as error:
+                raise ValueError(f"{error}") from None
             continue
-        if (
-            not isinstance(value, Tensor)
-            or value.layout != torch.strided
-            or value.is_complex()
-            or (name == rule.counter and value.numel() != 1)
-        ):
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_complex():
             raise ValueError(f"{where}: {name} is no tensor of real numbers that fits")
         if is_dtensor(value) and mesh_of(value) != mesh_of(p):
             raise ValueError(
                 f"{where}: {name} is a DTensor on {mesh_of(value)}, the parameter on {mesh_of(p)}: "
                 "load it through torch.distributed.checkpoint"
             )
-        if name != rule.counter and value.shape != p.shape:
+        if not is_lazy(p) and value.shape != p.shape:
             raise ValueError(
                 f"{where}: {name} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}"
             )

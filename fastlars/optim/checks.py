@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from fastlars.backends.choose import is_dense
 from fastlars.optim.sharded import is_dtensor, shard
-from fastlars.rules import at_least_zero, flag, number
+from fastlars.rules import at_least_zero, flag, real
 
 FLAGS = frozenset(
     {
@@ -46,7 +46,7 @@ def check_lr(lr: Any) -> None:
 def check_options(group: dict[str, Any]) -> None:
     """Raise unless a group's options beside its rule are in range."""
     norm = group["max_grad_norm"]
-    if norm is not None and not number("max_grad_norm", norm) > 0.0:
+    if norm is not None and not real("max_grad_norm", norm) > 0.0:
         raise ValueError(f"max_grad_norm must be positive, or None for no clip, got {norm}")
     for name in FLAGS & group.keys():
         if group[name] is not None or name not in MAY_BE_NONE:
@@ -181,7 +181,7 @@ def check_counter(name: str, value: Any, where: str) -> None:
             )
         return
     try:
-        number(name, value)
+        real(name, value)
     except TypeError:
         raise TypeError(f"{where}: its {name} is a {type(value).__name__}, not a tensor") from None
 

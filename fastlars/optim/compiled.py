@@ -20,6 +20,7 @@ from fastlars.backends.base import Backend, Kinds, Mismatch, Scalars, Tensors
 from fastlars.backends.choose import Chooser
 from fastlars.backends.sending import is_capturing
 from fastlars.optim.checks import check_lr
+from fastlars.optim.norm import check_outside_backward
 from fastlars.optim.numbers import numbers, square
 from fastlars.optim.plan import LOW_PRECISION, bind
 from fastlars.rules import GradientNorm, LambRule, LarsRule, RmspropWarmupRule, Rule
@@ -99,7 +100,14 @@ def _bind(rule: str, backend: Backend, tensors: Tensors) -> Any:
     _layouts[key] = backend.layout(weights)
     if len(_layouts) > _MOST_LAYOUTS:
         _layouts.popitem(last=False)
-    return bind(backend, tensors, _layouts[key])
+    try:
+        return bind(backend, tensors, _layouts[key])
+    except Mismatch as mismatch:
+        name, index, what = mismatch.args
+        raise RuntimeError(
+            f"inside torch.compile: {name} {index} has other {what} than its weight, which was "
+            "replaced after the step was compiled: take one step outside of torch.compile"
+        ) from None
 
 
 def _step(
@@ -140,6 +148,7 @@ def _step(
 
 
 def _square_norm(weights: list[Tensor], grads: list[Tensor], sizes: list[int]) -> Tensor:
+    check_outside_backward()
     # Group by group, laid out as the weights: the eager step's order, and so its bits.
     lists, begin = [], 0
     for size in sizes:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlars.optim.base import FusedOptimizer, Params
 from fastlars.optim.checkpoint import Source
-from fastlars.rules import LarsRule, adapts
+from fastlars.rules import LarsRule, adapts, flag
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -155,6 +155,8 @@ class LARS(FusedOptimizer):
             "capturable": capturable,
             "fused_unscale": fused_unscale,
         }
+        if flag("nesterov", nesterov):
+            LarsRule(momentum=momentum, dampening=dampening, nesterov=True)
         super().__init__(params, defaults, norm_group)
 
     @property
@@ -170,7 +172,8 @@ class LARS(FusedOptimizer):
             momentum=group["momentum"],
             dampening=group["dampening"],
             weight_decay=group["weight_decay"],
-            nesterov=group["nesterov"],
+            # A schedule may take the momentum to 0, where there is nothing to look ahead to.
+            nesterov=flag("nesterov", group["nesterov"]) and group["momentum"] != 0.0,
             trust_coefficient=group["trust_coefficient"],
             eps=group["eps"],
             ratio=group["ratio"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastlars.rules import number, pair
+from fastlars.rules import pair, real
 
 Group = Mapping[str, Any]
 
@@ -13,8 +13,8 @@ Group = Mapping[str, Any]
 # not say it: None, where that can be anything. Not the learning rate, the momentum or the weight
 # decay, which may change in any run.
 DEFAULTS: Group = {"betas": None, "grad_averaging": True, "dampening": 0.0, "maximize": None}
-# What says whether Adam's moments hold weight decay.
-COUPLING = ("amsgrad", "weight_decay", "decoupled_weight_decay")
+# What says whether states hold weight decay: amsgrad shows an Adam, caution timm's SGDW.
+COUPLING = ("amsgrad", "caution", "weight_decay", "decoupled_weight_decay")
 
 
 def why_not_the_same(ours: Group, theirs: Group) -> str:
@@ -26,17 +26,22 @@ def why_not_the_same(ours: Group, theirs: Group) -> str:
                 f"these states were made with {name}={other}, and mean something else with "
                 f"{name}={ours[name]}, which this group has"
             )
+    if real("weight_decay", theirs.get("weight_decay", 0.0)) == 0.0:
+        return ""
+    if "caution" in theirs and "dampening" in theirs and "buffer" in ours:
+        return (
+            "these buffers are of timm's SGDW, which leaves weight decay out of them, and mean "
+            "something else in LARS"
+        )
     return _why_not_coupled(ours, theirs) if "amsgrad" in theirs and "decay" in ours else ""
 
 
 def _plain(name: str, value: Any) -> Any:
     # pytorch_optimizer may have three betas, of which its LAMB uses two.
-    return pair(name, tuple(value)[:2]) if name == "betas" else number(name, float(value))
+    return pair(name, tuple(value)[:2]) if name == "betas" else real(name, float(value))
 
 
 def _why_not_coupled(ours: Group, theirs: Group) -> str:
-    if number("weight_decay", theirs.get("weight_decay", 0.0)) == 0.0:
-        return ""
     decoupled = theirs.get("decoupled_weight_decay")
     if decoupled is None:
         return (

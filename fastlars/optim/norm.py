@@ -18,16 +18,6 @@ if TYPE_CHECKING:
     NormGroup = ProcessGroup | DeviceMesh
 
 
-def check_norm_group(group: Any) -> None:
-    """Raise unless ``group`` is a process group or a device mesh of this process, or None."""
-    if group is None or hasattr(group, "get_group") or hasattr(group, "rank"):
-        return
-    raise TypeError(
-        "norm_group must be a torch.distributed process group or DeviceMesh, or None, got "
-        f"{type(group).__name__}"
-    )
-
-
 def part_of() -> str | None:
     """Whose part an optimizer is that is being made; None where nobody is known to own it."""
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
@@ -50,6 +40,11 @@ def check_clip(groups: list[dict[str, Any]], owner: str | None, norm_group: Any)
             "optimizer_class=functools.partial(fastlars.LAMB, norm_group=process_group), or leave "
             "max_grad_norm out and call torch.nn.utils.clip_grad_norm_ before the step"
         )
+    check_outside_backward()
+
+
+def check_outside_backward() -> None:
+    """Raise where a norm is taken while gradients are still to come."""
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             "max_grad_norm in a step inside backward, such as that of one optimizer for each "
@@ -58,20 +53,42 @@ def check_clip(groups: list[dict[str, Any]], owner: str | None, norm_group: Any)
         )
 
 
-def summed(square: Tensor, group: NormGroup, device: torch.device) -> Tensor:
-    """The square of the norm, over all processes of ``group``; on the device of the sum.
+class Processes:
+    """The processes over which the squares of the norm are summed.
 
-    Args:
-        square: float64, of this process.
-        group: whose processes all come here at every step.
-        device: of the parameters, for groups that do not say which they reduce on.
+    A copy of the optimizer in the same process has the same; it cannot be sent to another.
     """
-    reduced_by: Any = group
-    if hasattr(group, "get_group"):
-        # Parameters that FSDP2 keeps on the CPU have a mesh of GPUs.
-        kind = reduced_by.device_type
-        device = device if device.type == kind else torch.device(kind)
-        reduced_by = group_of(reduced_by)
-    total = square.to(device, copy=True)
-    dist.all_reduce(total, group=reduced_by)
-    return total.to(square.device)
+
+    def __init__(self, group: NormGroup) -> None:
+        if not (hasattr(group, "get_group") or hasattr(group, "rank")):
+            raise TypeError(
+                "norm_group must be a torch.distributed process group or DeviceMesh, or None, got "
+                f"{type(group).__name__}"
+            )
+        self.group: Any = group
+
+    def __deepcopy__(self, memo: Any) -> Processes:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "an optimizer with a norm_group cannot be pickled, because process groups cannot: save "
+            "its state_dict()"
+        )
+
+    def sum(self, square: Tensor, device: torch.device) -> Tensor:
+        """The square of the norm, over all processes, which all come here at every step.
+
+        Args:
+            square: float64, of this process.
+            device: of the parameters, for groups that do not say which they reduce on.
+        """
+        group = self.group
+        if hasattr(group, "get_group"):
+            # Parameters that FSDP2 keeps on the CPU have a mesh of GPUs.
+            kind = group.device_type
+            device = device if device.type == kind else torch.device(kind)
+            group = group_of(group)
+        total = square.to(device, copy=True)
+        dist.all_reduce(total, group=group)
+        return total.to(square.device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlars.backends.base import OnDevice, Scalars
-from fastlars.rules import number
+from fastlars.rules import real
 
 
 class HostNumbers:
@@ -43,7 +43,7 @@ class HostNumbers:
         scale = sign * self._unscale
         if limit is not None and self._norm > limit:
             scale *= float(limit) / self._norm
-        return Scalars(number("lr", lr), scale, seed)
+        return Scalars(real("lr", lr), scale, seed)
 
 
 class DeviceNumbers:
@@ -81,7 +81,7 @@ class DeviceNumbers:
             None if limit is None else _there(self._square, device),
             float(limit or math.inf),
         )
-        known = number("lr", lr) if rate is None else 0.0
+        known = real("lr", lr) if rate is None else 0.0
         return Scalars(known, sign, seed, there if there.given else None)
 
 

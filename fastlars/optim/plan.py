@@ -29,7 +29,7 @@ from fastlars.optim.checks import (
 )
 from fastlars.optim.known import Kind, Known, Row
 from fastlars.optim.sharded import Shards, mesh_of, shard, shards, shards_of, tables, unwrapped
-from fastlars.rules import Rule, number
+from fastlars.rules import Rule, real
 
 State = dict[Tensor, dict[str, Any]]
 LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -276,7 +276,7 @@ class Plan:
             # A 0-dim tensor, as in torch.optim: it survives checkpoints, and a device can
             # advance it by itself.
             if not (isinstance(count, Tensor) and count.dim() == 0 and count.dtype == dtype):
-                count = torch.full((), number(counter, count), dtype=dtype, device=p.device)
+                count = torch.full((), real(counter, count), dtype=dtype, device=p.device)
             states[counter] = count.to(p.device)
 
     def _sort(self, grads: list[Tensor | None]) -> dict[Kind, list[int]]:

@@ -45,6 +45,9 @@ def count_step(group: Group, state: Any, host_knows: bool) -> None:
     device alone knows whether it was taken."""
     if all(p.grad is None for p in group["params"]):
         return
+    if "step" not in group:  # groups were replaced by hand: the states have counted this step
+        show_steps(group, state)
+        return
     if host_knows and not isinstance(group["step"], Tensor):
         group["step"] += 1
         return

@@ -9,8 +9,16 @@ import torch
 from torch import Tensor
 
 import fastlars.optim.compiled as compiled
+from fastlars.optim.norm import check_clip
 from fastlars.optim.plan import Plan, forget
 from fastlars.rules import Rule
+
+
+def _is_plain(item: tuple[str, Any]) -> bool:
+    """Whether a value is a number, or a pair of numbers, of Python's own."""
+    _, value = item
+    members = value if type(value) in (list, tuple) else (value,)
+    return all(type(member) in (int, float) for member in members)
 
 
 class TracedStep:
@@ -18,6 +26,9 @@ class TracedStep:
 
     param_groups: list[dict[str, Any]]
     state: Any
+    defaults: dict[str, Any]
+    _part_of: str | None
+    _step_outside_graph: Any
 
     @staticmethod
     @abstractmethod
@@ -33,12 +44,13 @@ class TracedStep:
         second: list[Tensor],
         counters: list[Tensor],
         masters: list[Tensor],
-    ) -> str:
-        """Fill the lists and return the rule as text.
+    ) -> tuple[str, tuple[tuple[str, Any], ...]]:
+        """Fill the lists; return the rule as text, and the numbers of the group that are in it.
 
         The name is torch.compile's: it runs this method instead of tracing it, guards what it read,
         and takes the tensors in the lists for inputs of its graph.
         """
+        check_clip(self.param_groups, self._part_of, None)
         # Of all groups at once: from here on, torch.compile guards the states that it has seen.
         for other in self.param_groups:
             rule = self.rule_of(other)
@@ -63,7 +75,8 @@ class TracedStep:
                 counters += [s[rule.counter] for s in states]
             if sublist.kinds.copy is not None:
                 masters += [s["master"] for s in states]
-        return compiled.encode(rule)
+        numbers = {name: group[name] for name in self.defaults if name != "lr"}
+        return compiled.encode(rule), tuple(filter(_is_plain, numbers.items()))
 
     def _step_traced(self) -> None:
         gathered = []
@@ -75,7 +88,14 @@ class TracedStep:
             second: list[Tensor] = []
             counters: list[Tensor] = []
             masters: list[Tensor] = []
-            rule = self._init_group(group, weights, grads, first, second, counters, masters)
+            rule, numbers = self._init_group(
+                group, weights, grads, first, second, counters, masters
+            )
+            # torch.compile lets a float that has changed once vary, without another look at what
+            # was made of it. Compared with a constant, it is guarded, and traced anew.
+            if any(group[name] != value for name, value in numbers):
+                self._step_outside_graph()
+                return
             if len(weights) > 0:
                 gathered.append((group, rule, weights, grads, first, second, counters, masters))
         if any(group["max_grad_norm"] is not None for group, *_ in gathered):
@@ -86,7 +106,7 @@ class TracedStep:
             )
         for group, rule, weights, grads, first, second, counters, masters in gathered:
             lr = group["lr"]
-            is_tensor = isinstance(lr, Tensor)
+            is_tensor, limit = isinstance(lr, Tensor), group["max_grad_norm"]
             torch.ops.fastlars.step(
                 rule,
                 weights,
@@ -95,10 +115,10 @@ class TracedStep:
                 second,
                 counters,
                 masters,
-                None if is_tensor else lr,
+                None if is_tensor else float(lr),
                 lr if is_tensor else None,
                 -1.0 if group["maximize"] else 1.0,
                 norm,
-                group["max_grad_norm"],
+                None if limit is None else float(limit),
                 group["stochastic_rounding"],
             )

@@ -156,8 +156,19 @@ def _loss(params: list[nn.Parameter]) -> Tensor:
     return torch.stack([p.square().sum() for p in params]).sum()
 
 
+def _by_compiled_hooks(make: Callable[..., Any], params: list[nn.Parameter]) -> None:
+    torch._dynamo.reset()
+
+    def step(p: Tensor, compiled: Any) -> None:
+        compiled()
+
+    for p in params:
+        compiled = torch.compile(make([p]).step, backend="aot_eager")
+        p.register_post_accumulate_grad_hook(functools.partial(step, compiled=compiled))
+
+
 @each_class
-@pytest.mark.parametrize("install", [_by_hooks, _by_torch])
+@pytest.mark.parametrize("install", [_by_hooks, _by_torch, _by_compiled_hooks])
 def test_steps_inside_backward_are_refused(row: Row, install: Any) -> None:
     params = parameters()[:3]
     install(functools.partial(row.make, max_grad_norm=LIMIT), params)
@@ -182,24 +193,16 @@ def test_what_is_no_group(row: Row) -> None:
         row.make(parameters(), norm_group="world")
 
 
-def copies() -> list[str]:
+def copies() -> None:
     optimizer = fastlars.LAMB(parameters(), max_grad_norm=LIMIT, norm_group=dist.group.WORLD)
-    messages = []
-    for copied in (copy.deepcopy, pickle.dumps):
-        try:
-            again = copied(optimizer)
-        except Exception as error:
-            messages.append(type(error).__name__)
-        else:
-            messages.append("" if again._norm_group is optimizer._norm_group else "forgotten")
-    assert "norm_group" not in str(optimizer.state_dict().keys())
+    assert copy.deepcopy(optimizer)._norm_group is optimizer._norm_group
+    with pytest.raises(TypeError, match="norm_group cannot be pickled"):
+        pickle.dumps(optimizer)
     assert all("norm_group" not in group for group in optimizer.state_dict()["param_groups"])
-    return messages
 
 
 def test_a_copy_does_not_forget_its_group() -> None:
-    for messages in run(1, copies):
-        assert "forgotten" not in messages
+    run(1, copies)
 
 
 def test_one_process_with_a_group_is_one_without() -> None:
