@@ -170,7 +170,8 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
                 self.rule_of(group)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"group {number}: {error}") from None
-            check_clip([group], self._part_of, self._norm_group)
+            if group["max_grad_norm"] is not None:
+                check_clip(self._part_of, self._norm_group)
             check_overlap(self._places())
         except (RuntimeError, TypeError, ValueError):
             self.param_groups.pop()
@@ -252,7 +253,9 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and not self._reads_device() and float(found_inf) != 0.0:
             return
-        check_clip(self.param_groups, self._part_of, self._norm_group)
+        clips = any(group["max_grad_norm"] is not None for group in self.param_groups)
+        if clips:
+            check_clip(self._part_of, self._norm_group)
         works = self._prepare()
         check_recording(works)
         now = numbers(
@@ -262,12 +265,14 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         )
         if now.skip:
             return
-        self._last = take(works, now, self._total())
+        self._last = take(works, now, self._total() if clips else None)
         self._count_steps(host_knows=found_inf is None or not self._reads_device())
 
     def _count_steps(self, host_knows: bool) -> None:
-        if self.counts_steps:
-            for group in self.param_groups:
+        if not self.counts_steps:
+            return
+        for group, plan in zip(self.param_groups, self._plans, strict=True):
+            if plan is None or plan.sublists:  # else no parameter has a gradient
                 count_step(group, self.state, host_knows and not group["capturable"])
 
     def _total(self) -> Callable[[Tensor | None], Tensor] | None:

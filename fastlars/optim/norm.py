@@ -29,10 +29,8 @@ def part_of() -> str | None:
     return None
 
 
-def check_clip(groups: list[dict[str, Any]], owner: str | None, norm_group: Any) -> None:
+def check_clip(owner: str | None, norm_group: Any) -> None:
     """Raise where ``max_grad_norm`` would clip by the norm of a part of the gradients."""
-    if all(group["max_grad_norm"] is None for group in groups):
-        return
     if owner is not None and norm_group is None:
         raise RuntimeError(
             f"max_grad_norm under {owner}, which gives each process an optimizer of a part of the "

@@ -43,7 +43,7 @@ class HostNumbers:
         scale = sign * self._unscale
         if limit is not None and self._norm > limit:
             scale *= float(limit) / self._norm
-        return Scalars(real("lr", lr), scale, seed)
+        return Scalars(_rate(lr), scale, seed)
 
 
 class DeviceNumbers:
@@ -81,7 +81,7 @@ class DeviceNumbers:
             None if limit is None else _there(self._square, device),
             float(limit or math.inf),
         )
-        known = real("lr", lr) if rate is None else 0.0
+        known = _rate(lr) if rate is None else 0.0
         return Scalars(known, sign, seed, there if there.given else None)
 
 
@@ -93,6 +93,10 @@ def square(sums: list[Tensor], on_device: bool) -> Tensor:
         return torch.stack(squares).sum() if squares[1:] else squares[0]
     total = sum(x for each in sums for x in each[:, 1].tolist())
     return torch.tensor(total, dtype=torch.float64, device="cpu")
+
+
+def _rate(lr: Any) -> float:
+    return lr if type(lr) is float and lr >= 0.0 else real("lr", lr)
 
 
 def _there(value: Tensor | None, device: torch.device) -> Tensor | None:

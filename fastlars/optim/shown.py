@@ -41,15 +41,12 @@ def show_steps(group: Group, state: Any) -> None:
 
 
 def count_step(group: Group, state: Any, host_knows: bool) -> None:
-    """Count a step of a group that has gradients, or show a parameter's own counter where the
-    device alone knows whether it was taken."""
-    if all(p.grad is None for p in group["params"]):
-        return
-    if "step" not in group:  # groups were replaced by hand: the states have counted this step
+    """Count a step, or show a parameter's own counter where the device alone knows it."""
+    step = group.get("step")
+    if host_knows and type(step) is int:
+        group["step"] = step + 1
+    elif step is None:  # groups were replaced by hand: the states have counted this step
         show_steps(group, state)
-        return
-    if host_knows and not isinstance(group["step"], Tensor):
-        group["step"] += 1
-        return
-    counters = (state[p].get("step") for p in group["params"] if p in state)
-    group["step"] = next((c for c in counters if c is not None), group["step"])
+    else:
+        counters = (state[p].get("step") for p in group["params"] if p in state)
+        group["step"] = next((c for c in counters if c is not None), step)

@@ -50,7 +50,8 @@ class TracedStep:
         The name is torch.compile's: it runs this method instead of tracing it, guards what it read,
         and takes the tensors in the lists for inputs of its graph.
         """
-        check_clip(self.param_groups, self._part_of, None)
+        if any(other["max_grad_norm"] is not None for other in self.param_groups):
+            check_clip(self._part_of, None)
         # Of all groups at once: from here on, torch.compile guards the states that it has seen.
         for other in self.param_groups:
             rule = self.rule_of(other)
