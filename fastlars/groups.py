@@ -13,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 Rule = Callable[[str, nn.Parameter], bool]
+# What an optimizer writes into a group: parameters, their names, and the steps that it took.
+_OWN = ("params", "param_names", "step")
 Excluded = Literal["none", "norms", "norms+biases"] | Rule
 
 
@@ -196,7 +198,7 @@ def _split(
     group: dict[str, Any], entries: list[_Entry], weight_decay: float, rules: tuple[Rule, Rule]
 ) -> list[dict[str, Any]]:
     """Up to four groups, with everything that the one held."""
-    kept = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    kept = {key: value for key, value in group.items() if key not in _OWN}
     decay = kept.get("weight_decay", weight_decay)
     never_decayed = bool(kept.get("weight_decay") == 0)  # an array of numpy answers with an array
     never_adapted = kept.get("adapt") is False

@@ -186,6 +186,16 @@ def test_gradients_that_lie_otherwise_are_bound_once(
     assert_same("parameter", *runs)
 
 
+def test_a_sparse_gradient_after_one_that_was_copied() -> None:
+    w = nn.Parameter(torch.ones(3, 4))
+    optimizer = fastlars.LARS([w], lr=0.1)
+    w.grad = torch.ones(4, 3).t()
+    optimizer.step()
+    w.grad = torch.ones(3, 4).to_sparse()
+    with pytest.raises(TypeError, match="group 0, parameter 0 has a sparse gradient"):
+        optimizer.step()
+
+
 def test_double_weights_have_plans_too() -> None:
     row = next(row for row in ROWS if row.dtype == F64)
     run_beside_one_that_forgets(row, drop)

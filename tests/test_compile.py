@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 import fastlars
 from fastlars.backends.choose import instance
 from fastlars.rules import LarsRule
-from optimizers import assert_same, parameters, set_gradients
+from optimizers import Snapshot, assert_same, parameters, set_gradients
 
 CASES = {
     "lars": (fastlars.LARS, {"lr": 1.0}),
@@ -184,13 +185,22 @@ CYCLES: dict[str, list[Any]] = {
     "max_grad_norm": [0.5, 0.2, 0.3, None, 0.4],
     "lr": [0.1, 0.2, 0.3, 0.4],
     "momentum": [0.9, 0.5, 0.3, 0.0, 0.7],
+    # Of types that torch.compile does not guard.
+    "weight_decay of numpy": [0.1, *map(numpy.float64, (0.2, 0.3)), 0.1, numpy.float32(0.5)],
+    "weight_decay tensors": [0.1, *map(torch.tensor, (0.2, 0.3, 0.4))],
+    "betas of numpy": [(0.9, 0.99), *map(numpy.array, ([0.8, 0.99], [0.7, 0.98])), (0.9, 0.99)],
+    "lr of numpy": [0.1, *map(numpy.float64, (0.2, 0.3)), 0.4],
+    "max_grad_norm of numpy": [0.5, *map(numpy.float32, (0.2, 0.3)), None],
+    "trust_clip of numpy": [False, numpy.True_, numpy.False_, True],
 }
 
 
 @pytest.mark.parametrize("name", CYCLES)
+@pytest.mark.filterwarnings("ignore")  # of torch, which says that it does not trace an extension
 def test_hyper_parameters_that_a_schedule_changes(name: str) -> None:
     """torch.compile lets a float vary once it has changed: what was made of it must not stay."""
     torch._dynamo.reset()
+    values, name = CYCLES[name], name.split()[0]
     kind = fastlars.LARS if name == "momentum" else fastlars.LAMB
     rows = []
     for compiled in (False, True):
@@ -198,7 +208,7 @@ def test_hyper_parameters_that_a_schedule_changes(name: str) -> None:
         optimizer = kind([w], lr=0.5)
         step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
         seen = []
-        for i, value in enumerate(CYCLES[name]):
+        for i, value in enumerate(values):
             optimizer.param_groups[0][name] = value
             w.grad = torch.tensor([1.0, 2.0, 0.5 * i])
             step()
@@ -206,6 +216,27 @@ def test_hyper_parameters_that_a_schedule_changes(name: str) -> None:
         rows.append(seen)
     assert_same("weights after step", rows[1], rows[0])
     assert len({tuple(weights.tolist()) for weights in rows[0]}) == len(rows[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_grad_norm", -1.0), ("maximize", "yes"), ("lr", -0.2), ("weight_decay", -1.0)],
+)
+def test_compiled_steps_refuse_what_others_refuse(name: str, value: Any) -> None:
+    """Of the last group, before the first is stepped."""
+    torch._dynamo.reset()
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = fastlars.LAMB([{"params": [p]} for p in params])
+    step = torch.compile(optimizer.step, backend="aot_eager")
+    for p in params:
+        p.grad = torch.ones(3)
+    step()
+    optimizer.param_groups[1][name] = value
+    before = Snapshot(optimizer)
+    with pytest.raises(Exception, match=f"group 1: {name} must"):  # wrapped in one of torch's
+        step()
+    torch.set_grad_enabled(True)  # which torch leaves off behind an error in a compiled region
+    before.assert_unchanged()
 
 
 def test_a_weight_laid_out_anew_between_compiled_steps() -> None:

@@ -237,6 +237,16 @@ def test_lazy_modules_have_no_shape(asks: str) -> None:
     assert "1.weight" in names(fastlars.parameter_groups(model, 0.1, **SHAPES[asks])[0])
 
 
+def test_steps_of_another_optimizer_are_not_carried_over() -> None:
+    params = [nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))]
+    old = fastlars.LAMB(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    old.step()
+    new = fastlars.LAMB(fastlars.parameter_groups(old.param_groups, 0.1))
+    assert [group["step"] for group in new.param_groups] == [0, 0]
+
+
 def test_lazy_modules_by_name() -> None:
     model = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d())
     kept, excluded = fastlars.parameter_groups(model, 0.1, exclude=lambda name, _: "1." in name)

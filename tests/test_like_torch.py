@@ -44,6 +44,7 @@ QUARTER: list[Callable[[float], Any]] = [
     Decimal,
     torch.tensor,
     lambda x: torch.tensor([x]),
+    lambda x: numpy.array([x]),
     lambda x: nn.Parameter(torch.tensor(x)),
 ]
 NUMBERS = [
@@ -95,6 +96,12 @@ def test_pairs_are_any_sequence_and_may_change_in_place(name: str, kind: Any) ->
     for optimizer, params in zip(optimizers, rows, strict=True):
         train(optimizer, params, range(2))
     assert_same("parameter", *rows)
+    optimizers[0].param_groups[0][name] = numpy.array([0.75, 0.875])
+    optimizers[1].param_groups[0][name] = (0.75, 0.875)
+    for optimizer, params in zip(optimizers, rows, strict=True):
+        train(optimizer, params, [7])
+    for optimizer, value in zip(optimizers, (given, (0.5, 0.75)), strict=True):
+        optimizer.param_groups[0][name] = value
     if kind in (list, numpy.array, torch.tensor):
         given[0] = 0.25
     elif not isinstance(given, (tuple, Sequence)) or kind is tuple:
@@ -304,7 +311,7 @@ def test_a_momentum_that_a_schedule_takes_to_zero(compiled: bool) -> None:
     ours = fastlars.LARS([w], lr=0.5, nesterov=True, adapt=False, buffer="scaled")
     theirs = SGD([v], lr=0.5, momentum=0.9, nesterov=True)
     step = torch.compile(ours.step, backend="aot_eager") if compiled else ours.step
-    for momentum in (0.9, 0.0, 0.5):
+    for momentum in (0.9, 0.0, 0.5, -1e-17):
         for optimizer in (ours, theirs):
             optimizer.param_groups[0]["momentum"] = momentum
         w.grad, v.grad = torch.ones(3), torch.ones(3)

@@ -101,7 +101,10 @@ def test_who_unscales(row: Row) -> None:
     assert fused(torch.float16, master_weights=True)
     params = parameters(torch.float32)
     groups = [{"params": params[:1], "fused_unscale": True}, {"params": params[1:]}]
-    assert not row.make(groups)._step_supports_amp_scaling
+    mixed = row.make(groups)
+    assert not mixed._step_supports_amp_scaling
+    mixed._ahead = True  # under overlap, which refuses a GradScaler once it shows itself
+    assert mixed._step_supports_amp_scaling
 
 
 def test_a_scaler_steps_float16_weights() -> None:

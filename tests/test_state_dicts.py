@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 import fastlars
 from input_cases import through_file
-from optimizers import ROWS, SIMPLE, Row, assert_same, parameters, train
+from optimizers import ROWS, SIMPLE, Row, Snapshot, assert_same, parameters, train
 from optimizers import one_thread as one_thread
 from tolerances import assert_same_bits
 
@@ -255,6 +255,7 @@ def test_groups_of_which_a_hook_left_little(row: Row) -> None:
     other.register_load_state_dict_pre_hook(leave_out)
     other.load_state_dict(optimizer.state_dict())
     assert [group["lr"] for group in other.param_groups] == [0.25, 0.25]
+    assert [group["weight_decay"] for group in other.param_groups][1] == 0.0  # the group's own
     train(other, others, [2])
 
 
@@ -313,6 +314,21 @@ def test_an_option_switched_on_between_two_steps(option: Any, dtype: torch.dtype
         train(optimizer, params, range(2, 4))
         runs.append(params)
     assert_same("parameter", *runs)
+
+
+@pytest.mark.parametrize("step", ["x", float("nan"), torch.ones(2), True])
+def test_a_count_that_is_none_changes_nothing(step: Any) -> None:
+    optimizer = fastlars.LAMB(parameters())
+    train(optimizer, optimizer.param_groups[0]["params"], [0])
+    bad = copy.deepcopy(optimizer.state_dict())
+    bad["param_groups"][0] |= {"step": step, "lr": 7.0}
+    before = Snapshot(optimizer)
+    with pytest.raises(ValueError, match="state_dict, group 0: step must be"):
+        optimizer.load_state_dict(bad)
+    before.assert_unchanged()
+    with pytest.raises((TypeError, ValueError), match="group 1: step must be"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "step": step})
+    assert len(optimizer.param_groups) == 1
 
 
 @pytest.mark.parametrize("count", [numpy.int64(5), 5, 5.0, torch.tensor(5), torch.tensor([5.0])])

@@ -18,6 +18,7 @@ from fastlars.distributed.buckets import Bucket, Part, Started, measured, parts_
 from fastlars.distributed.refusals import check_groups, check_scaler
 from fastlars.optim.base import FusedOptimizer
 from fastlars.optim.numbers import numbers
+from fastlars.optim.values import kept, unchanged
 from fastlars.optim.work import Work, check_recording, take
 
 Taken = list[tuple[list[Tensor], Tensor]]
@@ -182,7 +183,7 @@ class Engine:
                 "a gradient was changed between backward and optimizer.step(): overlap has used it "
                 "already. For a global clip, set max_grad_norm"
             )
-        if self._values != self._hyper_parameters():
+        if not unchanged(self._values, self._hyper_parameters()):
             raise RuntimeError(
                 "a hyper-parameter was changed between backward and optimizer.step(): overlap "
                 "has used it already. Change it before backward, or after optimizer.step()"
@@ -259,6 +260,6 @@ def _versions(params: list[Tensor]) -> int:
 
 def _plain(value: Any) -> Any:
     """A value to compare with later: of a tensor the number, where reading it does not wait."""
-    if isinstance(value, Tensor):
-        return value.item() if value.device.type == "cpu" else id(value)
-    return value
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return id(value)
+    return kept(value)

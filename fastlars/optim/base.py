@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, overload
 
@@ -17,12 +16,13 @@ import fastlars._C as _C
 from fastlars.backends.base import Mismatch
 from fastlars.optim import checkpoint
 from fastlars.optim.checks import check_lr, check_options, check_overlap
-from fastlars.optim.norm import Processes, check_clip, part_of
+from fastlars.optim.norm import Processes, check_clip, owner_of_this
 from fastlars.optim.numbers import numbers
 from fastlars.optim.plan import Plan, location, options_of
 from fastlars.optim.sharded import shard
 from fastlars.optim.shown import count_step, show_steps, take_names
 from fastlars.optim.traced import TracedStep
+from fastlars.optim.values import kept, unchanged
 from fastlars.optim.work import Work, check_making, check_recording, take
 from fastlars.rules import Rule
 
@@ -63,22 +63,6 @@ def unwatched(plain: Callable[..., Any], watched: Callable[..., Any]) -> Callabl
     return step
 
 
-def _kept(value: Any) -> Any:
-    """What to compare an option with later, if it may have been changed in place."""
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
-        return value
-    if type(value) in (list, tuple):
-        return type(value)(map(_kept, value))
-    if hasattr(value, "item") and math.prod(value.shape) == 1:
-        return value.item()
-    return _Unlike()  # a sequence of another library is looked at in every step
-
-
-class _Unlike:
-    def __eq__(self, other: object) -> bool:
-        return False  # where an array would compare element by element
-
-
 class Ahead(Protocol):
     """Steps parameters before ``step()`` does, as fastlars.distributed.overlap has it."""
 
@@ -101,7 +85,7 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
 
     _ahead: Ahead | None = None
     _norm_group: Processes | None = None
-    _part_of: str | None = None
+    _owner: str | None = None
     # Whether group["step"] shows the steps taken, as training scripts read it off other classes.
     counts_steps: ClassVar[bool] = False
 
@@ -111,7 +95,7 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         if defaults["lr"] is not None:
             check_lr(defaults["lr"])
         self._norm_group = None if norm_group is None else Processes(norm_group)
-        self._part_of = part_of()
+        self._owner = owner_of_this()
         self._forget()
         super().__init__(params, OPTIONS | defaults)
 
@@ -120,16 +104,20 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         """Asked by GradScaler: whether ``step`` takes its scale and its verdict.
 
         Lightning then refuses to clip gradients, and Accelerate does not see that a step was
-        skipped; so it is True on request, where a GradScaler cannot unscale (float16 parameters),
-        where the host cannot skip (CUDA graphs), and under overlap, which refuses a GradScaler.
+        skipped. So it is True only
+
+        * under overlap, which then sees a GradScaler and refuses it;
+        * where all groups ask for it;
+        * where a group leaves it open and a GradScaler cannot do it: it does not unscale gradients
+          of float16 parameters, and its host cannot skip what a CUDA graph replays.
         """
         asked = [group["fused_unscale"] for group in self.param_groups]
-        if None in asked:
-            return self._ahead is not None or any(
-                group["capturable"] or any(p.dtype == torch.float16 for p in group["params"])
-                for group in self.param_groups
-            )
-        return all(asked)
+        if self._ahead is not None or None not in asked:
+            return self._ahead is not None or all(asked)
+        return any(
+            group["capturable"] or any(p.dtype == torch.float16 for p in group["params"])
+            for group in self.param_groups
+        )
 
     def _patch_step_function(self) -> None:
         # torch's, which wraps step in its hooks and its profiler's region, once for each class.
@@ -161,17 +149,17 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
                 param_group["param_names"] = names
         number = len(self.param_groups) - 1
         group = self.param_groups[number]
-        if self.counts_steps:
-            show_steps(group, self.state)
         try:
             try:
+                if self.counts_steps:
+                    show_steps(group, self.state)
                 check_lr(group["lr"])
                 check_options(group)
                 self.rule_of(group)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"group {number}: {error}") from None
             if group["max_grad_norm"] is not None:
-                check_clip(self._part_of, self._norm_group)
+                check_clip(self._owner, self._norm_group)
             check_overlap(self._places())
         except (RuntimeError, TypeError, ValueError):
             self.param_groups.pop()
@@ -186,7 +174,7 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy that forgot them would clip by a part of the norm, without a word.
-        parts = {"_norm_group": self._norm_group, "_part_of": self._part_of}
+        parts = {"_norm_group": self._norm_group, "_owner": self._owner}
         return {**super().__getstate__(), **{k: v for k, v in parts.items() if v is not None}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -255,7 +243,7 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
             return
         clips = any(group["max_grad_norm"] is not None for group in self.param_groups)
         if clips:
-            check_clip(self._part_of, self._norm_group)
+            check_clip(self._owner, self._norm_group)
         works = self._prepare()
         check_recording(works)
         now = numbers(
@@ -319,11 +307,13 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         check_lr(group["lr"])
         values = tuple(group[name] for name in self.defaults if name != "lr")
         known = self._rules[number]
-        if known is not None and known[0] == values:
+        if known is not None and unchanged(known[0], values):
             return known[1]
+        if checkpoint.take_types(group):  # of a state_dict that ZeroRedundancyOptimizer has loaded
+            values = tuple(group[name] for name in self.defaults if name != "lr")
         check_options(group)
         rule = self.rule_of(group)
-        self._rules[number] = (tuple(map(_kept, values)), rule)
+        self._rules[number] = (kept(values), rule)
         plan = self._plans[number]
         if plan is not None and plan.options != options_of(group, rule):
             self._plans[number] = None

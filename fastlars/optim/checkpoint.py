@@ -21,7 +21,7 @@ from fastlars.optim.meaning import why_not_the_same
 from fastlars.optim.plan import FOLLOWERS, counter_dtype, like, location, state_dtype, wanted
 from fastlars.optim.sharded import is_dtensor, mesh_of, placed
 from fastlars.optim.shown import show_steps
-from fastlars.rules import Rule, real
+from fastlars.rules import Rule, at_least_zero, real
 
 if TYPE_CHECKING:
     from fastlars.optim.base import FusedOptimizer
@@ -55,11 +55,13 @@ def portable(_: Any, state_dict: Dict) -> Dict:
     return {**state_dict, "param_groups": groups}
 
 
-def _with_types(group: Dict) -> Dict:
+def take_types(group: Dict) -> bool:
+    """Put types in the place of their names, in a group; whether there was one."""
     name = group.get("state_dtype")
     if not isinstance(name, str):
-        return group
-    return {**group, "state_dtype": getattr(torch, name.removeprefix("torch."), name)}
+        return False
+    group["state_dtype"] = getattr(torch, name.removeprefix("torch."), name)
+    return True
 
 
 def load(optimizer: FusedOptimizer, load_base: Callable[[Dict], None], state_dict: Dict) -> None:
@@ -69,14 +71,19 @@ def load(optimizer: FusedOptimizer, load_base: Callable[[Dict], None], state_dic
 
     def check(_: Any, incoming: Dict) -> Dict:
         loaded.update(_translated(optimizer, incoming))
-        loaded["param_groups"] = [_with_types(group) for group in loaded["param_groups"]]
+        loaded["param_groups"] = [dict(group) for group in loaded["param_groups"]]
+        for ours, theirs in zip(optimizer.param_groups, loaded["param_groups"], strict=False):
+            # What a hook left out, and what a version before did not have, stays as it is.
+            for name in optimizer.defaults.keys() & ours.keys() - theirs.keys():
+                theirs[name] = ours[name]
+            take_types(theirs)
         if _fits(optimizer, loaded):
             states.update(
                 {p: _state_of(optimizer, p, *of) for p, *of in _members(optimizer, loaded)}
             )
         # torch's own copies would share memory with the checkpoint, and make generators of texts.
-        known = {index for group in loaded["param_groups"] for index in group["params"]}
-        rest = {k: {} if k in known else _copied(v) for k, v in loaded["state"].items()}
+        indices = {index for group in loaded["param_groups"] for index in group["params"]}
+        rest = {k: {} if k in indices else _copied(v) for k, v in loaded["state"].items()}
         return {**loaded, "state": rest}
 
     def mend(_: Any) -> None:
@@ -190,6 +197,8 @@ def _fits(optimizer: FusedOptimizer, loaded: Dict) -> bool:
             check_lr(group["lr"])
             check_options(group)
             rule = optimizer.rule_of(group)
+            if optimizer.counts_steps and group.get("step") is not None:
+                at_least_zero("step", group["step"])
         except (TypeError, ValueError) as error:
             raise ValueError(f"state_dict, group {number}: {error}") from None
         for i, (p, index) in enumerate(zip(ours["params"], theirs["params"], strict=True)):

@@ -52,7 +52,7 @@ class Known:
         """
         self.params = params
         self.rows: dict[int, Row] = rows
-        if before is not None and before.of(params) and before.lie_as_before():
+        if before is not None and before.is_of(params) and before.lie_as_before():
             # Kinds are told apart by identity, because to compare them costs 1 us for each tensor.
             alike = {row.kind: row.kind for row in before.rows.values()}
             new = {i: row._replace(kind=alike.get(row.kind, row.kind)) for i, row in rows.items()}
@@ -61,7 +61,7 @@ class Known:
         self._members = [shard(params[i]) for i in self.rows]
         self._layout = _C.Layout(viewer(), self._members)
 
-    def of(self, params: list[Tensor]) -> bool:
+    def is_of(self, params: list[Tensor]) -> bool:
         """Whether these are the parameters."""
         return len(params) == len(self.params) and all(map(is_, params, self.params))
 

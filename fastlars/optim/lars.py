@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlars.optim.base import FusedOptimizer, Params
 from fastlars.optim.checkpoint import Source
-from fastlars.rules import LarsRule, adapts, flag
+from fastlars.rules import LarsRule, adapts, flag, real
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -44,7 +44,7 @@ class LARS(FusedOptimizer):
     Args:
         params: parameters or parameter groups; see :func:`fastlars.parameter_groups`.
         lr: learning rate :math:`\gamma \ge 0`, a number or a 1-element tensor. Large: 5 to 30 is
-            usual with the default trust coefficient. None, where each group has an ``lr`` itself.
+            usual with the default trust coefficient. None, where each group has an ``lr`` itself; a group without one is a TypeError.
         momentum: :math:`\mu`, in [0, 1). Without momentum there is no buffer.
         dampening: in [0, 1]; what enters the buffer is multiplied by ``1 - dampening``, from the
             second step on, as in :class:`torch.optim.SGD`.
@@ -77,7 +77,7 @@ class LARS(FusedOptimizer):
             ``fused=True`` does in torch: no pass unscales the gradients, and on a GPU nothing waits
             for the verdict. Lightning then refuses ``gradient_clip_val``, and Accelerate's
             schedulers do not see a skipped step. None: only with float16 parameters or
-            ``capturable``, where a ``GradScaler`` cannot do it. Needs all groups to agree.
+            ``capturable``, where a ``GradScaler`` cannot do it. Counts where all groups have it.
         norm_group: process group or :class:`~torch.distributed.device_mesh.DeviceMesh` over which
             the squares of the norm for ``max_grad_norm`` are summed: the stages of a pipeline, or
             the processes of a ``ZeroRedundancyOptimizer``, each of which has other parameters. All
@@ -173,7 +173,8 @@ class LARS(FusedOptimizer):
             dampening=group["dampening"],
             weight_decay=group["weight_decay"],
             # A schedule may take the momentum to 0, where there is nothing to look ahead to.
-            nesterov=flag("nesterov", group["nesterov"]) and group["momentum"] != 0.0,
+            nesterov=flag("nesterov", group["nesterov"])
+            and real("momentum", group["momentum"]) != 0.0,
             trust_coefficient=group["trust_coefficient"],
             eps=group["eps"],
             ratio=group["ratio"],

@@ -26,7 +26,7 @@ def why_not_the_same(ours: Group, theirs: Group) -> str:
                 f"these states were made with {name}={other}, and mean something else with "
                 f"{name}={ours[name]}, which this group has"
             )
-    if real("weight_decay", theirs.get("weight_decay", 0.0)) == 0.0:
+    if real("weight_decay", theirs.get("weight_decay") or 0.0) == 0.0:
         return ""
     if "caution" in theirs and "dampening" in theirs and "buffer" in ours:
         return (

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     NormGroup = ProcessGroup | DeviceMesh
 
 
-def part_of() -> str | None:
+def owner_of_this() -> str | None:
     """Whose part an optimizer is that is being made; None where nobody is known to own it."""
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     frame = sys._getframe(1) if module is not None else None

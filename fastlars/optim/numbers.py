@@ -42,7 +42,7 @@ class HostNumbers:
         """For one list, clipped where its group asks for it."""
         scale = sign * self._unscale
         if limit is not None and self._norm > limit:
-            scale *= float(limit) / self._norm
+            scale *= real("max_grad_norm", limit) / self._norm
         return Scalars(_rate(lr), scale, seed)
 
 
@@ -79,7 +79,7 @@ class DeviceNumbers:
             _there(self._grad_scale, device),
             _there(self._found_inf, device),
             None if limit is None else _there(self._square, device),
-            float(limit or math.inf),
+            math.inf if limit is None else real("max_grad_norm", limit),
         )
         known = _rate(lr) if rate is None else 0.0
         return Scalars(known, sign, seed, there if there.given else None)

@@ -114,9 +114,7 @@ def bind(backend: Backend, tensors: Tensors, layout: Any, copied: list[int] | No
 def _copy(tensors: Tensors, indices: Iterable[int]) -> list[int]:
     """Copy those gradients of ``indices`` that lie otherwise than their weights; their places."""
     weights, grads = tensors.copies or tensors.weights, list(tensors.grads)
-    moved = [
-        i for i in indices if grads[i].stride() != weights[i].stride() or grads[i]._is_zerotensor()
-    ]
+    moved = [i for i in indices if _lies_otherwise(weights[i], grads[i])]
     given = [grads[i] for i in moved]
     for i in moved:
         grads[i] = torch.empty_like(weights[i], dtype=grads[i].dtype, requires_grad=False)
@@ -124,6 +122,12 @@ def _copy(tensors: Tensors, indices: Iterable[int]) -> list[int]:
         torch._foreach_copy_([grads[i] for i in moved], given)
     tensors.grads = grads
     return moved
+
+
+def _lies_otherwise(weight: Tensor, grad: Tensor) -> bool:
+    if grad.layout != torch.strided:
+        return False  # the checks say what is wrong with it
+    return grad.stride() != weight.stride() or grad._is_zerotensor()
 
 
 @dataclass
@@ -178,8 +182,11 @@ class Plan:
         self.sublists: list[Sublist] = []
         self.whole = False
 
-    def ready(self) -> Plan:
-        """Make the states that are missing, and the layouts; what was checked cannot fail now."""
+    def ready(self, keeps: bool = True) -> Plan:
+        """Make the states that are missing, and the layouts; what was checked cannot fail now.
+
+        ``keeps`` what is known for the plans of other gradients.
+        """
         for indices in self.kinds.values():
             for i in indices:
                 self._make_states(self.params[i], self.group)
@@ -189,13 +196,13 @@ class Plan:
             for i in indices
         }
         self.sublists = self._cut(rows)
-        self.known = Known(self.params, rows, self.known)
+        self.known = Known(self.params, rows, self.known) if keeps else None
         return self
 
     def of_others(self, params: list[Tensor]) -> Plan | None:
         """The plan, ready, for gradients of other parameters of the group, if all were checked."""
         known, types = self.known, [type(p.grad) for p in params]
-        if known is None or not known.of(params):
+        if known is None or not known.is_of(params):
             return None
         kept = known.plans.pop(tuple(types), None)
         plan = self._sorted_anew(known, types) if kept is None else kept
@@ -227,7 +234,7 @@ class Plan:
         plan.grad_types = list(map(type, grads))
         plan.known = None
         plan.kinds = plan._sort(list(grads))
-        return plan.ready()
+        return plan.ready(keeps=False)
 
     def gradients(self, params: list[Tensor]) -> list[Any] | None:
         """Of the parameters, if these and the types of their gradients are what the plan was made

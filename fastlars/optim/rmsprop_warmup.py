@@ -73,11 +73,15 @@ class RMSpropWarmup(FusedOptimizer):
             ``fused=True`` does in torch: no pass unscales the gradients, and on a GPU nothing waits
             for the verdict. Lightning then refuses ``gradient_clip_val``, and Accelerate's
             schedulers do not see a skipped step. None: only with float16 parameters or
-            ``capturable``, where a ``GradScaler`` cannot do it. Needs all groups to agree.
+            ``capturable``, where a ``GradScaler`` cannot do it. Counts where all groups have it.
         norm_group: process group or :class:`~torch.distributed.device_mesh.DeviceMesh` over which
             the squares of the norm for ``max_grad_norm`` are summed: the stages of a pipeline, or
             the processes of a ``ZeroRedundancyOptimizer``, each of which has other parameters. All
             its processes must step together. It is not part of ``state_dict()``.
+
+    ``param_groups[i]["step"]`` is the number of steps that a group has taken, an int, for scripts
+    that read it there. It is a tensor with ``capturable`` or where the device alone knows whether a
+    step was skipped, and stands still inside ``torch.compile``. t above is ``state[p]["step"]``.
 
     Raises:
         ValueError, TypeError: a value is out of range, parameters share memory, or a tensor cannot

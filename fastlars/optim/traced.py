@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 import fastlars.optim.compiled as compiled
+from fastlars.optim.checks import check_lr, check_options
 from fastlars.optim.norm import check_clip
 from fastlars.optim.plan import Plan, forget
+from fastlars.optim.values import is_plain
 from fastlars.rules import Rule
 
 
-def _is_plain(item: tuple[str, Any]) -> bool:
-    """Whether a value is a number, or a pair of numbers, of Python's own."""
-    _, value = item
+def _is_number(value: Any) -> bool:
     members = value if type(value) in (list, tuple) else (value,)
     return all(type(member) in (int, float) for member in members)
 
@@ -27,7 +27,7 @@ class TracedStep:
     param_groups: list[dict[str, Any]]
     state: Any
     defaults: dict[str, Any]
-    _part_of: str | None
+    _owner: str | None
     _step_outside_graph: Any
 
     @staticmethod
@@ -44,23 +44,36 @@ class TracedStep:
         second: list[Tensor],
         counters: list[Tensor],
         masters: list[Tensor],
-    ) -> tuple[str, tuple[tuple[str, Any], ...]]:
-        """Fill the lists; return the rule as text, and the numbers of the group that are in it.
+    ) -> tuple[str, tuple[tuple[str, Any], ...] | None]:
+        """Fill the lists; return the rule as text, and the numbers of the group that are in it, or
+        None where they are of types that torch.compile does not guard.
 
         The name is torch.compile's: it runs this method instead of tracing it, guards what it read,
         and takes the tensors in the lists for inputs of its graph.
         """
         if any(other["max_grad_norm"] is not None for other in self.param_groups):
-            check_clip(self._part_of, None)
+            check_clip(self._owner, None)
+        for number, other in enumerate(self.param_groups):
+            try:
+                check_lr(other["lr"])
+                check_options(other)
+                self.rule_of(other)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"group {number}: {error}") from None
         # Of all groups at once: from here on, torch.compile guards the states that it has seen.
         for other in self.param_groups:
             rule = self.rule_of(other)
             for p in other["params"]:
                 if p.grad is not None and p in self.state:
                     forget(p, rule, other, self.state[p])
-        number = next(i for i, other in enumerate(self.param_groups) if other is group)
-        rule = self.rule_of(group)
-        for sublist in Plan(group, number, rule, self.state).ready().sublists:
+        # All are checked before the first state is made.
+        plans = [
+            Plan(other, number, self.rule_of(other), self.state)
+            for number, other in enumerate(self.param_groups)
+        ]
+        plan = next(plan for plan in plans if plan.group is group)
+        number, rule = plan.number, plan.rule
+        for sublist in plan.ready(keeps=False).sublists:
             if sublist.shards is not None:
                 raise RuntimeError(
                     f"group {number}: DTensors are not stepped inside torch.compile: leave "
@@ -76,8 +89,13 @@ class TracedStep:
                 counters += [s[rule.counter] for s in states]
             if sublist.kinds.copy is not None:
                 masters += [s["master"] for s in states]
-        numbers = {name: group[name] for name in self.defaults if name != "lr"}
-        return compiled.encode(rule), tuple(filter(_is_plain, numbers.items()))
+        options = {name: group[name] for name in self.defaults}
+        if isinstance(options["lr"], Tensor):
+            del options["lr"]  # which the graph reads
+        if not all(map(is_plain, options.values())):
+            return compiled.encode(rule), None
+        numbers = {k: v for k, v in options.items() if k != "lr" and _is_number(v)}
+        return compiled.encode(rule), tuple(numbers.items())
 
     def _step_traced(self) -> None:
         gathered = []
@@ -94,7 +112,7 @@ class TracedStep:
             )
             # torch.compile lets a float that has changed once vary, without another look at what
             # was made of it. Compared with a constant, it is guarded, and traced anew.
-            if any(group[name] != value for name, value in numbers):
+            if numbers is None or any(group[name] != value for name, value in numbers):
                 self._step_outside_graph()
                 return
             if len(weights) > 0:
@@ -107,7 +125,7 @@ class TracedStep:
             )
         for group, rule, weights, grads, first, second, counters, masters in gathered:
             lr = group["lr"]
-            is_tensor, limit = isinstance(lr, Tensor), group["max_grad_norm"]
+            is_tensor = isinstance(lr, Tensor)
             torch.ops.fastlars.step(
                 rule,
                 weights,
@@ -116,10 +134,10 @@ class TracedStep:
                 second,
                 counters,
                 masters,
-                None if is_tensor else float(lr),
+                None if is_tensor else lr,
                 lr if is_tensor else None,
                 -1.0 if group["maximize"] else 1.0,
                 norm,
-                None if limit is None else float(limit),
+                group["max_grad_norm"],
                 group["stochastic_rounding"],
             )

@@ -125,6 +125,32 @@ def refused_by_zero() -> list[str]:
     return messages
 
 
+def plain_into_zero() -> list[tuple[Tensor, Tensor]]:
+    """Weights after a state_dict of one optimizer went on under ZeroRedundancyOptimizer."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    found = []
+    for name, options in KINDS.items():
+        kind = getattr(fastlars, name)
+        params, others = parameters()[:4], parameters()[:4]
+        plain = kind(params, **options)
+        train(plain, params, range(2))
+        sharded = ZeroRedundancyOptimizer(others, optimizer_class=kind, **options)
+        sharded.load_state_dict(copy.deepcopy(plain.state_dict()))  # torch keeps its tensors
+        for p, q in zip(others, params, strict=True):
+            p.data.copy_(q.data)
+        train(plain, params, range(2, 4))
+        train(sharded, others, range(2, 4))  # type: ignore[arg-type]
+        found += [(p.detach(), q.detach()) for p, q in zip(others, params, strict=True)]
+    return found
+
+
+def test_zero_goes_on_from_one_optimizer() -> None:
+    for found in run(2, plain_into_zero):
+        for i, (mine, whole) in enumerate(found):
+            assert_same_bits(f"tensor {i}", mine, whole)
+
+
 def test_zero_without_a_group_is_refused() -> None:
     for messages in run(1, refused_by_zero):
         assert len(messages) == 6

@@ -1,0 +1,38 @@
+"""Values of options, to be compared with later: they may be changed in place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is of Python's own types, or a list or tuple of such."""
+    members = value if type(value) in (list, tuple) else (value,)
+    return all(
+        member is None or type(member) in (bool, int, float, str, torch.dtype) for member in members
+    )
+
+
+def kept(value: Any) -> Any:
+    """A copy in Python's own types; what is none of them is never the same again."""
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+        return value
+    if type(value) in (list, tuple):
+        return type(value)(map(kept, value))
+    shape = getattr(value, "shape", None)
+    if shape is not None:  # of numpy or torch
+        return value.item() if math.prod(shape) == 1 else kept(value.tolist())
+    # Of a configuration library.
+    return list(map(kept, value)) if isinstance(value, Sequence) else object()
+
+
+def unchanged(known: Any, now: Any) -> bool:
+    """Whether values are those that were kept."""
+    try:
+        return bool(known == now)
+    except (RuntimeError, ValueError):
+        return False  # arrays, which compare element by element
