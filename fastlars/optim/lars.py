@@ -44,7 +44,8 @@ class LARS(FusedOptimizer):
     Args:
         params: parameters or parameter groups; see :func:`fastlars.parameter_groups`.
         lr: learning rate :math:`\gamma \ge 0`, a number or a 1-element tensor. Large: 5 to 30 is
-            usual with the default trust coefficient. None, where each group has an ``lr`` itself; a group without one is a TypeError.
+            usual with the default trust coefficient. None, where each group has an ``lr`` itself; a
+            group without one is a TypeError.
         momentum: :math:`\mu`, in [0, 1). Without momentum there is no buffer.
         dampening: in [0, 1]; what enters the buffer is multiplied by ``1 - dampening``, from the
             second step on, as in :class:`torch.optim.SGD`.
