@@ -362,8 +362,8 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
             try:
                 grads = plan.gradients(group["params"]) if plan is not None else None
                 if plan is not None and grads is None:
-                    plan = self._plans[number] = plan.of_others(group["params"])
                     grads = [p.grad for p in group["params"]]
+                    plan = self._plans[number] = plan.of_others(group["params"], grads)
                 if plan is not None and grads is not None:
                     bound.append(plan.bind(grads))
                     continue

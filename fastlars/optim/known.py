@@ -35,6 +35,7 @@ class Row(NamedTuple):
     grad_type: type
     kind: Kind
     states: dict[str, Any]
+    single: bool  # it has one element
 
 
 class Known:

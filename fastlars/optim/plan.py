@@ -191,17 +191,17 @@ class Plan:
             for i in indices:
                 self._make_states(self.params[i], self.group)
         rows = {
-            i: Row(self.grad_types[i], kind, self.state[self.params[i]])
+            i: Row(self.grad_types[i], kind, self.state[p], shard(p).numel() == 1)
             for kind, indices in self.kinds.items()
-            for i in indices
+            for i, p in ((i, self.params[i]) for i in indices)
         }
         self.sublists = self._cut(rows)
         self.known = Known(self.params, rows, self.known) if keeps else None
         return self
 
-    def of_others(self, params: list[Tensor]) -> Plan | None:
+    def of_others(self, params: list[Tensor], grads: list[Any]) -> Plan | None:
         """The plan, ready, for gradients of other parameters of the group, if all were checked."""
-        known, types = self.known, [type(p.grad) for p in params]
+        known, types = self.known, list(map(type, grads))
         if known is None or not known.is_of(params):
             return None
         kept = known.plans.pop(tuple(types), None)
@@ -212,13 +212,17 @@ class Plan:
 
     def _sorted_anew(self, known: Known, types: list[type]) -> Plan | None:
         kinds: dict[int, tuple[Kind, list[int]]] = {}
+        rows, last = known.rows, None
+        indices: list[int] = []
         for i, grad_type in enumerate(types):
             if grad_type is NoneType:
                 continue
-            row = known.rows.get(i)
-            if row is None or row.grad_type is not grad_type:
+            row = rows.get(i)
+            if row is None or row[0] is not grad_type:
                 return None
-            kinds.setdefault(id(row.kind), (row.kind, []))[1].append(i)
+            if row[1] is not last:
+                last, indices = kinds.setdefault(id(row.kind), (row.kind, []))
+            indices.append(i)
         if not known.lie_as_before():
             return None
         plan = copy.copy(self)
@@ -318,8 +322,9 @@ class Plan:
             weights = [self.params[i] for i in indices]
             local = weights if kind.mesh is None else shards(weights)
             layout = kind.backend.layout(local)
-            single = [i for i, w in enumerate(local) if w.numel() == 1]
-            states = [rows[i].states for i in indices]
+            chosen = [rows[i] for i in indices]
+            single = [n for n, row in enumerate(chosen) if row.single]
+            states = [row.states for row in chosen]
             of_mesh = shards_of(*place, weights) if place is not None else None
             sublists.append(
                 Sublist(indices, weights, kind.kinds, kind.backend, layout, single, states, of_mesh)
