@@ -20,7 +20,7 @@ from fastlars.optim.base import FusedOptimizer
 from fastlars.optim.lamb import LAMB
 from fastlars.optim.lars import LARS
 from fastlars.optim.meaning import why_not_the_same
-from fastlars.optim.plan import has_master
+from fastlars.optim.plan import has_master, location
 
 __all__ = ["FORMATS", "load"]
 
@@ -141,13 +141,16 @@ def _install(
     state = {}
     for number, group in enumerate(optimizer.param_groups):
         rule = optimizer.rule_of(group)
-        for p in group["params"]:
+        for i, p in enumerate(group["params"]):
             theirs = given[p]
             if not any(each in theirs for each in rule.states):
                 continue
             obstacle = why_not_the_same(group, theirs)
             if obstacle:
                 raise ValueError(f"group {number}: {name}: {obstacle}")
+            if rule.counter is not None and theirs.get(rule.counter) is None:
+                # load_state_dict takes it for an option that was switched on after the last step.
+                raise ValueError(f"{location(number, i)}: no {rule.counter}")
             wanted = {*rule.states, rule.counter}
             state[index[p]] = {k: v for k, v in theirs.items() if k in wanted and v is not None}
             if has_master(p, group):

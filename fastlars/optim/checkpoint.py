@@ -58,7 +58,7 @@ def portable(_: Any, state_dict: Dict) -> Dict:
 def take_types(group: Dict) -> bool:
     """Put types in the place of their names, in a group; whether there was one."""
     name = group.get("state_dtype")
-    if not isinstance(name, str):
+    if not (isinstance(name, str) and name.startswith("torch.")):
         return False
     group["state_dtype"] = getattr(torch, name.removeprefix("torch."), name)
     return True
