@@ -13,13 +13,18 @@ from typing import Any, ClassVar, Literal
 ROUNDING = 1e-9
 
 
+def unboxed(value: Any) -> Any:
+    """The element of an array or tensor of one, of numpy or torch; anything else as it is."""
+    boxed = hasattr(value, "item") and math.prod(value.shape) == 1
+    return value.item() if boxed else value
+
+
 def real(name: str, value: Any) -> float:
     """``value`` as a float: a real number of Python, numpy or torch, or an array of one element.
 
     What is below 0 by no more than a rounding is 0. True and False are no numbers.
     """
-    if hasattr(value, "item") and math.prod(value.shape) == 1:
-        value = value.item()
+    value = unboxed(value)
     if isinstance(value, bool) or not isinstance(value, (Real, Decimal)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     found = float(value)
@@ -71,8 +76,7 @@ def flag(name: str, value: Any) -> bool:
     """``value`` as a bool: True, False, numpy's, or 1 and 0."""
     if isinstance(value, bool):
         return value
-    if hasattr(value, "item") and math.prod(value.shape) == 1:
-        value = value.item()
+    value = unboxed(value)
     if not isinstance(value, int) or value not in (0, 1):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return bool(value)

@@ -241,8 +241,7 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and not self._reads_device() and float(found_inf) != 0.0:
             return
-        clips = any(group["max_grad_norm"] is not None for group in self.param_groups)
-        if clips:
+        if self._clips():
             check_clip(self._owner, self._norm_group)
         works = self._prepare()
         check_recording(works)
@@ -253,7 +252,7 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         )
         if now.skip:
             return
-        self._last = take(works, now, self._total() if clips else None)
+        self._last = take(works, now, self._total())
         self._count_steps(host_knows=found_inf is None or not self._reads_device())
 
     def _count_steps(self, host_knows: bool) -> None:
@@ -266,9 +265,10 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
     def _total(self) -> Callable[[Tensor | None], Tensor] | None:
         """What sums the square of the global norm over the processes of ``norm_group``."""
         group = self._norm_group
-        clips = any(each["max_grad_norm"] is not None for each in self.param_groups)
+        if group is None or not self._clips():
+            return None
         first = next((p for each in self.param_groups for p in each["params"]), None)
-        if group is None or not clips or first is None:
+        if first is None:
             return None
         device = shard(first).device
         # A process without gradients has to take part too.

@@ -16,17 +16,8 @@ from fastlars.optim.sharded import is_dtensor, shard
 from fastlars.rules import at_least_zero, flag, real
 
 FLAGS = frozenset(
-    {
-        "adapt",
-        "always_adapt",
-        "maximize",
-        "master_weights",
-        "stochastic_rounding",
-        "capturable",
-        "fused_unscale",
-    }
+    {"adapt", "always_adapt", "maximize", "master_weights", "stochastic_rounding", "capturable"}
 )
-MAY_BE_NONE = frozenset({"fused_unscale"})
 
 
 def check_lr(lr: Any) -> None:
@@ -49,8 +40,9 @@ def check_options(group: dict[str, Any]) -> None:
     if norm is not None and not real("max_grad_norm", norm) > 0.0:
         raise ValueError(f"max_grad_norm must be positive, or None for no clip, got {norm}")
     for name in FLAGS & group.keys():
-        if group[name] is not None or name not in MAY_BE_NONE:
-            flag(name, group[name])
+        flag(name, group[name])
+    if group["fused_unscale"] is not None:
+        flag("fused_unscale", group["fused_unscale"])
     if group["state_dtype"] not in (torch.float32, torch.bfloat16):
         raise ValueError(
             f"state_dtype must be torch.float32 or torch.bfloat16, got {group['state_dtype']}"

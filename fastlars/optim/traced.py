@@ -35,6 +35,9 @@ class TracedStep:
     def rule_of(group: dict[str, Any]) -> Rule:
         """The rule that a group's hyper-parameters make. ValueError or TypeError if they do not."""
 
+    def _clips(self) -> bool:
+        return any(group["max_grad_norm"] is not None for group in self.param_groups)
+
     def _init_group(
         self,
         group: dict[str, Any],
@@ -51,25 +54,25 @@ class TracedStep:
         The name is torch.compile's: it runs this method instead of tracing it, guards what it read,
         and takes the tensors in the lists for inputs of its graph.
         """
-        if any(other["max_grad_norm"] is not None for other in self.param_groups):
+        if self._clips():
             check_clip(self._owner, None)
+        rules = []
         for number, other in enumerate(self.param_groups):
             try:
                 check_lr(other["lr"])
                 check_options(other)
-                self.rule_of(other)
+                rules.append(self.rule_of(other))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"group {number}: {error}") from None
         # Of all groups at once: from here on, torch.compile guards the states that it has seen.
-        for other in self.param_groups:
-            rule = self.rule_of(other)
+        for other, rule in zip(self.param_groups, rules, strict=True):
             for p in other["params"]:
                 if p.grad is not None and p in self.state:
                     forget(p, rule, other, self.state[p])
         # All are checked before the first state is made.
         plans = [
-            Plan(other, number, self.rule_of(other), self.state)
-            for number, other in enumerate(self.param_groups)
+            Plan(other, number, rule, self.state)
+            for number, (other, rule) in enumerate(zip(self.param_groups, rules, strict=True))
         ]
         plan = next(plan for plan in plans if plan.group is group)
         number, rule = plan.number, plan.rule

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from fastlars.rules import unboxed
 
 
 def is_plain(value: Any) -> bool:
@@ -23,9 +24,9 @@ def kept(value: Any) -> Any:
         return value
     if type(value) in (list, tuple):
         return type(value)(map(kept, value))
-    shape = getattr(value, "shape", None)
-    if shape is not None:  # of numpy or torch
-        return value.item() if math.prod(shape) == 1 else kept(value.tolist())
+    if hasattr(value, "tolist"):  # of numpy or torch
+        element = unboxed(value)
+        return kept(value.tolist()) if element is value else element
     # Of a configuration library.
     return list(map(kept, value)) if isinstance(value, Sequence) else object()
 
