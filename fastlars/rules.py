@@ -92,6 +92,9 @@ def adapts(group: Mapping[str, Any]) -> bool:
 class _Checked:
     """A rule whose fields are checked when it is made, and kept as Python's own numbers."""
 
+    # Whether to measure the update for the trust ratio advances states.
+    measure_writes: ClassVar[bool] = False
+
     def _check(self, check: Callable[[str, Any], Any], *names: str) -> None:
         for name in names:
             object.__setattr__(self, name, check(name, getattr(self, name)))
@@ -185,6 +188,7 @@ class LambRule(_Checked):
     counter: ClassVar[str] = "step"
     COUNTER: ClassVar[str] = counter
     NEVER_STEPPED: ClassVar[float] = 0.0
+    measure_writes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self._check(below_one, "beta1", "beta2")

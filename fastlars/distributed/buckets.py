@@ -82,7 +82,6 @@ class Bucket:
     storage: int
     reduced: Tensor  # what is added up over the processes: DDP's buffer, or a half-precision one
     parts: list[Part]
-    plans: list[Plan | None]  # the optimizer's; a group more makes it another list
 
     @classmethod
     def of(
@@ -90,11 +89,11 @@ class Bucket:
         bucket: GradBucket,
         optimizer: FusedOptimizer,
         dtype: torch.dtype | None,
-        used: set[Tensor] | None,
+        left_out: set[Tensor],
     ) -> Bucket:
         """Args:
         dtype: of the compression; buckets of float16 and bfloat16 are as short as it gets.
-        used: parameters that get gradients; None for all.
+        left_out: parameters that the bucket must not step.
         """
         buffer = bucket.buffer()
         params = bucket.parameters()
@@ -102,17 +101,16 @@ class Bucket:
         if dtype is not None and buffer.dtype.itemsize > 2:
             reduced = torch.empty_like(buffer, dtype=dtype)
         grads = zip(params, views(params, bucket, reduced), strict=True)
-        grads_of = {p: g for p, g in grads if used is None or p in used}
+        grads_of = {p: g for p, g in grads if p not in left_out}
         storage = buffer.untyped_storage()._cdata
         parts = parts_of(optimizer, grads_of)
-        return cls(params, storage, reduced, parts, optimizer._plans)
+        return cls(params, storage, reduced, parts)
 
-    def fits(self, bucket: GradBucket, optimizer: FusedOptimizer) -> bool:
+    def fits(self, bucket: GradBucket) -> bool:
         """Whether this is still the same memory for the same parameters."""
         params = bucket.parameters()
         return (
-            optimizer._plans is self.plans
-            and bucket.buffer().untyped_storage()._cdata == self.storage
+            bucket.buffer().untyped_storage()._cdata == self.storage
             and len(params) == len(self.params)
             and all(map(is_, params, self.params))
         )

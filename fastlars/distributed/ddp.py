@@ -9,8 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastlars.distributed.average import COMPRESSIONS, Average
 from fastlars.distributed.engine import Engine
-from fastlars.distributed.hook import Slot, reduce_and_step
-from fastlars.distributed.refusals import check_ddp, check_join, check_optimizer
+from fastlars.distributed.hook import Slot, reduce_and_step, slot_of
+from fastlars.distributed.refusals import check_ddp, check_join, check_optimizer, unwrapped
 from fastlars.optim.base import FusedOptimizer
 
 MODES = ("step", "norms")
@@ -40,6 +40,7 @@ def overlap(
     *,
     compression: Literal["fp16", "bf16"] | None = None,
     mode: Literal["step", "norms"] = "step",
+    debug: bool = False,
 ) -> Handle:
     """Step the parameters of a DDP bucket as soon as it is reduced, while backward goes on.
 
@@ -98,15 +99,23 @@ def overlap(
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
     check_ddp(ddp)
+    optimizer = unwrapped(optimizer)
     check_optimizer(optimizer, ddp)
     slot = _slot(ddp)
-    engine = Engine(ddp, optimizer, slot.average, COMPRESSIONS[compression], mode)
-    before_forward = ddp.register_forward_pre_hook(_before_forward)
+    assert slot.average is not None
+    engine = Engine(ddp, optimizer, slot.average, COMPRESSIONS[compression], mode, debug)
+    hooks = (
+        ddp.register_forward_pre_hook(_before_forward),
+        ddp.register_forward_hook(_after_forward),
+    )
     slot.engine = engine
     optimizer._ahead = engine
 
     def release() -> None:
-        before_forward.remove()
+        for hook in hooks:
+            hook.remove()
+        if engine.reads is not None:
+            engine.reads.close()
         if slot.engine is engine:
             slot.engine = None
             optimizer._ahead = None
@@ -120,25 +129,35 @@ def _before_forward(ddp: torch.nn.Module, _: Any) -> None:
     check_join(ddp)
 
 
+# Copies of a module keep these hooks, and have no engine.
+def _after_forward(ddp: torch.nn.Module, _: Any, outputs: Any) -> None:
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        slot = slot_of(ddp)
+        if slot is not None and slot.engine is not None:
+            slot.engine.watch(outputs)
+
+
 def _slot(ddp: DistributedDataParallel) -> Slot:
     """What our hook on ``ddp`` works for; registers it where there is none."""
     hooks = ddp._comm_hooks
-    slots = [state for _, state in hooks if isinstance(state, Slot)]
-    if slots and slots[0].engine is not None:
+    slot = slot_of(ddp)
+    if slot is not None and slot.engine is not None:
         raise RuntimeError("this DDP module is overlapped already: remove() its handle first")
-    if slots:
-        return slots[0]
+    if slot is not None:
+        return slot
+    hooks[:] = [pair for pair in hooks if not isinstance(pair[1], Slot)]  # of a copied module
     if hooks:
         raise RuntimeError(
             "overlap does not go with another communication hook: DDP takes one alone, and has "
             f"{getattr(hooks[0][0], '__qualname__', hooks[0][0])}"
         )
-    slot = Slot(Average(ddp))
+    average = Average(ddp)
+    slot = Slot(average)
     try:
         ddp.register_comm_hook(slot, reduce_and_step)
     except RuntimeError as error:
         hooks.clear()  # DDP notes the hook before its reducer refuses it
-        slot.average.close()
+        average.close()
         raise RuntimeError(
             "overlap does not go with another communication hook: DDP takes one alone, and has one "
             "that it built itself"

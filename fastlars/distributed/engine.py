@@ -15,13 +15,16 @@ from torch.nn.parallel import DistributedDataParallel
 from fastlars.backends.base import Mismatch
 from fastlars.distributed.average import Average, Future, compress, first_value
 from fastlars.distributed.buckets import Bucket, Part, Started, measured, parts_of
-from fastlars.distributed.refusals import check_groups, check_scaler
+from fastlars.distributed.reads import LateReads
+from fastlars.distributed.refusals import check_groups, has_scaler, raise_changed, raise_scaler
+from fastlars.distributed.watch import Options, Snapshot, same_members
 from fastlars.optim.base import FusedOptimizer
 from fastlars.optim.numbers import numbers
-from fastlars.optim.values import kept, unchanged
 from fastlars.optim.work import Work, check_recording, take
 
-Taken = list[tuple[list[Tensor], Tensor]]
+# Steps with a backward pass in which overlap also looks for what costs too much to look for in
+# every step. The first of them is not overlapped: what it finds is refused with nothing changed.
+WATCHED_STEPS = 3
 
 
 class Engine:
@@ -30,6 +33,10 @@ class Engine:
     A step is of one of these kinds, chosen when its first bucket arrives: "step" (a bucket is
     stepped when it is reduced), "measure" (its sums of squares are taken then), "clip" (the
     gradients' alone, for the global norm), or None: all is left to ``optimizer.step()``.
+
+    Only "step" writes during backward. What does not go with that is refused in every step of a
+    program, whatever the step's kind. The other kinds write nothing before ``step()``, which
+    starts over where their sums no longer hold.
     """
 
     def __init__(
@@ -39,6 +46,7 @@ class Engine:
         average: Average,
         dtype: torch.dtype | None,
         mode: str,
+        debug: bool,
     ) -> None:
         self.ddp = ddp
         self.optimizer = optimizer
@@ -47,12 +55,15 @@ class Engine:
         self._average = average
         self._dtype = dtype
         self._mode = mode
+        self._debug = debug
         self._buckets: dict[int, Bucket] = {}
         self._rest: dict[int, Part] = {}
-        self._used: set[Tensor] | None = None
-        # The first step is left to optimizer.step(): it makes states and plans, with all their
-        # checks, and shows a GradScaler before it is too late. DDP has but one bucket then anyway.
-        self._knows = False
+        self._members: list[list[Tensor]] = []
+        # Parameters that no bucket may step: unused ones of a static graph, for which DDP leaves
+        # zeros in the buckets, and those that backward reads late.
+        self._left_out: set[Tensor] = set()
+        self._watched = 0  # steps with a backward pass so far, up to WATCHED_STEPS
+        self.reads: LateReads | None = LateReads(ddp.parameters())
         # Not as a decorator: it imports torch._dynamo, as DDP does when one is made.
         self.step = torch.compiler.disable(self._finish)
         self._rearm()
@@ -61,20 +72,42 @@ class Engine:
         self._arrived = False  # the first bucket
         self._reduced = False  # a whole backward pass
         self._refused = False
+        self._stale = False  # what was measured is not of the gradients that there are now
+        self._writes = False
         self._kind: str | None = None
-        self._values: list[list[Any]] = []
-        self._versions: int | None = None
+        self._options: Options | None = None
+        self._seen: Snapshot | None = None
+        self._parts: list[Part] = []  # of the buckets of this backward pass
         self.started: list[Started] = []
+        if self.reads is not None:
+            self.reads.forget()
+
+    def watch(self, outputs: Any) -> None:
+        """Look for late reads in the backward pass of these outputs of the module."""
+        if self.reads is not None:
+            self.reads.watch(outputs)
 
     def reduce(self, bucket: GradBucket) -> Future[Tensor]:
         """DDP's hook: average the bucket, and step it where that can be done now."""
+        if self.reads is None:
+            return self._reduce(bucket)
+        self.reads.paused = True
+        try:
+            return self._reduce(bucket)
+        finally:
+            self.reads.paused = False
+
+    def _reduce(self, bucket: GradBucket) -> Future[Tensor]:
         buffer = bucket.buffer()
-        if self._reduced:
+        if self._reduced and self._writes:
             return self._refuse(bucket)
-        kept = self._bucket(bucket) if buffer.layout == torch.strided else None
         # Else a process reduces what others, which it has joined, still train with.
         in_backward = torch._C._current_graph_task_id() != -1
-        started = self._begin(kept) if in_backward and kept is not None else None
+        if in_backward and not self._arrived:
+            self._begin()
+        self._stale = self._stale or self._reduced  # a second backward pass: gradients add up
+        kept = self._bucket(bucket) if buffer.layout == torch.strided else None
+        started = self._start(kept) if in_backward and kept is not None else None
         if in_backward and bucket.is_last():
             # Not with the first one: backward passes within this one (checkpoints) end earlier.
             Variable._execution_engine.queue_callback(self._end_of_backward)
@@ -83,7 +116,7 @@ class Engine:
             result = future.then(first_value)
         else:
             future = self._average.start(compress(buffer, self._average.size, kept.reduced))
-            if started is not None and self._kind != "clip" and kept.covers_all():
+            if started is not None and self._kind == "step" and kept.covers_all():
                 result = future.then(lambda _: buffer)
             else:
                 result = future.then(lambda f: buffer.copy_(first_value(f)))
@@ -93,36 +126,61 @@ class Engine:
             started.future = future.then(partial(self._take, started))
         return result
 
+    def _begin(self) -> None:
+        """The first bucket of a step: look again at everything that may have changed."""
+        self._arrived = True
+        groups = self.optimizer.param_groups
+        self._options = Options(groups, list(self.optimizer.defaults))
+        if not same_members(self._members, self._options.members):
+            # Parts know parameters by their place in their group.
+            self._members = self._options.members
+            self._buckets.clear()
+            self._rest.clear()
+        self._writes = self._may_write()
+        self._kind = self._choose()
+
+    def _may_write(self) -> bool:
+        """Whether steps of this program write during backward, be it not this one."""
+        return self._mode == "step" and not self.optimizer._clips()
+
+    def _choose(self) -> str | None:
+        optimizer = self.optimizer
+        plans = optimizer._plans
+        planned = len(plans) == len(self._members) and same_members(
+            self._members, [plan.params if plan is not None else [] for plan in plans]
+        )
+        # The first step of a program is left to optimizer.step(): it makes states and plans, with
+        # all their checks, and shows a GradScaler. DDP has but one bucket then anyway. A step
+        # without a backward pass, which torch.distributed.checkpoint takes, shows nothing.
+        if not (self._watched and planned and optimizer._states_are_planned()):
+            return None
+        groups = optimizer.param_groups
+        if any(group["stochastic_rounding"] or group["capturable"] for group in groups):
+            return None  # step() refuses them
+        if optimizer._clips():
+            return "clip"
+        if self._mode == "step":
+            return "step"
+        rules = [plan.rule for plan in plans if plan is not None]
+        return "measure" if any(rule.adapt and not rule.measure_writes for rule in rules) else None
+
     def _bucket(self, bucket: GradBucket) -> Bucket:
         kept = self._buckets.get(bucket.index())
-        if kept is None or not kept.fits(bucket, self.optimizer):
-            kept = Bucket.of(bucket, self.optimizer, self._dtype, self._used)
+        if kept is None or not kept.fits(bucket):
+            kept = Bucket.of(bucket, self.optimizer, self._dtype, self._left_out)
             self._buckets[bucket.index()] = kept
         return kept
 
-    def _begin(self, kept: Bucket) -> Started | None:
-        if not self._arrived:
-            self._arrived = True
-            self._kind = self._choose()
-            self._values = self._hyper_parameters()
-        works = kept.works(self.optimizer) if self._kind is not None else None
+    def _start(self, kept: Bucket) -> Started | None:
+        self._parts += kept.parts
+        works = None
+        if self._kind is not None and not self._stale:
+            works = kept.works(self.optimizer)
         if not works:
             return None
         started = Started.of(works, for_norm=self._kind == "clip")
         self.started.append(started)
         return started
-
-    def _choose(self) -> str | None:
-        optimizer = self.optimizer
-        groups, plans = optimizer.param_groups, optimizer._plans
-        planned = len(plans) == len(groups) and None not in plans
-        if not (self._knows and planned and optimizer._states_are_planned()):
-            return None
-        if any(group["stochastic_rounding"] or group["capturable"] for group in groups):
-            return None  # step() refuses them
-        if any(group["max_grad_norm"] is not None for group in groups):
-            return "clip"
-        return "measure" if self._mode == "norms" else "step"
 
     def _take(self, started: Started, future: Future[list[Tensor]]) -> list[Tensor]:
         """Once a bucket is reduced, in the thread that waited for it. What came out is the value of
@@ -151,7 +209,7 @@ class Engine:
         raise RuntimeError(
             "a second backward pass before optimizer.step(): overlap has used the gradients of the "
             "first one already. To accumulate gradients, run all backward passes of a step but the "
-            "last under no_sync()"
+            'last under no_sync(), or take mode="norms"'
         )
 
     def _end_of_backward(self) -> None:
@@ -159,7 +217,7 @@ class Engine:
         self._reduced = True
         self.wait()
         # DDP's own callback comes next, and writes gradients.
-        Variable._execution_engine.queue_callback(self._note_versions)
+        Variable._execution_engine.queue_callback(self._look)
 
     def wait(self) -> None:
         """Until every bucket is stepped; raises what went wrong."""
@@ -170,71 +228,97 @@ class Engine:
     def _covered(self) -> list[Tensor]:
         return [p for started in self.started for p in started.params()]
 
-    def _note_versions(self) -> None:
-        self._versions = _versions(self._covered())
+    def _look(self) -> None:
+        """Note what there is at the end of backward."""
+        groups = self.optimizer.param_groups
+        params = [groups[part.number]["params"][i] for part in self._parts for i in part.indices]
+        reduced = [gradient for part in self._parts for gradient in part.grads]
+        exact = self._debug or self._watched < WATCHED_STEPS
+        self._seen = Snapshot(params, reduced if self._dtype is None else None, exact)
 
-    def _hyper_parameters(self) -> list[list[Any]]:
-        names = list(self.optimizer.defaults)
-        return [[_plain(group[n]) for n in names] for group in self.optimizer.param_groups]
+    def _what_changed(self) -> str | None:
+        """What overlap has used and is not what there is now, if anything."""
+        changed = self._seen.changed() if self._seen is not None else None
+        if changed is None and self._options is not None:
+            changed = self._options.changed(self.optimizer.param_groups)
+        return changed
 
-    def _check_unchanged(self) -> None:
-        if self._versions is not None and _versions(self._covered()) != self._versions:
-            raise RuntimeError(
-                "a gradient was changed between backward and optimizer.step(): overlap has used it "
-                "already. For a global clip, set max_grad_norm"
-            )
-        if not unchanged(self._values, self._hyper_parameters()):
-            raise RuntimeError(
-                "a hyper-parameter was changed between backward and optimizer.step(): overlap "
-                "has used it already. Change it before backward, or after optimizer.step()"
-            )
-
-    def _finish(self) -> Taken:
-        """What ``optimizer.step()`` has left to do; parameters and their trust ratios."""
+    def _finish(self) -> None:
+        """What ``optimizer.step()`` has left to do."""
         try:
-            check_scaler(self.optimizer)
             check_groups(self.optimizer)
             self.wait()
-            if self._refused:
-                raise RuntimeError(
-                    "gradients hold a second backward pass, which overlap refused: go on with "
-                    "zero_grad() and a backward pass"
-                )
-            if self.started:
-                self._check_unchanged()
-            taken = self._step()
-            if self.ddp.static_graph and self._used is None:
-                # What gets no gradient now never will; DDP leaves zeros in the buckets for it.
-                self._used = {p for p in self._parameters() if p.grad is not None}
-                self._buckets.clear()
-            self._knows = True
-            return taken
+            if self._writes if self._arrived else self._may_write():
+                self._check()
+            elif has_scaler(self.optimizer) or self._what_changed() is not None:
+                self._stale = True  # nothing was written yet
+            self._step()
+            if self._reduced:
+                self._learn()
         finally:
             self._rearm()
             if self.leaving:
                 self.release()
 
-    def _step(self) -> Taken:
+    def _check(self) -> None:
+        """Raise where buckets were stepped, or will be in later steps, with other values."""
+        if has_scaler(self.optimizer):
+            raise_scaler()
+        if self._refused:
+            raise RuntimeError(
+                "gradients hold a second backward pass, which overlap refused: go on with "
+                "zero_grad() and a backward pass"
+            )
+        changed = self._what_changed()
+        if changed is not None:
+            raise_changed(changed)
+        late = self.reads.late.intersection(self._covered()) if self.reads is not None else set()
+        if late:
+            self._left_out |= late
+            self._buckets.clear()
+            shapes = sorted(str(tuple(p.shape)) for p in late)
+            raise RuntimeError(
+                f"backward has read weights that overlap had stepped already, of shape "
+                f"{', '.join(shapes)}: gradients are wrong. From now on, optimizer.step() steps "
+                "these weights: go on from a checkpoint"
+            )
+
+    def _learn(self) -> None:
+        """After a step with a backward pass: what later ones have to know."""
+        self._watched = min(self._watched + 1, WATCHED_STEPS)
+        reads = self.reads
+        if reads is None:
+            return
+        left_out = set(reads.late)
+        if self.ddp.static_graph and self._watched == 1:
+            # What gets no gradient now never will.
+            left_out |= {p for p in self.ddp.parameters() if p not in reads.arrived}
+        if not left_out <= self._left_out:
+            self._left_out |= left_out
+            self._buckets.clear()
+        if self._watched == WATCHED_STEPS and not self._debug:
+            reads.close()
+            self.reads = None
+
+    def _step(self) -> None:
         optimizer = self.optimizer
-        if not self.started:
-            works = optimizer._prepare()
-        elif self._kind == "clip":
-            works = measured(optimizer._prepare(), self.started)
-        else:
-            works = self._works_of_the_rest()
+        if self._stale or not self.started:
+            optimizer._run(optimizer._prepare)
+            return
+        if self._kind == "clip":
+            optimizer._run(lambda: measured(optimizer._prepare(), self.started))
+            return
+        works = self._works_of_the_rest()
         check_recording(works)
         now = numbers(all(work.backend.reads_device for work in works), None, None)
-        done = [] if self._kind == "clip" else self.started
-        taken = [pair for started in done for pair in started.finish(self._kind)]
-        return taken + take(works, now, optimizer._total())
-
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+        taken = [pair for started in self.started for pair in started.finish(self._kind)]
+        optimizer._note_step(taken + take(works, now), host_knows=True)
 
     def _works_of_the_rest(self) -> list[Work]:
         """Of parameters that no bucket had."""
         covered = set(self._covered())
-        grads = {p: p.grad for p in self._parameters() if p.grad is not None and p not in covered}
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        grads = {p: p.grad for p in params if p.grad is not None and p not in covered}
         works = []
         for part in parts_of(self.optimizer, grads):
             part.take_plan_of(self._rest.get(part.number))
@@ -246,20 +330,3 @@ class Engine:
                 works += part.works(self.optimizer)
             self._rest[part.number] = part
         return works
-
-
-def _versions(params: list[Tensor]) -> int:
-    """Grows with every write to a gradient; -1 where one is gone."""
-    total = 0
-    for p in params:
-        if p.grad is None:
-            return -1
-        total += p.grad._version
-    return total
-
-
-def _plain(value: Any) -> Any:
-    """A value to compare with later: of a tensor the number, where reading it does not wait."""
-    if isinstance(value, Tensor) and value.device.type != "cpu":
-        return id(value)
-    return kept(value)

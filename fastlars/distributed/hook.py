@@ -2,7 +2,7 @@
 
 # DDP compares a hook's annotations with types: they must not be strings here.
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
@@ -13,10 +13,23 @@ from fastlars.distributed.engine import Engine
 
 @dataclass
 class Slot:
-    """What the hook works for. DDP keeps its hook for good; the engine comes and goes."""
+    """State of the hook. DDP keeps its hook for good; engines come and go.
 
-    average: Average
+    A copied or loaded DDP module lists its hooks, but has not registered them: a copy of the slot
+    has no average, and :func:`fastlars.distributed.overlap` registers a new one.
+    """
+
+    average: Optional[Average] = None  # noqa: UP045
     engine: Optional[Engine] = None  # noqa: UP045
+
+    def __reduce__(self) -> Any:
+        return Slot, ()
+
+
+def slot_of(ddp: Any) -> Optional[Slot]:  # noqa: UP045
+    """The slot of the hook that is registered on ``ddp``, if overlap has registered one."""
+    slots = (state for _, state in ddp._comm_hooks if isinstance(state, Slot))
+    return next((slot for slot in slots if slot.average is not None), None)
 
 
 def reduce_and_step(slot: Slot, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -28,4 +41,6 @@ def reduce_and_step(slot: Slot, bucket: GradBucket) -> torch.futures.Future[torc
         )
     if slot.engine is not None:
         return slot.engine.reduce(bucket)
-    return slot.average.start(slot.average.scale(bucket.buffer(), bucket)).then(first_value)
+    average = slot.average
+    assert average is not None  # only slots with one are registered
+    return average.start(average.scale(bucket.buffer(), bucket)).then(first_value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from fastlars.optim.base import FusedOptimizer
@@ -39,6 +40,12 @@ def check_ddp(ddp: Any) -> None:
         )
 
 
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer that a wrapper steps, as of Lightning, Fabric and Accelerate."""
+    inner = getattr(optimizer, "optimizer", None)
+    return unwrapped(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
+
+
 def check_optimizer(optimizer: Any, ddp: DistributedDataParallel) -> None:
     """Raise unless ``optimizer`` is ours, and steps parameters of ``ddp``."""
     if not isinstance(optimizer, FusedOptimizer):
@@ -69,14 +76,31 @@ def check_groups(optimizer: FusedOptimizer) -> None:
             )
 
 
-def check_scaler(optimizer: FusedOptimizer) -> None:
-    """Raise where a GradScaler takes the step."""
+def has_scaler(optimizer: FusedOptimizer) -> bool:
+    """Whether a GradScaler takes the step."""
     given = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
-    if any(value is not None for value in given):
-        raise RuntimeError(
-            "overlap does not go with GradScaler: buckets are stepped before it has seen all "
-            "gradients. bfloat16 needs no scaler"
-        )
+    return any(value is not None for value in given)
+
+
+def raise_scaler() -> None:
+    """Where buckets are stepped during backward."""
+    raise RuntimeError(
+        "overlap does not go with GradScaler: buckets are stepped before it has seen all "
+        'gradients. mode="norms" and max_grad_norm go with it, because they write nothing before '
+        "optimizer.step(); bfloat16 needs no scaler"
+    )
+
+
+def raise_changed(what: str) -> None:
+    """Where something was used during backward that is not what ``step()`` finds."""
+    advice = {
+        "gradient": 'For a global clip, set max_grad_norm. mode="norms" takes changed gradients',
+        "weight": 'Change it before backward or after optimizer.step(), or take mode="norms"',
+    }.get(what, "Change it before backward, or after optimizer.step()")
+    raise RuntimeError(
+        f"a {what} was changed between backward and optimizer.step(): overlap has used it already. "
+        f"{advice}"
+    )
 
 
 def check_join(ddp: DistributedDataParallel) -> None:

@@ -66,8 +66,8 @@ def unwatched(plain: Callable[..., Any], watched: Callable[..., Any]) -> Callabl
 class Ahead(Protocol):
     """Steps parameters before ``step()`` does, as fastlars.distributed.overlap has it."""
 
-    def step(self) -> list[tuple[list[Tensor], Tensor]]:
-        """What is left to do; all parameters that were stepped, and their trust ratios."""
+    def step(self) -> None:
+        """Finish the step."""
         ...
 
 
@@ -235,15 +235,18 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
 
     def _step_eagerly(self) -> None:
         if self._ahead is not None:
-            self._last = self._ahead.step()
-            self._count_steps(host_knows=True)
-            return
+            self._ahead.step()
+        else:
+            self._run(self._prepare)
+
+    def _run(self, prepare: Callable[[], list[Work]]) -> None:
+        """Step what ``prepare`` gives, unless the step is skipped."""
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and not self._reads_device() and float(found_inf) != 0.0:
             return
         if self._clips():
             check_clip(self._owner, self._norm_group)
-        works = self._prepare()
+        works = prepare()
         check_recording(works)
         now = numbers(
             all(work.backend.reads_device for work in works),
@@ -252,10 +255,12 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         )
         if now.skip:
             return
-        self._last = take(works, now, self._total())
-        self._count_steps(host_knows=found_inf is None or not self._reads_device())
+        taken = take(works, now, self._total())
+        self._note_step(taken, host_knows=found_inf is None or not self._reads_device())
 
-    def _count_steps(self, host_knows: bool) -> None:
+    def _note_step(self, taken: list[tuple[list[Tensor], Tensor]], host_knows: bool) -> None:
+        """What was stepped, with trust ratios; groups count it."""
+        self._last = taken
         if not self.counts_steps:
             return
         for group, plan in zip(self.param_groups, self._plans, strict=True):

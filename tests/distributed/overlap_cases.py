@@ -134,6 +134,11 @@ def train(setting: Setting) -> Result:
     return result(net, optimizer, losses, early)
 
 
+def is_ahead(kind: str, mode: str, clips: bool = False) -> bool:
+    """Whether buckets are under way before ``step()``: LAMB cannot be measured without a write."""
+    return clips or mode == "step" or kind == "LARS"
+
+
 def count_early(optimizer: Any) -> int:
     if optimizer._ahead is None:
         return 0

@@ -95,9 +95,10 @@ def test_the_step_reads_the_rounded_sum(name: str, mode: str) -> None:
         for step in range(3):
             for i, (before, after) in enumerate(moves[step]):
                 assert_same(f"weight {i}", [after], [before - RATE * expected[step][i]])
-        # DDP's first step is not overlapped; after it p.grad is this process's own.
+        # DDP's first step is not overlapped; buckets that are stepped after it leave p.grad to be
+        # this process's own.
         assert_same("first gradients", held[0], expected[0])
-        assert_same("own gradients", held[2], own[2])
+        assert_same("gradients", held[2], own[2] if mode == "step" else expected[2])
 
 
 @pytest.mark.parametrize("name", HALVES)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from distributed.overlap_cases import Result, Setting, make, result
+from distributed.overlap_cases import Result, Setting, is_ahead, make, result
 from distributed.overlap_loops import loop, same, start
 from torch_bugs import flatten_fails_after_compiled_group_norm
 
@@ -49,7 +49,7 @@ def tied(overlapped: bool, mode: str) -> Result:
 @pytest.mark.parametrize("mode", ["step", "norms"])
 def test_tied_weights(mode: str) -> None:
     (first, _) = same(tied, mode)
-    assert first.early[-1] == len(first.params)
+    assert first.early[-1] == is_ahead("LAMB", mode) * len(first.params)
 
 
 class Checkpointed(nn.Module):
@@ -119,4 +119,4 @@ def unused(overlapped: bool, mode: str) -> Result:
 @pytest.mark.parametrize("mode", ["step", "norms"])
 def test_unused_parameters_of_a_static_graph(mode: str) -> None:
     (first, _) = same(unused, mode)
-    assert first.early[-1] == len(first.params) - 2
+    assert first.early[-1] == is_ahead("LAMB", mode) * (len(first.params) - 2)

@@ -1,0 +1,104 @@
+"""What overlap has used during backward, to be compared with what there is in ``step()``."""
+
+from __future__ import annotations
+
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlars.optim.sharded import shard
+from fastlars.optim.values import kept, unchanged
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def checksums(tensors: list[Tensor]) -> list[Tensor]:
+    """For each tensor the sum of its bits, taken for integers."""
+    return [
+        local.view(_BITS[local.itemsize]).sum(dtype=torch.int64)
+        for local in (shard(t.detach()) for t in tensors)
+    ]
+
+
+def _together(sums: list[Tensor]) -> Tensor:
+    return torch.stack([each.to(sums[0].device) for each in sums])
+
+
+def _marks(tensors: list[Tensor]) -> list[tuple[int, int]]:
+    """What changes with every write that autograd sees, and with other memory."""
+    return [(t._version, shard(t).data_ptr()) for t in tensors]
+
+
+class Snapshot:
+    """Parameters and their gradients at the end of backward."""
+
+    def __init__(self, params: list[Tensor], reduced: list[Tensor] | None, exact: bool) -> None:
+        """Args:
+        params: those whose gradients overlap has used, or will use in later steps.
+        reduced: their gradients in DDP's buckets, which are what was used; None where others
+            were, in half precision.
+        exact: also take checksums, which see changes through ``.data``, for a pass over gradients
+            and weights.
+        """
+        self._params = params
+        self._grads = [p.grad for p in params]
+        self._grad_marks = _marks(self._given())
+        self._weight_marks = _marks(params)
+        self._sums: list[Tensor] | None = None
+        if exact:
+            used = self._given()
+            if reduced is not None:
+                used = [r for r, g in zip(reduced, self._grads, strict=True) if g is not None]
+            self._sums = checksums(used) + checksums(params)
+
+    def _given(self) -> list[Tensor]:
+        return [g for g in self._grads if g is not None]
+
+    def changed(self) -> str | None:
+        """What was changed since, if anything."""
+        if any(p.grad is not g for p, g in zip(self._params, self._grads, strict=True)):
+            return "gradient"
+        given = self._given()
+        if _marks(given) != self._grad_marks:
+            return "gradient"
+        if _marks(self._params) != self._weight_marks:
+            return "weight"
+        if self._sums:
+            wrong = (_together(self._sums) != _together(checksums(given + self._params))).nonzero()
+            if len(wrong) > 0:
+                return "gradient" if int(wrong[0]) < len(given) else "weight"
+        return None
+
+
+class Options:
+    """The options and the parameters of all groups, when the first bucket arrives."""
+
+    def __init__(self, groups: list[dict[str, Any]], names: list[str]) -> None:
+        self._names = names
+        self._values = self._read(groups)
+        self.members = [list(group["params"]) for group in groups]
+
+    def _read(self, groups: list[dict[str, Any]]) -> list[list[Any]]:
+        return [[_plain(group[n]) for n in self._names] for group in groups]
+
+    def changed(self, groups: list[dict[str, Any]]) -> str | None:
+        """What was changed since, if anything."""
+        if not same_members(self.members, [group["params"] for group in groups]):
+            return "list of parameters"
+        return None if unchanged(self._values, self._read(groups)) else "hyper-parameter"
+
+
+def same_members(known: list[list[Tensor]], now: list[list[Tensor]]) -> bool:
+    """Whether lists hold the same parameters, in the same order."""
+    return list(map(len, known)) == list(map(len, now)) and all(
+        all(map(is_, ours, theirs)) for ours, theirs in zip(known, now, strict=True)
+    )
+
+
+def _plain(value: Any) -> Any:
+    """A value to compare with later: of a tensor the number, where reading it does not wait."""
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return id(value), value._version
+    return kept(value)

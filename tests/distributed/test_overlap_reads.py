@@ -1,0 +1,141 @@
+"""Weights that backward reads after their gradients are there, without autograd's knowledge."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import fastlars
+from distributed.overlap_cases import Result, result
+from distributed.overlap_loops import MANY, same
+from distributed.processes import run
+
+
+class Keeps(torch.autograd.Function):
+    """Keeps a weight where autograd does not see it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, how: str) -> Tensor:
+        ctx.weight, ctx.how = weight, how
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        weight = ctx.weight.data if ctx.how == "data" else ctx.weight.detach()
+        return grads[0] * weight.square().mean(), None, None
+
+
+class Net(nn.Module):
+    """Reads the weight of its middle layer in front of that layer too."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.f, self.b = nn.Linear(33, 33), nn.Linear(33, 33), nn.Linear(33, 5)
+        self.how = how
+        self.wait: Any = lambda _: None
+
+    def segment(self, h: Tensor) -> Tensor:
+        return torch.tanh(F.linear(h, self.f.weight.detach()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if self.how in ("data", "detach"):
+            h = Keeps.apply(h, self.f.weight.detach(), self.how)
+        else:
+            h = checkpoint(self.segment, h, use_reentrant=self.how == "reentrant")
+        if h.requires_grad:
+            h.register_hook(self.wait)
+        return self.b(torch.tanh(self.f(h)))
+
+
+def loss_of(module: nn.Module, step: int) -> Tensor:
+    torch.manual_seed(10 * step + dist.get_rank())
+    return module(torch.randn(6, 33)).square().mean()
+
+
+def start(how: str, overlapped: bool, **options: Any) -> tuple[Net, Any, Any]:
+    torch.manual_seed(1)
+    net = Net(how)
+    ddp = DistributedDataParallel(net, **MANY)
+    optimizer = fastlars.LAMB(net.parameters(), lr=0.1)
+    if overlapped:
+        fastlars.distributed.overlap(ddp, optimizer, **options)
+
+    def wait(_: Tensor) -> None:
+        # Decides the race between the step and the read.
+        if optimizer._ahead is not None:
+            for started in optimizer._ahead.started:
+                started.future.wait()
+
+    net.wait = wait
+    return net, ddp, optimizer
+
+
+def train(how: str, overlapped: bool, mode: str) -> Result:
+    net, ddp, optimizer = start(how, overlapped, mode=mode)
+    early = []
+    for step in range(5):
+        optimizer.zero_grad()
+        loss_of(ddp, step).backward()
+        if optimizer._ahead is not None:
+            early.append(sum(len(started.params()) for started in optimizer._ahead.started))
+        optimizer.step()
+    return result(net, optimizer, early=early)
+
+
+@pytest.mark.parametrize("how", ["recomputed", "reentrant", "detach", "data"])
+def test_a_late_read_is_found_in_the_first_step(how: str) -> None:
+    """The weight is left to step(), and all others are not."""
+    (first, _) = same(partial(train, how), "step")
+    assert first.early == [0, 5, 5, 5, 5]
+
+
+def quiet(overlapped: bool, mode: str) -> Result:
+    """A recomputed segment that trains what it reads."""
+    net, ddp, optimizer = start("recomputed", overlapped, mode=mode)
+    net.segment = lambda h: torch.tanh(F.linear(h, net.a.weight))  # type: ignore[method-assign]
+    early = []
+    for step in range(5):
+        optimizer.zero_grad()
+        loss_of(ddp, step).backward()
+        if optimizer._ahead is not None:
+            early.append(sum(len(started.params()) for started in optimizer._ahead.started))
+        optimizer.step()
+    return result(net, optimizer, early=early)
+
+
+def test_what_the_graph_knows_is_no_late_read() -> None:
+    (first, _) = same(quiet)
+    assert first.early == [0, 6, 6, 6, 6]
+
+
+def begun_later(debug: bool) -> str:
+    """The read begins in the sixth step."""
+    net, ddp, optimizer = start("recomputed", True, debug=debug)
+    segment = net.segment
+    net.segment = torch.tanh  # type: ignore[method-assign]
+    for step in range(7):
+        if step == 5:
+            net.segment = segment  # type: ignore[method-assign]
+        optimizer.zero_grad()
+        loss_of(ddp, step).backward()
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            return f"{step}: {error}"
+    return ""
+
+
+def test_a_read_that_begins_later_needs_debug() -> None:
+    text = r"5: backward has read weights that overlap had stepped already, of shape \(33, 33\)"
+    assert all(re.match(text, said) for said in run(2, begun_later, True))
+    assert run(2, begun_later, False) == ["", ""]
