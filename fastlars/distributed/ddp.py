@@ -51,20 +51,27 @@ def overlap(
 
     Hyper-parameters are read during backward: change them before it or after ``optimizer.step()``,
     as schedulers do. Parameters are new when backward returns, and change while it runs: after an
-    error in it, some may be a step ahead of others, so go on from a checkpoint.
+    error in it, some may be a step ahead of others, so go on from a checkpoint. All that overlap
+    relies on is in docs/distributed.md, "What overlap relies on".
 
     Args:
         ddp: module; any of its options but those below. With ``static_graph=True``, parameters may
             stay unused.
         optimizer: :class:`fastlars.LARS`, :class:`fastlars.LAMB` or
-            :class:`fastlars.RMSpropWarmup` over parameters of ``ddp``, and others if need be.
+            :class:`fastlars.RMSpropWarmup` over parameters of ``ddp``, and others if need be; or a
+            wrapper around one, as of Lightning, Fabric and Accelerate.
         compression: ``"fp16"`` or ``"bf16"`` divides gradients by the number of processes, rounds
             them to that type and adds them up in it; buckets of 16 bits already stay as they are.
             The step reads the sum where it lies. ``p.grad`` is not what was stepped with then: for
             parameters that were stepped during backward it holds this process's own gradient.
-        mode: ``"norms"`` takes only the sums of squares during backward, and LAMB's moments with
-            them; weights change in ``optimizer.step()``. With ``max_grad_norm`` in any group, only
-            the gradients' norms are taken during backward, in either mode.
+        mode: ``"step"`` steps buckets during backward. ``"norms"`` writes nothing then: LARS takes
+            its sums of squares, LAMB and RMSpropWarmup take nothing, and weights and states change
+            in ``optimizer.step()``, which sees what was changed after backward. With
+            ``max_grad_norm`` in any group, the gradients' norms are taken during backward, in
+            either mode, and nothing is written.
+        debug: check in every step what is checked in the first three otherwise: that no weight,
+            gradient or state was changed through ``.data`` between backward and
+            ``optimizer.step()``, and that backward reads no weight after its step.
 
     Returns:
         A handle whose ``remove()`` goes back to ordinary steps.
@@ -75,10 +82,11 @@ def overlap(
         RuntimeError: what does not go with it: ``find_unused_parameters`` without
             ``static_graph``, DDP's ``mixed_precision``, another communication hook,
             ``torch.compile``'s python reducer, an optimizer in backward, ``capturable``,
-            ``stochastic_rounding``. Later, from where it shows: a ``GradScaler`` (at the first
-            step, before anything is changed), a second backward pass before ``optimizer.step()``
-            without ``no_sync()``, ``join(divide_by_initial_world_size=False)``, gradients or
-            hyper-parameters that were changed between backward and ``optimizer.step()``.
+            ``stochastic_rounding``. Later, from where it shows:
+            ``join(divide_by_initial_world_size=False)``, and where buckets are stepped during
+            backward a ``GradScaler``, a second backward pass before ``optimizer.step()`` without
+            ``no_sync()``, gradients, weights, states or hyper-parameters that were changed between
+            backward and ``optimizer.step()``: in the first step with nothing changed.
 
     Example:
         >>> import os, tempfile, torch, torch.distributed as dist, fastlars.distributed

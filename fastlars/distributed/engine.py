@@ -233,14 +233,18 @@ class Engine:
         groups = self.optimizer.param_groups
         params = [groups[part.number]["params"][i] for part in self._parts for i in part.indices]
         reduced = [gradient for part in self._parts for gradient in part.grads]
+        held = [self.optimizer.state.get(p, {}).values() for p in params] if self._kind else []
+        states = [value for values in held for value in values if isinstance(value, Tensor)]
         exact = self._debug or self._watched < WATCHED_STEPS
-        self._seen = Snapshot(params, reduced if self._dtype is None else None, exact)
+        self._seen = Snapshot(params, None if self._dtype else reduced, states, exact)
 
     def _what_changed(self) -> str | None:
         """What overlap has used and is not what there is now, if anything."""
         changed = self._seen.changed() if self._seen is not None else None
         if changed is None and self._options is not None:
             changed = self._options.changed(self.optimizer.param_groups)
+        if changed is None and self._kind and not self.optimizer._states_are_planned():
+            changed = "state"
         return changed
 
     def _finish(self) -> None:

@@ -26,49 +26,52 @@ def _together(sums: list[Tensor]) -> Tensor:
     return torch.stack([each.to(sums[0].device) for each in sums])
 
 
-def _marks(tensors: list[Tensor]) -> list[tuple[int, int]]:
+def _marks(tensors: list[Tensor]) -> list[int]:
     """What changes with every write that autograd sees, and with other memory."""
-    return [(t._version, shard(t).data_ptr()) for t in tensors]
+    return [t._version for t in tensors] + [t.data_ptr() for t in tensors]
 
 
 class Snapshot:
     """Parameters and their gradients at the end of backward."""
 
-    def __init__(self, params: list[Tensor], reduced: list[Tensor] | None, exact: bool) -> None:
+    def __init__(
+        self, params: list[Tensor], reduced: list[Tensor] | None, states: list[Tensor], exact: bool
+    ) -> None:
         """Args:
         params: those whose gradients overlap has used, or will use in later steps.
         reduced: their gradients in DDP's buckets, which are what was used; None where others
             were, in half precision.
-        exact: also take checksums, which see changes through ``.data``, for a pass over gradients
-            and weights.
+        states: of the parameters, as far as there are any.
+        exact: also take checksums, which see changes through ``.data``, for a pass over gradients,
+            weights and states.
         """
         self._params = params
         self._grads = [p.grad for p in params]
-        self._grad_marks = _marks(self._given())
+        self._given = [g for g in self._grads if g is not None]
+        self._states = states
+        self._grad_marks = _marks(self._given)
         self._weight_marks = _marks(params)
-        self._sums: list[Tensor] | None = None
+        self._sums: list[Tensor] = []
         if exact:
-            used = self._given()
+            used = self._given
             if reduced is not None:
                 used = [r for r, g in zip(reduced, self._grads, strict=True) if g is not None]
-            self._sums = checksums(used) + checksums(params)
-
-    def _given(self) -> list[Tensor]:
-        return [g for g in self._grads if g is not None]
+            self._sums = checksums(used + params + states)
 
     def changed(self) -> str | None:
         """What was changed since, if anything."""
-        if any(p.grad is not g for p, g in zip(self._params, self._grads, strict=True)):
-            return "gradient"
-        given = self._given()
-        if _marks(given) != self._grad_marks:
+        given = self._given
+        same = all(map(is_, [p.grad for p in self._params], self._grads))
+        if not same or _marks(given) != self._grad_marks:
             return "gradient"
         if _marks(self._params) != self._weight_marks:
             return "weight"
         if self._sums:
-            wrong = (_together(self._sums) != _together(checksums(given + self._params))).nonzero()
+            now = checksums(given + self._params + self._states)
+            wrong = (_together(self._sums) != _together(now)).nonzero()
+            names = ("gradient",) * len(given) + ("weight",) * len(self._params)
             if len(wrong) > 0:
-                return "gradient" if int(wrong[0]) < len(given) else "weight"
+                return (*names, *["state"] * len(self._states))[int(wrong[0])]
         return None
 
 

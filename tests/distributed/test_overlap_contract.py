@@ -5,8 +5,10 @@ The table "What overlap relies on" in docs/distributed.md lists them, with the t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from optimizers import Snapshot
 
 Change = Callable[[list[nn.Parameter], Any], None]
 FACTOR = 0.5
+ROOT = Path(__file__).parents[2]
 
 
 def clip(params: list[nn.Parameter], _: Any) -> None:
@@ -72,6 +75,17 @@ def swap_weights(params: list[nn.Parameter], _: Any) -> None:
         p.data = p.data * FACTOR
 
 
+def halve_states(params: list[nn.Parameter], optimizer: Any) -> None:
+    for p in params:
+        for value in optimizer.state[p].values():
+            value.data.mul_(FACTOR)
+
+
+def clear_states(params: list[nn.Parameter], optimizer: Any) -> None:
+    for p in params:
+        optimizer.state[p] = {}
+
+
 def set_option(name: str, _: list[nn.Parameter], optimizer: Any) -> None:
     for group in optimizer.param_groups:
         group[name] *= FACTOR
@@ -95,6 +109,8 @@ CHANGES: dict[str, tuple[Change, str, bool]] = {
     "weights' memory": (swap_weights, "weight", True),
     "lr": (partial(set_option, "lr"), "hyper-parameter", True),
     "weight decay": (partial(set_option, "weight_decay"), "hyper-parameter", True),
+    "states' .data": (halve_states, "state", False),
+    "states": (clear_states, "state", True),
     "a parameter less": (take_out, "list of parameters", True),
 }
 
@@ -129,8 +145,9 @@ def refused(name: str, before: int, debug: bool) -> None:
 
 
 def refused_everywhere() -> None:
-    for name, (_, _, every_step) in CHANGES.items():
-        refused(name, 0, debug=False)
+    for name, (_, what, every_step) in CHANGES.items():
+        if what != "state":  # there is none before the first step
+            refused(name, 0, debug=False)
         refused(name, 4, debug=not every_step)
 
 
@@ -308,3 +325,12 @@ def scaled_after_resume() -> None:
 
 def test_a_gradscaler_after_a_resume() -> None:
     run(2, scaled_after_resume)
+
+
+def test_the_table_names_tests_that_exist() -> None:
+    page = (ROOT / "docs/distributed.md").read_text()
+    table = page.split("### What overlap relies on")[1].split("\n## ")[0]
+    named = set(re.findall(r"`(test_\w+)`", table))
+    here = "".join(path.read_text() for path in (ROOT / "tests/distributed").glob("test_*.py"))
+    assert len(named) > 20
+    assert named <= set(re.findall(r"^def (test_\w+)", here, re.M))
