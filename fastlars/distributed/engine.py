@@ -238,6 +238,9 @@ class Engine:
         exact = self._debug or self._watched < WATCHED_STEPS
         self._seen = Snapshot(params, None if self._dtype else reduced, states, exact)
 
+    def _is_cut_off(self) -> bool:
+        return bool(self.started) and not self._reduced
+
     def _what_changed(self) -> str | None:
         """What overlap has used and is not what there is now, if anything."""
         changed = self._seen.changed() if self._seen is not None else None
@@ -254,7 +257,9 @@ class Engine:
             self.wait()
             if self._writes if self._arrived else self._may_write():
                 self._check()
-            elif has_scaler(self.optimizer) or self._what_changed() is not None:
+            elif (
+                has_scaler(self.optimizer) or self._is_cut_off() or self._what_changed() is not None
+            ):
                 self._stale = True  # nothing was written yet
             self._step()
             if self._reduced:
@@ -268,6 +273,11 @@ class Engine:
         """Raise where buckets were stepped, or will be in later steps, with other values."""
         if has_scaler(self.optimizer):
             raise_scaler()
+        if self._is_cut_off():
+            raise RuntimeError(
+                "backward ended in an error, after overlap had stepped some parameters: go on from "
+                "a checkpoint"
+            )
         if self._refused:
             raise RuntimeError(
                 "gradients hold a second backward pass, which overlap refused: go on with "

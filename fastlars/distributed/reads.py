@@ -71,12 +71,18 @@ class LateReads(TorchFunctionMode):
     ) -> Any:
         # Attributes are no reads of the elements, but for .data, whose result shares the storage.
         if self._done and not self.paused and getattr(func, "__name__", "") != "__get__":
-            for value in tree_leaves((args, kwargs)):
-                if isinstance(value, Tensor) and value.layout == torch.strided:
-                    p = self._done.get(value.untyped_storage()._cdata)
-                    if p is not None:
-                        self.late.add(p)
+            found = map(self._parameter, tree_leaves((args, kwargs)))
+            self.late.update(p for p in found if p is not None)
         return func(*args, **(kwargs or {}))
+
+    def _parameter(self, value: Any) -> Tensor | None:
+        """The parameter, of those whose gradients are there, that shares a tensor's memory."""
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            return None
+        try:
+            return self._done.get(value.untyped_storage()._cdata)
+        except (NotImplementedError, RuntimeError):
+            return None  # a wrapper without memory, such as vmap's: what it wraps is read later
 
     def forget(self) -> None:
         """Begin anew, for the next step."""

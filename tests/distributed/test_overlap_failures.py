@@ -118,6 +118,8 @@ def interrupted() -> list[int]:
     handle.remove()
     begun = [len(optimizer._ahead.started)]
     optimizer._ahead.wait()
+    with pytest.raises(RuntimeError, match="backward ended in an error"):
+        optimizer.step()
     optimizer.zero_grad()
     with pytest.raises(RuntimeError, match="Expected to have finished reduction"):
         ddp(x)  # DDP's own word on it
