@@ -95,7 +95,7 @@ FAULTS = {
     "overlap": Fault(
         "compressed averages are not copied back for a step that clips",
         "fastlars/distributed/engine.py",
-        'if started is not None and self._kind != "clip" and kept.covers_all():',
+        'if started is not None and self._kind == "step" and kept.covers_all():',
         "if started is not None and kept.covers_all():",
     ),
     "sharded": Fault(
