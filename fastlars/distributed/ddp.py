@@ -17,10 +17,13 @@ MODES = ("step", "norms")
 
 
 class Handle:
-    """Ends an overlap."""
+    """Ends an overlap. A copy of a handle, made with what it is kept in, ends nothing."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine | None) -> None:
         self._engine = engine
+
+    def __reduce__(self) -> Any:
+        return Handle, (None,)
 
     def remove(self) -> None:
         """Go back to ordinary steps.
@@ -28,6 +31,8 @@ class Handle:
         Between a backward pass and its ``optimizer.step()``, that step is still overlapped. DDP
         keeps its hook, which from now on averages as DDP does without one.
         """
+        if self._engine is None:
+            return
         if self._engine.started:
             self._engine.leaving = True
         else:

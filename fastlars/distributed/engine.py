@@ -62,6 +62,7 @@ class Engine:
         # Parameters that no bucket may step: unused ones of a static graph, for which DDP leaves
         # zeros in the buckets, and those that backward reads late.
         self._left_out: set[Tensor] = set()
+        self._scaled = False  # a GradScaler took the last step, and will take the next
         self._watched = 0  # steps with a backward pass so far, up to WATCHED_STEPS
         self.reads: LateReads | None = LateReads(ddp.parameters())
         # Not as a decorator: it imports torch._dynamo, as DDP does when one is made.
@@ -152,7 +153,7 @@ class Engine:
         # The first step of a program is left to optimizer.step(): it makes states and plans, with
         # all their checks, and shows a GradScaler. DDP has but one bucket then anyway. A step
         # without a backward pass, which torch.distributed.checkpoint takes, shows nothing.
-        if not (self._watched and planned and optimizer._states_are_planned()):
+        if not (self._watched and planned and optimizer._states_are_planned()) or self._scaled:
             return None
         groups = optimizer.param_groups
         if any(group["stochastic_rounding"] or group["capturable"] for group in groups):
@@ -257,10 +258,11 @@ class Engine:
             self.wait()
             if self._writes if self._arrived else self._may_write():
                 self._check()
-            elif (
-                has_scaler(self.optimizer) or self._is_cut_off() or self._what_changed() is not None
-            ):
-                self._stale = True  # nothing was written yet
+            else:
+                # Nothing was written yet.
+                self._scaled = has_scaler(self.optimizer)
+                changed = self._scaled or self._is_cut_off() or self._what_changed() is not None
+                self._stale = self._stale or changed
             self._step()
             if self._reduced:
                 self._learn()

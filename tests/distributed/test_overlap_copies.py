@@ -43,6 +43,8 @@ def copied(how: str, overlapped: bool, mode: str) -> Result:
     ddp = DistributedDataParallel(net, **MANY)
     optimizer = fastlars.LAMB(net.parameters(), lr=0.05)
     handles = [overlap(ddp, optimizer, mode=mode)] if overlapped else []
+    for handle in copy.deepcopy(handles):
+        handle.remove()  # which ends nothing
     early = loop(ddp, optimizer, 2)
     optimizer.zero_grad()
     loss_of(ddp, 2).backward()
