@@ -74,7 +74,7 @@ def overlap(
             in ``optimizer.step()``, which sees what was changed after backward. With
             ``max_grad_norm`` in any group, the gradients' norms are taken during backward, in
             either mode, and nothing is written.
-        debug: check in every step what is checked in the first three otherwise: that no weight,
+        debug: check in every step what is checked in the first ten otherwise: that no weight,
             gradient or state was changed through ``.data`` between backward and
             ``optimizer.step()``, and that backward reads no weight after its step.
 

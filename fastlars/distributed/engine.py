@@ -24,7 +24,7 @@ from fastlars.optim.work import Work, check_recording, take
 
 # Steps with a backward pass in which overlap also looks for what costs too much to look for in
 # every step. The first of them is not overlapped: what it finds is refused with nothing changed.
-WATCHED_STEPS = 3
+WATCHED_STEPS = 10
 
 
 class Engine:

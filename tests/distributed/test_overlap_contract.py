@@ -22,6 +22,7 @@ from distributed.overlap_cases import RATES, Result, Setting, make, result
 from distributed.overlap_loops import MANY, loop, loss_of, same
 from distributed.processes import run
 from fastlars.distributed import overlap
+from fastlars.distributed.engine import WATCHED_STEPS
 from optimizers import Snapshot
 
 Change = Callable[[list[nn.Parameter], Any], None]
@@ -148,7 +149,8 @@ def refused_everywhere() -> None:
     for name, (_, what, every_step) in CHANGES.items():
         if what != "state":  # there is none before the first step
             refused(name, 0, debug=False)
-        refused(name, 4, debug=not every_step)
+        refused(name, WATCHED_STEPS - 1, debug=False)
+        refused(name, WATCHED_STEPS + 1, debug=not every_step)
 
 
 def test_a_change_is_refused() -> None:
