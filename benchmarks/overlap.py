@@ -36,12 +36,12 @@ from torchvision.models import resnet50
 import fastlars
 import fastlars.distributed
 import network
-from fastlars.distributed.engine import Engine
+from fastlars.distributed.engine import WATCHED_STEPS, Engine
 from host import describe
 
 ROOT = Path(__file__).resolve().parent.parent
 LINKS = {"unlimited": 0.0, "10 Gbit/s": 10.0, "1 Gbit/s": 1.0}
-WARM_UP = 3  # DDP rebuilds its buckets after the first step, and the first is not overlapped
+WARM_UP = WATCHED_STEPS + 1  # in which overlap takes checksums, and DDP rebuilds its buckets
 _SENT = Path(f"/sys/class/net/{network.CABLE}/statistics/tx_bytes")
 
 
