@@ -1,23 +1,42 @@
-"""Every Python block of docs/distributed.md runs; the training script also survives kills."""
+"""Every Python block of docs/distributed.md runs, and steps as one process would.
+
+The training script also survives kills.
+"""
 
 from __future__ import annotations
 
 import csv
 import os
+import re
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
+import fastlars
 import overlap
+import zero
 from distributed.processes import run
+from distributed.sharded_cases import whole
 from distributed.torchrun import TWO, finish, resumed_at, start
 from sources import ROOT, python_blocks
+from tolerances import assert_close
 from trainer.helpers import assert_same
 
 DEADLY = Path(__file__).parent / "deadly.py"
 TEXT = (ROOT / "docs" / "distributed.md").read_text()
-SCRIPT, *BLOCKS = python_blocks(TEXT)
+SCRIPT = next(block for block in python_blocks(TEXT) if block.startswith("# train.py"))
+# The recipes, by the first word of the heading that they stand under.
+RECIPES: dict[str, str] = {
+    re.findall(r"^##+ (\w+)", TEXT[: TEXT.index(block)], re.MULTILINE)[-1]: block
+    for block in python_blocks(TEXT[TEXT.index("\n## FSDP2") :])
+}
 
 
 def train(folder: Path, deaths: str) -> str:
@@ -59,13 +78,110 @@ def test_the_table_is_the_one_that_was_measured() -> None:
         assert overlap.markdown(list(csv.DictReader(file))) in TEXT
 
 
-def execute(source: str, folder: str) -> None:
-    """In a process of a group."""
+Ends = dict[str, tuple[Tensor, float | None]]
+
+
+def execute(source: str, folder: Path) -> Ends:
+    """Every weight of the models that a block stepped, whole, and its last trust ratio.
+
+    In a process of a group.
+    """
+    folder.mkdir(exist_ok=True)
     os.chdir(folder)
     torch.manual_seed(0)
-    exec(compile(source, "docs/distributed.md", "exec"), {"__name__": "__main__"})
+    ratios: dict[Tensor, float] = {}
+    names: dict[str, Any] = {"__name__": "__main__"}
+    # Loading a state dict forgets them; and torch's ZeroRedundancyOptimizer has none itself.
+    noted = register_optimizer_step_post_hook(
+        lambda optimizer, *_: ratios.update(getattr(optimizer, "trust_ratios", dict)())
+    )
+    exec(compile(source, "docs/distributed.md", "exec"), names)
+    noted.remove()
+    container = names.get("optimizers")
+    models = container.model_parts if container else [names.get("ddp", names.get("model"))]
+    return {
+        name.removeprefix("module."): (whole(p), ratios.get(p))
+        for model in models
+        for name, p in model.named_parameters()
+    }
 
 
-@pytest.mark.parametrize("source", BLOCKS, ids=["sharded", "zero"])
-def test_blocks_run(source: str, tmp_path: Path) -> None:
-    run(4, execute, source, str(tmp_path))
+def as_it_is(module: nn.Module, *_: Any, **__: Any) -> nn.Module:
+    """In place of what divides a model."""
+    return module
+
+
+def not_spread(
+    params: Any, optimizer_class: Any, *, lr: float, weight_decay: float, **_: Any
+) -> Any:
+    """In place of ZeroRedundancyOptimizer."""
+    return optimizer_class(params, lr=lr, weight_decay=weight_decay)
+
+
+UNDIVIDED: dict[str, Callable[..., Any]] = {
+    "torch.distributed.fsdp.fully_shard": as_it_is,
+    "torch.distributed.tensor.parallel.parallelize_module": as_it_is,
+    "torch.nn.parallel.DistributedDataParallel": as_it_is,
+    "torch.distributed.optim.ZeroRedundancyOptimizer": not_spread,
+}
+
+
+def both_ways(source: str, folder: str) -> tuple[Ends, Ends]:
+    """What the block ends with, and what it ends with where each process has the whole model."""
+    divided = execute(source, Path(folder, "divided"))
+    with ExitStack() as stack:
+        for name, replacement in UNDIVIDED.items():
+            stack.enter_context(mock.patch(name, replacement))
+        return divided, execute(source, Path(folder, "whole"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_step_as_one_process_would(name: str, tmp_path: Path) -> None:
+    known: set[str] = set()
+    for divided, expected in run(4, both_ways, RECIPES[name], str(tmp_path)):
+        assert divided.keys() == expected.keys()
+        assert any(ratio not in (None, 1.0) for _, ratio in expected.values())
+        for key, (weight, ratio) in expected.items():
+            found, its_ratio = divided[key]
+            assert_close(key, "weight", found, weight, float(weight.abs().max()))
+            # Under ZeroRedundancyOptimizer a process has the ratios of what it steps.
+            if its_ratio is not None:
+                known.add(key)
+                assert_close(key, "ratio", torch.tensor(its_ratio), torch.tensor(ratio))
+    assert known == expected.keys()
+
+
+def test_every_engine_has_a_recipe() -> None:
+    assert list(RECIPES) == ["FSDP2", "HSDP", "Tensor", "ZeRO", "torchtitan"]
+
+
+def test_a_flat_part_of_several_layers_has_one_ratio_of_its_own() -> None:
+    """What the page says of DeepSpeed, which hands over such parts."""
+    torch.manual_seed(0)
+    layers = [torch.randn(6, 5), torch.randn(10, 4), torch.randn(10, 4)]
+    grads = [torch.randn(6, 5), 10 * torch.randn(10, 4), torch.randn(10, 4)]
+
+    def ratios(weights: list[Tensor], gradients: list[Tensor]) -> list[float]:
+        params = [nn.Parameter(w.clone()) for w in weights]
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = g
+        optimizer = fastlars.LARS(params, lr=1.0)
+        optimizer.step()
+        return list(optimizer.trust_ratios().values())
+
+    flat, grad = (torch.cat([t.flatten() for t in each]) for each in (layers, grads))
+    parts = [ratios([w], [g])[0] for w, g in zip(flat.chunk(2), grad.chunk(2), strict=True)]
+    for part in parts:
+        for right in ratios(layers, grads):
+            assert abs(part / right - 1.0) > 0.1
+    assert abs(parts[0] / parts[1] - 1.0) > 0.1
+
+
+def test_the_balance_is_the_one_that_the_benchmark_computes() -> None:
+    for line in zero.balances().splitlines():
+        assert line in TEXT
+
+
+def test_the_table_of_zero_is_the_one_that_was_measured() -> None:
+    with (ROOT / "benchmarks" / "results" / "zero.csv").open() as file:
+        assert zero.markdown(list(csv.DictReader(file))) in TEXT
