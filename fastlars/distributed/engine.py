@@ -19,9 +19,7 @@ from fastlars.distributed.refusals import check_groups, check_scaler
 from fastlars.optim.base import FusedOptimizer
 from fastlars.optim.numbers import numbers
 from fastlars.optim.values import kept, unchanged
-from fastlars.optim.work import Work, check_recording, take
-
-Taken = list[tuple[list[Tensor], Tensor]]
+from fastlars.optim.work import Taken, Work, check_recording
 
 
 class Engine:
@@ -120,7 +118,7 @@ class Engine:
             return None
         if any(group["stochastic_rounding"] or group["capturable"] for group in groups):
             return None  # step() refuses them
-        if any(group["max_grad_norm"] is not None for group in groups):
+        if optimizer._needs_norm():
             return "clip"
         return "measure" if self._mode == "norms" else "step"
 
@@ -183,14 +181,16 @@ class Engine:
                 "a gradient was changed between backward and optimizer.step(): overlap has used it "
                 "already. For a global clip, set max_grad_norm"
             )
-        if not unchanged(self._values, self._hyper_parameters()):
+        decides = self._kind != "clip" and bool(self.optimizer._needs_norm())  # set only now
+        if decides or not unchanged(self._values, self._hyper_parameters()):
             raise RuntimeError(
                 "a hyper-parameter was changed between backward and optimizer.step(): overlap "
                 "has used it already. Change it before backward, or after optimizer.step()"
             )
 
-    def _finish(self) -> Taken:
-        """What ``optimizer.step()`` has left to do; parameters and their trust ratios."""
+    def _finish(self) -> Taken | None:
+        """What ``optimizer.step()`` has left to do; parameters and their trust ratios, or None
+        where the step was skipped."""
         try:
             check_scaler(self.optimizer)
             check_groups(self.optimizer)
@@ -214,7 +214,7 @@ class Engine:
             if self.leaving:
                 self.release()
 
-    def _step(self) -> Taken:
+    def _step(self) -> Taken | None:
         optimizer = self.optimizer
         if not self.started:
             works = optimizer._prepare()
@@ -226,7 +226,8 @@ class Engine:
         now = numbers(all(work.backend.reads_device for work in works), None, None)
         done = [] if self._kind == "clip" else self.started
         taken = [pair for started in done for pair in started.finish(self._kind)]
-        return taken + take(works, now, optimizer._total())
+        rest = optimizer._take(works, now)
+        return None if rest is None else taken + rest
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
