@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -34,7 +35,8 @@ def checked(skip_if: Any) -> SkipIf | None:
 def decide(skip_if: SkipIf, norm: Tensor) -> bool | Tensor:
     """Whether to skip a step of this norm: a bool, or a 0-dim bool tensor."""
     if not callable(skip_if):
-        return (norm <= skip_if).logical_not()  # so that a norm of NaN is skipped
+        # So that norms that are infinite or NaN are skipped, whatever the threshold.
+        return (norm <= min(skip_if, sys.float_info.max)).logical_not()
     found: Any = skip_if(norm)
     there = isinstance(found, Tensor) and found.device == norm.device
     if is_capturing(norm.device) and not there:
