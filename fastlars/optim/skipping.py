@@ -68,7 +68,7 @@ class SkippingStep:
 
     @property
     def skip_if(self) -> SkipIf | None:
-        """Which steps are skipped: as the argument; it may be changed between any two steps."""
+        """The argument of this name, which may be changed between any two steps."""
         return self._skip_if
 
     @skip_if.setter
@@ -77,7 +77,7 @@ class SkippingStep:
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """The norm of all gradients together in the last step: a 0-dim float64 tensor.
+        """The norm of all gradients together in the last step, a 0-dim float64 tensor.
 
         Over all groups, shards and processes of ``norm_group``, unscaled, and not yet clipped. It
         is measured where a group has a ``max_grad_norm``, of which ``math.inf`` clips nothing, or
