@@ -68,7 +68,7 @@ class Streams:
 
     @each_optimizer
     def test_step_waits_for_nothing(self, name: str) -> None:
-        params, tested = self.made(name, max_grad_norm=0.5)
+        params, tested = self.made(name, max_grad_norm=0.5, skip_if=1e9)
         for step in range(3):
             set_gradients(params, step)
             tested.grad_scale = torch.ones(1, device="cuda")  # type: ignore[attr-defined]

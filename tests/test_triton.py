@@ -63,6 +63,7 @@ def interpreter() -> None:
         ("test_selfcheck.py", 25, 25),
         pytest.param("test_triton_bits.py", 45, 45, marks=pytest.mark.slow),
         pytest.param("test_rmsprop_warmup.py", 6, 6, marks=pytest.mark.slow),
+        pytest.param("test_grad_norm.py", 72, 72, marks=pytest.mark.slow),
     ],
 )
 def test_interpreted(path: str, quick: int, whole: int, marks: str) -> None:

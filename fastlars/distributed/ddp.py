@@ -72,8 +72,8 @@ def overlap(
         mode: ``"step"`` steps buckets during backward. ``"norms"`` writes nothing then: LARS takes
             its sums of squares, LAMB and RMSpropWarmup take nothing, and weights and states change
             in ``optimizer.step()``, which sees what was changed after backward. With
-            ``max_grad_norm`` in any group, the gradients' norms are taken during backward, in
-            either mode, and nothing is written.
+            ``max_grad_norm`` in any group, or ``skip_if``, the gradients' norms are taken during
+            backward, in either mode, and nothing is written.
         debug: check in every step what is checked in the first ten otherwise: that no weight,
             gradient or state was changed through ``.data`` between backward and
             ``optimizer.step()``, and that backward reads no weight after its step.

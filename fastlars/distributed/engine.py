@@ -20,7 +20,7 @@ from fastlars.distributed.refusals import check_groups, has_scaler, raise_change
 from fastlars.distributed.watch import Options, Snapshot, same_members
 from fastlars.optim.base import FusedOptimizer
 from fastlars.optim.numbers import numbers
-from fastlars.optim.work import Work, check_recording, take
+from fastlars.optim.work import Taken, Work, check_recording
 
 # Steps with a backward pass in which overlap also looks for what costs too much to look for in
 # every step. The first of them is not overlapped: what it finds is refused with nothing changed.
@@ -142,7 +142,7 @@ class Engine:
 
     def _may_write(self) -> bool:
         """Whether steps of this program write during backward, be it not this one."""
-        return self._mode == "step" and not self.optimizer._clips()
+        return self._mode == "step" and not self.optimizer._needs_norm()
 
     def _choose(self) -> str | None:
         optimizer = self.optimizer
@@ -158,7 +158,7 @@ class Engine:
         groups = optimizer.param_groups
         if any(group["stochastic_rounding"] or group["capturable"] for group in groups):
             return None  # step() refuses them
-        if optimizer._clips():
+        if optimizer._needs_norm():
             return "clip"
         if self._mode == "step":
             return "step"
@@ -249,10 +249,13 @@ class Engine:
             changed = self._options.changed(self.optimizer.param_groups)
         if changed is None and self._kind and not self.optimizer._states_are_planned():
             changed = "state"
+        if changed is None and self._kind not in (None, "clip") and self.optimizer._needs_norm():
+            changed = "hyper-parameter"  # skip_if, which is of no group
         return changed
 
-    def _finish(self) -> None:
-        """What ``optimizer.step()`` has left to do."""
+    def _finish(self) -> Taken | None:
+        """What ``optimizer.step()`` has left to do; parameters and their trust ratios, or None
+        where the step was skipped."""
         try:
             check_groups(self.optimizer)
             self.wait()
@@ -263,9 +266,10 @@ class Engine:
                 self._scaled = has_scaler(self.optimizer)
                 changed = self._scaled or self._is_cut_off() or self._what_changed() is not None
                 self._stale = self._stale or changed
-            self._step()
+            taken = self._step()
             if self._reduced:
                 self._learn()
+            return taken
         finally:
             self._rearm()
             if self.leaving:
@@ -316,19 +320,19 @@ class Engine:
             reads.close()
             self.reads = None
 
-    def _step(self) -> None:
+    def _step(self) -> Taken | None:
         optimizer = self.optimizer
         if self._stale or not self.started:
-            optimizer._run(optimizer._prepare)
-            return
+            return optimizer._step_all(optimizer._prepare)
         if self._kind == "clip":
-            optimizer._run(lambda: measured(optimizer._prepare(), self.started))
-            return
+            return optimizer._step_all(lambda: measured(optimizer._prepare(), self.started))
         works = self._works_of_the_rest()
         check_recording(works)
         now = numbers(all(work.backend.reads_device for work in works), None, None)
         taken = [pair for started in self.started for pair in started.finish(self._kind)]
-        optimizer._note_step(taken + take(works, now), host_knows=True)
+        rest = optimizer._take(works, now)
+        assert rest is not None  # nobody needs the norm, which alone decides
+        return taken + rest
 
     def _works_of_the_rest(self) -> list[Work]:
         """Of parameters that no bucket had."""

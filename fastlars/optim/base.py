@@ -16,14 +16,14 @@ import fastlars._C as _C
 from fastlars.backends.base import Mismatch
 from fastlars.optim import checkpoint
 from fastlars.optim.checks import check_lr, check_options, check_overlap
-from fastlars.optim.norm import Processes, check_clip, owner_of_this
+from fastlars.optim.norm import Processes, check_norm, owner_of_this
 from fastlars.optim.numbers import numbers
 from fastlars.optim.plan import Plan, location, options_of
-from fastlars.optim.sharded import shard
 from fastlars.optim.shown import count_step, show_steps, take_names
+from fastlars.optim.skipping import SkipIf
 from fastlars.optim.traced import TracedStep
 from fastlars.optim.values import kept, unchanged
-from fastlars.optim.work import Work, check_making, check_recording, take
+from fastlars.optim.work import Taken, Work, check_making, check_recording
 from fastlars.rules import Rule
 
 if TYPE_CHECKING:
@@ -66,8 +66,9 @@ def unwatched(plain: Callable[..., Any], watched: Callable[..., Any]) -> Callabl
 class Ahead(Protocol):
     """Steps parameters before ``step()`` does, as fastlars.distributed.overlap has it."""
 
-    def step(self) -> None:
-        """Finish the step."""
+    def step(self) -> Taken | None:
+        """What is left to do; all parameters that were stepped, and their trust ratios. None where
+        the step was skipped."""
         ...
 
 
@@ -90,11 +91,16 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
     counts_steps: ClassVar[bool] = False
 
     def __init__(
-        self, params: Params, defaults: dict[str, Any], norm_group: NormGroup | None = None
+        self,
+        params: Params,
+        defaults: dict[str, Any],
+        norm_group: NormGroup | None = None,
+        skip_if: SkipIf | None = None,
     ) -> None:
         if defaults["lr"] is not None:
             check_lr(defaults["lr"])
         self._norm_group = None if norm_group is None else Processes(norm_group)
+        self.skip_if = skip_if
         self._owner = owner_of_this()
         self._forget()
         super().__init__(params, OPTIONS | defaults)
@@ -129,7 +135,8 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
     def _forget(self) -> None:
         self._plans: list[Plan | None] = []
         self._rules: list[tuple[tuple[Any, ...], Rule] | None] = []
-        self._last: list[tuple[list[Tensor], Tensor]] = []
+        self._last = []
+        self._square = self._verdict = None
         self._planned_states: list[dict[str, Any]] = []
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -158,8 +165,8 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
                 self.rule_of(group)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"group {number}: {error}") from None
-            if group["max_grad_norm"] is not None:
-                check_clip(self._owner, self._norm_group)
+            if needs := self._needs_norm():
+                check_norm(needs, self._owner, self._norm_group)
             check_overlap(self._places())
         except (RuntimeError, TypeError, ValueError):
             self.param_groups.pop()
@@ -173,8 +180,10 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy that forgot them would clip by a part of the norm, without a word.
-        parts = {"_norm_group": self._norm_group, "_owner": self._owner}
+        # A copy that forgot them would clip by a part of the norm, or take every step, without a
+        # word.
+        names = ("_norm_group", "_owner", "_skip_if", "_counted")
+        parts = {name: getattr(self, name) for name in names}
         return {**super().__getstate__(), **{k: v for k, v in parts.items() if v is not None}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -230,22 +239,23 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         return loss
 
     def _traceable(self) -> bool:
-        alone = self._ahead is None and self._norm_group is None
+        alone = self._ahead is None and self._norm_group is None and self._skip_if is None
         return alone and getattr(self, "found_inf", None) is None
 
     def _step_eagerly(self) -> None:
-        if self._ahead is not None:
-            self._ahead.step()
-        else:
-            self._run(self._prepare)
+        taken = self._step_all(self._prepare) if self._ahead is None else self._ahead.step()
+        if taken is not None:
+            self._last = taken
+            self._count_steps(host_knows=self._verdict is None)
 
-    def _run(self, prepare: Callable[[], list[Work]]) -> None:
-        """Step what ``prepare`` gives, unless the step is skipped."""
+    def _step_all(self, prepare: Callable[[], list[Work]]) -> Taken | None:
+        """Step what ``prepare`` gives; None where the step is skipped."""
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and not self._reads_device() and float(found_inf) != 0.0:
-            return
-        if self._clips():
-            check_clip(self._owner, self._norm_group)
+            self._skip_unmeasured()
+            return None
+        if needs := self._needs_norm():
+            check_norm(needs, self._owner, self._norm_group)
         works = prepare()
         check_recording(works)
         now = numbers(
@@ -253,43 +263,26 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
             getattr(self, "grad_scale", None),
             found_inf,
         )
-        if now.skip:
-            return
-        taken = take(works, now, self._total())
-        self._note_step(taken, host_knows=found_inf is None or not self._reads_device())
+        return self._take(works, now)
 
-    def _note_step(self, taken: list[tuple[list[Tensor], Tensor]], host_knows: bool) -> None:
-        """What was stepped, with trust ratios; groups count it."""
-        self._last = taken
+    def _count_steps(self, host_knows: bool) -> None:
         if not self.counts_steps:
             return
         for group, plan in zip(self.param_groups, self._plans, strict=True):
             if plan is None or plan.sublists:  # else no parameter has a gradient
                 count_step(group, self.state, host_knows and not group["capturable"])
 
-    def _total(self) -> Callable[[Tensor | None], Tensor] | None:
-        """What sums the square of the global norm over the processes of ``norm_group``."""
-        group = self._norm_group
-        if group is None or not self._clips():
-            return None
-        first = next((p for each in self.param_groups for p in each["params"]), None)
-        if first is None:
-            return None
-        device = shard(first).device
-        # A process without gradients has to take part too.
-        none = torch.zeros((), dtype=torch.float64, device=device)
-        return lambda square: group.sum(none if square is None else square, device)
-
-    # A step under overlap, a GradScaler or a norm group cannot be traced. Left to the compiler,
-    # torch 2.11 fails where it resumes tracing: at an assignment to the optimizer. This is
-    # torch.compiler.disable as torch's own optimizers use it: torch._dynamo is imported by the
+    # A step under overlap, a GradScaler, a norm group or skip_if cannot be traced. Left to the
+    # compiler, torch 2.11 fails where it resumes tracing: at an assignment to the optimizer. This
+    # is torch.compiler.disable as torch's own optimizers use it: torch._dynamo is imported by the
     # first call, and not, for 2 s, by `import fastlars`.
     _step_outside_graph = _disable_dynamo(_step_eagerly)
 
     def trust_ratios(self) -> dict[Tensor, float]:
         """The last step's trust ratio of every parameter that it changed; 1 where not adapted.
 
-        Empty before the first step. Steps inside ``torch.compile`` leave it as it is.
+        Empty before the first step and after one that was skipped. Steps inside
+        ``torch.compile`` leave it as it is.
         By name: ``{name: ratios[p] for name, p in model.named_parameters() if p in ratios}``.
 
         Example:
@@ -301,6 +294,8 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
             >>> [round(q, 6) for q in optimizer.trust_ratios().values()]
             [0.001]
         """
+        if self._verdict is not None and bool(self._verdict):
+            return {}
         return {
             p: q
             for params, ratios in self._last

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastlars.optim.base import FusedOptimizer, Params
 from fastlars.optim.checkpoint import Source
+from fastlars.optim.skipping import SkipIf
 from fastlars.rules import LarsRule, adapts, flag, real
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class LARS(FusedOptimizer):
         maximize: ascend.
         max_grad_norm: clip the norm of all gradients together to this, positive, or None. Those
             are the gradients of this optimizer, and of DTensors all shards: see ``norm_group``.
+            ``math.inf`` clips nothing, and has the norm measured for ``grad_norm``.
         master_weights: keep a float32 master of float16 and bfloat16 parameters in the state, step
             that, and write its rounding in the same pass.
         stochastic_rounding: round bfloat16 parameters up or down at random, without bias; seeded
@@ -80,9 +82,17 @@ class LARS(FusedOptimizer):
             schedulers do not see a skipped step. None: only with float16 parameters or
             ``capturable``, where a ``GradScaler`` cannot do it. Counts where all groups have it.
         norm_group: process group or :class:`~torch.distributed.device_mesh.DeviceMesh` over which
-            the squares of the norm for ``max_grad_norm`` are summed: the stages of a pipeline, or
-            the processes of a ``ZeroRedundancyOptimizer``, each of which has other parameters. All
-            its processes must step together. It is not part of ``state_dict()``.
+            the squares of the norm are summed, for ``max_grad_norm`` and ``skip_if``: the stages of
+            a pipeline, or the processes of a ``ZeroRedundancyOptimizer``, each of which has other
+            parameters. All its processes must step together. It is not part of ``state_dict()``.
+        skip_if: skip steps by the norm of all gradients, before the clip. A number: those whose
+            norm is above it or not finite; ``math.inf``: those that are not finite alone. A
+            callable: those for which it returns true, a bool or a tensor of one element, when it is
+            given the norm, a 0-dim float64 tensor, on the GPU where a step reads its numbers there;
+            nothing waits as long as the callable does not. A skipped step changes nothing, but a
+            first one makes states; ``skipped_steps`` counts it, and ``grad_norm`` is its norm. Also
+            an attribute, which may be changed at any time; a recorded CUDA graph keeps what it was
+            recorded with. Not part of ``state_dict()``.
 
     Raises:
         ValueError, TypeError: a value is out of range, parameters share memory, or a tensor cannot
@@ -133,6 +143,7 @@ class LARS(FusedOptimizer):
         capturable: bool = False,
         fused_unscale: bool | None = None,
         norm_group: ProcessGroup | DeviceMesh | None = None,
+        skip_if: SkipIf | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -158,7 +169,7 @@ class LARS(FusedOptimizer):
         }
         if flag("nesterov", nesterov):
             LarsRule(momentum=momentum, dampening=dampening, nesterov=True)
-        super().__init__(params, defaults, norm_group)
+        super().__init__(params, defaults, norm_group, skip_if)
 
     @property
     def optim(self) -> LARS:

@@ -29,25 +29,26 @@ def owner_of_this() -> str | None:
     return None
 
 
-def check_clip(owner: str | None, norm_group: Any) -> None:
-    """Raise where ``max_grad_norm`` would clip by the norm of a part of the gradients."""
+def check_norm(what: str, owner: str | None, norm_group: Any) -> None:
+    """Raise where ``what`` needs the global norm, and would get that of a part of the gradients."""
     if owner is not None and norm_group is None:
         raise RuntimeError(
-            f"max_grad_norm under {owner}, which gives each process an optimizer of a part of the "
-            "parameters, would clip by the norm of that part: sum it over the processes, with "
+            f"{what} under {owner}, which gives each process an optimizer of a part of the "
+            "parameters, would go by the norm of that part: sum it over the processes, with "
             "optimizer_class=functools.partial(fastlars.LAMB, norm_group=process_group), or leave "
-            "max_grad_norm out and call torch.nn.utils.clip_grad_norm_ before the step"
+            f"{what} out and call torch.nn.utils.clip_grad_norm_, which returns the norm, before "
+            "the step"
         )
-    check_outside_backward()
+    check_outside_backward(what)
 
 
-def check_outside_backward() -> None:
+def check_outside_backward(what: str = "max_grad_norm") -> None:
     """Raise where a norm is taken while gradients are still to come."""
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
-            "max_grad_norm in a step inside backward, such as that of one optimizer for each "
-            "parameter, would clip by the norm of a part of the gradients: leave max_grad_norm "
-            "out, or step after backward"
+            f"{what} in a step inside backward, such as that of one optimizer for each "
+            f"parameter, would go by the norm of a part of the gradients: leave {what} out, or "
+            "step after backward"
         )
 
 

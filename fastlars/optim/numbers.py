@@ -36,6 +36,14 @@ class HostNumbers:
         """The global norm, from its square."""
         self._norm = math.sqrt(float(square))
 
+    def skip_where(self, wanted: bool | Tensor) -> None:
+        """Skip the step where this is true."""
+        self.skip = bool(wanted)
+
+    def verdict(self) -> Tensor | None:
+        """None: nothing is left for the device to decide."""
+        return None
+
     def scalars(
         self, lr: Any, sign: float, limit: float | None, seed: int | None, device: torch.device
     ) -> Scalars:
@@ -49,11 +57,11 @@ class HostNumbers:
 class DeviceNumbers:
     """Tensors stay where they are; what the host knows goes by value."""
 
-    skip = False  # known to the device alone
-
     def __init__(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        self.skip = False  # as far as the host knows
         self._grad_scale = grad_scale
         self._found_inf = found_inf
+        self._verdict: Tensor | None = None
         self._square: Tensor | None = None
 
     def unclipped(self, sign: float, device: torch.device) -> Scalars:
@@ -68,6 +76,23 @@ class DeviceNumbers:
     def take_square(self, square: Tensor) -> None:
         """The global norm, from its square."""
         self._square = square
+
+    def skip_where(self, wanted: bool | Tensor) -> None:
+        """Skip the step where this is true, as where a GradScaler has found what is not finite."""
+        if isinstance(wanted, bool):
+            self.skip = wanted
+            return
+        assert self._square is not None
+        wanted = moved(wanted, self._square.device)
+        found = self.verdict()
+        self._verdict = wanted if found is None else wanted | moved(found, wanted.device)
+        self._found_inf = self._verdict.to(torch.float32)
+
+    def verdict(self) -> Tensor | None:
+        """Whether the device skips the step: a 0-dim bool tensor; None where it does not ask."""
+        if self._verdict is None and self._found_inf is not None:
+            self._verdict = self._found_inf.reshape(()).ne(0)
+        return self._verdict
 
     def scalars(
         self, lr: Any, sign: float, limit: float | None, seed: int | None, device: torch.device
@@ -97,6 +122,11 @@ def square(sums: list[Tensor], on_device: bool) -> Tensor:
 
 def _rate(lr: Any) -> float:
     return lr if type(lr) is float and lr >= 0.0 else real("lr", lr)
+
+
+def moved(value: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device. Nothing waits, unless the host is to have it."""
+    return value.to(device, non_blocking=device.type != "cpu")
 
 
 def _there(value: Tensor | None, device: torch.device) -> Tensor | None:

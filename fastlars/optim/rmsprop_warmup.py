@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlars.optim.base import FusedOptimizer, Params
+from fastlars.optim.skipping import SkipIf
 from fastlars.rules import RmspropWarmupRule
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class RMSpropWarmup(FusedOptimizer):
         maximize: ascend.
         max_grad_norm: clip the norm of all gradients together to this, positive, or None. Those
             are the gradients of this optimizer, and of DTensors all shards: see ``norm_group``.
+            ``math.inf`` clips nothing, and has the norm measured for ``grad_norm``.
         master_weights: keep a float32 master of float16 and bfloat16 parameters in the state, step
             that, and write its rounding in the same pass.
         stochastic_rounding: round bfloat16 parameters up or down at random, without bias; seeded
@@ -75,9 +77,17 @@ class RMSpropWarmup(FusedOptimizer):
             schedulers do not see a skipped step. None: only with float16 parameters or
             ``capturable``, where a ``GradScaler`` cannot do it. Counts where all groups have it.
         norm_group: process group or :class:`~torch.distributed.device_mesh.DeviceMesh` over which
-            the squares of the norm for ``max_grad_norm`` are summed: the stages of a pipeline, or
-            the processes of a ``ZeroRedundancyOptimizer``, each of which has other parameters. All
-            its processes must step together. It is not part of ``state_dict()``.
+            the squares of the norm are summed, for ``max_grad_norm`` and ``skip_if``: the stages of
+            a pipeline, or the processes of a ``ZeroRedundancyOptimizer``, each of which has other
+            parameters. All its processes must step together. It is not part of ``state_dict()``.
+        skip_if: skip steps by the norm of all gradients, before the clip. A number: those whose
+            norm is above it or not finite; ``math.inf``: those that are not finite alone. A
+            callable: those for which it returns true, a bool or a tensor of one element, when it is
+            given the norm, a 0-dim float64 tensor, on the GPU where a step reads its numbers there;
+            nothing waits as long as the callable does not. A skipped step changes nothing, but a
+            first one makes states; ``skipped_steps`` counts it, and ``grad_norm`` is its norm. Also
+            an attribute, which may be changed at any time; a recorded CUDA graph keeps what it was
+            recorded with. Not part of ``state_dict()``.
 
     ``param_groups[i]["step"]`` is the number of steps that a group has taken, an int, for scripts
     that read it there. It is a tensor with ``capturable`` or where the device alone knows whether a
@@ -124,6 +134,7 @@ class RMSpropWarmup(FusedOptimizer):
         capturable: bool = False,
         fused_unscale: bool | None = None,
         norm_group: ProcessGroup | DeviceMesh | None = None,
+        skip_if: SkipIf | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -143,7 +154,7 @@ class RMSpropWarmup(FusedOptimizer):
             "capturable": capturable,
             "fused_unscale": fused_unscale,
         }
-        super().__init__(params, defaults, norm_group)
+        super().__init__(params, defaults, norm_group, skip_if)
 
     @staticmethod
     def rule_of(group: dict[str, Any]) -> RmspropWarmupRule:

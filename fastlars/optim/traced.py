@@ -10,8 +10,9 @@ from torch import Tensor
 
 import fastlars.optim.compiled as compiled
 from fastlars.optim.checks import check_lr, check_options
-from fastlars.optim.norm import check_clip
+from fastlars.optim.norm import check_norm
 from fastlars.optim.plan import Plan, forget
+from fastlars.optim.skipping import SkippingStep
 from fastlars.optim.values import is_plain
 from fastlars.rules import Rule
 
@@ -21,10 +22,9 @@ def _is_number(value: Any) -> bool:
     return all(type(member) in (int, float) for member in members)
 
 
-class TracedStep:
+class TracedStep(SkippingStep):
     """What :class:`FusedOptimizer` does inside a compiled region."""
 
-    param_groups: list[dict[str, Any]]
     state: Any
     defaults: dict[str, Any]
     _owner: str | None
@@ -34,9 +34,6 @@ class TracedStep:
     @abstractmethod
     def rule_of(group: dict[str, Any]) -> Rule:
         """The rule that a group's hyper-parameters make. ValueError or TypeError if they do not."""
-
-    def _clips(self) -> bool:
-        return any(group["max_grad_norm"] is not None for group in self.param_groups)
 
     def _init_group(
         self,
@@ -54,8 +51,8 @@ class TracedStep:
         The name is torch.compile's: it runs this method instead of tracing it, guards what it read,
         and takes the tensors in the lists for inputs of its graph.
         """
-        if self._clips():
-            check_clip(self._owner, None)
+        if needs := self._needs_norm():
+            check_norm(needs, self._owner, None)
         rules = []
         for number, other in enumerate(self.param_groups):
             try:

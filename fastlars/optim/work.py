@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +14,9 @@ from fastlars.optim.numbers import Numbers
 from fastlars.optim.plan import State, Sublist, lacks_states
 from fastlars.optim.sharded import complete, shards
 from fastlars.rules import GradientNorm, Rule
+
+# Parameters that were stepped, list by list, and their trust ratios.
+Taken: TypeAlias = list[tuple[list[Tensor], Tensor]]
 
 
 @dataclass
@@ -76,20 +78,8 @@ def check_making(group: dict[str, Any], rule: Rule, state: State) -> None:
         )
 
 
-def take(
-    works: list[Work], now: Numbers, total: Callable[[Tensor | None], Tensor] | None = None
-) -> list[tuple[list[Tensor], Tensor]]:
-    """Step every list; parameters and their trust ratios.
-
-    ``total`` makes the square of the global norm of that of the works, None where there are none.
-    """
-    if total is not None or any(work.group["max_grad_norm"] is not None for work in works):
-        parts = [(work.sublist.shards, work.square_norms(now)) for work in works]
-        square = now.square(complete(parts)) if parts else None
-        if total is not None:
-            square = total(square)
-        if square is not None:
-            now.take_square(square)
+def take(works: list[Work], now: Numbers) -> Taken:
+    """Step every list; the global norm is known where one is needed."""
     each = [work.scalars(now) for work in works]
     sums = _sharded_sums(works, each)
     taken = []
