@@ -28,7 +28,7 @@ def _together(sums: list[Tensor]) -> Tensor:
 
 def _marks(tensors: list[Tensor]) -> list[int]:
     """What changes with every write that autograd sees, and with other memory."""
-    return [t._version for t in tensors] + [t.data_ptr() for t in tensors]
+    return [t._version for t in tensors] + [t.untyped_storage()._cdata for t in tensors]
 
 
 class Snapshot:

@@ -202,4 +202,4 @@ def test_thresholds_under_overlap(mode: str) -> None:
         assert norm == pytest.approx(expected, rel=rel, nan_ok=True)
         assert rest == [count, count[0] > 0, True]
     if mode == "norms":
-        assert found[0][5] == (None, None, (2, 4), False, True)
+        assert found[0][5] == (None, None, (2, 4), False, False)
