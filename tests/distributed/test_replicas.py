@@ -140,7 +140,7 @@ def test_nothing_travels_for_replicated_parameters() -> None:
 
 
 def cut_differently() -> list[str]:
-    """On one rank the first parameter has gaps, and so a list of its own there."""
+    """On one rank the third parameter has gaps, and so a list of its own there."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -149,10 +149,10 @@ def cut_differently() -> list[str]:
     mesh = init_device_mesh("cpu", (2, 2))
     both, rows = [Shard(0), Shard(0)], [Replicate(), Shard(0)]
     params = []
-    for size, places in ((3, both), (5, rows), (4, both), (2, rows), (1, rows)):
+    for size, places in ((3, both), (5, rows), (4, both), (2, rows), (6, both)):
         torch.manual_seed(size + mesh.get_local_rank(1))
         local = torch.randn(size, 2)
-        if size == 3 and dist.get_rank() == 1:
+        if size == 4 and dist.get_rank() == 1:
             local = torch.stack((local, local), dim=2)[..., 0]
         params.append(nn.Parameter(DTensor.from_local(local, mesh, places)))
     pair = Pair(params, fastlars.LARS, **LARS)

@@ -198,6 +198,29 @@ def test_states_that_are_subclasses_are_loaded() -> None:
     run(2, states_of_adamw)
 
 
+def states_by_hand() -> None:
+    """States that somebody made of the class between two steps go on as plain ones."""
+    from distributed.sharded_cases import set_gradients
+    from distributed.wrapped_cases import local
+
+    found = []
+    for kind in ("slotted", None):
+        model, optimizer = make("fsdp", kind, "LAMB")
+        params = list(model.parameters())
+        for step in range(3):
+            set_gradients(params, step)
+            optimizer.step()
+            for p in params:
+                optimizer.state[p]["exp_avg"] = torch.zeros_like(p)
+        found.append([local(p) for p in params])
+    for i, (p, q) in enumerate(zip(*found, strict=True)):
+        assert_same_bits(f"parameter {i}", p, q)
+
+
+def test_states_of_the_class_are_taken() -> None:
+    run(2, states_by_hand)
+
+
 def refused() -> None:
     """What AdamW would write in no plain tensor, or in two: with the place, and nothing written."""
     from distributed.sharded_cases import set_gradients
