@@ -99,10 +99,10 @@ FAULTS = {
         "if started is not None and kept.covers_all():",
     ),
     "sharded": Fault(
-        "shards that lie on several rows of a mesh are counted once for each row",
+        "replicas are counted as if they were other shards",
         "fastlars/optim/sharded.py",
-        "any(place.is_replicate() and x > 0 for",
-        "all(place.is_replicate() and x > 0 for",
+        "if size > 1 and not place.is_replicate())",
+        "if size > 1)",
     ),
     "recipe": Fault(
         "a batch that has a row takes the row before it",

@@ -16,6 +16,7 @@ import figures
 import first_step
 import iteration
 import report
+import sharded_host
 from cases import RULES, check
 from cpu_cases import CASES, Case, contenders, free_bytes
 from shapes import SWEEP
@@ -131,6 +132,13 @@ def test_host_times_of_changing_sets_of_gradients(capsys: pytest.CaptureFixture[
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in lines[3:]] == [f"| {name}" for name in changing.BUILDS]
     assert all(line.count("(") - line.split("|")[1].count("(") == 5 for line in lines[3:])
+
+
+def test_host_times_of_shards(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sharded_host.main("5", "5") == 0
+    lines = capsys.readouterr().out.splitlines()[3:]
+    assert [line.split(" | ")[0] for line in lines] == [f"| {name}" for name in sharded_host.MESHES]
+    assert all(float(cell.split()[0]) > 0 for line in lines for cell in line.split(" | ")[1:4])
 
 
 @pytest.mark.parametrize("which", changing.SETS)

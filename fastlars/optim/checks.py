@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from fastlars.backends.choose import is_dense
-from fastlars.optim.sharded import is_dtensor, shard
+from fastlars.optim.sharded import arrived, is_dtensor, local, shard
+from fastlars.optim.wrapped import is_plain
 from fastlars.rules import at_least_zero, flag, real
 
 FLAGS = frozenset(
@@ -67,7 +68,7 @@ def check_parameter(weight: Tensor, where: str) -> None:
         )
     if is_dtensor(weight):
         _check_placement(weight, where)
-        weight = shard(weight)
+    weight = shard(weight)
     kind = type(weight).__name__
     if weight.is_complex():
         raise TypeError(f"{where} is complex: step torch.view_as_real of it instead")
@@ -79,8 +80,11 @@ def check_parameter(weight: Tensor, where: str) -> None:
         )
     if weight.is_meta:
         raise TypeError(f"{where} is on the meta device, which has no memory to write")
-    if type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        raise TypeError(f"{where} is a {kind}: plain tensors are stepped, not such subclasses")
+    if not is_plain(weight):
+        raise TypeError(
+            f"{where} is a {kind}: subclasses are stepped where AdamW(fused=True) would write one "
+            "plain tensor in them, of the same shape, strides and type"
+        )
     if weight.is_neg():
         raise TypeError(f"{where} is a lazily negated view: step a resolve_neg() of it instead")
     if weight.numel() > 0 and any(
@@ -123,8 +127,9 @@ def check_gradient(weight: Tensor, grad: Tensor, where: str) -> None:
         raise TypeError(f"{where} has a sparse gradient ({grad.layout}): only dense ones are taken")
     if not grad.is_floating_point():
         raise TypeError(f"{where} has a gradient of {grad.dtype}")
-    if not is_dtensor(grad) and type(grad).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        raise TypeError(f"{where} has a gradient of type {type(grad).__name__}")
+    given = grad if is_plain(weight) else arrived([local(grad)])[0]
+    if not is_plain(given):
+        raise TypeError(f"{where} has a gradient of type {type(given).__name__}")
     if grad.shape != weight.shape:
         raise ValueError(
             f"{where} has shape {tuple(weight.shape)}, its gradient {tuple(grad.shape)}"

@@ -11,7 +11,8 @@ from torch import Tensor
 import fastlars._C as _C
 from fastlars.backends.base import Backend, Kinds
 from fastlars.backends.cpu import viewer
-from fastlars.optim.sharded import shard
+from fastlars.optim.sharded import Over, shard
+from fastlars.optim.wrapped import Path
 
 if TYPE_CHECKING:
     from fastlars.optim.plan import Plan
@@ -26,7 +27,8 @@ class Kind(NamedTuple):
     device: torch.device
     kinds: Kinds
     backend: Backend
-    mesh: Any
+    path: Path  # to the plain tensor of a parameter
+    over: Over | None
 
 
 class Row(NamedTuple):

@@ -28,7 +28,18 @@ from fastlars.optim.checks import (
     check_state,
 )
 from fastlars.optim.known import Kind, Known, Row
-from fastlars.optim.sharded import Shards, mesh_of, shard, shards, shards_of, tables, unwrapped
+from fastlars.optim.sharded import (
+    Shards,
+    empty_like,
+    local,
+    path_to,
+    shard,
+    sharded_over,
+    shards,
+    tables,
+    unwrapped,
+)
+from fastlars.optim.wrapped import Path, is_plain
 from fastlars.rules import Rule, real
 
 State = dict[Tensor, dict[str, Any]]
@@ -61,7 +72,7 @@ def has_master(weight: Tensor, group: dict[str, Any]) -> bool:
 def like(weight: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
     """``value`` with the device and the strides of ``weight``; DTensors are sharded alike."""
     # empty_like keeps the strides of a weight without gaps, which is all that a kernel pairs by.
-    out = torch.empty_like(weight, dtype=dtype, requires_grad=False)
+    out = empty_like(weight, dtype)
     shard(out).copy_(shard(value))
     return out
 
@@ -132,7 +143,7 @@ def _lies_otherwise(weight: Tensor, grad: Tensor) -> bool:
 
 @dataclass
 class Sublist:
-    """Parameters of a group that agree in device, types, back end and mesh."""
+    """Parameters of a group that agree in device, types, back end, mesh and where they lie."""
 
     indices: list[int]
     weights: list[Tensor]
@@ -141,7 +152,8 @@ class Sublist:
     layout: Any
     single: list[int]  # weights of one element
     states: list[dict[str, Any]]
-    shards: Shards | None = None  # of weights that are DTensors
+    path: Path = ()  # from the weights to their plain tensors
+    shards: Shards | None = None  # of weights of which other ranks hold other shards
     copied: list[int] = field(default_factory=list)  # whose gradients lie otherwise
 
 
@@ -191,7 +203,7 @@ class Plan:
             for i in indices:
                 self._make_states(self.params[i], self.group)
         rows = {
-            i: Row(self.grad_types[i], kind, self.state[p], shard(p).numel() == 1)
+            i: Row(self.grad_types[i], kind, self.state[p], shards([p], kind.path)[0].numel() == 1)
             for kind, indices in self.kinds.items()
             for i, p in ((i, self.params[i]) for i in indices)
         }
@@ -275,7 +287,7 @@ class Plan:
                 zero = torch.zeros((), dtype=dtype, device=p.device)
                 start = p.detach() if name == "master" else zero
                 states[name] = like(p, start, dtype)
-            elif shard(value).stride() != shard(p).stride():
+            elif not is_plain(local(value)) or shard(value).stride() != shard(p).stride():
                 states[name] = like(p, value, dtype)
         counter = self.rule.counter
         if counter is not None:
@@ -303,8 +315,9 @@ class Plan:
             kinds = Kinds(p.dtype, g.dtype, state_dtype(p, group))
             if has_master(p, group):
                 kinds = Kinds(torch.float32, g.dtype, state_dtype(p, group), copy=p.dtype)
+            path = path_to(p)
             try:
-                backend = choose(shard(p), kinds)
+                backend = choose(shards([p], path)[0], kinds)
             except RuntimeError as error:
                 raise RuntimeError(f"{place}: {error}") from None
             if group["capturable"] and not backend.reads_device:
@@ -312,23 +325,25 @@ class Plan:
                     f"{place}: capturable=True needs a back end that reads lr and step on the "
                     f"device, but {backend.name} serves it"
                 )
-            by_kind[Kind(p.device, kinds, backend, mesh_of(p))].append(i)
+            by_kind[Kind(p.device, kinds, backend, path, sharded_over(p))].append(i)
         return by_kind
 
     def _cut(self, rows: Mapping[int, Row]) -> list[Sublist]:
         sublists = []
-        found = tables([(kind.mesh, indices) for kind, indices in self.kinds.items()])
+        found = tables([(kind.over, indices) for kind, indices in self.kinds.items()])
         for (kind, indices), place in zip(self.kinds.items(), found, strict=True):
             weights = [self.params[i] for i in indices]
-            local = weights if kind.mesh is None else shards(weights)
-            layout = kind.backend.layout(local)
+            plain = shards(weights, kind.path)
+            layout = kind.backend.layout(plain)
             chosen = [rows[i] for i in indices]
             single = [n for n, row in enumerate(chosen) if row.single]
             states = [row.states for row in chosen]
-            of_mesh = shards_of(*place, weights) if place is not None else None
-            sublists.append(
-                Sublist(indices, weights, kind.kinds, kind.backend, layout, single, states, of_mesh)
-            )
+            sharded = None
+            if place is not None:
+                table, places = place
+                sharded = Shards(table, places.to(kind.device))
+            lists = (indices, weights, kind.kinds, kind.backend, layout, single, states)
+            sublists.append(Sublist(*lists, kind.path, sharded))
         self.whole = [s.indices for s in sublists] == [list(range(len(self.params)))]
         return sublists
 
@@ -349,7 +364,7 @@ class Plan:
             copies=copies,
             kinds=sublist.kinds,
         )
-        return tensors if sublist.shards is None else unwrapped(tensors)
+        return unwrapped(tensors, sublist.path) if sublist.path else tensors
 
     def bind(self, grads: list[Any]) -> list[tuple[Sublist, Any]]:
         """Every sublist's tensors, checked by its back end; nothing is written.

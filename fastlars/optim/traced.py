@@ -74,10 +74,10 @@ class TracedStep(SkippingStep):
         plan = next(plan for plan in plans if plan.group is group)
         number, rule = plan.number, plan.rule
         for sublist in plan.ready(keeps=False).sublists:
-            if sublist.shards is not None:
+            if sublist.path:
                 raise RuntimeError(
-                    f"group {number}: DTensors are not stepped inside torch.compile: leave "
-                    "optimizer.step() out of the compiled region"
+                    f"group {number}: DTensors are not stepped inside torch.compile, nor are other "
+                    "subclasses: leave optimizer.step() out of the compiled region"
                 )
             params = [group["params"][i] for i in sublist.indices]
             states = [self.state[p] for p in params]

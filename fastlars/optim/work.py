@@ -92,14 +92,16 @@ def take(works: list[Work], now: Numbers) -> Taken:
     for work in works:
         # Autograd compares versions to notice that a saved tensor was overwritten; a write through
         # an address does not move them.
-        torch.autograd.graph.increment_version(work.sublist.weights)
-        if work.sublist.shards is not None:
-            torch.autograd.graph.increment_version(shards(work.sublist.weights))
+        written = work.sublist.weights
+        torch.autograd.graph.increment_version(written)
+        for name in work.sublist.path:
+            written = shards(written, (name,))
+            torch.autograd.graph.increment_version(written)
     return taken
 
 
 def _sharded_sums(works: list[Work], each: list[Scalars]) -> dict[int, Tensor]:
-    """Sums of squares over all shards, by the place of the list; of adapted DTensors alone."""
+    """Sums of squares over all shards, by the place of the list; of adapted lists alone."""
     places = [i for i, w in enumerate(works) if w.sublist.shards is not None and w.rule.adapt]
     if not places:
         return {}

@@ -1,4 +1,4 @@
-"""Sharded steps are unsharded steps to rounding, with one small all-reduce for each mesh."""
+"""Sharded steps are unsharded steps to rounding, and one small array for each mesh travels."""
 
 from __future__ import annotations
 
@@ -27,17 +27,25 @@ RECIPES: dict[str, tuple[Any, dict[str, Any]]] = {
         {"lr": 0.1, "lr_rmsprop": 1e-2, "center_steps": 0.5, "period_steps": 2.5},
     ),
 }
-# Parameters on each mesh that are adapted, and all of them, of which a clip takes the norm.
-TABLES: dict[str, tuple[list[int], list[int]]] = {
-    "fsdp": ([5], [6]),
-    "fsdp bf16": ([5], [6]),
-    "fsdp columns": ([5], [6]),
-    "hsdp": ([5], [6]),
-    "tensor parallel": ([4], [4]),
-    "sequence parallel": ([5], [6]),
-    "two dimensions": ([4, 1], [4, 2]),
-    "part of the ranks": ([4], [4]),  # its other mesh is of one rank, which has no one to ask
-    "side by side": ([2], [2]),
+SUM, GATHER = "allreduce_", "_allgather_base_"
+# What travels for the parameters that are adapted, and for all of them, of which a clip takes the
+# norm: rows of each array. A gather brings those of both ranks.
+MOVED: dict[str, tuple[list[tuple[str, int]], list[tuple[str, int]]]] = {
+    "fsdp": ([(SUM, 5)], [(SUM, 6)]),
+    "fsdp bf16": ([(SUM, 5)], [(SUM, 6)]),
+    "fsdp columns": ([(SUM, 5)], [(SUM, 6)]),
+    "hsdp": ([(GATHER, 10)], [(GATHER, 12)]),
+    # The bias of the second layer is replicated, and the norm is plain or replicated.
+    "tensor parallel": ([(SUM, 3)], [(SUM, 3)]),
+    "sequence parallel": ([(SUM, 3)], [(SUM, 3)]),
+    # The bias of the second layer is replicated over one dimension; the norm has a mesh of its own.
+    "two dimensions": (
+        [(SUM, 3), (SUM, 1), (GATHER, 2)],
+        [(SUM, 3), (SUM, 2), (GATHER, 2)],
+    ),
+    # The other mesh and the other dimension are of one rank, which has no one to ask.
+    "part of the ranks": ([(SUM, 3)], [(SUM, 3)]),
+    "side by side": ([(SUM, 2)], [(SUM, 2)]),
 }
 
 
@@ -66,7 +74,7 @@ def stepped() -> list[dict[str, Any]]:
 
 
 @pytest.mark.xdist_group("sharded")
-@pytest.mark.parametrize("layout", TABLES)
+@pytest.mark.parametrize("layout", MOVED)
 def test_sharded_is_unsharded_to_rounding(stepped: list[dict[str, Any]], layout: str) -> None:
     for rank, found in enumerate(stepped):
         for recipe in RECIPES:
@@ -75,16 +83,16 @@ def test_sharded_is_unsharded_to_rounding(stepped: list[dict[str, Any]], layout:
 
 
 @pytest.mark.xdist_group("sharded")
-@pytest.mark.parametrize("layout", TABLES)
+@pytest.mark.parametrize("layout", MOVED)
 def test_a_step_moves_one_small_array_for_each_mesh(
     stepped: list[dict[str, Any]], layout: str
 ) -> None:
-    adapted, everything = TABLES[layout]
+    adapted, everything = MOVED[layout]
     for recipe in RECIPES:
-        tables = [*everything, *adapted] if recipe == "LAMB clipped" else adapted
+        arrays = [*everything, *adapted] if recipe == "LAMB clipped" else adapted
         if recipe == "RMSprop warm-up":
-            tables = []
-        expected = [("allreduce_", (tensors, 2)) for tensors in tables]
+            arrays = []
+        expected = [(how, (rows, 2)) for how, rows in arrays]
         if layout == "sequence parallel":
             # Both gradients of the norm are sums that torch left pending.
             expected = [("all_reduce", (6,)), ("all_reduce", (6,)), *expected]
