@@ -43,6 +43,7 @@ class Part:
             raise KeyError(self.number)
         if self.plan is None or whole is not self.whole:
             self.whole, self.plan = whole, whole.part(self.indices, self.grads)
+            optimizer._planned_states = list(optimizer.state.values())  # which it has made
         return [Work(group, rule, sublist, bound) for sublist, bound in self.plan.bind(self.grads)]
 
     def take_plan_of(self, other: Part | None) -> None:

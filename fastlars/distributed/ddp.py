@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -29,14 +30,19 @@ class Handle:
         """Go back to ordinary steps.
 
         Between a backward pass and its ``optimizer.step()``, that step is still overlapped. DDP
-        keeps its hook, which from now on averages as DDP does without one.
+        keeps its hook, which from now on averages as DDP does without one. After a backward pass
+        that ended in an error, it waits for the buckets that are under way: call it before a
+        checkpoint is loaded.
         """
-        if self._engine is None:
+        engine, self._engine = self._engine, None
+        if engine is None:
             return
-        if self._engine.started:
-            self._engine.leaving = True
-        else:
-            self._engine.release()
+        if engine.is_under_way():
+            engine.leaving = True
+            return
+        with suppress(RuntimeError):  # backward itself has said what went wrong
+            engine.wait()  # else buckets of a backward pass that failed were stepped afterwards
+        engine.release()
 
 
 def overlap(
@@ -51,8 +57,7 @@ def overlap(
 
     Call it once, before the first backward pass; the training loop stays as it is.
     ``optimizer.step()`` steps what no bucket held. Without compression, parameters and states have
-    the bits that they have without overlap. The first step, which DDP reduces in one bucket, is
-    not overlapped.
+    the bits that they have without overlap. The first two steps are not overlapped.
 
     Hyper-parameters are read during backward: change them before it or after ``optimizer.step()``,
     as schedulers do. Parameters are new when backward returns, and change while it runs: after an
@@ -132,6 +137,7 @@ def overlap(
         if slot.engine is engine:
             slot.engine = None
             optimizer._ahead = None
+        engine.close()
 
     engine.release = release
     return Handle(engine)

@@ -23,8 +23,9 @@ from fastlars.optim.numbers import numbers
 from fastlars.optim.work import Taken, Work, check_recording
 
 # Steps with a backward pass in which overlap also looks for what costs too much to look for in
-# every step. The first of them is not overlapped: what it finds is refused with nothing changed.
+# every step. The first ones are not overlapped: what they find is refused with nothing changed.
 WATCHED_STEPS = 10
+UNTOUCHED_STEPS = 2
 
 
 class Engine:
@@ -62,7 +63,8 @@ class Engine:
         # Parameters that no bucket may step: unused ones of a static graph, for which DDP leaves
         # zeros in the buckets, and those that backward reads late.
         self._left_out: set[Tensor] = set()
-        self._scaled = False  # a GradScaler took the last step, and will take the next
+        self._in_vain = False  # what the last step had measured was stale, as with a GradScaler
+        self._spent = False  # a step was refused after its gradients were used
         self._watched = 0  # steps with a backward pass so far, up to WATCHED_STEPS
         self.reads: LateReads | None = LateReads(ddp.parameters())
         # Not as a decorator: it imports torch._dynamo, as DDP does when one is made.
@@ -85,7 +87,7 @@ class Engine:
 
     def watch(self, outputs: Any) -> None:
         """Look for late reads in the backward pass of these outputs of the module."""
-        if self.reads is not None:
+        if self.reads is not None and self.may_write():
             self.reads.watch(outputs)
 
     def reduce(self, bucket: GradBucket) -> Future[Tensor]:
@@ -129,41 +131,43 @@ class Engine:
 
     def _begin(self) -> None:
         """The first bucket of a step: look again at everything that may have changed."""
-        self._arrived = True
-        groups = self.optimizer.param_groups
-        self._options = Options(groups, list(self.optimizer.defaults))
+        self._arrived, self._spent = True, False
+        self._options = Options(self.optimizer)
         if not same_members(self._members, self._options.members):
             # Parts know parameters by their place in their group.
             self._members = self._options.members
             self._buckets.clear()
             self._rest.clear()
-        self._writes = self._may_write()
+        self._writes = self.may_write()
         self._kind = self._choose()
 
-    def _may_write(self) -> bool:
+    def may_write(self) -> bool:
         """Whether steps of this program write during backward, be it not this one."""
         return self._mode == "step" and not self.optimizer._needs_norm()
 
     def _choose(self) -> str | None:
         optimizer = self.optimizer
-        plans = optimizer._plans
-        planned = len(plans) == len(self._members) and same_members(
-            self._members, [plan.params if plan is not None else [] for plan in plans]
-        )
-        # The first step of a program is left to optimizer.step(): it makes states and plans, with
-        # all their checks, and shows a GradScaler. DDP has but one bucket then anyway. A step
+        groups, plans = optimizer.param_groups, optimizer._plans
+        # The first two steps of a program are left to optimizer.step(). The first makes states and
+        # plans, with all their checks, and shows a GradScaler; DDP has but one bucket then anyway.
+        # The second shows a backward pass that no step follows, as of a GAN's other network. A step
         # without a backward pass, which torch.distributed.checkpoint takes, shows nothing.
-        if not (self._watched and planned and optimizer._states_are_planned()) or self._scaled:
+        if self._watched < UNTOUCHED_STEPS or self._in_vain or len(plans) != len(groups):
             return None
-        groups = optimizer.param_groups
+        try:
+            rules = [optimizer._rule(number, group) for number, group in enumerate(groups)]
+        except (TypeError, ValueError):
+            return None  # step() meets the same, before anything is written
+        planned = [plan.params if plan is not None else [] for plan in plans]
+        if not (same_members(self._members, planned) and optimizer._states_are_planned()):
+            return None
         if any(group["stochastic_rounding"] or group["capturable"] for group in groups):
             return None  # step() refuses them
         if optimizer._needs_norm():
             return "clip"
         if self._mode == "step":
             return "step"
-        rules = [plan.rule for plan in plans if plan is not None]
-        return "measure" if any(rule.adapt and not rule.measure_writes for rule in rules) else None
+        return "measure" if any(r.adapt and not r.measure_writes for r in rules) else None
 
     def _bucket(self, bucket: GradBucket) -> Bucket:
         kept = self._buckets.get(bucket.index())
@@ -239,18 +243,26 @@ class Engine:
         exact = self._debug or self._watched < WATCHED_STEPS
         self._seen = Snapshot(params, None if self._dtype else reduced, states, exact)
 
+    def is_under_way(self) -> bool:
+        """Whether a step has begun that ``optimizer.step()`` is to finish."""
+        return bool(self.started) and self._reduced
+
+    def close(self) -> None:
+        """Drop what would keep the DDP module alive until Python collects cycles."""
+        self.release = lambda: None
+        del self.step, self.ddp
+
     def _is_cut_off(self) -> bool:
+        """Whether a backward pass has begun, and has not reached its end."""
         return bool(self.started) and not self._reduced
 
     def _what_changed(self) -> str | None:
         """What overlap has used and is not what there is now, if anything."""
         changed = self._seen.changed() if self._seen is not None else None
         if changed is None and self._options is not None:
-            changed = self._options.changed(self.optimizer.param_groups)
+            changed = self._options.changed(self.optimizer)
         if changed is None and self._kind and not self.optimizer._states_are_planned():
             changed = "state"
-        if changed is None and self._kind not in (None, "clip") and self.optimizer._needs_norm():
-            changed = "hyper-parameter"  # skip_if, which is of no group
         return changed
 
     def _finish(self) -> Taken | None:
@@ -259,13 +271,13 @@ class Engine:
         try:
             check_groups(self.optimizer)
             self.wait()
-            if self._writes if self._arrived else self._may_write():
+            if self._writes if self._arrived else self.may_write():
                 self._check()
             else:
                 # Nothing was written yet.
-                self._scaled = has_scaler(self.optimizer)
-                changed = self._scaled or self._is_cut_off() or self._what_changed() is not None
-                self._stale = self._stale or changed
+                changed = self._what_changed() is not None or self._is_cut_off()
+                self._stale = self._stale or changed or has_scaler(self.optimizer)
+                self._in_vain = self._stale
             taken = self._step()
             if self._reduced:
                 self._learn()
@@ -277,12 +289,19 @@ class Engine:
 
     def _check(self) -> None:
         """Raise where buckets were stepped, or will be in later steps, with other values."""
+        used, self._spent = self._spent, self._spent or bool(self.started)
         if has_scaler(self.optimizer):
-            raise_scaler()
+            raise_scaler(self.optimizer)
+        if used and any(p.grad is not None for members in self._members for p in members):
+            raise RuntimeError(
+                "gradients were used already, by a step that overlap then refused: go on with "
+                "zero_grad() and a backward pass, from a checkpoint"
+            )
         if self._is_cut_off():
             raise RuntimeError(
-                "backward ended in an error, after overlap had stepped some parameters: go on from "
-                "a checkpoint"
+                "backward ended in an error, or did not reach all parameters of the DDP module, "
+                "after overlap had stepped some of them: go on from a checkpoint. Parameters that "
+                "are unused in some steps do not go with overlap"
             )
         if self._refused:
             raise RuntimeError(
@@ -299,9 +318,10 @@ class Engine:
             shapes = sorted(str(tuple(p.shape)) for p in late)
             raise RuntimeError(
                 f"backward has read weights that overlap had stepped already, of shape "
-                f"{', '.join(shapes)}: gradients are wrong. From now on, optimizer.step() steps "
+                f"{', '.join(shapes)}: gradients may be wrong. From now on, optimizer.step() steps "
                 "these weights: go on from a checkpoint"
             )
+        self._spent = False
 
     def _learn(self) -> None:
         """After a step with a backward pass: what later ones have to know."""

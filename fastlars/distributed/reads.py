@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel.distributed import _find_tensors
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-# What autograd does by itself, or what runs without Python.
-_UNWATCHED = ("AccumulateGrad", "Compiled")
+# What autograd does by itself, what runs without Python, and modules' hooks, which mostly log.
+_UNWATCHED = ("AccumulateGrad", "Compiled", "BackwardHook")
 
 
 class LateReads(TorchFunctionMode):
@@ -47,7 +48,7 @@ class LateReads(TorchFunctionMode):
     def watch(self, outputs: Any) -> None:
         """Watch the backward pass of these outputs of a forward pass."""
         self._done.clear()
-        left = [t.grad_fn for t in tree_leaves(outputs) if isinstance(t, Tensor)]
+        left = [t.grad_fn for t in _find_tensors(outputs)]  # as DDP finds them
         seen = set()
         while left:
             node = left.pop()
@@ -69,6 +70,8 @@ class LateReads(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if torch.compiler.is_compiling():
+            return func(*args, **(kwargs or {}))
         # Attributes are no reads of the elements, but for .data, whose result shares the storage.
         if self._done and not self.paused and getattr(func, "__name__", "") != "__get__":
             found = map(self._parameter, tree_leaves((args, kwargs)))

@@ -54,7 +54,10 @@ def check_optimizer(optimizer: Any, ddp: DistributedDataParallel) -> None:
             f"got {type(optimizer).__name__}"
         )
     if optimizer._ahead is not None:
-        raise RuntimeError("this optimizer is overlapped already: remove() its handle first")
+        raise RuntimeError(
+            "this optimizer is overlapped already: remove() its handle first, which after a "
+            "backward pass takes effect in optimizer.step()"
+        )
     own = {p for group in optimizer.param_groups for p in group["params"]}
     if not any(p in own for p in ddp.parameters() if p.requires_grad):
         raise ValueError("the optimizer steps none of the DDP module's parameters")
@@ -82,8 +85,10 @@ def has_scaler(optimizer: FusedOptimizer) -> bool:
     return any(value is not None for value in given)
 
 
-def raise_scaler() -> None:
+def raise_scaler(optimizer: FusedOptimizer) -> None:
     """Where buckets are stepped during backward."""
+    for name in ("grad_scale", "found_inf"):
+        vars(optimizer).pop(name, None)  # GradScaler leaves them after an error, to later steps
     raise RuntimeError(
         "overlap does not go with GradScaler: buckets are stepped before it has seen all "
         'gradients. mode="norms" and max_grad_norm go with it, because they write nothing before '
@@ -94,7 +99,8 @@ def raise_scaler() -> None:
 def raise_changed(what: str) -> None:
     """Where something was used during backward that is not what ``step()`` finds."""
     advice = {
-        "gradient": 'For a global clip, set max_grad_norm. mode="norms" takes changed gradients',
+        "gradient": "For a global clip, or its norm alone (math.inf), set max_grad_norm. "
+        'mode="norms" takes changed gradients',
         "weight": 'Change it before backward or after optimizer.step(), or take mode="norms"',
     }.get(what, "Change it before backward, or after optimizer.step()")
     raise RuntimeError(

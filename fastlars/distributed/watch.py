@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlars.optim.base import FusedOptimizer
 from fastlars.optim.sharded import shard
 from fastlars.optim.values import kept, unchanged
 
@@ -78,19 +79,21 @@ class Snapshot:
 class Options:
     """The options and the parameters of all groups, when the first bucket arrives."""
 
-    def __init__(self, groups: list[dict[str, Any]], names: list[str]) -> None:
-        self._names = names
-        self._values = self._read(groups)
-        self.members = [list(group["params"]) for group in groups]
+    def __init__(self, optimizer: FusedOptimizer) -> None:
+        self._values = self._read(optimizer)
+        self.members = [list(group["params"]) for group in optimizer.param_groups]
 
-    def _read(self, groups: list[dict[str, Any]]) -> list[list[Any]]:
-        return [[_plain(group[n]) for n in self._names] for group in groups]
+    @staticmethod
+    def _read(optimizer: FusedOptimizer) -> list[Any]:
+        # skip_if is of no group.
+        groups = ([_plain(g[n]) for n in optimizer.defaults] for g in optimizer.param_groups)
+        return [optimizer._needs_norm(), *groups]
 
-    def changed(self, groups: list[dict[str, Any]]) -> str | None:
+    def changed(self, optimizer: FusedOptimizer) -> str | None:
         """What was changed since, if anything."""
-        if not same_members(self.members, [group["params"] for group in groups]):
+        if not same_members(self.members, [group["params"] for group in optimizer.param_groups]):
             return "list of parameters"
-        return None if unchanged(self._values, self._read(groups)) else "hyper-parameter"
+        return None if unchanged(self._values, self._read(optimizer)) else "hyper-parameter"
 
 
 def same_members(known: list[list[Tensor]], now: list[list[Tensor]]) -> bool:

@@ -20,7 +20,7 @@ from fastlars.optim.norm import Processes, check_norm, owner_of_this
 from fastlars.optim.numbers import numbers
 from fastlars.optim.plan import Plan, location, options_of
 from fastlars.optim.shown import count_step, show_steps, take_names
-from fastlars.optim.skipping import SkipIf
+from fastlars.optim.skipping import SkipIf, Skipping, checked
 from fastlars.optim.traced import TracedStep
 from fastlars.optim.values import kept, unchanged
 from fastlars.optim.work import Taken, Work, check_making, check_recording
@@ -66,6 +66,10 @@ def unwatched(plain: Callable[..., Any], watched: Callable[..., Any]) -> Callabl
 class Ahead(Protocol):
     """Steps parameters before ``step()`` does, as fastlars.distributed.overlap has it."""
 
+    def may_write(self) -> bool:
+        """Whether parameters change before ``step()``."""
+        ...
+
     def step(self) -> Taken | None:
         """What is left to do; all parameters that were stepped, and their trust ratios. None where
         the step was skipped."""
@@ -84,9 +88,10 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
     # Optimizers of torch whose states mean the same.
     loads_from: ClassVar[tuple[checkpoint.Source, ...]] = ()
 
-    _ahead: Ahead | None = None
-    _norm_group: Processes | None = None
-    _owner: str | None = None
+    # No defaults: wrappers that are subclasses, as Lightning's, ask the optimizer for these.
+    _ahead: Ahead | None
+    _norm_group: Processes | None
+    _owner: str | None
     # Whether group["step"] shows the steps taken, as training scripts read it off other classes.
     counts_steps: ClassVar[bool] = False
 
@@ -100,7 +105,8 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         if defaults["lr"] is not None:
             check_lr(defaults["lr"])
         self._norm_group = None if norm_group is None else Processes(norm_group)
-        self.skip_if = skip_if
+        self._skipping = Skipping(checked(skip_if))
+        self._ahead = None
         self._owner = owner_of_this()
         self._forget()
         super().__init__(params, OPTIONS | defaults)
@@ -112,14 +118,16 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         Lightning then refuses to clip gradients, and Accelerate does not see that a step was
         skipped. So it is True only
 
-        * under overlap, which then sees a GradScaler and refuses it;
+        * under an overlap that writes during backward, which so sees a GradScaler and refuses it;
         * where all groups ask for it;
         * where a group leaves it open and a GradScaler cannot do it: it does not unscale gradients
           of float16 parameters, and its host cannot skip what a CUDA graph replays.
         """
         asked = [group["fused_unscale"] for group in self.param_groups]
-        if self._ahead is not None or None not in asked:
-            return self._ahead is not None or all(asked)
+        if self._ahead is not None and self._ahead.may_write():
+            return True
+        if None not in asked:
+            return all(asked)
         return any(
             group["capturable"] or any(p.dtype == torch.float16 for p in group["params"])
             for group in self.param_groups
@@ -182,12 +190,12 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # A copy that forgot them would clip by a part of the norm, or take every step, without a
         # word.
-        names = ("_norm_group", "_owner", "_skip_if", "_counted")
-        parts = {name: getattr(self, name) for name in names}
-        return {**super().__getstate__(), **{k: v for k, v in parts.items() if v is not None}}
+        names = ("_norm_group", "_owner", "_skipping")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        own = {"_ahead": None, "_norm_group": None, "_owner": None, "_skipping": Skipping()}
+        super().__setstate__({**own, **state} if "_skipping" not in vars(self) else state)
         # torch adds it to the defaults, and so it would get into every group and checkpoint.
         self.defaults.pop("differentiable", None)
         self._forget()
@@ -239,7 +247,7 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         return loss
 
     def _traceable(self) -> bool:
-        alone = self._ahead is None and self._norm_group is None and self._skip_if is None
+        alone = self._ahead is None and self._norm_group is None and self.skip_if is None
         return alone and getattr(self, "found_inf", None) is None
 
     def _step_eagerly(self) -> None:
@@ -251,7 +259,8 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
     def _step_all(self, prepare: Callable[[], list[Work]]) -> Taken | None:
         """Step what ``prepare`` gives; None where the step is skipped."""
         found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and not self._reads_device() and float(found_inf) != 0.0:
+        alone = not self._sums_over_processes()
+        if alone and found_inf is not None and not self._reads_device() and float(found_inf) != 0.0:
             self._skip_unmeasured()
             return None
         if needs := self._needs_norm():
@@ -268,8 +277,8 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
     def _count_steps(self, host_knows: bool) -> None:
         if not self.counts_steps:
             return
-        for group, plan in zip(self.param_groups, self._plans, strict=True):
-            if plan is None or plan.sublists:  # else no parameter has a gradient
+        for group in self.param_groups:
+            if any(p.grad is not None for p in group["params"]):
                 count_step(group, self.state, host_knows and not group["capturable"])
 
     # A step under overlap, a GradScaler, a norm group or skip_if cannot be traced. Left to the

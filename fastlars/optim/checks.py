@@ -127,7 +127,7 @@ def check_gradient(weight: Tensor, grad: Tensor, where: str) -> None:
         raise TypeError(f"{where} has a sparse gradient ({grad.layout}): only dense ones are taken")
     if not grad.is_floating_point():
         raise TypeError(f"{where} has a gradient of {grad.dtype}")
-    given = grad if is_plain(weight) else arrived([local(grad)])[0]
+    given = arrived([local(grad)])[0]
     if not is_plain(given):
         raise TypeError(f"{where} has a gradient of type {type(given).__name__}")
     if grad.shape != weight.shape:

@@ -11,7 +11,7 @@ from torch import Tensor
 import fastlars._C as _C
 from fastlars.backends.base import Backend, Kinds
 from fastlars.backends.cpu import viewer
-from fastlars.optim.sharded import Over, shard
+from fastlars.optim.sharded import Over, shards
 from fastlars.optim.wrapped import Path
 
 if TYPE_CHECKING:
@@ -61,8 +61,7 @@ class Known:
             new = {i: row._replace(kind=alike.get(row.kind, row.kind)) for i, row in rows.items()}
             self.rows = {**before.rows, **new}
         self.plans: dict[tuple[type, ...], Plan] = {}
-        self._members = [shard(params[i]) for i in self.rows]
-        self._layout = _C.Layout(viewer(), self._members)
+        self._layout = self._lies()
 
     def is_of(self, params: list[Tensor]) -> bool:
         """Whether these are the parameters."""
@@ -70,7 +69,16 @@ class Known:
 
     def lie_as_before(self) -> bool:
         """Whether all have the devices, shapes and strides with which they were checked."""
-        return bool(self._layout == _C.Layout(viewer(), self._members))
+        try:
+            return bool(self._layout == self._lies())
+        except AttributeError:  # another tensor subclass than before
+            return False
+
+    def _lies(self) -> Any:
+        # Shards are not kept: FSDP2 replaces them where a model is moved.
+        rows = self.rows.items()
+        now = [shards([self.params[i]], row.kind.path)[0] for i, row in rows]
+        return _C.Layout(viewer(), now)
 
     def keep(self, types: tuple[type, ...], plan: Plan) -> None:
         """Keep the plan of a set of gradients, and forget the one that was longest not in use."""

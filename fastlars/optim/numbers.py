@@ -21,6 +21,7 @@ class HostNumbers:
 
     def __init__(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         self.skip = found_inf is not None and float(found_inf) != 0.0
+        self.scaled = found_inf is not None
         self._unscale = 1.0 if grad_scale is None or self.skip else 1.0 / float(grad_scale)
         self._norm = 0.0
 
@@ -44,6 +45,10 @@ class HostNumbers:
         """None: nothing is left for the device to decide."""
         return None
 
+    def unless_skipped(self, square: Tensor) -> Tensor:
+        """The square, or NaN where a GradScaler skips the step."""
+        return square.fill_(math.nan) if self.skip else square
+
     def scalars(
         self, lr: Any, sign: float, limit: float | None, seed: int | None, device: torch.device
     ) -> Scalars:
@@ -59,6 +64,7 @@ class DeviceNumbers:
 
     def __init__(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         self.skip = False  # as far as the host knows
+        self.scaled = found_inf is not None
         self._grad_scale = grad_scale
         self._found_inf = found_inf
         self._verdict: Tensor | None = None
@@ -94,6 +100,13 @@ class DeviceNumbers:
             self._verdict = self._found_inf.reshape(()).ne(0)
         return self._verdict
 
+    def unless_skipped(self, square: Tensor) -> Tensor:
+        """The square, or NaN where a GradScaler skips the step."""
+        found = self.verdict()
+        return (
+            square if found is None else square.masked_fill(moved(found, square.device), math.nan)
+        )
+
     def scalars(
         self, lr: Any, sign: float, limit: float | None, seed: int | None, device: torch.device
     ) -> Scalars:
@@ -116,7 +129,11 @@ def square(sums: list[Tensor], on_device: bool) -> Tensor:
     if on_device:
         squares = [each[:, 1].sum().to(first, non_blocking=True) for each in sums]
         return torch.stack(squares).sum() if squares[1:] else squares[0]
-    total = sum(x for each in sums for x in each[:, 1].tolist())
+    # Exact, and so the same on ranks whose lists are cut otherwise.
+    try:
+        total = math.fsum(x for each in sums for x in each[:, 1].tolist())
+    except OverflowError:
+        total = math.inf
     return torch.tensor(total, dtype=torch.float64, device="cpu")
 
 

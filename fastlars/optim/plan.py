@@ -30,6 +30,7 @@ from fastlars.optim.checks import (
 from fastlars.optim.known import Kind, Known, Row
 from fastlars.optim.sharded import (
     Shards,
+    arrived,
     empty_like,
     local,
     path_to,
@@ -154,6 +155,7 @@ class Sublist:
     states: list[dict[str, Any]]
     path: Path = ()  # from the weights to their plain tensors
     shards: Shards | None = None  # of weights of which other ranks hold other shards
+    wrapped_grads: bool = False  # some gradients may be of a tensor subclass
     copied: list[int] = field(default_factory=list)  # whose gradients lie otherwise
 
 
@@ -343,7 +345,8 @@ class Plan:
                 table, places = place
                 sharded = Shards(table, places.to(kind.device))
             lists = (indices, weights, kind.kinds, kind.backend, layout, single, states)
-            sublists.append(Sublist(*lists, kind.path, sharded))
+            wrapped = any(self.grad_types[i] is not Tensor for i in indices)
+            sublists.append(Sublist(*lists, kind.path, sharded, wrapped))
         self.whole = [s.indices for s in sublists] == [list(range(len(self.params)))]
         return sublists
 
@@ -364,7 +367,11 @@ class Plan:
             copies=copies,
             kinds=sublist.kinds,
         )
-        return unwrapped(tensors, sublist.path) if sublist.path else tensors
+        if sublist.path:
+            return unwrapped(tensors, sublist.path)
+        if sublist.wrapped_grads:
+            tensors.grads = arrived(tensors.grads)
+        return tensors
 
     def bind(self, grads: list[Any]) -> list[tuple[Sublist, Any]]:
         """Every sublist's tensors, checked by its back end; nothing is written.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -53,27 +54,38 @@ def decide(skip_if: SkipIf, norm: Tensor) -> bool | Tensor:
     return found
 
 
+@dataclass
+class Skipping:
+    """Who skips steps, and how many were skipped.
+
+    One object: Lightning's wrapper has this class among its own, and properties that run there find
+    what the optimizer has through its ``__getattr__``.
+    """
+
+    skip_if: SkipIf | None = None
+    count: Tensor | None = None
+
+
 class SkippingStep:
     """What :class:`FusedOptimizer` does with the global norm: measure, decide, clip and count."""
 
     param_groups: list[dict[str, Any]]
     _norm_group: Processes | None
     _last: Taken
-    _skip_if: SkipIf | None = None
+    _skipping: Skipping
     # Of the last step: the square of the norm, and whether the device has skipped it, where the
     # device alone knows.
     _square: Tensor | None
     _verdict: Tensor | None
-    _counted: Tensor | None = None
 
     @property
     def skip_if(self) -> SkipIf | None:
         """The argument of this name, which may be changed between any two steps."""
-        return self._skip_if
+        return self._skipping.skip_if
 
     @skip_if.setter
     def skip_if(self, value: SkipIf | None) -> None:
-        self._skip_if = checked(value)
+        self._skipping.skip_if = checked(value)
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -108,15 +120,21 @@ class SkippingStep:
         where that alone knows. It is not part of ``state_dict()``. A ``GradScaler`` without
         ``fused_unscale`` does not call ``step`` at all, which is not counted.
         """
-        if self._counted is None:
-            self._counted = torch.zeros((), dtype=torch.int64, device="cpu")
-        return self._counted
+        kept = self._skipping
+        if kept.count is None:
+            with torch.inference_mode(False):  # an evaluation may be the first to ask
+                kept.count = torch.zeros((), dtype=torch.int64, device="cpu")
+        return kept.count
 
     def _needs_norm(self) -> str:
         """The argument that needs the global norm; empty where nothing does."""
         if any(group["max_grad_norm"] is not None for group in self.param_groups):
             return "max_grad_norm"
-        return "" if self._skip_if is None else "skip_if"
+        return "" if self.skip_if is None else "skip_if"
+
+    def _sums_over_processes(self) -> bool:
+        """Whether a step of this process waits for the norms of others."""
+        return self._norm_group is not None and bool(self._needs_norm())
 
     def _take(self, works: list[Work], now: Numbers) -> Taken | None:
         """Measure the norm of the works where it is needed, decide by it, and take or skip the
@@ -124,15 +142,18 @@ class SkippingStep:
 
         The works are all that a step has to do, or nobody needs the norm.
         """
-        if now.skip:
+        if now.skip and not self._sums_over_processes():
             self._skip_unmeasured()
             return None
         self._square = None
         if self._needs_norm():
             self._square = self._square_norm(works, now)
             now.take_square(self._square)
-            if self._skip_if is not None:
-                now.skip_where(decide(self._skip_if, self._square.sqrt()))
+            if now.scaled and self._sums_over_processes():
+                # The GradScaler of any process may have found what is not finite.
+                now.skip_where(self._square.isfinite().logical_not())
+            if self.skip_if is not None and not now.skip:
+                now.skip_where(decide(self.skip_if, self._square.sqrt()))
         if now.skip:
             self._skip()
             return None
@@ -163,7 +184,8 @@ class SkippingStep:
                     "a CUDA graph would begin to count skipped steps anew at every replay: take a "
                     "step with skip_if, or with the GradScaler, before recording one"
                 )
-            self._counted = moved(self.skipped_steps, device)
+            with torch.inference_mode(False):
+                self._skipping.count = moved(self.skipped_steps, device)
 
     def _square_norm(self, works: list[Work], now: Numbers) -> Tensor:
         """The square of the global norm, over all shards and the processes of ``norm_group``."""
@@ -176,4 +198,4 @@ class SkippingStep:
         # A process without gradients has to take part too.
         none = torch.zeros((), dtype=torch.float64, device=device)
         square = now.square(complete(parts)) if parts else none
-        return square if group is None else group.sum(square, device)
+        return square if group is None else group.sum(now.unless_skipped(square), device)

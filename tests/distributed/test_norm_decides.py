@@ -166,10 +166,11 @@ def overlapped_numbers(mode: str) -> list[Any]:
     optimizer = fastlars.LAMB(net.parameters(), lr=0.01)
     overlap(ddp, optimizer, mode=mode)  # type: ignore[arg-type]
     found: list[Any] = []
-    for step, threshold in enumerate((None, math.inf, THRESHOLD, THRESHOLD, math.inf, None)):
+    thresholds = (None, None, math.inf, THRESHOLD, THRESHOLD, math.inf, None)
+    for step, threshold in enumerate(thresholds, -1):
         optimizer.zero_grad()
         optimizer.skip_if = threshold
-        x, y = images(step, dist.get_rank(), torch.float32)
+        x, y = images(abs(step), dist.get_rank(), torch.float32)
         scale = {3: 1e4, 4: math.nan}.get(step, 1.0)
         (scale * nn.functional.cross_entropy(ddp(x), y)).backward()
         early = count_early(optimizer)
@@ -194,12 +195,13 @@ def overlapped_numbers(mode: str) -> list[Any]:
 def test_thresholds_under_overlap(mode: str) -> None:
     found = run(2, overlapped_numbers, mode)
     assert repr(found[0]) == repr(found[1])
-    first, *others = found[0]
+    first, second, *others = found[0]
     assert first == (None, None, (0, 1), False, False)
-    counts = [(0, 2), (0, 3), (1, 3), (2, 3)]
+    assert second == (None, None, (0, 2), False, False)
+    counts = [(0, 3), (0, 4), (1, 4), (2, 4)]
     for (norm, expected, *rest), count in zip(others, counts, strict=False):
         rel = TOLERANCES["sum"].arithmetic
         assert norm == pytest.approx(expected, rel=rel, nan_ok=True)
         assert rest == [count, count[0] > 0, True]
     if mode == "norms":
-        assert found[0][5] == (None, None, (2, 4), False, False)
+        assert found[0][6] == (None, None, (2, 5), False, False)

@@ -45,9 +45,9 @@ def copied(how: str, overlapped: bool, mode: str) -> Result:
     handles = [overlap(ddp, optimizer, mode=mode)] if overlapped else []
     for handle in copy.deepcopy(handles):
         handle.remove()  # which ends nothing
-    early = loop(ddp, optimizer, 2)
+    early = loop(ddp, optimizer, 3)
     optimizer.zero_grad()
-    loss_of(ddp, 2).backward()
+    loss_of(ddp, 3).backward()
     COPIES[how](ddp)  # with weights that are a step ahead
     optimizer.step()
     other = COPIES[how](ddp)
@@ -57,7 +57,7 @@ def copied(how: str, overlapped: bool, mode: str) -> Result:
         handles.append(overlap(other, second, mode=mode))
         with pytest.raises(RuntimeError, match="DDP module is overlapped already"):
             overlap(other, fastlars.LAMB(other.parameters(), lr=0.05))
-    early += loop(other, second, 2) + loop(ddp, optimizer, 1)
+    early += loop(other, second, 3) + loop(ddp, optimizer, 1)
     for handle in handles:
         handle.remove()
     third = COPIES[how](ddp)  # of what was overlapped once
@@ -66,7 +66,7 @@ def copied(how: str, overlapped: bool, mode: str) -> Result:
         overlap(third, second := fastlars.LAMB(third.parameters(), lr=0.05), mode=mode)
     else:
         second = fastlars.LAMB(third.parameters(), lr=0.05)
-    early += loop(ddp, optimizer, 2) + loop(third, second, 2)
+    early += loop(ddp, optimizer, 3) + loop(third, second, 3)
     first, last = result(net, optimizer, early=early), result(third.module, second)
     first.params += last.params + [p.detach() for p in other.parameters()]
     return first
@@ -76,7 +76,7 @@ def copied(how: str, overlapped: bool, mode: str) -> Result:
 def test_copies(how: str) -> None:
     (first, _) = same(partial(copied, how))
     count = len(list(make(Setting()).parameters()))
-    assert first.early == [0, count, 0, 0, 0, count, count, 0, count, 0, count]
+    assert first.early == [0, 0, count, 0, 0, 0, 0, count, count, *[0, 0, count] * 2]
 
 
 def copied_of_three(overlapped: bool, mode: str) -> Result:
