@@ -72,6 +72,38 @@ def test_lightning_clips_under_mixed_precision(name: str, precision: str) -> Non
 
 
 @each_kind
+def test_lightning_shows_and_sets_skipping(name: str) -> None:
+    """Through self.optimizers(), which wraps the optimizer; also in an evaluation."""
+    import lightning
+
+    seen = []
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = _net()
+
+        def training_step(self, batch: Any, _: int) -> torch.Tensor:
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            wrapper: Any = self.optimizers()
+            with torch.inference_mode():
+                skipped = int(wrapper.skipped_steps)
+            seen.append((wrapper.skip_if, skipped, float(wrapper.grad_norm) > 0.0))
+            wrapper.skip_if = 1e6
+
+        def configure_optimizers(self) -> Any:
+            return getattr(fastlars, name)(self.parameters(), skip_if=1e-9, **KINDS[name])
+
+    lightning.Trainer(
+        accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    ).fit(Module(), DataLoader(_data(), 8))  # fmt: skip
+    assert seen == [(1e-9, 1, True), *[(1e6, 1, True)] * 3]
+
+
+@each_kind
 def test_accelerate_sees_a_skipped_step(name: str) -> None:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import fastlars
 from fastlars.optim import skipping
@@ -25,6 +26,29 @@ from sources import ROOT, python_blocks
 
 each_class = pytest.mark.parametrize("row", SIMPLE, ids=repr)
 THRESHOLD = 20.0
+
+
+def test_the_count_is_first_read_in_an_evaluation() -> None:
+    params = parameters()
+    optimizer = fastlars.LAMB(params, lr=0.1, skip_if=1e-9)
+    with torch.inference_mode():
+        assert int(optimizer.skipped_steps) == 0
+    train(optimizer, params, range(2))
+    assert int(optimizer.skipped_steps) == 2
+
+
+def test_the_recipe_after_a_state_dict_before_the_first_step() -> None:
+    """torch.distributed.checkpoint takes a step of zero gradients, whose norm is no gradient's."""
+    model = nn.Linear(3, 2)
+    names: dict[str, Any] = {"torch": torch}
+    block = next(
+        b for b in python_blocks((ROOT / "docs/migrating.md").read_text()) if "FarAboveMean" in b
+    )
+    exec(block.split("device = next")[0], names)
+    optimizer = fastlars.LAMB(model.parameters(), lr=0.1, skip_if=names["FarAboveMean"]("cpu"))
+    get_optimizer_state_dict(model, optimizer)
+    train(optimizer, list(model.parameters()), range(20))
+    assert int(optimizer.skipped_steps) == 0
 
 
 def too_large(norm: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class Handle:
         if engine.is_under_way():
             engine.leaving = True
             return
-        with suppress(RuntimeError):  # backward itself has said what went wrong
+        with suppress(Exception):  # backward itself has said what went wrong
             engine.wait()  # else buckets of a backward pass that failed were stepped afterwards
         engine.release()
 

@@ -83,7 +83,7 @@ def check_parameter(weight: Tensor, where: str) -> None:
     if not is_plain(weight):
         raise TypeError(
             f"{where} is a {kind}: subclasses are stepped where AdamW(fused=True) would write one "
-            "plain tensor in them, of the same shape, strides and type"
+            "plain tensor of the same shape, strides and type, which is an attribute of theirs"
         )
     if weight.is_neg():
         raise TypeError(f"{where} is a lazily negated view: step a resolve_neg() of it instead")

@@ -66,6 +66,33 @@ def test_stages_of_a_pipeline_decide_together() -> None:
     check(run(2, stages), len(KINDS))
 
 
+def scaled_stages() -> list[Any]:
+    """The gradients of one stage overflow, and its GradScaler skips the step: so do the others."""
+    found = []
+    for kind in ("LARS", "LAMB"):
+        w = nn.Parameter(torch.ones(4))
+        options = {"max_grad_norm": 1.0, "norm_group": dist.group.WORLD, "fused_unscale": True}
+        optimizer = getattr(fastlars, kind)([w], lr=0.1, **options)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+        for step in range(4):
+            optimizer.zero_grad()
+            factor = float("inf") if (step, dist.get_rank()) == (1, 1) else 1.0
+            before = w.detach().clone()
+            scaler.scale((factor * w).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update(2.0)
+            norm = float(optimizer.grad_norm)
+            found.append((norm, int(optimizer.skipped_steps), torch.equal(w, before)))
+    return found
+
+
+def test_stages_skip_together_with_a_gradscaler() -> None:
+    norm = math.sqrt(8.0)
+    expected = [(norm, 0, False), (math.nan, 1, True), (norm, 1, False), (norm, 1, False)]
+    for found in run(2, scaled_stages, group_timeout=20.0):
+        assert repr(found) == repr(expected * 2)
+
+
 def zero() -> Found:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 

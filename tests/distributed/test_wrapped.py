@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_reduce
 
 import fastlars
+import fastlars.optim.wrapped as wrapped_module
 from distributed.processes import run
+from distributed.wrapped_cases import KINDS, MODELS
 from tolerances import assert_same_bits
 
 STEPS = 3
@@ -250,10 +255,82 @@ def test_a_subclass_that_shares_memory_is_refused() -> None:
         fastlars.LARS([nn.Parameter(inner), nn.Parameter(Bare(inner))], **LARS)
 
 
-def test_a_plain_parameter_takes_no_gradient_of_a_subclass() -> None:
-    from distributed.wrapped_cases import Bare
+def test_looking_inside_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of groups, each of which is held against all others."""
+    looks = []
 
-    p = nn.Parameter(torch.randn(4, 3))
-    p.grad = Bare(torch.randn(4, 3))
-    with pytest.raises(TypeError, match="group 0, parameter 0 has a gradient of type Bare"):
-        fastlars.LARS([p], **LARS).step()
+    def inside(tensors: list[Tensor]) -> list[Tensor]:
+        looks.append(tensors)
+        return looked(tensors)
+
+    looked = wrapped_module.inside
+    monkeypatch.setattr(wrapped_module, "inside", inside)
+    params = [nn.Parameter(KINDS["bare"](torch.ones(4))) for _ in range(10)]
+    optimizer = fastlars.LARS([{"params": [p]} for p in params], lr=0.1)
+    for p in params:
+        p.grad = torch.ones(4)
+    optimizer.step()
+    assert len(looks) == 10
+
+
+@pytest.mark.parametrize("row", ["LARS", "LAMB"])
+def test_gradients_of_a_subclass(row: str) -> None:
+    """Also of a plain parameter, as AdamW(fused=True) takes them."""
+    kind, options, _ = RECIPES[row]
+    ended = []
+    for wrap in (lambda g: g, KINDS["bare"]):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(4, 3)) for _ in range(3)]
+        optimizer = kind(params, **options)
+        for _ in range(STEPS):
+            for p in params:
+                p.grad = wrap(torch.randn(4, 3))
+            optimizer.step()
+        ended.append(params)
+    for ours, theirs in zip(*ended, strict=True):
+        assert_same_bits("weight", ours.detach(), theirs.detach())
+
+
+def collected() -> None:
+    """A hand-written DDP, whose gradients a functional collective still writes to."""
+    ended = []
+    for kind in ("plain", "functional"):
+        w = nn.Parameter(torch.ones(4))
+        optimizer = fastlars.LAMB([w], **LAMB)
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            ((dist.get_rank() + 1.0) * w.square()).sum().backward()
+            assert w.grad is not None
+            if kind == "plain":
+                dist.all_reduce(w.grad)
+            else:
+                w.grad = all_reduce(w.grad, "sum", dist.group.WORLD)
+                assert type(w.grad) is AsyncCollectiveTensor
+            optimizer.step()
+        ended.append(w.detach())
+    assert_same_bits("weight", *ended)
+
+
+def test_gradients_of_functional_collectives() -> None:
+    run(2, collected)
+
+
+def moved() -> None:
+    """Shards that FSDP2 has replaced are kept by nobody."""
+    model = MODELS["fsdp"](None)
+    params: list[Any] = list(model.parameters())
+    optimizer = fastlars.LAMB(params, **LAMB)
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        model.to(dtype)
+        optimizer.state.clear()
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        if dtype == torch.float32:
+            shards = [weakref.ref(p._local_tensor) for p in params]
+        else:
+            assert all(shard() is None for shard in shards)
+
+
+def test_replaced_shards_are_let_go() -> None:
+    run(2, moved)
