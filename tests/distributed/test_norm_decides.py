@@ -81,13 +81,13 @@ def scaled_stages() -> list[Any]:
             scaler.scale((factor * w).sum()).backward()
             scaler.step(optimizer)
             scaler.update(2.0)
-            norm = float(optimizer.grad_norm)
+            norm = round(float(optimizer.grad_norm), 6)
             found.append((norm, int(optimizer.skipped_steps), torch.equal(w, before)))
     return found
 
 
 def test_stages_skip_together_with_a_gradscaler() -> None:
-    norm = math.sqrt(8.0)
+    norm = round(math.sqrt(8.0), 6)
     expected = [(norm, 0, False), (math.nan, 1, True), (norm, 1, False), (norm, 1, False)]
     for found in run(2, scaled_stages, group_timeout=20.0):
         assert repr(found) == repr(expected * 2)
