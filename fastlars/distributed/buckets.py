@@ -15,7 +15,7 @@ from fastlars.distributed.average import Future
 from fastlars.optim.base import FusedOptimizer
 from fastlars.optim.numbers import Numbers, numbers
 from fastlars.optim.plan import Plan
-from fastlars.optim.work import Work
+from fastlars.optim.work import Work, mark_written
 from fastlars.rules import GradientNorm
 
 
@@ -43,7 +43,7 @@ class Part:
             raise KeyError(self.number)
         if self.plan is None or whole is not self.whole:
             self.whole, self.plan = whole, whole.part(self.indices, self.grads)
-            optimizer._planned_states = list(optimizer.state.values())  # which it has made
+            optimizer._note_states()  # which the part has made
         return [Work(group, rule, sublist, bound) for sublist, bound in self.plan.bind(self.grads)]
 
     def take_plan_of(self, other: Part | None) -> None:
@@ -153,7 +153,7 @@ class Started:
         """Do what can be done before ``optimizer.step()``: see Engine for the kinds."""
         if kind == "step":
             # Before the write: what backward still needs of these weights, it then refuses.
-            torch.autograd.graph.increment_version(self.params())
+            mark_written(self.works)
         for work, scalars in zip(self.works, self.scalars, strict=True):
             backend = work.backend
             if kind == "step":
@@ -174,7 +174,7 @@ class Started:
             assert result is not None
             taken.append((work.sublist.weights, result))
         if kind != "step":
-            torch.autograd.graph.increment_version(self.params())
+            mark_written(self.works)
         return taken
 
 

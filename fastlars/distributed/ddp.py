@@ -11,14 +11,14 @@ from torch.nn.parallel import DistributedDataParallel
 from fastlars.distributed.average import COMPRESSIONS, Average
 from fastlars.distributed.engine import Engine
 from fastlars.distributed.hook import Slot, reduce_and_step, slot_of
-from fastlars.distributed.refusals import check_ddp, check_join, check_optimizer, unwrapped
+from fastlars.distributed.refusals import check_ddp, check_join, check_optimizer, inner_optimizer
 from fastlars.optim.base import FusedOptimizer
 
 MODES = ("step", "norms")
 
 
 class Handle:
-    """Ends an overlap. A copy of a handle, made with what it is kept in, ends nothing."""
+    """Ends an overlap. ``remove()`` of a copied or unpickled handle does nothing."""
 
     def __init__(self, engine: Engine | None) -> None:
         self._engine = engine
@@ -65,8 +65,8 @@ def overlap(
     relies on is in docs/distributed.md, "What overlap relies on".
 
     Args:
-        ddp: module; any of its options but those below. With ``static_graph=True``, parameters may
-            stay unused.
+        ddp: module; all of its options work but those listed under Raises. With
+            ``static_graph=True``, parameters may stay unused.
         optimizer: :class:`fastlars.LARS`, :class:`fastlars.LAMB` or
             :class:`fastlars.RMSpropWarmup` over parameters of ``ddp``, and others if need be; or a
             wrapper around one, as of Lightning, Fabric and Accelerate.
@@ -95,8 +95,11 @@ def overlap(
             ``stochastic_rounding``. Later, from where it shows:
             ``join(divide_by_initial_world_size=False)``, and where buckets are stepped during
             backward a ``GradScaler``, a second backward pass before ``optimizer.step()`` without
-            ``no_sync()``, gradients, weights, states or hyper-parameters that were changed between
-            backward and ``optimizer.step()``: in the first step with nothing changed.
+            ``no_sync()``, a backward pass that failed, weights that backward reads late, gradients,
+            weights, states or hyper-parameters that were changed between backward and
+            ``optimizer.step()``. If a program does one of these from its first step, nothing was
+            changed when the error is raised. If it begins later, buckets of that step were stepped
+            already: go on from a checkpoint.
 
     Example:
         >>> import os, tempfile, torch, torch.distributed as dist, fastlars.distributed
@@ -117,11 +120,14 @@ def overlap(
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
     check_ddp(ddp)
-    optimizer = unwrapped(optimizer)
+    optimizer = inner_optimizer(optimizer)
     check_optimizer(optimizer, ddp)
     slot = _slot(ddp)
     assert slot.average is not None
     engine = Engine(ddp, optimizer, slot.average, COMPRESSIONS[compression], mode, debug)
+    for kept in (ddp._forward_pre_hooks, ddp._forward_hooks):  # of a copied module
+        for key in [key for key, hook in kept.items() if hook in (_before_forward, _after_forward)]:
+            del kept[key]
     hooks = (
         ddp.register_forward_pre_hook(_before_forward),
         ddp.register_forward_hook(_after_forward),
@@ -144,20 +150,25 @@ def overlap(
 
 
 def _before_forward(ddp: torch.nn.Module, _: Any) -> None:
-    assert isinstance(ddp, DistributedDataParallel)
-    check_join(ddp)
+    if (engine := _engine_of(ddp)) is not None:
+        check_join(engine.ddp)
 
 
-# Copies of a module keep these hooks, and have no engine.
 def _after_forward(ddp: torch.nn.Module, _: Any, outputs: Any) -> None:
-    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-        slot = slot_of(ddp)
-        if slot is not None and slot.engine is not None:
-            slot.engine.watch(outputs)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    if (engine := _engine_of(ddp)) is not None:
+        engine.watch(outputs)
+
+
+def _engine_of(ddp: torch.nn.Module) -> Engine | None:
+    """None of a copied module, which keeps these hooks, and is not overlapped."""
+    slot = slot_of(ddp)
+    return slot.engine if slot is not None else None
 
 
 def _slot(ddp: DistributedDataParallel) -> Slot:
-    """What our hook on ``ddp`` works for; registers it where there is none."""
+    """The state of overlap's hook on ``ddp``; registers the hook where there is none."""
     hooks = ddp._comm_hooks
     slot = slot_of(ddp)
     if slot is not None and slot.engine is not None:

@@ -65,6 +65,7 @@ class Engine:
         self._left_out: set[Tensor] = set()
         self._in_vain = False  # what the last step had measured was stale, as with a GradScaler
         self._spent = False  # a step was refused after its gradients were used
+        self._wrote = False  # whether the last forward pass was of a step that may write
         self._watched = 0  # steps with a backward pass so far, up to WATCHED_STEPS
         self.reads: LateReads | None = LateReads(ddp.parameters())
         # Not as a decorator: it imports torch._dynamo, as DDP does when one is made.
@@ -87,7 +88,13 @@ class Engine:
 
     def watch(self, outputs: Any) -> None:
         """Look for late reads in the backward pass of these outputs of the module."""
-        if self.reads is not None and self.may_write():
+        writes = self.may_write()
+        if writes and not self._wrote and self._watched:
+            # From here on buckets are stepped early: look again, as at the beginning.
+            self._watched = 0
+            self.reads = self.reads or LateReads(self.ddp.parameters())
+        self._wrote = writes
+        if self.reads is not None and writes:
             self.reads.watch(outputs)
 
     def reduce(self, bucket: GradBucket) -> Future[Tensor]:
@@ -104,7 +111,8 @@ class Engine:
         buffer = bucket.buffer()
         if self._reduced and self._writes:
             return self._refuse(bucket)
-        # Else a process reduces what others, which it has joined, still train with.
+        # Outside backward, a process whose inputs have ended (Join) reduces for the others, and has
+        # nothing to step.
         in_backward = torch._C._current_graph_task_id() != -1
         if in_backward and not self._arrived:
             self._begin()
@@ -142,7 +150,7 @@ class Engine:
         self._kind = self._choose()
 
     def may_write(self) -> bool:
-        """Whether steps of this program write during backward, be it not this one."""
+        """Whether steps of this program write during backward, even if this step does not."""
         return self._mode == "step" and not self.optimizer._needs_norm()
 
     def _choose(self) -> str | None:
@@ -155,14 +163,13 @@ class Engine:
         if self._watched < UNTOUCHED_STEPS or self._in_vain or len(plans) != len(groups):
             return None
         try:
+            check_groups(optimizer)
             rules = [optimizer._rule(number, group) for number, group in enumerate(groups)]
-        except (TypeError, ValueError):
+        except (RuntimeError, TypeError, ValueError):
             return None  # step() meets the same, before anything is written
         planned = [plan.params if plan is not None else [] for plan in plans]
         if not (same_members(self._members, planned) and optimizer._states_are_planned()):
             return None
-        if any(group["stochastic_rounding"] or group["capturable"] for group in groups):
-            return None  # step() refuses them
         if optimizer._needs_norm():
             return "clip"
         if self._mode == "step":
@@ -188,9 +195,9 @@ class Engine:
         return started
 
     def _take(self, started: Started, future: Future[list[Tensor]]) -> list[Tensor]:
-        """Once a bucket is reduced, in the thread that waited for it. What came out is the value of
-        a future, because on CUDA that is what whoever waits for the future waits for: without a
-        tensor there, for nothing."""
+        """Runs when a bucket is reduced, in the thread that waited for it. Returns the results,
+        because on CUDA waiting for a future waits only for the streams of the tensors in its value.
+        """
         future.value()  # raises what the reduction did
         torch.get_num_threads()  # which hands torch's number of threads to a new thread
         with torch.no_grad():
@@ -268,9 +275,17 @@ class Engine:
     def _finish(self) -> Taken | None:
         """What ``optimizer.step()`` has left to do; parameters and their trust ratios, or None
         where the step was skipped."""
+        used = self._spent
+        # Until the step has ended well: after any error the gradients are used up.
+        self._spent = used or (self._writes and bool(self.started))
         try:
             check_groups(self.optimizer)
             self.wait()
+            if used and any(p.grad is not None for group in self._members for p in group):
+                raise RuntimeError(
+                    "gradients were used already, by a step that overlap then refused: go on with "
+                    "zero_grad() and a backward pass, from a checkpoint"
+                )
             if self._writes if self._arrived else self.may_write():
                 self._check()
             else:
@@ -279,6 +294,7 @@ class Engine:
                 self._stale = self._stale or changed or has_scaler(self.optimizer)
                 self._in_vain = self._stale
             taken = self._step()
+            self._spent = False
             if self._reduced:
                 self._learn()
             return taken
@@ -289,14 +305,8 @@ class Engine:
 
     def _check(self) -> None:
         """Raise where buckets were stepped, or will be in later steps, with other values."""
-        used, self._spent = self._spent, self._spent or bool(self.started)
         if has_scaler(self.optimizer):
             raise_scaler(self.optimizer)
-        if used and any(p.grad is not None for members in self._members for p in members):
-            raise RuntimeError(
-                "gradients were used already, by a step that overlap then refused: go on with "
-                "zero_grad() and a backward pass, from a checkpoint"
-            )
         if self._is_cut_off():
             raise RuntimeError(
                 "backward ended in an error, or did not reach all parameters of the DDP module, "
@@ -321,7 +331,6 @@ class Engine:
                 f"{', '.join(shapes)}: gradients may be wrong. From now on, optimizer.step() steps "
                 "these weights: go on from a checkpoint"
             )
-        self._spent = False
 
     def _learn(self) -> None:
         """After a step with a backward pass: what later ones have to know."""

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 # What autograd does by itself, what runs without Python, and modules' hooks, which mostly log.
-_UNWATCHED = ("AccumulateGrad", "Compiled", "BackwardHook")
+_UNWATCHED = ("AccumulateGrad", "CompiledFunctionBackward", "BackwardHookFunctionBackward")
 
 
 class LateReads(TorchFunctionMode):
@@ -36,14 +36,15 @@ class LateReads(TorchFunctionMode):
         self.arrived: set[Tensor] = set()
         self.late: set[Tensor] = set()
         self.paused = False
-        self._done: dict[int, Tensor] = {}  # by storage: accumulated since the last forward pass
+        # By storage: parameters whose gradients were accumulated since the last forward pass.
+        self._done: dict[int, list[Tensor]] = {}
         self._handles = [
             p.register_post_accumulate_grad_hook(self._arrive) for p in params if p.requires_grad
         ]
 
     def _arrive(self, p: Tensor) -> None:
         self.arrived.add(p)
-        self._done[p.untyped_storage()._cdata] = p
+        self._done.setdefault(p.untyped_storage()._cdata, []).append(p)
 
     def watch(self, outputs: Any) -> None:
         """Watch the backward pass of these outputs of a forward pass."""
@@ -56,7 +57,7 @@ class LateReads(TorchFunctionMode):
                 continue
             seen.add(node)
             left += [following for following, _ in node.next_functions]
-            if not any(name in node.name() for name in _UNWATCHED):
+            if not node.name().endswith(_UNWATCHED):
                 node.register_prehook(self._enter)
                 node.register_hook(self._leave)
 
@@ -74,18 +75,18 @@ class LateReads(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         # Attributes are no reads of the elements, but for .data, whose result shares the storage.
         if self._done and not self.paused and getattr(func, "__name__", "") != "__get__":
-            found = map(self._parameter, tree_leaves((args, kwargs)))
-            self.late.update(p for p in found if p is not None)
+            for value in tree_leaves((args, kwargs)):
+                self.late.update(self._parameters(value))
         return func(*args, **(kwargs or {}))
 
-    def _parameter(self, value: Any) -> Tensor | None:
-        """The parameter, of those whose gradients are there, that shares a tensor's memory."""
+    def _parameters(self, value: Any) -> list[Tensor]:
+        """The parameters, of those whose gradients are there, that share a tensor's storage."""
         if not isinstance(value, Tensor) or value.layout != torch.strided:
-            return None
+            return []
         try:
-            return self._done.get(value.untyped_storage()._cdata)
+            return self._done.get(value.untyped_storage()._cdata, [])
         except (NotImplementedError, RuntimeError):
-            return None  # a wrapper without memory, such as vmap's: what it wraps is read later
+            return []  # a wrapper without memory, such as vmap's: what it wraps is read later
 
     def forget(self) -> None:
         """Begin anew, for the next step."""

@@ -11,7 +11,7 @@ from fastlars.optim.base import FusedOptimizer
 
 
 def check_ddp(ddp: Any) -> None:
-    """Raise unless ``ddp`` is a DDP module whose gradients pass through hooks of ours alone."""
+    """Raise unless ``ddp`` is a DDP module whose gradients pass through overlap's hook alone."""
     if not isinstance(ddp, DistributedDataParallel):
         raise TypeError(
             "overlap needs a torch.nn.parallel.DistributedDataParallel module, "
@@ -40,14 +40,14 @@ def check_ddp(ddp: Any) -> None:
         )
 
 
-def unwrapped(optimizer: Any) -> Any:
+def inner_optimizer(optimizer: Any) -> Any:
     """The optimizer that a wrapper steps, as of Lightning, Fabric and Accelerate."""
     inner = getattr(optimizer, "optimizer", None)
-    return unwrapped(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
+    return inner_optimizer(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
 
 
 def check_optimizer(optimizer: Any, ddp: DistributedDataParallel) -> None:
-    """Raise unless ``optimizer`` is ours, and steps parameters of ``ddp``."""
+    """Raise unless ``optimizer`` is a fastlars optimizer, and steps parameters of ``ddp``."""
     if not isinstance(optimizer, FusedOptimizer):
         raise TypeError(
             "overlap needs a fastlars optimizer (LARS, LAMB, RMSpropWarmup), "

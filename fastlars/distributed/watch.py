@@ -12,14 +12,14 @@ from fastlars.optim.base import FusedOptimizer
 from fastlars.optim.sharded import shard
 from fastlars.optim.values import kept, unchanged
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def checksums(tensors: list[Tensor]) -> list[Tensor]:
     """For each tensor the sum of its bits, taken for integers."""
     return [
         local.view(_BITS[local.itemsize]).sum(dtype=torch.int64)
-        for local in (shard(t.detach()) for t in tensors)
+        for local in (shard(t.detach()).resolve_neg() for t in tensors)
     ]
 
 

@@ -342,13 +342,17 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         group = self.param_groups[number]
         plan = Plan(group, number, self._rule(number, group), self.state)
         self._plans[number] = plan.ready()
-        self._planned_states = list(self.state.values())
+        self._note_states()
 
     def _reads_device(self) -> bool:
         """Whether the last step's back ends all read their numbers on the device."""
         plans = [plan for plan in self._plans if plan is not None]
         sublists = [sublist for plan in plans for sublist in plan.sublists]
         return bool(sublists) and all(sublist.backend.reads_device for sublist in sublists)
+
+    def _note_states(self) -> None:
+        """After states were made: these are what plans hold."""
+        self._planned_states = list(self.state.values())
 
     def _states_are_planned(self) -> bool:
         """Whether nobody has cleared ``state`` or put another dict into it."""
@@ -388,5 +392,5 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
             self._plans[number] = plan.ready()
             bound[number] = plan.bind([p.grad for p in plan.params])
         if new:
-            self._planned_states = list(self.state.values())
+            self._note_states()
         return rules, bound

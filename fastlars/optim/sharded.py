@@ -34,7 +34,7 @@ from fastlars.optim.wrapped import Path, inside, is_plain, path_inside
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-# The shard itself. DTensor.to_local() makes a view of every parameter, at 25 times the price.
+# The shard itself. DTensor.to_local() makes a view of every parameter, and takes 25 times as long.
 LOCAL: Path = ("_local_tensor",)
 _local: Callable[[Any], Any] = attrgetter(*LOCAL)
 _placements = attrgetter("_spec.placements")
@@ -189,7 +189,7 @@ def arrived(grads: list[Any]) -> list[Tensor]:
     """The plain tensors of gradients, once what a collective still writes to them is there."""
     if set(map(type, grads)) == {Tensor}:
         return grads
-    grads = [g if is_plain(g) else getattr(g, "wait", lambda g=g: g)() for g in grads]
+    grads = [g.wait() if hasattr(g, "wait") and not is_plain(g) else g for g in grads]
     wrapped = [i for i, g in enumerate(grads) if not is_plain(g)]
     found = inside([grads[i] for i in wrapped]) if wrapped else []
     if len(found) == len(wrapped):
@@ -218,16 +218,16 @@ def complete(parts: list[tuple[Shards | None, Tensor]]) -> list[Tensor]:
             sizes[table.over] += table.size
     begun = []
     for over, numbers in members.items():
-        first = parts[numbers[0]][1]
-        array = first.new_zeros(sizes[over], 2)
+        # Parameters that FSDP2 keeps on the CPU have a mesh, and so groups, of GPUs.
+        device = over.mesh.device_type
+        array = torch.zeros(sizes[over], 2, dtype=torch.float64, device=device)
         places = []
         for i in numbers:
             shards, sums = parts[i]
             assert shards is not None
             places.append(shards.rows + offsets[id(shards.table)])
-            array[places[-1]] = sums.to(array.device)
-        # Parameters that FSDP2 keeps on the CPU have a mesh, and so groups, of GPUs.
-        begun.append((numbers, places, _begin(array.to(over.mesh.device_type), over)))
+            array[places[-1].to(array.device)] = sums.to(array.device)
+        begun.append((numbers, places, _begin(array, over)))
     found = [sums for _, sums in parts]
     for numbers, places, finish in begun:
         array = finish()

@@ -1,4 +1,4 @@
-"""The global gradient norm of a step, who skips steps by it, and how many were skipped."""
+"""The global gradient norm of a step, what decides to skip the step, and how many were skipped."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def decide(skip_if: SkipIf, norm: Tensor) -> bool | Tensor:
 
 @dataclass
 class Skipping:
-    """Who skips steps, and how many were skipped.
+    """What decides to skip a step, and how many steps were skipped.
 
-    One object: Lightning's wrapper has this class among its own, and properties that run there find
-    what the optimizer has through its ``__getattr__``.
+    Kept in one object, because Lightning's wrapper is a subclass of the optimizer's class: its
+    properties read this object from the wrapped optimizer.
     """
 
     skip_if: SkipIf | None = None
@@ -80,7 +80,7 @@ class SkippingStep:
 
     @property
     def skip_if(self) -> SkipIf | None:
-        """The argument of this name, which may be changed between any two steps."""
+        """When to skip a step: see the argument ``skip_if``. May be changed between steps."""
         return self._skipping.skip_if
 
     @skip_if.setter
@@ -116,8 +116,9 @@ class SkippingStep:
     def skipped_steps(self) -> Tensor:
         """How many steps ``skip_if`` and, with ``fused_unscale``, a ``GradScaler`` have skipped.
 
-        A 0-dim int64 tensor that goes on counting, also at every replay of a CUDA graph; on the GPU
-        where that alone knows. It is not part of ``state_dict()``. A ``GradScaler`` without
+        A 0-dim int64 tensor that goes on counting, also at every replay of a CUDA graph. The first
+        step whose decision stays on the GPU moves it there: read the attribute again after that
+        step. It is not part of ``state_dict()``. A ``GradScaler`` without
         ``fused_unscale`` does not call ``step`` at all, which is not counted.
         """
         kept = self._skipping

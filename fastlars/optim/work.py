@@ -62,7 +62,7 @@ class Work:
 
 
 def check_recording(works: list[Work]) -> None:
-    """Raise where a CUDA graph is recorded that would replay today's numbers for ever."""
+    """Raise where a CUDA graph is recorded that would use this step's numbers at every replay."""
     fixed = any(w.device.type == "cuda" and not w.group["capturable"] for w in works)
     if fixed and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a step is recorded into a CUDA graph only with capturable=True")
@@ -89,15 +89,19 @@ def take(works: list[Work], now: Numbers) -> Taken:
         else:
             ratios = work.backend.step(work.rule, work.bound, scalars)
         taken.append((work.sublist.weights, ratios))
+    mark_written(works)
+    return taken
+
+
+def mark_written(works: list[Work]) -> None:
+    """Raise the versions of weights, by which autograd notices that a saved tensor was overwritten:
+    a write through an address does not raise them."""
     for work in works:
-        # Autograd compares versions to notice that a saved tensor was overwritten; a write through
-        # an address does not move them.
         written = work.sublist.weights
         torch.autograd.graph.increment_version(written)
         for name in work.sublist.path:
             written = shards(written, (name,))
             torch.autograd.graph.increment_version(written)
-    return taken
 
 
 def _sharded_sums(works: list[Work], each: list[Scalars]) -> dict[int, Tensor]:

@@ -89,7 +89,7 @@ def scaled_stages() -> list[Any]:
 def test_stages_skip_together_with_a_gradscaler() -> None:
     norm = round(math.sqrt(8.0), 6)
     expected = [(norm, 0, False), (math.nan, 1, True), (norm, 1, False), (norm, 1, False)]
-    for found in run(2, scaled_stages, group_timeout=20.0):
+    for found in run(2, scaled_stages):
         assert repr(found) == repr(expected * 2)
 
 

@@ -100,6 +100,25 @@ def test_copies_of_three_processes() -> None:
     same(copied_of_three, size=3)
 
 
+def copied_hooks() -> tuple[int, int]:
+    """A copy is not held to what overlap refuses, and hooks do not pile up."""
+    net = make(Setting())
+    ddp = DistributedDataParallel(net, **MANY)
+    optimizer = fastlars.LARS(net.parameters(), lr=0.5)
+    overlap(ddp, optimizer)
+    other = copy.deepcopy(ddp)
+    with other.join(divide_by_initial_world_size=False):
+        loss_of(other, 0).backward()
+    handle = overlap(other, fastlars.LARS(other.parameters(), lr=0.5))
+    hooks = len(other._forward_hooks)
+    handle.remove()
+    return hooks, len(other._forward_hooks) + len(other._forward_pre_hooks)
+
+
+def test_hooks_of_copies() -> None:
+    assert run(2, copied_hooks) == [(1, 0)] * 2
+
+
 def _lightning(inner: Any) -> Any:
     from lightning.pytorch.core.optimizer import LightningOptimizer
 

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastlars
-from distributed.overlap_cases import Result, Setting, make, result
+from distributed.overlap_cases import Result, Setting, count_early, make, result
 from distributed.overlap_loops import MANY, loop, loss_of, same, start
 from distributed.processes import run
 from distributed.test_overlap_reads import Net, train
+from distributed.test_overlap_reads import loss_of as late_loss
+from distributed.test_overlap_reads import start as late_start
 from fastlars.distributed import overlap
+from fastlars.distributed.engine import WATCHED_STEPS
 from optimizers import Snapshot
 
 
@@ -94,7 +97,7 @@ def test_another_loss() -> None:
     run(2, adversarial_at_once)
 
 
-class Compiled(torch.autograd.Function):
+class Inner(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return x * 1.0
@@ -111,7 +114,8 @@ def compiled(overlapped: bool, mode: str) -> Result:
             self.net = make(Setting())
 
         def forward(self, x: Tensor) -> Tensor:
-            return Compiled.apply(self.net(x))
+            # Last in backward, when gradients are there that could be read late.
+            return self.net(Inner.apply(x.requires_grad_()))
 
     net = Ends()
     ddp, optimizer = start(net, overlapped, mode)
@@ -206,13 +210,19 @@ def test_shown_steps(mode: str) -> None:
 class Output:
     logits: Tensor
 
+    def square(self) -> Tensor:
+        return self.logits.square()
+
+
+class Wraps(Net):
+    """Has an output that only DDP looks into."""
+
+    def forward(self, x: Tensor) -> Any:
+        return Output(super().forward(x))
+
 
 def late_read(overlapped: bool, mode: str) -> Result:
-    """Behind an output that only DDP looks into."""
-    forward = Net.forward
-    Net.forward = lambda self, x: Output(forward(self, x))  # type: ignore[method-assign,assign,return-value]
-    Output.square = lambda self: self.logits.square()  # type: ignore[attr-defined]
-    return train("recomputed", overlapped, mode)
+    return train("recomputed", overlapped, mode, Wraps)
 
 
 def test_a_late_read_of_a_dataclass() -> None:
@@ -257,20 +267,36 @@ def invalid_option() -> None:
     snapshot.assert_unchanged()
 
 
-def refused_twice() -> None:
-    net = make(Setting())
-    ddp, optimizer = start(net, True, "step")
-    loop(ddp, optimizer, 3)
-    optimizer.zero_grad()
-    loss_of(ddp, 3).backward()
+def change_lr(optimizer: Any, _: nn.Parameter) -> None:
     optimizer.param_groups[0]["lr"] = 0.01
-    with pytest.raises(RuntimeError, match="a hyper-parameter was changed"):
-        optimizer.step()
-    snapshot = Snapshot(optimizer)
-    with pytest.raises(RuntimeError, match="gradients were used already"):
-        optimizer.step()
-    snapshot.assert_unchanged()
-    loop(ddp, optimizer, 2)
+
+
+def make_capturable(optimizer: Any, _: nn.Parameter) -> None:
+    optimizer.param_groups[0]["capturable"] = not optimizer.param_groups[0]["capturable"]
+
+
+def make_sparse(optimizer: Any, own: nn.Parameter) -> None:
+    own.grad = torch.ones(3).to_sparse() if own.grad is None else None
+
+
+def refused_twice() -> None:
+    """Gradients that were used are not used again, whatever has ended the step."""
+    for change in (change_lr, make_capturable, make_sparse):
+        net, own = make(Setting()), nn.Parameter(torch.ones(3))
+        ddp, optimizer = start(net, True, "step", [*net.parameters(), own])
+        loop(ddp, optimizer, 3)
+        optimizer.zero_grad()
+        loss_of(ddp, 3).backward()
+        change(optimizer, own)
+        with pytest.raises((RuntimeError, TypeError), match=r"was changed|capturable|sparse"):
+            optimizer.step()
+        if change is not change_lr:
+            change(optimizer, own)
+        snapshot = Snapshot(optimizer)
+        with pytest.raises(RuntimeError, match="gradients were used already"):
+            optimizer.step()
+        snapshot.assert_unchanged()
+        loop(ddp, optimizer, 2)
 
 
 def skip_if_set_late() -> None:
@@ -313,6 +339,65 @@ def overlapped_between() -> None:
 )
 def test_refusals(what: Any) -> None:
     run(2, what)
+
+
+def begins_to_write(overlapped: bool, mode: str) -> Result:
+    """Buckets are stepped early from some step on, and only then are late reads looked for."""
+    net, ddp, optimizer = late_start("recomputed", overlapped, mode=mode)
+    optimizer.skip_if = 1e6
+    early = []
+    for step in range(WATCHED_STEPS + 6):
+        if step == WATCHED_STEPS + 2:
+            optimizer.skip_if = None
+        optimizer.zero_grad()
+        late_loss(ddp, step).backward()
+        early.append(count_early(optimizer))
+        optimizer.step()
+    return result(net, optimizer, early=early)
+
+
+def test_late_reads_are_looked_for_when_writing_begins() -> None:
+    (first, _) = same(begins_to_write)
+    assert first.early[-4:] == [0, 0, 5, 5]
+
+
+def of_one_storage(overlapped: bool, mode: str) -> Result:
+    """The late read is of one of two parameters in the same memory."""
+    return train("recomputed", overlapped, mode, Flat)
+
+
+class Flat(Net):
+    def __init__(self, how: str) -> None:
+        super().__init__(how)
+        flat = torch.cat([self.f.weight.detach().flatten(), self.f.bias.detach()])
+        self.f.weight = nn.Parameter(flat[: 33 * 33].view(33, 33))
+        self.f.bias = nn.Parameter(flat[33 * 33 :])
+
+
+def test_late_reads_of_parameters_in_one_storage() -> None:
+    (first, _) = same(of_one_storage)
+    assert first.early == [0, 0, 4, 4, 4]
+
+
+def odd_states(overlapped: bool, mode: str) -> Result:
+    """What wrappers keep in a state, and a gradient that is negated lazily."""
+    net = make(Setting())
+    net[1].weight.register_hook(lambda g: torch._neg_view(-g))
+    ddp, optimizer = start(net, overlapped, mode)
+    for step in range(5):
+        optimizer.zero_grad()
+        loss_of(ddp, step).backward()
+        assert net[1].weight.grad.is_neg()
+        optimizer.step()
+        for p in net.parameters():
+            optimizer.state[p]["seen"] = torch.tensor(True)
+    found = result(net, optimizer)
+    found.states = []
+    return found
+
+
+def test_states_of_any_type() -> None:
+    same(odd_states)
 
 
 def cleared(overlapped: bool, mode: str) -> Result:

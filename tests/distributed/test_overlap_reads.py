@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import fastlars
-from distributed.overlap_cases import Result, result
+from distributed.overlap_cases import Result, count_early, result
 from distributed.overlap_loops import MANY, same
 from distributed.processes import run
 from fastlars.distributed.engine import WATCHED_STEPS
@@ -62,9 +62,11 @@ def loss_of(module: nn.Module, step: int) -> Tensor:
     return module(torch.randn(6, 33)).square().mean()
 
 
-def start(how: str, overlapped: bool, **options: Any) -> tuple[Net, Any, Any]:
+def start(
+    how: str, overlapped: bool, make: type[Net] = Net, **options: Any
+) -> tuple[Net, Any, Any]:
     torch.manual_seed(1)
-    net = Net(how)
+    net = make(how)
     ddp = DistributedDataParallel(net, **MANY)
     optimizer = fastlars.LAMB(net.parameters(), lr=0.1)
     if overlapped:
@@ -80,14 +82,13 @@ def start(how: str, overlapped: bool, **options: Any) -> tuple[Net, Any, Any]:
     return net, ddp, optimizer
 
 
-def train(how: str, overlapped: bool, mode: str) -> Result:
-    net, ddp, optimizer = start(how, overlapped, mode=mode)
+def train(how: str, overlapped: bool, mode: str, make: type[Net] = Net) -> Result:
+    net, ddp, optimizer = start(how, overlapped, make, mode=mode)
     early = []
     for step in range(5):
         optimizer.zero_grad()
         loss_of(ddp, step).backward()
-        if optimizer._ahead is not None:
-            early.append(sum(len(started.params()) for started in optimizer._ahead.started))
+        early.append(count_early(optimizer))
         optimizer.step()
     return result(net, optimizer, early=early)
 
@@ -107,8 +108,7 @@ def quiet(overlapped: bool, mode: str) -> Result:
     for step in range(5):
         optimizer.zero_grad()
         loss_of(ddp, step).backward()
-        if optimizer._ahead is not None:
-            early.append(sum(len(started.params()) for started in optimizer._ahead.started))
+        early.append(count_early(optimizer))
         optimizer.step()
     return result(net, optimizer, early=early)
 

@@ -320,16 +320,13 @@ def moved() -> None:
     model = MODELS["fsdp"](None)
     params: list[Any] = list(model.parameters())
     optimizer = fastlars.LAMB(params, **LAMB)
-    for dtype in (torch.float32, torch.float64, torch.float32):
-        model.to(dtype)
-        optimizer.state.clear()
+    for _ in range(2):
         for p in params:
             p.grad = torch.ones_like(p)
         optimizer.step()
-        if dtype == torch.float32:
-            shards = [weakref.ref(p._local_tensor) for p in params]
-        else:
-            assert all(shard() is None for shard in shards)
+        shards = [weakref.ref(p._local_tensor) for p in params]
+        model.to(torch.float64).to(torch.float32)  # and back: plans still fit
+        assert all(shard() is None for shard in shards)
 
 
 def test_replaced_shards_are_let_go() -> None:
