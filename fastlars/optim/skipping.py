@@ -80,7 +80,7 @@ class SkippingStep:
 
     @property
     def skip_if(self) -> SkipIf | None:
-        """When to skip a step: see the argument ``skip_if``. May be changed between steps."""
+        """Decides which steps are skipped, as the argument of this name; may change between steps."""
         return self._skipping.skip_if
 
     @skip_if.setter

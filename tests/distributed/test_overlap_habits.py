@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -15,14 +14,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastlars
-from distributed.overlap_cases import Result, Setting, count_early, make, result
+from distributed.overlap_cases import Result, Setting, make, result
 from distributed.overlap_loops import MANY, loop, loss_of, same, start
 from distributed.processes import run
-from distributed.test_overlap_reads import Net, train
-from distributed.test_overlap_reads import loss_of as late_loss
-from distributed.test_overlap_reads import start as late_start
 from fastlars.distributed import overlap
-from fastlars.distributed.engine import WATCHED_STEPS
 from optimizers import Snapshot
 
 
@@ -206,49 +201,6 @@ def test_shown_steps(mode: str) -> None:
     same(counted, mode)
 
 
-@dataclass
-class Output:
-    logits: Tensor
-
-    def square(self) -> Tensor:
-        return self.logits.square()
-
-
-class Wraps(Net):
-    """Has an output that only DDP looks into."""
-
-    def forward(self, x: Tensor) -> Any:
-        return Output(super().forward(x))
-
-
-def late_read(overlapped: bool, mode: str) -> Result:
-    return train("recomputed", overlapped, mode, Wraps)
-
-
-def test_a_late_read_of_a_dataclass() -> None:
-    (first, _) = same(late_read)
-    assert first.early == [0, 0, 5, 5, 5]
-
-
-def logged(overlapped: bool, mode: str) -> Result:
-    """Module hooks that log a weight's norm are no part of the gradients."""
-    net = make(Setting())
-    ddp, optimizer = start(net, overlapped, mode)
-    seen = []
-
-    def log(module: Any, *_: Any) -> None:
-        seen.append(float(module.weight.norm()))
-
-    for module in (net[0], net[-1]):
-        module.register_full_backward_hook(log)
-    return result(net, optimizer, early=loop(ddp, optimizer))
-
-
-def test_module_hooks() -> None:
-    (first, _) = same(logged)
-    assert first.early[-1] == len(first.params)
-
-
 def invalid_option() -> None:
     """One group's options are refused before another group's bucket is stepped."""
     net = make(Setting())
@@ -339,44 +291,6 @@ def overlapped_between() -> None:
 )
 def test_refusals(what: Any) -> None:
     run(2, what)
-
-
-def begins_to_write(overlapped: bool, mode: str) -> Result:
-    """Buckets are stepped early from some step on, and only then are late reads looked for."""
-    net, ddp, optimizer = late_start("recomputed", overlapped, mode=mode)
-    optimizer.skip_if = 1e6
-    early = []
-    for step in range(WATCHED_STEPS + 6):
-        if step == WATCHED_STEPS + 2:
-            optimizer.skip_if = None
-        optimizer.zero_grad()
-        late_loss(ddp, step).backward()
-        early.append(count_early(optimizer))
-        optimizer.step()
-    return result(net, optimizer, early=early)
-
-
-def test_late_reads_are_looked_for_when_writing_begins() -> None:
-    (first, _) = same(begins_to_write)
-    assert first.early[-4:] == [0, 0, 5, 5]
-
-
-def of_one_storage(overlapped: bool, mode: str) -> Result:
-    """The late read is of one of two parameters in the same memory."""
-    return train("recomputed", overlapped, mode, Flat)
-
-
-class Flat(Net):
-    def __init__(self, how: str) -> None:
-        super().__init__(how)
-        flat = torch.cat([self.f.weight.detach().flatten(), self.f.bias.detach()])
-        self.f.weight = nn.Parameter(flat[: 33 * 33].view(33, 33))
-        self.f.bias = nn.Parameter(flat[33 * 33 :])
-
-
-def test_late_reads_of_parameters_in_one_storage() -> None:
-    (first, _) = same(of_one_storage)
-    assert first.early == [0, 0, 4, 4, 4]
 
 
 def odd_states(overlapped: bool, mode: str) -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -140,3 +141,89 @@ def test_a_read_that_begins_later_needs_debug() -> None:
     for said in run(2, begun_later, True):
         assert said.startswith(f"{begin}, of shape (33, 33)")
     assert run(2, begun_later, False) == ["", ""]
+
+
+@dataclass
+class Output:
+    logits: Tensor
+
+    def square(self) -> Tensor:
+        return self.logits.square()
+
+
+class Wraps(Net):
+    """Has an output that only DDP looks into."""
+
+    def forward(self, x: Tensor) -> Any:
+        return Output(super().forward(x))
+
+
+def late_read(overlapped: bool, mode: str) -> Result:
+    return train("recomputed", overlapped, mode, Wraps)
+
+
+def test_a_late_read_of_a_dataclass() -> None:
+    (first, _) = same(late_read)
+    assert first.early == [0, 0, 5, 5, 5]
+
+
+def logged(overlapped: bool, mode: str) -> Result:
+    """Module hooks that log a weight's norm are no part of the gradients."""
+    net, ddp, optimizer = start("recomputed", overlapped, mode=mode)
+    seen = []
+
+    def log(module: Any, *_: Any) -> None:
+        seen.append(float(module.weight.norm()))
+
+    for module in (net.a, net.b):
+        module.register_full_backward_hook(log)
+    early = []
+    for step in range(5):
+        optimizer.zero_grad()
+        loss_of(ddp, step).backward()
+        early.append(count_early(optimizer))
+        optimizer.step()
+    return result(net, optimizer, early=early)
+
+
+def test_module_hooks() -> None:
+    (first, _) = same(logged)
+    assert first.early[-1] == 5
+
+
+def begins_to_write(overlapped: bool, mode: str) -> Result:
+    """Buckets are stepped early from some step on, and only then are late reads looked for."""
+    net, ddp, optimizer = start("recomputed", overlapped, mode=mode)
+    optimizer.skip_if = 1e6
+    early = []
+    for step in range(WATCHED_STEPS + 6):
+        if step == WATCHED_STEPS + 2:
+            optimizer.skip_if = None
+        optimizer.zero_grad()
+        loss_of(ddp, step).backward()
+        early.append(count_early(optimizer))
+        optimizer.step()
+    return result(net, optimizer, early=early)
+
+
+def test_late_reads_are_looked_for_when_writing_begins() -> None:
+    (first, _) = same(begins_to_write)
+    assert first.early[-4:] == [0, 0, 5, 5]
+
+
+def of_one_storage(overlapped: bool, mode: str) -> Result:
+    """The late read is of one of two parameters in the same memory."""
+    return train("recomputed", overlapped, mode, Flat)
+
+
+class Flat(Net):
+    def __init__(self, how: str) -> None:
+        super().__init__(how)
+        flat = torch.cat([self.f.weight.detach().flatten(), self.f.bias.detach()])
+        self.f.weight = nn.Parameter(flat[: 33 * 33].view(33, 33))
+        self.f.bias = nn.Parameter(flat[33 * 33 :])
+
+
+def test_late_reads_of_parameters_in_one_storage() -> None:
+    (first, _) = same(of_one_storage)
+    assert first.early == [0, 0, 4, 4, 4]
