@@ -80,7 +80,7 @@ class SkippingStep:
 
     @property
     def skip_if(self) -> SkipIf | None:
-        """Decides which steps are skipped, as the argument of this name; may change between steps."""
+        """Decides which steps are skipped, as the argument of this name. May change at any time."""
         return self._skipping.skip_if
 
     @skip_if.setter
