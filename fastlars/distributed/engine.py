@@ -242,8 +242,7 @@ class Engine:
 
     def _look(self) -> None:
         """Note what there is at the end of backward."""
-        groups = self.optimizer.param_groups
-        params = [groups[part.number]["params"][i] for part in self._parts for i in part.indices]
+        params = [self._members[part.number][i] for part in self._parts for i in part.indices]
         reduced = [gradient for part in self._parts for gradient in part.grads]
         held = [self.optimizer.state.get(p, {}).values() for p in params] if self._kind else []
         states = [value for values in held for value in values if isinstance(value, Tensor)]
