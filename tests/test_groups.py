@@ -97,11 +97,12 @@ def test_who_is_decayed_and_who_is_adapted(no_decay: Any, no_ratio: Any) -> None
     assert all(group["params"] for group in groups)
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
-def test_wrapped_models(wrap: Any) -> None:
+@pytest.mark.parametrize(
+    ("wrap", "prefix"), [(nn.DataParallel, "module."), (torch.compile, "_orig_mod.")]
+)
+def test_wrapped_models(wrap: Any, prefix: str) -> None:
     wrapped = wrap(Norms())
     kept, excluded = fastlars.parameter_groups(wrapped, 0.1, no_decay="norms", no_ratio="norms")
-    prefix = {nn.DataParallel: "module.", torch.compile: "_orig_mod."}[wrap]
     assert set(names(excluded)) == {prefix + name for name in NORMS}
     assert set(names(kept)) == {prefix + name for name in BIASES | LARGE}
 

@@ -53,15 +53,24 @@ def _leads_to_plain(tensor: Tensor, path: Path) -> bool:
     return isinstance(plain, Tensor) and is_plain(plain) and _lies(plain) == _lies(tensor)
 
 
+# Subclasses inside each other that are looked through. Without a limit, a class that never unwraps
+# would overflow the stack where torch.compile has raised Python's recursion limit.
+DEEPEST = 8
+
+
 class _Arrivals(TorchDispatchMode):
     """Notes the parameters of a fused AdamW when all subclasses are unwrapped, and runs nothing."""
 
     def __init__(self) -> None:
         super().__init__()
         self.params: list[Tensor] = []
+        self._unwrapped = 0  # calls that a subclass was left to unwrap
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if types:
+            self._unwrapped += 1
+            if self._unwrapped > DEEPEST:
+                raise TypeError  # the class calls with itself again, without an end
             return NotImplemented  # the subclass unwraps its tensors, and calls again
         if func is torch.ops.aten._fused_adamw_.default:
             self.params += args[0]

@@ -331,3 +331,24 @@ def moved() -> None:
 
 def test_replaced_shards_are_let_go() -> None:
     run(2, moved)
+
+
+class Loops(Tensor):
+    """Calls with itself again, and so never unwraps."""
+
+    calls = 0
+
+    @staticmethod
+    def __new__(cls, value: Tensor) -> Loops:
+        return Tensor._make_wrapper_subclass(cls, value.shape, dtype=value.dtype)  # type: ignore[attr-defined]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_class_that_never_unwraps_is_left_soon() -> None:
+    """Not at Python's recursion limit: the stack may end before."""
+    assert wrapped_module.path_inside(Loops(torch.ones(3))) == ()
+    assert 0 < Loops.calls < 20
