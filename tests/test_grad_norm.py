@@ -189,18 +189,25 @@ def test_a_skipped_step_changes_nothing(row: Row) -> None:
     assert int(optimizer.skipped_steps) == 3
 
 
-@each_class
-def test_skipped_steps_do_not_show(backend: str, row: Row) -> None:
-    params, others = parameters(), parameters()
-    optimizer = two_groups(row, params, skip_if=THRESHOLD)
-    other = two_groups(row, others)
-    for step in range(4):
+def assert_spikes_do_not_show(
+    optimizer: Any, params: list[Any], other: Any, others: list[Any], steps: int
+) -> None:
+    """One optimizer gets a spike before each step, which it skips; the other one does not."""
+    for step in range(steps):
         spike(params, step)
         optimizer.step()
         train(optimizer, params, [step])
         train(other, others, [step])
     assert_same_training(optimizer, params, other, others)
-    assert int(optimizer.skipped_steps) == 4
+    assert int(optimizer.skipped_steps) == steps
+
+
+@each_class
+def test_skipped_steps_do_not_show(backend: str, row: Row) -> None:
+    params, others = parameters(), parameters()
+    optimizer = two_groups(row, params, skip_if=THRESHOLD)
+    other = two_groups(row, others)
+    assert_spikes_do_not_show(optimizer, params, other, others, steps=4)
 
 
 # Callables.
@@ -220,13 +227,7 @@ def test_a_callable_decides(backend: str, row: Row, kind: str) -> None:
     params, others = parameters(), parameters()
     optimizer = row.make(params, skip_if=SKIPS[kind], max_grad_norm=0.05)
     other = row.make(others, max_grad_norm=0.05)
-    for step in range(3):
-        spike(params, step)
-        optimizer.step()
-        train(optimizer, params, [step])
-        train(other, others, [step])
-    assert_same_training(optimizer, params, other, others)
-    assert int(optimizer.skipped_steps) == 3
+    assert_spikes_do_not_show(optimizer, params, other, others, steps=3)
 
 
 WRONG: dict[str, tuple[Norm, str]] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from operator import is_
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from fastlars.distributed.average import Future
 from fastlars.optim.base import FusedOptimizer
 from fastlars.optim.numbers import Numbers, numbers
 from fastlars.optim.plan import Plan
+from fastlars.optim.values import same_objects
 from fastlars.optim.work import Work, mark_written
 from fastlars.rules import GradientNorm
 
@@ -110,10 +110,8 @@ class Bucket:
     def fits(self, bucket: GradBucket) -> bool:
         """Whether this is still the same memory for the same parameters."""
         params = bucket.parameters()
-        return (
-            bucket.buffer().untyped_storage()._cdata == self.storage
-            and len(params) == len(self.params)
-            and all(map(is_, params, self.params))
+        return bucket.buffer().untyped_storage()._cdata == self.storage and same_objects(
+            params, self.params
         )
 
     def covers_all(self) -> bool:

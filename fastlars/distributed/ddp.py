@@ -138,8 +138,6 @@ def overlap(
     def release() -> None:
         for hook in hooks:
             hook.remove()
-        if engine.reads is not None:
-            engine.reads.close()
         if slot.engine is engine:
             slot.engine = None
             optimizer._ahead = None

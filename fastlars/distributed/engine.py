@@ -254,7 +254,10 @@ class Engine:
         return bool(self.started) and self._reduced
 
     def close(self) -> None:
-        """Drop what would keep the DDP module alive until Python collects cycles."""
+        """Leave parameters alone, and drop what would keep the DDP module alive until Python
+        collects cycles."""
+        if self.reads is not None:
+            self.reads.close()
         self.release = lambda: None
         del self.step, self.ddp
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import is_
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from fastlars.optim.base import FusedOptimizer
 from fastlars.optim.sharded import shard
-from fastlars.optim.values import kept, unchanged
+from fastlars.optim.values import kept, same_objects, unchanged
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -62,7 +61,7 @@ class Snapshot:
     def changed(self) -> str | None:
         """What was changed since, if anything."""
         given = self._given
-        same = all(map(is_, [p.grad for p in self._params], self._grads))
+        same = same_objects([p.grad for p in self._params], self._grads)
         if not same or _marks(given) != self._grad_marks:
             return "gradient"
         if _marks(self._params) != self._weight_marks:
@@ -98,9 +97,7 @@ class Options:
 
 def same_members(known: list[list[Tensor]], now: list[list[Tensor]]) -> bool:
     """Whether lists hold the same parameters, in the same order."""
-    return list(map(len, known)) == list(map(len, now)) and all(
-        all(map(is_, ours, theirs)) for ours, theirs in zip(known, now, strict=True)
-    )
+    return len(known) == len(now) and all(map(same_objects, known, now))
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ import fastlars._C as _C
 from fastlars.backends.base import Backend, Kinds
 from fastlars.backends.cpu import viewer
 from fastlars.optim.sharded import Over, shards
+from fastlars.optim.values import same_objects
 from fastlars.optim.wrapped import Path
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Known:
 
     def is_of(self, params: list[Tensor]) -> bool:
         """Whether these are the parameters."""
-        return len(params) == len(self.params) and all(map(is_, params, self.params))
+        return same_objects(params, self.params)
 
     def lie_as_before(self) -> bool:
         """Whether all have the devices, shapes and strides with which they were checked."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ def kept(value: Any) -> Any:
         return kept(value.tolist()) if element is value else element
     # Of a configuration library.
     return list(map(kept, value)) if isinstance(value, Sequence) else object()
+
+
+def same_objects(known: Sequence[Any], now: Sequence[Any]) -> bool:
+    """Whether two lists hold the same objects, in the same order."""
+    return len(known) == len(now) and all(map(is_, known, now))
 
 
 def unchanged(known: Any, now: Any) -> bool:

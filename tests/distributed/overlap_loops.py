@@ -48,11 +48,16 @@ def loss_of(module: nn.Module, step: int) -> Tensor:
     return nn.functional.cross_entropy(module(x), y)
 
 
-def loop(module: nn.Module, optimizer: Any, steps: int = 5) -> list[int]:
+def loop(
+    module: nn.Module,
+    optimizer: Any,
+    steps: int = 5,
+    loss: Callable[[nn.Module, int], Tensor] = loss_of,
+) -> list[int]:
     early = []
     for step in range(steps):
         optimizer.zero_grad()
-        loss_of(module, step).backward()
+        loss(module, step).backward()
         early.append(count_early(optimizer))
         optimizer.step()
     return early

@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import fastlars
-from distributed.overlap_cases import Result, count_early, result
-from distributed.overlap_loops import MANY, same
+from distributed.overlap_cases import Result, result
+from distributed.overlap_loops import MANY, loop, same
 from distributed.processes import run
 from fastlars.distributed.engine import WATCHED_STEPS
 
@@ -85,13 +85,7 @@ def start(
 
 def train(how: str, overlapped: bool, mode: str, make: type[Net] = Net) -> Result:
     net, ddp, optimizer = start(how, overlapped, make, mode=mode)
-    early = []
-    for step in range(5):
-        optimizer.zero_grad()
-        loss_of(ddp, step).backward()
-        early.append(count_early(optimizer))
-        optimizer.step()
-    return result(net, optimizer, early=early)
+    return result(net, optimizer, early=loop(ddp, optimizer, loss=loss_of))
 
 
 @pytest.mark.parametrize("how", ["recomputed", "reentrant", "detach", "data"])
@@ -105,13 +99,7 @@ def quiet(overlapped: bool, mode: str) -> Result:
     """A recomputed segment that trains what it reads."""
     net, ddp, optimizer = start("recomputed", overlapped, mode=mode)
     net.segment = lambda h: torch.tanh(F.linear(h, net.a.weight))  # type: ignore[method-assign]
-    early = []
-    for step in range(5):
-        optimizer.zero_grad()
-        loss_of(ddp, step).backward()
-        early.append(count_early(optimizer))
-        optimizer.step()
-    return result(net, optimizer, early=early)
+    return result(net, optimizer, early=loop(ddp, optimizer, loss=loss_of))
 
 
 def test_what_the_graph_knows_is_no_late_read() -> None:
@@ -177,13 +165,7 @@ def logged(overlapped: bool, mode: str) -> Result:
 
     for module in (net.a, net.b):
         module.register_full_backward_hook(log)
-    early = []
-    for step in range(5):
-        optimizer.zero_grad()
-        loss_of(ddp, step).backward()
-        early.append(count_early(optimizer))
-        optimizer.step()
-    return result(net, optimizer, early=early)
+    return result(net, optimizer, early=loop(ddp, optimizer, loss=loss_of))
 
 
 def test_module_hooks() -> None:
@@ -195,20 +177,14 @@ def begins_to_write(overlapped: bool, mode: str) -> Result:
     """Buckets are stepped early from some step on, and only then are late reads looked for."""
     net, ddp, optimizer = start("recomputed", overlapped, mode=mode)
     optimizer.skip_if = 1e6
-    early = []
-    for step in range(WATCHED_STEPS + 6):
-        if step == WATCHED_STEPS + 2:
-            optimizer.skip_if = None
-        optimizer.zero_grad()
-        loss_of(ddp, step).backward()
-        early.append(count_early(optimizer))
-        optimizer.step()
-    return result(net, optimizer, early=early)
+    loop(ddp, optimizer, WATCHED_STEPS + 2, loss_of)
+    optimizer.skip_if = None
+    return result(net, optimizer, early=loop(ddp, optimizer, 4, loss_of))
 
 
 def test_late_reads_are_looked_for_when_writing_begins() -> None:
     (first, _) = same(begins_to_write)
-    assert first.early[-4:] == [0, 0, 5, 5]
+    assert first.early == [0, 0, 5, 5]
 
 
 def of_one_storage(overlapped: bool, mode: str) -> Result:
