@@ -9,6 +9,7 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]
 
 from fastlars.distributed.average import Average, first_value
 from fastlars.distributed.engine import Engine
+from fastlars.distributed.refusals import raise_python_reducer
 
 
 @dataclass
@@ -35,10 +36,7 @@ def slot_of(ddp: Any) -> Optional[Slot]:  # noqa: UP045
 def reduce_and_step(slot: Slot, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Average a bucket; step it too where there is an engine."""
     if not isinstance(bucket, GradBucket):
-        raise RuntimeError(
-            "overlap does not go with torch.compile's python reducer, which has no buckets: set "
-            'torch._dynamo.config.optimize_ddp = "ddp_optimizer" before DDP is made'
-        )
+        raise_python_reducer()
     if slot.engine is not None:
         return slot.engine.reduce(bucket)
     average = slot.average

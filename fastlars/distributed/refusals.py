@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -18,10 +18,7 @@ def check_ddp(ddp: Any) -> None:
             f"got {type(ddp).__name__}"
         )
     if ddp._use_python_reducer:
-        raise RuntimeError(
-            "overlap does not go with torch.compile's python reducer, which has no buckets: set "
-            'torch._dynamo.config.optimize_ddp = "ddp_optimizer" before DDP is made'
-        )
+        raise_python_reducer()
     if ddp.mixed_precision is not None:
         raise RuntimeError(
             "overlap does not go with DDP's mixed_precision, which has a communication hook of its "
@@ -38,6 +35,14 @@ def check_ddp(ddp: Any) -> None:
             "overlap does not go with _apply_optimizer_in_backward: two optimizers would step "
             "the same parameters"
         )
+
+
+def raise_python_reducer() -> NoReturn:
+    """Where DDP runs without buckets."""
+    raise RuntimeError(
+        "overlap does not go with torch.compile's python reducer, which has no buckets: set "
+        'torch._dynamo.config.optimize_ddp = "ddp_optimizer" before DDP is made'
+    )
 
 
 def inner_optimizer(optimizer: Any) -> Any:
