@@ -22,8 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _complain(f"{error.name} is not installed: pip install 'fastlars[trainer]'")
     except TrainerError as error:
-        alone = not error.everywhere
-        return _complain(str(error), alone=alone)
+        _complain(str(error), alone=not error.everywhere)
+        return error.status
     except KeyboardInterrupt:
         _complain("interrupted; the last checkpoint, if there was one, is as it was")
         return 130

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fastlars.trainer import atomic
-from fastlars.trainer.errors import TrainerError
+from fastlars.trainer.errors import TrainerError, one_line
 
 NAME = "checkpoint.pt"
 _KIND = "fastlars.trainer checkpoint"
@@ -40,7 +40,7 @@ def _reason(error: BaseException) -> str:
         if isinstance(below, OSError) and below.strerror:
             return below.strerror
         below = below.__context__
-    return str(error).splitlines()[0]
+    return one_line(error)
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

@@ -26,6 +26,9 @@ class Data(Protocol):
     def skipped(self) -> int:
         """Images that this process could not read so far."""
 
+    def prepare(self) -> None:
+        """Read what is kept on the device; the first batch would do so too."""
+
     def train(self, batches: Iterable[tuple[int, torch.Tensor]]) -> Iterator[Batch]:
         """Augmented training images, for each (epoch, indices)."""
 
@@ -34,7 +37,7 @@ class Data(Protocol):
 
 
 def load(config: Config, device: torch.device) -> Data:
-    """The images that --data names; raises TrainerError where they cannot be used."""
+    """The images that --data names, listed and not yet read; TrainerError where they do not do."""
     if config.data == "digits":
         from fastlars.trainer.digits import Digits
 

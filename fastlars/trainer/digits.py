@@ -47,6 +47,9 @@ class Digits:
         self.train_size, self.test_size = len(train_labels), len(test_labels)
         self._moves = Moves(self.train_size, seed, _SHIFT, mirror=False)
 
+    def prepare(self) -> None:
+        """Nothing to do: they are there."""
+
     def train(self, batches: Iterable[tuple[int, torch.Tensor]]) -> Iterator[Batch]:
         """Each image moved by up to half a pixel of the original in each direction."""
         for part in self._train.read(batches):

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
-from fastlars.trainer.errors import TrainerError
+from fastlars.trainer.errors import TrainerError, one_line
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class World:
         except RuntimeError as error:  # gloo's has no class of its own
             if self.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
                 raise
-            reason = str(error).splitlines()[0]
-            raise TrainerError(f"process {self.rank} lost another one: {reason}") from error
+            text = f"process {self.rank} lost another one: {one_line(error)}"
+            raise TrainerError(text) from error
 
 
 class Ballot:

@@ -59,25 +59,36 @@ class Folder:
         self.image_size = image_size or _native_size(train, self._skipped)
         kept = cache.wanted(keep, self.image_size, count, device)
         # What is kept every process reads alike, and the first tells of it.
-        self._skipped.shown = shown = first or not kept
+        self._skipped.shown = self._shown = first or not kept
         small = self.image_size <= _SMALL
         self.stem = "small" if small else "imagenet"
         centre = Centre(self.image_size, whole=small)
         margin = round(self.image_size * _MARGIN)
         self._moves = Moves(len(train), seed, margin, mirror=True) if small else None
 
-        def source(files: Files, prepare: Prepare, what: str) -> Reader | Resident:
-            reader = Reader(files, prepare, workers, device, self._skipped)
-            if not kept:
-                return reader
-            return cache.keep(reader, files, self.image_size, device, what=what, shown=shown)
-
-        self._train = source(
-            train, centre if small else Augmented(self.image_size, seed), "training"
+        self._files = train, test
+        self._workers, self._device, self._kept = workers, device, kept
+        self._prepares: tuple[Prepare, Prepare] = (
+            centre if small else Augmented(self.image_size, seed),
+            centre,
         )
-        self._test = source(test, centre, "test")
+        self._sources: list[Reader | Resident] = []
         self._mean = torch.tensor(_MEAN, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(_STD, device=device).view(1, 3, 1, 1)
+
+    def prepare(self) -> None:
+        """Read what is kept on the device; the first batch would do so too."""
+        if not self._sources:
+            for kind in zip(self._files, self._prepares, ("training", "test"), strict=True):
+                self._sources.append(self._source(*kind))
+
+    def _source(self, files: Files, prepare: Prepare, what: str) -> Reader | Resident:
+        reader = Reader(files, prepare, self._workers, self._device, self._skipped)
+        if not self._kept:
+            return reader
+        return cache.keep(
+            reader, files, self.image_size, self._device, what=what, shown=self._shown
+        )
 
     @property
     def skipped(self) -> int:
@@ -86,7 +97,8 @@ class Folder:
 
     def train(self, batches: Iterable[tuple[int, torch.Tensor]]) -> Iterator[Batch]:
         """Augmented by epoch and image, whatever worker or process reads it."""
-        for part in self._train.read(batches):
+        self.prepare()
+        for part in self._sources[0].read(batches):
             if len(part.labels) < 2:
                 raise TrainerError(
                     f"{len(part.labels)} images of a forward pass could be read, and batch norm "
@@ -96,7 +108,8 @@ class Folder:
 
     def test(self, batches: Iterable[torch.Tensor]) -> Iterator[Batch]:
         """The images' centres; a batch of which no image can be read is left out."""
-        for part in self._test.read((TEST, indices) for indices in batches):
+        self.prepare()
+        for part in self._sources[1].read((TEST, indices) for indices in batches):
             if len(part.labels):
                 yield self._normal(part)
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fastlars.trainer import atomic
 from fastlars.trainer.checkpoint import NotSavedError
-from fastlars.trainer.errors import TrainerError
+from fastlars.trainer.errors import TrainerError, printable
 
 Record = dict[str, Any]
 
@@ -122,7 +122,7 @@ class Display:
     def say(self, text: str, *, error: bool = False) -> None:
         """A line above the bar."""
         if self._shown:
-            tqdm.write(text, file=sys.stderr if error else sys.stdout)
+            tqdm.write(printable(text), file=sys.stderr if error else sys.stdout)
             sys.stdout.flush()
 
     def __enter__(self) -> Display:

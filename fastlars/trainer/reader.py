@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fastlars.trainer import images
-from fastlars.trainer.errors import TrainerError
+from fastlars.trainer.errors import TrainerError, one_line, printable
 from fastlars.trainer.resident import Part
 
 _AHEAD = 2  # batches that each worker may have finished
@@ -46,7 +46,7 @@ class Skipped:
             raise TrainerError(self._error())
         if self.shown:
             text = f"warning: skipped image {path}: {reason} ({len(self)} of {self._limit})"
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(printable(text), file=sys.stderr)
 
     def _error(self) -> str:
         first = [f"{path}: {why}" for path, why in list(self._found.items())[:_NAMED]]
@@ -105,7 +105,7 @@ class Reader:
                 if "DataLoader worker" not in str(error):
                     raise
                 raise TrainerError(
-                    f"--workers: one is lost, for want of memory? {error}"
+                    f"--workers: one is lost, for want of memory? {one_line(error)}"
                 ) from error
             if batch is None:
                 return

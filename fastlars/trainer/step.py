@@ -16,7 +16,7 @@ from fastlars.trainer import batchnorm, norms
 from fastlars.trainer.average import averaged
 from fastlars.trainer.data import Batch
 from fastlars.trainer.distributed import parallel
-from fastlars.trainer.errors import TrainerError
+from fastlars.trainer.errors import TrainerError, one_line
 from fastlars.trainer.meter import Meter
 from fastlars.trainer.parts import Parts
 from fastlars.trainer.precision import Precision
@@ -69,7 +69,8 @@ class Step:
                 try:
                     self._backward(next(batches), meter)
                 except self._compiler_errors as error:
-                    reason = str(error).split("\n\n")[0]  # then comes how to debug torch
+                    # The paragraphs after the first say how to debug torch.
+                    reason = " ".join(str(error).split("\n\n")[0].split())
                     raise TrainerError(f"--compile: torch.compile failed: {reason}") from error
         found = norms.measure(parts.model, weights) if recorded else None
         self.lr = float(parts.schedule.get_last_lr()[0])
@@ -104,4 +105,4 @@ def _overlap(ddp: DistributedDataParallel, parts: Parts) -> None:
         try:
             overlap(ddp, optimizer, compression=compression)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TrainerError(f"--overlap: {error}") from error
+            raise TrainerError(f"--overlap: {one_line(error)}") from error

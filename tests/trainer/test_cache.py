@@ -19,7 +19,9 @@ CPU = torch.device("cpu")
 
 
 def folder(root: Path, keep: str, workers: int = 0, device: torch.device = CPU) -> Folder:
-    return Folder(str(root), 0, 3, workers, device, keep=keep)
+    made = Folder(str(root), 0, 3, workers, device, keep=keep)
+    made.prepare()
+    return made
 
 
 @pytest.mark.parametrize("workers", [0, 2])
