@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,20 +16,20 @@ from typing import Any, BinaryIO
 def write(path: Path, fill: Callable[[BinaryIO], object], partial: Path | None = None) -> None:
     """Replace the file at `path` by what `fill` writes.
 
-    The new one is written beside it and is on the disk before it takes the name; the folder is
-    synced too, or a power cut could undo the renaming. `partial` is its name until then.
+    The new one is written next to it and is on the disk before it takes the name. `partial` is its
+    name until then.
     """
     partial = partial or path.with_name(f".{path.name}.partial")
     try:
         with open(partial, "wb") as file:
             fill(file)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         os.replace(partial, path)
-        _sync(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    _sync_folder(path.parent)
 
 
 def write_table(rows: Iterable[Iterable[Any]], path: Path) -> None:
@@ -55,15 +57,30 @@ def duplicate(source: Path, path: Path) -> None:
         return
     try:
         os.replace(partial, path)
-        _sync(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    _sync_folder(path.parent)
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(descriptor: int) -> None:
+    """Have a file on the disk, where its file system knows what that means."""
     try:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have a renaming on the disk, or a power cut could undo it.
+
+    Many network file systems do not know of it. The file is whole under its new name already, so
+    that an error here would report a failure that did not happen.
+    """
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

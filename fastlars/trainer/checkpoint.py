@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import pickle
+import os
 import random
+import stat
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from fastlars.trainer import atomic
 from fastlars.trainer.errors import TrainerError, one_line
 
 NAME = "checkpoint.pt"
+NUMBERED = "checkpoint-*.pt"  # those that --keep-last keeps, by step
 _KIND = "fastlars.trainer checkpoint"
 _FORMAT = f"{_KIND} 2"
 
@@ -51,21 +54,56 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 def load(path: Path) -> dict[str, Any]:
     """The state saved at `path`; TrainerError where there is none."""
-    try:
-        file = open(path, "rb")  # noqa: SIM115 - closed below; only its opening is tried here
-    except OSError as error:
-        raise TrainerError(f"--resume: cannot read {path}: {error.strerror}") from None
-    with file:
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError):
-            state = None
+    with readable(path) as file:
+        state = _read(file)
     found = state.get("format") if isinstance(state, dict) else None
     if isinstance(found, str) and found.startswith(_KIND) and found != _FORMAT:
         raise TrainerError(f"--resume: {path} is of another version of fastlars: go on with that")
-    if found != _FORMAT:
+    if not isinstance(state, dict) or found != _FORMAT:
         raise TrainerError(f"--resume: {path} is damaged or not a checkpoint of this trainer")
     return state
+
+
+def readable(path: Path) -> BinaryIO:
+    """The file at `path`, open for reading; TrainerError where that is not possible."""
+    try:
+        # Without waiting for a writer of a FIFO; of a regular file the flag means nothing.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise TrainerError(f"--resume: {path} is no file")
+        return open(descriptor, "rb")
+    except OSError as error:
+        raise TrainerError(f"--resume: cannot read {path}: {error.strerror}") from None
+
+
+def _read(file: BinaryIO) -> Any:
+    """What torch.save wrote into a file; None where a bit of it has changed."""
+    try:
+        # torch.save makes a zip archive, whose checksums torch.load does not look at.
+        with zipfile.ZipFile(file) as archive:
+            if archive.testzip() is not None:
+                return None
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception:  # of a damaged file, zipfile, pickle and torch raise almost anything
+        return None
+
+
+@contextmanager
+def fitting(path: Path | None) -> Iterator[None]:
+    """States of the checkpoint at `path` that do not fit each other become a TrainerError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise TrainerError(
+            f"--resume: {path} does not fit the model and the recipe that it names: "
+            f"{one_line(error)}"
+        ) from error
 
 
 def random_state() -> dict[str, Any]:

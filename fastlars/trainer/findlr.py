@@ -6,7 +6,6 @@ After Smith 2017 (arXiv:1506.01186), section 3.3, with a rate that grows exponen
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +13,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch.optim.lr_scheduler import LambdaLR
 
-from fastlars.trainer import atomic, plots, report, rundir
+from fastlars.trainer import atomic, plots, report
 from fastlars.trainer.config import Config
-from fastlars.trainer.distributed import Ballot, World
+from fastlars.trainer.distributed import Ballot
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.log import Display
 from fastlars.trainer.meter import Meter, figures
 from fastlars.trainer.parts import Parts
 from fastlars.trainer.precision import Precision
-from fastlars.trainer.rundir import RunDirectory
 from fastlars.trainer.signals import StopSignals
 from fastlars.trainer.step import Step
 
@@ -40,24 +38,6 @@ def check(config: Config) -> None:
             "--recipe goyal, which akiba becomes",
             everywhere=True,
         )
-
-
-@contextmanager
-def directory(config: Config, here: World) -> Iterator[RunDirectory]:
-    """Where the picture goes: --output, or a new directory, which is taken back on failure."""
-    chosen = RunDirectory(Path(config.output))
-    with here.together():
-        if here.first:
-            if not config.output:
-                chosen = rundir.new("", config.data, f"{config.recipe}-lr")
-            existed = chosen.path.exists()
-            chosen.claim()
-    try:
-        yield chosen
-    except BaseException:
-        if here.first and not existed:
-            chosen.discard()
-        raise
 
 
 def sweep(parts: Parts, stop: StopSignals) -> dict[float, float]:

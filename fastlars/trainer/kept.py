@@ -10,7 +10,7 @@ from fastlars.trainer import atomic, checkpoint
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.rundir import RunDirectory
 
-_NUMBERED = re.compile(r"checkpoint-(\d{6,})\.pt")
+_STEP = re.compile(r"checkpoint-(\d{6,})\.pt")
 
 
 class Kept:
@@ -70,5 +70,6 @@ class Kept:
 
     def _numbered(self) -> list[Path]:
         """In the order of steps."""
-        found = [(_NUMBERED.fullmatch(path.name), path) for path in self._run.path.iterdir()]
+        numbered = self._run.path.glob(checkpoint.NUMBERED)
+        found = [(_STEP.fullmatch(path.name), path) for path in numbered]
         return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
 
@@ -37,6 +37,7 @@ class Records:
     """The records of a run: lines of metrics.jsonl, and whatever its listeners make of them.
 
     A record has a kind: start, norms, train, trust, test or end; all but start have step and epoch.
+    Records are kept in memory until `open`, so that a run that fails at its start replaces nothing.
 
     Args:
         path: the file.
@@ -45,46 +46,62 @@ class Records:
     """
 
     def __init__(self, path: Path, keep: int = 0, source: Path | None = None) -> None:
-        kept: list[str] = []
+        self._path = path
+        self._waiting: list[str] = []
         if keep and source is not None and source.exists():
-            with open(source, encoding="utf-8") as old:
-                kept = [line for line, _ in zip(old, range(keep), strict=False)]
-        self.lines = len(kept)
+            try:
+                with open(source, encoding="utf-8", errors="surrogateescape") as old:
+                    self._waiting = list(islice(old, keep))
+            except OSError as error:
+                raise TrainerError(f"cannot read {source}: {error.strerror}") from None
+        self.lines = len(self._waiting)
         self.listeners: list[Listener] = []
+        self._file: TextIO | None = None
+
+    def open(self) -> None:
+        """Write the lines that are kept and the records so far; later ones are written at once."""
         try:
-            atomic.write(path, lambda file: file.write("".join(kept).encode()))
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+            text = "".join(self._waiting).encode(errors="surrogateescape")
+            atomic.write(self._path, lambda file: file.write(text))
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - see close()
         except OSError as error:
-            raise TrainerError(f"cannot write {path}: {error.strerror}") from None
+            raise TrainerError(f"cannot write {self._path}: {error.strerror}") from None
+        self._waiting = []
 
     def write(self, kind: str, **values: Any) -> None:
-        """Append one record, at once, and hand it to every listener.
+        """Append one record, and hand it to every listener.
 
         Floats that are no finite numbers become None: JSON has no inf or nan.
         """
         record = _finite({"kind": kind} | values)
-        try:
-            self._file.write(json.dumps(record, allow_nan=False) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise TrainerError(f"cannot write {self._file.name}: {error.strerror}") from None
+        line = json.dumps(record, allow_nan=False) + "\n"
+        if self._file is None:
+            self._waiting.append(line)
+        else:
+            try:
+                self._file.write(line)
+                self._file.flush()
+            except OSError as error:
+                raise TrainerError(f"cannot write {self._path}: {error.strerror}") from None
         self.lines += 1
         for listener in self.listeners:
             listener.record(record)
 
     def sync(self) -> None:
         """Have all records on the disk, before a checkpoint that counts on them."""
+        assert self._file is not None, "no checkpoint comes before `open`"
         try:
-            os.fsync(self._file.fileno())
+            atomic.sync(self._file.fileno())
             for listener in self.listeners:
                 listener.sync()
         except OSError as error:
-            raise NotSavedError(f"cannot write {self._file.name}: {error.strerror}") from error
+            raise NotSavedError(f"cannot write {self._path}: {error.strerror}") from error
 
     def close(self) -> None:
         """No more records."""
-        with suppress(OSError):  # it tries again what `write` has already complained of
-            self._file.close()
+        if self._file is not None:
+            with suppress(OSError):  # it tries again what `write` has already complained of
+                self._file.close()
         for listener in self.listeners:
             listener.close()
 
@@ -92,7 +109,7 @@ class Records:
 def read(path: Path) -> list[Record]:
     """All records of a log; a line that a kill cut short is left out."""
     records = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 records.append(json.loads(line))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from fastlars.trainer import batchnorm, checkpoint, plots
 from fastlars.trainer.data import Batch
 from fastlars.trainer.distributed import Ballot
-from fastlars.trainer.errors import TrainerError
+from fastlars.trainer.errors import DivergedError, TrainerError
 from fastlars.trainer.evaluation import evaluate
 from fastlars.trainer.kept import Kept
 from fastlars.trainer.log import read
@@ -29,9 +29,15 @@ _RATIO_POINTS = 200  # of a run, for each layer
 
 
 class Loop:
-    """Trains `parts.model` from `progress` on."""
+    """Trains `parts.model` from `progress` on.
 
-    def __init__(self, parts: Parts, progress: Progress) -> None:
+    Args:
+        parts: the run.
+        progress: where it starts from.
+        begin: called once, when a first step is taken: before that no file is written.
+    """
+
+    def __init__(self, parts: Parts, progress: Progress, begin: Callable[[], None]) -> None:
         self.parts, self.progress = parts, progress
         self.window = Meter(parts.world.device)
         self.total_steps = parts.config.epochs * parts.plan.steps_per_epoch
@@ -39,6 +45,7 @@ class Loop:
         self._precision = Precision(parts.config.precision, parts.world.device)
         self._stepper = Step(parts, self._precision)
         self._kept = Kept(parts.run, parts.config.keep_last)
+        self._begin, self._begun = begin, False
         self._saved: tuple[int, int] | None = None
         self._clock, self._clock_step = time.perf_counter(), progress.step
         self._drawn = time.perf_counter()
@@ -75,6 +82,7 @@ class Loop:
     def _train(self, batches: Iterator[Batch]) -> None:
         config, progress, plan = self.parts.config, self.progress, self.parts.plan
         self._step(batches)
+        self._start_files()
         progress.step += 1
         self.parts.display.advance(config.batch_size)
         if self.parts.world.device.type == "cpu":
@@ -91,6 +99,11 @@ class Loop:
         if every and progress.step % every == 0 and not epoch_ends:
             self._save()
 
+    def _start_files(self) -> None:
+        if not self._begun:
+            self._begin()
+            self._begun = True
+
     def _step(self, batches: Iterator[Batch]) -> None:
         norms = self._stepper.take(batches, self.window)
         if norms:
@@ -103,6 +116,7 @@ class Loop:
     def _finish_epoch(self) -> None:
         progress = self.progress
         test = self.evaluate()
+        self._check(math.isfinite(test.loss), "the test loss")
         progress.evaluated += 1
         progress.last_accuracy = test.accuracy
         if test.accuracy > progress.best_accuracy:
@@ -122,7 +136,7 @@ class Loop:
     def _log_window(self) -> None:
         """Write the means since the last line; a loss that is no number ends the run."""
         sums, step = self.parts.world.total(self.window.sums), self.progress.step
-        self._check(sums)
+        self._check(math.isfinite(sums[0].item()), "the loss")
         self.window.reset()
         seen, now = figures(sums), time.perf_counter()
         images = (step - self._clock_step) * self.parts.config.batch_size
@@ -131,11 +145,15 @@ class Loop:
         self._write("train", **asdict(seen), lr=self._stepper.lr, images_per_second=round(rate, 1))
         self.parts.display.figures(seen.loss, seen.accuracy)
 
-    def _check(self, sums: torch.Tensor) -> None:
-        if not math.isfinite(sums[0].item()):
-            raise TrainerError(
-                f"the loss is no finite number at step {self.progress.step}: try a lower --lr or "
-                "a longer --warmup-epochs",
+    def _check(self, finite: bool, what: str) -> None:
+        """Raise DivergedError unless `what` is `finite`, on which all processes agree."""
+        if not finite:
+            run = self.parts.run
+            good = run.checkpoint if self._saved else run.came_from
+            left = f"; the last good checkpoint is {good}" if good else ""
+            raise DivergedError(
+                f"{what} is no finite number at step {self.progress.step}: try a lower --lr or a "
+                f"longer --warmup-epochs{left}",
                 everywhere=True,
             )
 
@@ -150,6 +168,7 @@ class Loop:
         at = (self.progress.step, self.progress.evaluated)
         if at == self._saved:
             return
+        self._start_files()
         parts, world = self.parts, self.parts.world
         if parts.config.bn_statistics == "last":
             # Every process has its own; of "running" ones the first one's count, which it saves.
@@ -157,7 +176,8 @@ class Loop:
             if self._stepper.average is not None:
                 batchnorm.share(self._stepper.average.module, world, "last")
         window = world.total(self.window.sums)
-        self._check(window)
+        self._check(math.isfinite(window[0].item()), "the loss")
+        self._check(not world.total(self._broken()).item(), "a weight")
         states = world.gather(checkpoint.random_state())
         problem = None
         if parts.log is not None:
@@ -177,6 +197,12 @@ class Loop:
             raise TrainerError(text, everywhere=True)
         else:
             parts.display.say(f"warning: {problem}; training goes on", error=True)
+
+    def _broken(self) -> torch.Tensor:
+        """How many weights and statistics of batch norm are no finite numbers."""
+        networks = [self.parts.model, *filter(None, [self._stepper.average])]
+        tensors = [t for n in networks for t in (*n.parameters(), *n.buffers())]
+        return torch.stack([torch.isfinite(t).logical_not().sum() for t in tensors]).sum()
 
     def _state(self, window: torch.Tensor, random_states: list[Any]) -> dict[str, Any]:
         parts, average = self.parts, self._stepper.average

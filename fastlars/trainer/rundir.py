@@ -1,4 +1,4 @@
-"""The directory of a run: which one, whether it can be written, and what to take back.
+"""The directory of a run: which one, who has it, and whether it can be written.
 
 A path that cannot even be looked at is one that is not there, which os.path says of it and pathlib
 only from Python 3.14 on; writing or reading it then says what is wrong.
@@ -6,13 +6,16 @@ only from Python 3.14 on; writing or reading it then says what is wrong.
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from fastlars.trainer import checkpoint
 from fastlars.trainer.distributed import may_restart
 from fastlars.trainer.errors import TrainerError
+from fastlars.trainer.lock import Lock, LockedError
 
 _DEFAULT = Path("runs")
 
@@ -32,58 +35,95 @@ class RunDirectory:
         self.settings = path / "run.json"
         self.log = path / "metrics.jsonl"
         self.picture = path / "curves.png"
+        self.tensorboard = path / "tensorboard"
+        self._lock = Lock(path / ".lock")
         self._made: list[Path] = []
 
-    def claim(self) -> None:
-        """Create the directory; TrainerError where no file can be written in it."""
-        missing = [p for p in (self.path, *self.path.parents) if not os.path.exists(p)]
+    @property
+    def holds_a_run(self) -> bool:
+        """Whether there is a checkpoint of any kind."""
+        numbered = glob.glob(checkpoint.NUMBERED, root_dir=self.path)
+        return bool(numbered) or any(map(os.path.exists, (self.checkpoint, self.best)))
+
+    def claim(self) -> str:
+        """Create the directory and lock it; a warning where the lock may not hold, else "".
+
+        Raises TrainerError where another run has it, or no file can be written in it.
+        """
         try:
-            for folder in reversed(missing):
-                folder.mkdir()
-                self._made.insert(0, folder)
+            self.make()
+            problem = self._lock.take()
             with tempfile.TemporaryFile(dir=self.path):
                 pass
+        except LockedError as error:
+            raise TrainerError(f"--output: another run, {error}, writes in {self.path}") from None
         except OSError as error:
-            self.discard()
+            self.release()
             raise TrainerError(f"--output: cannot write in {self.path}: {error.strerror}") from None
+        return problem and f"{problem}: let no other run write in {self.path}"
 
-    def discard(self) -> None:
-        """Without a checkpoint a run is worth nothing: take back what it wrote."""
-        if os.path.exists(self.checkpoint):
-            return
-        if os.path.isdir(self.path):
-            for file in (self.settings, self.log, self.picture):
-                file.unlink(missing_ok=True)
-        for folder in self._made:
-            try:
+    def make(self) -> bool:
+        """Create the directory; whether it was not there, nor made by another run meanwhile."""
+        made = False
+        missing = [p for p in (self.path, *self.path.parents) if not os.path.exists(p)]
+        for folder in reversed(missing):
+            with suppress(FileExistsError):
+                folder.mkdir()
+                self._made.insert(0, folder)
+                made = folder == self.path
+        return made
+
+    def release(self) -> None:
+        """Unlock the directory, and remove the folders that `claim` made if nothing is in them."""
+        self._lock.give_back()
+        with suppress(OSError):  # there are files in it
+            for folder in self._made:
                 folder.rmdir()
-            except OSError:  # somebody else's files are in it
-                return
         self._made = []
+
+    def forget(self) -> None:
+        """Remove what an earlier run drew, of which a new run may draw only a part."""
+        for name in ("trust", "norms"):
+            for suffix in (".csv", ".png"):
+                (self.path / name).with_suffix(suffix).unlink(missing_ok=True)
+        self.picture.unlink(missing_ok=True)
 
 
 def new(output: str, data: str, recipe: str) -> RunDirectory:
-    """Where a new run writes: `output`, or the next free name under runs/."""
+    """Where a new run writes, as `where` says."""
+    run = where(output, data, recipe)
+    if run.holds_a_run:
+        raise TrainerError(
+            f"--output: {output} holds a run already: add --resume to go on with it, "
+            "or name another directory"
+        )
+    return run
+
+
+def where(output: str, data: str, name: str) -> RunDirectory:
+    """`output`, or the next free name under runs/, which is created before another run takes it."""
     if output:
-        run = RunDirectory(Path(output))
-        if os.path.exists(run.checkpoint) or os.path.exists(run.best):
-            raise TrainerError(
-                f"--output: {output} holds a run already: add --resume to go on with it, "
-                "or name another directory"
-            )
-        return run
+        return RunDirectory(Path(output))
     if may_restart():
         raise TrainerError("--max-restarts needs --output, for a restarted run to find itself")
-    name = f"{Path(data).resolve().name if data != 'digits' else data}-{recipe}"
-    number = 1
-    while (_DEFAULT / f"{name}-{number}").exists():
-        number += 1
-    return RunDirectory(_DEFAULT / f"{name}-{number}")
+    stem = f"{Path(data).resolve().name if data != 'digits' else data}-{name}"
+    run, number = RunDirectory(_DEFAULT / f"{stem}-1"), 1
+    try:
+        while not run.make():
+            number += 1
+            run = RunDirectory(_DEFAULT / f"{stem}-{number}")
+    except OSError as error:
+        raise TrainerError(f"--output: cannot write in {run.path}: {error.strerror}") from None
+    return run
 
 
 def going_on(source: Path, output: str) -> RunDirectory:
-    """Where a run writes that goes on from a checkpoint: `output`, or beside it."""
-    return RunDirectory(Path(output) if output else source.parent, came_from=source)
+    """Where a run writes that goes on from a checkpoint: `output`, or where the checkpoint is."""
+    checkpoint.readable(source).close()
+    run = RunDirectory(Path(output) if output else source.parent, came_from=source)
+    if os.path.exists(run.checkpoint) and not run.checkpoint.samefile(source):
+        raise TrainerError(f"--output: {run.path} holds another run than {source}")
+    return run
 
 
 def to_resume(resume: str | None, output: str, restarted: bool) -> Path | None:

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import os
-import shutil
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fastlars.trainer import checkpoint, config, data, dryrun, findlr, repeat, report, rundir
+from tqdm import tqdm
+
+from fastlars.trainer import (
+    checkpoint,
+    config,
+    data,
+    dryrun,
+    findlr,
+    repeat,
+    report,
+    rundir,
+    tensorboard,
+)
 from fastlars.trainer.build import build
 from fastlars.trainer.config import Command, Config
 from fastlars.trainer.data import Data
 from fastlars.trainer.distributed import World, restarted, world
-from fastlars.trainer.errors import TrainerError
+from fastlars.trainer.errors import TrainerError, printable
 from fastlars.trainer.log import Records, read
 from fastlars.trainer.loop import Loop
 from fastlars.trainer.mllog import MLLog
-from fastlars.trainer.parts import Progress, fingerprint
+from fastlars.trainer.parts import Parts, Progress, fingerprint
 from fastlars.trainer.rundir import RunDirectory
 from fastlars.trainer.signals import StopSignals
 from fastlars.trainer.tensorboard import TensorBoard
@@ -48,20 +61,33 @@ class _Job:
     state: dict[str, Any] | None  # and what is in it
 
 
-def _job(command: Command, here: World) -> _Job:
+@contextmanager
+def _job(command: Command, here: World) -> Iterator[_Job]:
+    """The run's settings, its images (not yet read) and its directory, which is its own meanwhile.
+
+    The checkpoint is read when the directory is locked: until then another run may replace it.
+    """
     again = restarted(here)
     with here.together():
         source = _source(command, again)
-        state = checkpoint.load(source) if source else None
-        settings = (
-            config.resumed(command.given, state["config"], str(source))
-            if state
-            else config.fresh(command.given, here.size)
-        )
-        images = data.load(settings, here.device)
-        _same_images(images, state)
-        directory = _directory(settings, source, here)
-    return _Job(settings, images, directory, source, state)
+        if source is None:
+            settings = config.fresh(command.given, here.size)
+
+    def choose() -> RunDirectory:
+        if source is not None:
+            return rundir.going_on(source, command.given.get("output", ""))
+        return rundir.new(settings.output, settings.data, settings.recipe)
+
+    with _claimed(choose, here) as directory:
+        with here.together(), checkpoint.fitting(source):
+            state = checkpoint.load(source) if source else None
+            if state:
+                settings = config.resumed(command.given, state["config"], str(source))
+            if settings.tensorboard and here.first:
+                tensorboard.check(directory.tensorboard)
+            images = data.load(settings, here.device)
+            _same_images(images, state)
+        yield _Job(settings, images, directory, source, state)
 
 
 def _source(command: Command, again: bool) -> Path | None:
@@ -70,18 +96,38 @@ def _source(command: Command, again: bool) -> Path | None:
     source = rundir.to_resume(command.resume, output, again)
     if source is None or not again:
         return source
-    own = rundir.going_on(source, output)
+    own = RunDirectory(Path(output) if output else source.parent)
     reached = os.path.exists(own.checkpoint) and repeat.begun_by(command.line, own.settings)
     return own.checkpoint if reached else source
 
 
+@contextmanager
+def _claimed(choose: Callable[[], RunDirectory], here: World) -> Iterator[RunDirectory]:
+    """Has the first process choose the run's directory, and own it while the context lasts.
+
+    The others write nothing.
+    """
+    directory, warning = RunDirectory(Path()), ""
+    try:
+        with here.together():
+            if here.first:
+                directory = choose()
+                warning = directory.claim()
+        if warning:
+            tqdm.write(printable(f"warning: {warning}"), file=sys.stderr)
+        yield directory
+    finally:
+        directory.release()
+
+
 def _dry_run(command: Command, here: World) -> int:
-    job = _job(command, here)
-    done = job.state["progress"]["step"] if job.state else 0
-    parts = build(job.settings, job.images, job.directory, done, here)
-    for line in chain(report.introduction(parts), dryrun.describe(parts, done)):
-        parts.display.say(line)
-    parts.display.say(f"nothing was written; a run would write in {job.directory.path}")
+    with _job(command, here) as job:
+        done = job.state["progress"]["step"] if job.state else 0
+        parts = build(job.settings, job.images, job.directory, done, here)
+        job.images.prepare()
+        for line in chain(report.introduction(parts), dryrun.describe(parts, done)):
+            parts.display.say(line)
+        parts.display.say(f"nothing was written; a run would write in {job.directory.path}")
     return 0
 
 
@@ -90,8 +136,11 @@ def _find_lr(command: Command, here: World) -> int:
         settings = config.fresh(command.given, here.size)
         findlr.check(settings)
         images = data.load(settings, here.device)
-    with findlr.directory(settings, here) as directory, StopSignals() as stop:
+    name = f"{settings.recipe}-lr"
+    choose = partial(rundir.where, settings.output, settings.data, name)
+    with _claimed(choose, here) as directory, StopSignals() as stop:
         parts = build(settings, images, directory, 0, here)
+        images.prepare()
         for line in report.introduction(parts):
             parts.display.say(line)
         losses = findlr.sweep(parts, stop)
@@ -103,13 +152,11 @@ def _find_lr(command: Command, here: World) -> int:
 
 def _train(command: Command, here: World) -> int:
     started = time.perf_counter()
-    job = _job(command, here)
-    directory, source, state = job.directory, job.source, job.state
-    with _directory_for(directory, here), StopSignals() as stop:
-        loop = _loop(job.settings, job.images, directory, state, here)
-        repeat.write(loop.parts, command.line, loop.progress.step)
-        with _records(loop, source, state), loop.parts.display, here.connected():
-            _introduce(loop, state)
+    with _job(command, here) as job, StopSignals() as stop:
+        loop = _loop(job, command, here)
+        job.images.prepare()
+        with _records(loop, job), loop.parts.display, here.connected():
+            _introduce(loop, job.state)
             finished = loop.run(stop)
             # It may have reached another process alone.
             signals = [number for number in here.gather(stop.received) if number is not None]
@@ -136,79 +183,50 @@ def _short(value: Any) -> str:
     return f"{len(value)} classes from {value[0]}" if isinstance(value, list) else str(value)
 
 
-def _directory(settings: Config, source: Path | None, here: World) -> RunDirectory:
-    """The run's directory, chosen by the first process for all."""
-    if source is None:
-        chosen = rundir.new(settings.output, settings.data, settings.recipe) if here.first else None
-    else:
-        chosen = rundir.going_on(source, settings.output)
-        if os.path.exists(chosen.checkpoint) and not chosen.checkpoint.samefile(source):
-            raise TrainerError(f"--output: {chosen.path} holds another run than {source}")
-    return chosen or RunDirectory(Path())  # the others write nothing
-
-
 @contextmanager
-def _directory_for(directory: RunDirectory, here: World) -> Iterator[None]:
-    """Claims the directory, and takes it back if the run fails before its first checkpoint."""
-    with here.together():
-        if here.first:
-            directory.claim()
-    try:
-        yield
-    except BaseException:
-        if here.first:
-            directory.discard()
-        raise
-
-
-@contextmanager
-def _records(loop: Loop, source: Path | None, state: dict[str, Any] | None) -> Iterator[None]:
+def _records(loop: Loop, job: _Job) -> Iterator[None]:
     """Has the first process keep records while the context lasts."""
     parts = loop.parts
-    board = parts.run.path / "tensorboard"
-    new_board = not board.exists()
     try:
         with parts.world.together():
             if parts.world.first:
-                keep = state["log_lines"] if state else 0
-                before = source.with_name(parts.run.log.name) if source else None
+                keep = job.state["log_lines"] if job.state else 0
+                before = job.source.with_name(parts.run.log.name) if job.source else None
                 parts.log = Records(parts.run.log, keep, before)
-                _listen(parts.log, loop, board)
+                if parts.config.mllog:
+                    parts.log.listeners.append(MLLog(parts, loop.progress))
         yield
-    except BaseException:
-        if parts.world.first and new_board and not parts.run.checkpoint.exists():
-            shutil.rmtree(board, ignore_errors=True)
-        raise
     finally:
         if parts.log is not None:
             parts.log.close()
 
 
-def _listen(log: Records, loop: Loop, folder: Path) -> None:
-    """Have everything listen that the command line asks for."""
-    parts = loop.parts
-    if parts.config.tensorboard:
-        # Where nothing is there yet, a resumed run was elsewhere, or had no --tensorboard.
-        missed = [] if folder.exists() else read(parts.run.log)
-        board = TensorBoard(folder, loop.progress.step)
-        for record in missed:
-            board.record(record)
-        log.listeners.append(board)
-    if parts.config.mllog:
-        log.listeners.append(MLLog(parts, loop.progress))
+def _begin(parts: Parts, command: Command, job: _Job) -> None:
+    """Write the first files of a run; of a new run, in place of what an earlier one left."""
+    step = job.state["progress"]["step"] if job.state else 0
+    repeat.write(parts, command.line, step)
+    with parts.world.together():
+        if parts.log is None:
+            return
+        if job.state is None:
+            parts.run.forget()
+        # What a board misses: all, where the run was elsewhere or had no --tensorboard.
+        known = job.state["log_lines"] if job.state and parts.run.tensorboard.exists() else 0
+        parts.log.open()
+        if parts.config.tensorboard:
+            board = TensorBoard(parts.run.tensorboard, step)
+            for record in read(parts.run.log)[known:]:
+                board.record(record)
+            parts.log.listeners.append(board)
 
 
-def _loop(
-    settings: Config,
-    images: Data,
-    directory: RunDirectory,
-    state: dict[str, Any] | None,
-    here: World,
-) -> Loop:
-    progress = Progress(**state["progress"]) if state else Progress()
-    loop = Loop(build(settings, images, directory, progress.step, here), progress)
-    if state:
-        loop.restore(state)
+def _loop(job: _Job, command: Command, here: World) -> Loop:
+    progress = Progress(**job.state["progress"]) if job.state else Progress()
+    parts = build(job.settings, job.images, job.directory, progress.step, here)
+    loop = Loop(parts, progress, lambda: _begin(parts, command, job))
+    if job.state:
+        with checkpoint.fitting(job.source):
+            loop.restore(job.state)
     return loop
 
 

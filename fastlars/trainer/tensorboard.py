@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,17 @@ _SCALARS = {
 }
 
 
+def check(folder: Path) -> None:
+    """Raise TrainerError where event files cannot be written in `folder`."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401 - whether it can be had
+    except ImportError:
+        text = "--tensorboard: tensorboard is not installed: pip install 'fastlars[trainer]'"
+        raise TrainerError(text) from None
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise TrainerError(f"--tensorboard: {folder} is no folder")
+
+
 class TensorBoard:
     """Curves of loss, accuracy, learning rate, speed and trust ratios.
 
@@ -31,11 +43,8 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            text = "--tensorboard: tensorboard is not installed: pip install 'fastlars[trainer]'"
-            raise TrainerError(text) from None
+        from torch.utils.tensorboard import SummaryWriter
+
         self._folder = folder
         with self._telling():
             self._writer = SummaryWriter(str(folder), purge_step=step + 1)

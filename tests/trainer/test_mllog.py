@@ -105,7 +105,7 @@ def test_a_run_in_parts(tmp_path: Path, train: Train) -> None:
 
 def test_a_run_that_fails_was_aborted(tmp_path: Path, train: Train) -> None:
     outcome = train(*SHORT, "--lr", 1e30, "--warmup-epochs", 0, "--output", tmp_path / "run")
-    assert outcome.status == 2
+    assert outcome.status == 3
     assert events(outcome)[-1] == ("run_stop", "aborted")
 
 

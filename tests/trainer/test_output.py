@@ -146,12 +146,11 @@ def test_a_directory_that_cannot_be_written(
     assert files_below(tmp_path) == []
 
 
-def test_discard_spares_other_files(tmp_path: Path) -> None:
+def test_folders_with_files_of_others_stay(tmp_path: Path) -> None:
     run = rundir.RunDirectory(tmp_path / "a" / "b")
     run.claim()
     (tmp_path / "a" / "notes.txt").write_text("mine")
-    run.log.write_text("{}")
-    run.discard()
+    run.release()
     assert files_below(tmp_path) == ["a", "a/notes.txt"]
 
 
@@ -168,8 +167,12 @@ def test_a_restart_by_torchrun_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_log_keeps_the_lines_before_a_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
+    path.write_text("of an earlier run")
     log = Records(path)
     for step in range(5):
+        if step == 3:
+            assert path.read_text() == "of an earlier run"
+            log.open()
         log.write("train", step=step, loss=float("nan") if step == 1 else 0.5)
     assert log.lines == 5
     log.close()
@@ -179,6 +182,7 @@ def test_log_keeps_the_lines_before_a_checkpoint(tmp_path: Path) -> None:
     assert read(path)[1]["loss"] is None  # JSON has no NaN
 
     again = Records(path, keep=2, source=path)
+    again.open()
     again.write("test", step=2)
     again.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
@@ -189,6 +193,7 @@ def test_no_room_for_the_log(tmp_path: Path) -> None:
     """One line, and not a second error when it is closed."""
     path = tmp_path / "metrics.jsonl"
     log = Records(path)
+    log.open()
     with disk_full_after(100):
         with pytest.raises(TrainerError, match=rf"cannot write {path}: File too large"):
             log.write("start", title="x" * 100)
@@ -196,6 +201,6 @@ def test_no_room_for_the_log(tmp_path: Path) -> None:
     path.write_text("line\n" * 9)
     before = path.read_bytes()
     with disk_full_after(10), pytest.raises(TrainerError, match=rf"cannot write {path}: File too"):
-        Records(path, 8, path)
+        Records(path, 8, path).open()
     assert path.read_bytes() == before
     assert files_below(tmp_path) == ["metrics.jsonl"]
