@@ -21,6 +21,20 @@ NAME = "checkpoint.pt"
 NUMBERED = "checkpoint-*.pt"  # those that --keep-last keeps, by step
 _KIND = "fastlars.trainer checkpoint"
 _FORMAT = f"{_KIND} 2"
+# What is in the checkpoint of a run.
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "config": dict,
+    "data": dict,
+    "model": dict,
+    "optimizer": dict,
+    "schedule": dict,
+    "scaler": dict,
+    "average": (dict, type(None)),
+    "progress": dict,
+    "window": torch.Tensor,
+    "random": list,
+    "log_lines": int,
+}
 
 
 class NotSavedError(Exception):
@@ -90,6 +104,13 @@ def _read(file: BinaryIO) -> Any:
         raise
     except Exception:  # of a damaged file, zipfile, pickle and torch raise almost anything
         return None
+
+
+def check(state: dict[str, Any]) -> None:
+    """Raise ValueError unless `state` has all that a run goes on from."""
+    for key, kind in _KINDS.items():
+        if not isinstance(state.get(key), kind):
+            raise ValueError(f"{key} is missing, or not what it should be")
 
 
 @contextmanager

@@ -81,15 +81,25 @@ def _shortened(settings: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[s
 
 
 def resumed(given: Mapping[str, Any], saved: Mapping[str, Any], path: str) -> Config:
-    """The configuration of the run saved in `path`; flags that contradict it are an error."""
+    """The configuration of the run saved in `path`; flags that contradict it are an error.
+
+    Raises TrainerError for flags, ValueError or TypeError for what is saved.
+    """
     known = {f.name: f for f in fields(Config)}
+    start = {name: value for name, value in saved.items() if name in known}
+    if not start.keys() >= {"recipe", "model", "data"}:
+        raise ValueError("its configuration is incomplete")
+    try:
+        Config(**start)
+    except TrainerError as error:
+        raise ValueError(str(error)) from error
     for name, value in given.items():
         if known[name].metadata["shapes_run"] and name in saved and saved[name] != value:
             raise TrainerError(
                 f"{flag(name)} {value} differs from {saved[name]}, with which the run in {path} "
                 "was started: leave it out to resume, or start a new run with another --output"
             )
-    return Config(**{name: v for name, v in saved.items() if name in known} | dict(given))
+    return Config(**start | dict(given))
 
 
 class _Parser(argparse.ArgumentParser):

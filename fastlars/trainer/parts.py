@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
@@ -19,7 +19,7 @@ from fastlars.trainer.rundir import RunDirectory
 
 @dataclass
 class Progress:
-    """How far the run is; all a checkpoint needs beside tensors."""
+    """How far the run is; all that a checkpoint needs besides tensors."""
 
     step: int = 0
     evaluated: int = 0  # epochs
@@ -42,6 +42,14 @@ class Parts:
     run: RunDirectory
     log: Records | None  # of the first process
     display: Display
+
+
+def progress_of(saved: dict[str, Any]) -> Progress:
+    """The progress in a checkpoint; ValueError where it cannot be one."""
+    kinds = {field.name: type(field.default) for field in fields(Progress)}
+    if {name: type(value) for name, value in saved.items()} != kinds:
+        raise ValueError(f"its progress is {saved}")
+    return Progress(**saved)
 
 
 def fingerprint(data: Data) -> dict[str, Any]:

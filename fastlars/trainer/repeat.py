@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from fastlars.trainer import atomic
 from fastlars.trainer.config import recipe_of
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.parts import Parts
+from fastlars.trainer.settings import place
 
 
 def write(parts: Parts, command: Sequence[str], step: int) -> None:
@@ -42,7 +42,7 @@ def write(parts: Parts, command: Sequence[str], step: int) -> None:
             "processes": parts.world.size,
             "machines": machines,
             "versions": versions(),
-            "config": asdict(parts.config) | {"data": _place(parts.config.data)},
+            "config": asdict(parts.config) | {"data": place(parts.config.data)},
         }
         recipe = recipe_of(parts.config).source
         path, before = parts.run.settings, parts.run.came_from
@@ -97,10 +97,6 @@ def _text(path: str) -> str:
         return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:  # another system has no such file
         return ""
-
-
-def _place(data: str) -> str:
-    return data if data == "digits" else os.path.abspath(data)
 
 
 def _starts(path: Path) -> list[Any]:

@@ -34,7 +34,7 @@ from fastlars.trainer.errors import TrainerError, printable
 from fastlars.trainer.log import Records, read
 from fastlars.trainer.loop import Loop
 from fastlars.trainer.mllog import MLLog
-from fastlars.trainer.parts import Parts, Progress, fingerprint
+from fastlars.trainer.parts import Parts, Progress, fingerprint, progress_of
 from fastlars.trainer.rundir import RunDirectory
 from fastlars.trainer.signals import StopSignals
 from fastlars.trainer.tensorboard import TensorBoard
@@ -59,6 +59,7 @@ class _Job:
     directory: RunDirectory
     source: Path | None  # the checkpoint to go on from,
     state: dict[str, Any] | None  # and what is in it
+    progress: Progress
 
 
 @contextmanager
@@ -82,12 +83,14 @@ def _job(command: Command, here: World) -> Iterator[_Job]:
         with here.together(), checkpoint.fitting(source):
             state = checkpoint.load(source) if source else None
             if state:
+                checkpoint.check(state)
                 settings = config.resumed(command.given, state["config"], str(source))
+            progress = progress_of(state["progress"]) if state else Progress()
             if settings.tensorboard and here.first:
                 tensorboard.check(directory.tensorboard)
             images = data.load(settings, here.device)
             _same_images(images, state)
-        yield _Job(settings, images, directory, source, state)
+        yield _Job(settings, images, directory, source, state, progress)
 
 
 def _source(command: Command, again: bool) -> Path | None:
@@ -122,7 +125,7 @@ def _claimed(choose: Callable[[], RunDirectory], here: World) -> Iterator[RunDir
 
 def _dry_run(command: Command, here: World) -> int:
     with _job(command, here) as job:
-        done = job.state["progress"]["step"] if job.state else 0
+        done = job.progress.step
         parts = build(job.settings, job.images, job.directory, done, here)
         job.images.prepare()
         for line in chain(report.introduction(parts), dryrun.describe(parts, done)):
@@ -201,9 +204,8 @@ def _records(loop: Loop, job: _Job) -> Iterator[None]:
             parts.log.close()
 
 
-def _begin(parts: Parts, command: Command, job: _Job) -> None:
-    """Write the first files of a run; of a new run, in place of what an earlier one left."""
-    step = job.state["progress"]["step"] if job.state else 0
+def _begin(parts: Parts, command: Command, job: _Job, step: int) -> None:
+    """Write the first files of a run from `step` on; a new run replaces those of an earlier one."""
     repeat.write(parts, command.line, step)
     with parts.world.together():
         if parts.log is None:
@@ -221,9 +223,9 @@ def _begin(parts: Parts, command: Command, job: _Job) -> None:
 
 
 def _loop(job: _Job, command: Command, here: World) -> Loop:
-    progress = Progress(**job.state["progress"]) if job.state else Progress()
-    parts = build(job.settings, job.images, job.directory, progress.step, here)
-    loop = Loop(parts, progress, lambda: _begin(parts, command, job))
+    parts = build(job.settings, job.images, job.directory, job.progress.step, here)
+    step = job.progress.step  # which the loop moves on
+    loop = Loop(parts, job.progress, lambda: _begin(parts, command, job, step))
     if job.state:
         with checkpoint.fitting(job.source):
             loop.restore(job.state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
@@ -228,17 +229,28 @@ class Config:
             raise TrainerError(text, everywhere=True)
 
     def shaping(self) -> dict[str, Any]:
-        """The settings that a resumed run must share, and `data`, which it takes over."""
-        return {f.name: getattr(self, f.name) for f in fields(self)
-                if f.metadata["shapes_run"] or f.name == "data"}  # fmt: skip
+        """The settings that a resumed run must share, and where its images are.
+
+        As an absolute path: the run may be resumed from another folder.
+        """
+        shared = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["shapes_run"]}
+        return shared | {"data": place(self.data)}
 
 
 def check(setting: Field[Any], value: Any) -> None:
     """Raise TrainerError unless `value` lies in the setting's range."""
     meta = setting.metadata
+    if meta["choices"] is not None and value not in meta["choices"]:
+        text = f"{flag(setting.name)} must be one of {', '.join(meta['choices'])}, got {value}"
+        raise TrainerError(text, everywhere=True)
     if meta["check"] is not None and not meta["check"](value):
         text = f"{flag(setting.name)} must {meta['must']}, got {value}"
         raise TrainerError(text, everywhere=True)
+
+
+def place(data: str) -> str:
+    """--data for a process in any folder."""
+    return data if data == "digits" else os.path.abspath(data)
 
 
 def flag(name: str) -> str:
