@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from PIL import Image
 from fastlars.trainer import recipes, rundir
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.log import Records, read
+from fastlars.trainer.loop import Loop
 from trainer.helpers import Outcome, disk_full_after, files_below
 
 Train = Callable[..., Outcome]
@@ -129,6 +132,79 @@ def test_mistakes_leave_nothing_behind(
     assert message in outcome.err
     assert len(outcome.err.splitlines()) == 1
     assert files_below(tmp_path) == ["file"]
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        ("--batch-size", 9999),
+        ("--warmup-epochs", 99),
+        ("--data", "nowhere"),
+        ("--resume", "nowhere"),
+        ("--tensorboard",),
+        ("--dry-run",),
+    ],
+    ids=str,
+)
+def test_no_file_is_replaced_before_the_first_step(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch, mistake: tuple[object, ...]
+) -> None:
+    """Also files of a run whose checkpoints were removed; then a new run replaces them all."""
+    names = ["run.json", "metrics.jsonl", "curves.png", "trust.csv", "norms.png"]
+    for name in names:
+        (tmp_path / name).write_text("of an earlier run")
+    before = sorted(names)
+    if mistake == ("--tensorboard",):
+        (tmp_path / "tensorboard").write_text("in the way")
+        before.append("tensorboard")
+    outcome = train(*SHORT, "--output", tmp_path, *mistake)
+    assert outcome.status == (0 if mistake == ("--dry-run",) else 2)
+
+    def fail(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_step", fail)
+        assert train(*SHORT, "--output", tmp_path).status == 130
+    assert sorted(files_below(tmp_path)) == sorted(before)
+    assert {(tmp_path / name).read_text() for name in names} == {"of an earlier run"}
+    assert train("--recipe", "goyal", *SHORT, "--output", tmp_path).status == 0
+    assert not (tmp_path / "trust.csv").exists()  # of the earlier run; goyal has none
+    assert "of an earlier run" not in (tmp_path / "norms.png").read_text(errors="replace")
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
+@pytest.mark.parametrize("name", ["checkpoint.pt", "best.pt", "checkpoint-000100.pt"])
+def test_any_checkpoint_is_a_run(tmp_path: Path, train: Train, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    for flags in ((), ("--dry-run",)):
+        outcome = train(*SHORT, "--output", tmp_path, *flags)
+        assert outcome.status == 2
+        assert f"--output: {tmp_path} holds a run already: add --resume" in outcome.err
+    assert files_below(tmp_path) == [name]
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.EIO, errno.ENOTSUP])
+def test_a_folder_that_cannot_be_synced(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    """As on many network file systems; of files, only what says that they know no fsync."""
+    fsync, seen = os.fsync, set()
+
+    def refusing(descriptor: int) -> None:
+        folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        seen.add(folder)
+        if folder or error != errno.EIO:
+            raise OSError(error, os.strerror(error))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refusing)
+    outcome = train(*SHORT, "--output", tmp_path)
+    assert (outcome.status, outcome.err) == (0, "")
+    assert seen == {True, False}
+    assert (tmp_path / "best.pt").exists()
 
 
 def test_a_directory_that_cannot_be_written(

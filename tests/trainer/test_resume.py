@@ -233,6 +233,21 @@ def test_other_settings_are_refused(
 
 
 @pytest.mark.usefixtures("tiny", "no_picture")
+def test_from_another_folder(
+    tmp_path: Path, train: Train, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The images are found again, though --data was given relative to the first folder."""
+    monkeypatch.chdir(images.parent)
+    flags = (*FOLDER, "--data", images.name, "--workers", 0)
+    assert train(*flags, "--output", "run", "--max-steps", 1).status == 0
+    assert load(images.parent / "run")["config"]["data"] == str(images)
+    (images.parent / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    outcome = train("--output", "../run", "--resume", "--max-steps", 0)
+    assert outcome.status == 0, outcome.err
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
 def test_other_images_are_refused(tmp_path: Path, train: Train, images: Path) -> None:
     run = tmp_path / "run"
     assert train(*FOLDER, "--data", images, "--output", run, "--max-steps", 1).status == 0
