@@ -23,7 +23,7 @@ from fastlars.trainer.meter import Meter, figures
 from fastlars.trainer.parts import Parts
 from fastlars.trainer.precision import Precision
 from fastlars.trainer.rundir import RunDirectory
-from fastlars.trainer.signals import StopSignals
+from fastlars.trainer.signals import Interrupted, StopSignals
 from fastlars.trainer.step import Step
 
 _STEPS = 100
@@ -66,6 +66,8 @@ def sweep(parts: Parts, stop: StopSignals) -> dict[float, float]:
     The model of `parts` is trained, and of no use afterwards.
     """
     config, world = parts.config, parts.world
+    parts.data.prepare()
+    stop.note()  # for all processes to end together
     growth = (_HIGH / _LOW) ** (1 / (_STEPS - 1))
     parts.schedule = LambdaLR(parts.optimizer, lambda step: _LOW * growth**step)
     parts.display = Display(_STEPS * config.batch_size, 0, shown=world.first)
@@ -75,7 +77,8 @@ def sweep(parts: Parts, stop: StopSignals) -> dict[float, float]:
     with parts.display, world.connected():
         for _ in range(_STEPS):
             if ballot.any(stop.received is not None):
-                raise KeyboardInterrupt
+                received = [number for number in world.gather(stop.received) if number is not None]
+                raise Interrupted(received[0])
             meter.reset()
             step.take(batches, meter)
             seen = figures(world.total(meter.sums))

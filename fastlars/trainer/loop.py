@@ -56,6 +56,8 @@ class Loop:
 
     def run(self, stop: StopSignals) -> bool:
         """Train to the end (True), or until `stop` or --max-steps; a checkpoint either way."""
+        self.parts.data.prepare()
+        stop.note()
         batches = self.parts.data.train(self.parts.plan.from_step(self.progress.step))
         ballot = Ballot(self.parts.world)
         limit = self.parts.config.max_steps or math.inf

@@ -177,6 +177,8 @@ def _child_signals_as_they_are() -> Iterator[None]:
 
 
 def _worker_signals(_worker: int) -> None:
-    # Ctrl-C reaches workers too, but the training process decides; it ends them with SIGTERM.
+    # Ctrl-C and a terminal's end reach workers too, but the training process decides; it ends them
+    # with SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
