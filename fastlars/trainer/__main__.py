@@ -16,6 +16,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     1 is an error of the trainer itself. Whatever it is, the user gets one line.
     """
+    # torch's sockets would add the stack of their C++ to what we say of a lost process.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     given = list(sys.argv[1:] if arguments is None else arguments)
     with console.guarded():
         try:
@@ -24,12 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from fastlars.trainer import config, session
             with signals.raising():
                 return session.run(config.parse(given))
-        except SystemExit as end:  # --help
-            return int(end.code or 0)
+        except SystemExit:  # --help
+            raise
         except BaseException as error:
             text, status = failures.told(error)
-            alone = not (isinstance(error, TrainerError) and error.everywhere)
             # Of processes that all fail alike only the first one says so.
+            alone = os.environ.get("WORLD_SIZE", "1") == "1"
+            alone = alone or not (isinstance(error, TrainerError) and error.everywhere)
             if alone or os.environ.get("RANK", "0") == "0":
                 said = text if isinstance(error, KeyboardInterrupt) else f"error: {text}"
                 print(f"fastlars.trainer: {said}", file=sys.stderr, flush=True)

@@ -21,6 +21,7 @@ from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.log import Records, read
 from fastlars.trainer.loop import Loop
 from fastlars.trainer.mllog import MLLog
+from fastlars.trainer.optimizer import check_environment
 from fastlars.trainer.parts import Progress, fingerprint
 from fastlars.trainer.rundir import RunDirectory
 from fastlars.trainer.signals import StopSignals
@@ -32,6 +33,8 @@ def run(command: Command) -> int:
     device = command.given.get("device", Config.device)
     timeout = command.given.get("timeout", Config.timeout)
     with world(device, timeout) as here:
+        with here.together():
+            check_environment(here.device)
         if command.dry_run:
             return _dry_run(command, here)
         return _find_lr(command, here) if command.find_lr else _train(command, here)
