@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from fastlars.trainer import console, failures, packages, signals
-from fastlars.trainer.errors import TrainerError
+from fastlars.trainer import command, packages
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,30 +13,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     1 is an error of the trainer itself. Whatever it is, the user gets one line.
     """
-    # torch's sockets would add the stack of their C++ to what we say of a lost process.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     given = list(sys.argv[1:] if arguments is None else arguments)
-    with console.guarded():
-        try:
-            with signals.leaving():
-                packages.load_all()
-                from fastlars.trainer import config, session
-            with signals.raising():
-                return session.run(config.parse(given))
-        except SystemExit:  # --help
-            raise
-        except BaseException as error:
-            text, status = failures.told(error)
-            # Of processes that all fail alike only the first one says so.
-            alone = os.environ.get("WORLD_SIZE", "1") == "1"
-            alone = alone or not (isinstance(error, TrainerError) and error.everywhere)
-            if alone or os.environ.get("RANK", "0") == "0":
-                said = text if isinstance(error, KeyboardInterrupt) else f"error: {text}"
-                print(f"fastlars.trainer: {said}", file=sys.stderr, flush=True)
-            return status
+
+    def load() -> Callable[[], int]:
+        packages.load_all()
+        from fastlars.trainer import config, session
+
+        return lambda: session.run(config.parse(given))
+
+    return command.run("fastlars.trainer", load)
 
 
 if __name__ == "__main__":
-    status = main()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is done and told: Python only cleans up
-    sys.exit(status)
+    command.end(main())

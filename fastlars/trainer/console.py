@@ -57,11 +57,12 @@ class Stream:
         end = time.monotonic() + _PATIENCE
         while self._stream is not None and time.monotonic() < end:
             try:
-                return self._stream.flush()
+                self._stream.flush()
+                return
             except BlockingIOError:
                 select.select([], [self._stream], [], 0.1)
             except (OSError, ValueError) as error:
-                return self._drop(error, told=not isinstance(error, BrokenPipeError))
+                self._drop(error, told=not isinstance(error, BrokenPipeError))
         if self._stream is not None:
             self._drop(TimeoutError(errno.ETIMEDOUT, "its reader takes nothing"))
 
@@ -106,7 +107,7 @@ def guarded() -> Iterator[None]:
     before = sys.stdout, sys.stderr, threading.excepthook
     err = Stream(sys.stderr, lambda _: None)
     out = Stream(sys.stdout, lambda error: _tell(err, f"standard output: {_reason(error)}"))
-    sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
+    sys.stdout, sys.stderr = out, err
     threading.excepthook = lambda problem: _thread(problem, err)
     try:
         yield
@@ -114,6 +115,19 @@ def guarded() -> Iterator[None]:
         out.finish()
         err.finish()
         sys.stdout, sys.stderr, threading.excepthook = before
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """While the context lasts, what libraries print to standard error from C++ is lost."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _open_missing() -> None:
@@ -126,7 +140,7 @@ def _open_missing() -> None:
 
 
 def _tell(err: Stream, reason: str) -> None:
-    err.write(f"fastlars.trainer: warning: {reason}: nothing more is printed; the rest goes on\n")
+    err.write(f"warning: {reason}: nothing more is printed there, all else goes on\n")
     err.flush()
 
 
@@ -139,4 +153,4 @@ def _thread(problem: threading.ExceptHookArgs, err: Stream) -> None:
     if problem.exc_value is None or type(problem.thread).__module__.startswith("tensorboard"):
         return
     kind, text = type(problem.exc_value).__name__, one_line(problem.exc_value)
-    err.write(f"fastlars.trainer: warning: a thread ended: {kind}: {text}\n")
+    err.write(f"warning: a thread ended: {kind}: {text}\n")

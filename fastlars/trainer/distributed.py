@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
+from fastlars.trainer import console
 from fastlars.trainer.errors import TrainerError, one_line
-
 
 _ADVICE = "start the processes with torchrun, or unset WORLD_SIZE"
 
@@ -154,11 +154,12 @@ def world(device: str, timeout: float) -> Iterator[World]:
         return
     cuda, patience = place.type == "cuda", timedelta(seconds=timeout)
     try:
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", store=_store(rank, size, patience), rank=rank,
-            world_size=size, timeout=patience, device_id=place if cuda else None,
-        )  # fmt: skip
-        group = dist.new_group(backend="gloo", timeout=patience)
+        with console.muted():  # torch prints stacks of its C++ beside the exception
+            dist.init_process_group(
+                "nccl" if cuda else "gloo", store=_store(rank, size, patience), rank=rank,
+                world_size=size, timeout=patience, device_id=place if cuda else None,
+            )  # fmt: skip
+            group = dist.new_group(backend="gloo", timeout=patience)
     except (RuntimeError, ValueError) as error:  # also DistError, e.g. of a port that is taken
         where = f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
         text = f"process {rank} does not reach the others at {where}: {one_line(error)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -37,9 +38,9 @@ def told(error: BaseException) -> tuple[str, int]:
     if isinstance(error, TrainerError):
         return str(error), error.status
     if isinstance(error, KeyboardInterrupt):
-        number = error.number if isinstance(error, Interrupted) else 2
-        name = number.name if isinstance(error, Interrupted) else "SIGINT"
-        return f"stopped by {name}; the last checkpoint, if there is one, is as it was", 128 + number
+        number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+        text = f"stopped by {number.name}; the last checkpoint, if there is one, is as it was"
+        return text, 128 + number
     foreseen = _of_surroundings(error)
     if foreseen is not None:
         return printable(foreseen), 2
@@ -52,7 +53,7 @@ def reason(error: OSError) -> str:
     text = error.strerror or one_line(error)
     named = f"{os.fsdecode(error.filename)}: {text}" if error.filename else text
     hint = _HINTS.get(error.errno or 0)
-    return f"{named}: {hint}" if hint else named
+    return printable(f"{named}: {hint}" if hint else named)
 
 
 def _of_surroundings(error: BaseException) -> str | None:

@@ -127,9 +127,12 @@ def write(parts: Parts, losses: dict[float, float], folder: Path) -> Iterator[st
     heading = ("step", "lr", "loss", "smoothed_loss")
     try:
         atomic.write_table([heading, *rows], folder / "lr_find.csv")
-        plots.save(picture(report.title(parts), finite, means, found), folder / "lr_find.png")
     except OSError as error:
         raise TrainerError(f"--find-lr: cannot write in {folder}: {error.strerror}") from None
+    drawn = False
+    with plots.optional(parts.display.warn):
+        plots.save(picture(report.title(parts), finite, means, found), folder / "lr_find.png")
+        drawn = True
     if found is None:
         yield f"the loss fell at no rate up to {rates[-1]:.3g}: nothing to suggest"
     else:
@@ -137,7 +140,8 @@ def write(parts: Parts, losses: dict[float, float], folder: Path) -> Iterator[st
             f"suggested:  --lr {found[0]:.2g}, where the loss falls fastest; it is lowest at "
             f"{found[1]:.2g}, from where on it grows"
         )
-    yield f"picture:    {folder / 'lr_find.png'}"
+    if drawn:
+        yield f"picture:    {folder / 'lr_find.png'}"
     yield f"table:      {folder / 'lr_find.csv'}"
 
 
@@ -162,7 +166,8 @@ def picture(
     # What comes after the loss is lost would squeeze the rest into a line.
     before = means[: int(np.argmin(means)) + 1]
     axis.set_ylim(0, 1.5 * max(before))
-    axis.set(title=title, xlabel="learning rate", ylabel="cross-entropy per image")
+    axis.set_title(title, parse_math=False)
+    axis.set(xlabel="learning rate", ylabel="cross-entropy per image")
     axis.grid(alpha=0.3)
     axis.legend(loc="lower left")
     return figure

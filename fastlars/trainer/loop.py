@@ -217,8 +217,6 @@ class Loop:
 
     def _draw(self) -> None:
         if self.parts.log is not None:
-            try:
+            with plots.optional(self.parts.display.warn):
                 plots.draw(read(self.parts.run.log), self.parts.run.picture)
-            except OSError as error:
-                self.parts.display.say(f"warning: no picture: {error}", error=True)
         self._drawn = time.perf_counter()

@@ -23,14 +23,14 @@ _DISTRIBUTED_AS = {"PIL": "Pillow", "sklearn": "scikit-learn"}
 
 
 def load_all() -> None:
-    """Import what every run needs; TrainerError names the one that is not there or does not load."""
+    """Import what every run needs; TrainerError names what is not there or does not load."""
     for module in _ALWAYS:
         load(module)
 
 
-def load(module: str, wanted_by: str = "") -> ModuleType:
-    """Import a module, for the flag that wants it if there is one."""
-    package = module.split(".")[0]
+def load(module: str, wanted_by: str = "", package: str = "") -> ModuleType:
+    """Import a module of a package, for the flag that wants it if there is one."""
+    package = package or module.split(".")[0]
     name = _DISTRIBUTED_AS.get(package, package)
     prefix = f"{wanted_by}: " if wanted_by else ""
     try:

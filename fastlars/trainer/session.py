@@ -193,7 +193,7 @@ def _listen(log: Records, loop: Loop, folder: Path) -> None:
     if parts.config.tensorboard:
         # Where nothing is there yet, a resumed run was elsewhere, or had no --tensorboard.
         missed = [] if folder.exists() else read(parts.run.log)
-        board = TensorBoard(folder, loop.progress.step)
+        board = TensorBoard(folder, loop.progress.step, parts.display.warn)
         for record in missed:
             board.record(record)
         log.listeners.append(board)
