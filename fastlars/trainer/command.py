@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from fastlars.trainer import console, failures, signals
 from fastlars.trainer.errors import TrainerError
@@ -19,6 +20,7 @@ def run(program: str, load: Callable[[], Callable[[], int]]) -> int:
     """
     # torch's sockets would add stacks of their C++ to what we say of a lost process.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    failures.folder = Path()
     with console.guarded():
         try:
             with signals.leaving():

@@ -21,10 +21,10 @@ _SURROUNDINGS = {
         "ESTALE", "ENODEV", "ENOSYS", "EACCES", "EPERM", "ETIMEDOUT", "EHOSTUNREACH", "ENETDOWN",
     )
 }  # fmt: skip
-_FILES = "raise the limit of open files (ulimit -n), or lower --workers"
+FILES = "raise the limit of open files (ulimit -n), or lower --workers"
 _HINTS = {
-    errno.EMFILE: _FILES,
-    errno.ENFILE: _FILES,
+    errno.EMFILE: FILES,
+    errno.ENFILE: FILES,
     errno.EAGAIN: "is there a limit of processes (ulimit -u)?",
 }
 _MEMORY = "lower --micro-batch, --image-size or --workers"
@@ -72,7 +72,7 @@ def _by_text(text: str) -> str | None:
     if "out of memory" in text or "allocate memory" in text:
         return f"out of memory: {_MEMORY} ({text})"
     if "Too many open files" in text:
-        return f"{text}: {_FILES}"
+        return f"{text}: {FILES}"
     if "No space left on device" in text or "Disk quota exceeded" in text:
         return text
     return None

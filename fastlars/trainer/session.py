@@ -12,7 +12,17 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fastlars.trainer import checkpoint, config, data, dryrun, findlr, repeat, report, rundir
+from fastlars.trainer import (
+    checkpoint,
+    config,
+    data,
+    dryrun,
+    failures,
+    findlr,
+    repeat,
+    report,
+    rundir,
+)
 from fastlars.trainer.build import build
 from fastlars.trainer.config import Command, Config
 from fastlars.trainer.data import Data
@@ -110,6 +120,7 @@ def _train(command: Command, here: World) -> int:
     directory, source, state = job.directory, job.source, job.state
     with _directory_for(directory, here), StopSignals() as stop:
         loop = _loop(job.settings, job.images, directory, state, here)
+        failures.folder = directory.path
         repeat.write(loop.parts, command.line, loop.progress.step)
         with _records(loop, source, state), loop.parts.display, here.connected():
             _introduce(loop, state)

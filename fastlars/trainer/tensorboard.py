@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +33,9 @@ class TensorBoard:
         warn: what to do with a line that says why nothing more is shown.
     """
 
-    def __init__(self, folder: Path, step: int, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, step: int, warn: Callable[[str], None] = warnings.warn
+    ) -> None:
         module = packages.load("torch.utils.tensorboard", "--tensorboard", "tensorboard")
         self._folder, self._warn = folder, warn
         try:
