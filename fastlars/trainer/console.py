@@ -104,17 +104,19 @@ def _encodable(text: str, encoding: str | None) -> str:
 def guarded() -> Iterator[None]:
     """While the context lasts, nothing that is printed can fail, and no thread prints a trace."""
     _open_missing()
-    before = sys.stdout, sys.stderr, threading.excepthook
+    before = sys.stdout, sys.stderr, threading.excepthook, sys.unraisablehook
     err = Stream(sys.stderr, lambda _: None)
     out = Stream(sys.stdout, lambda error: _tell(err, f"standard output: {_reason(error)}"))
     sys.stdout, sys.stderr = out, err
+    # Python ignores these errors, e.g. of a loader that never came to start its workers.
+    sys.unraisablehook = lambda _problem: None
     threading.excepthook = lambda problem: _thread(problem, err)
     try:
         yield
     finally:
         out.finish()
         err.finish()
-        sys.stdout, sys.stderr, threading.excepthook = before
+        sys.stdout, sys.stderr, threading.excepthook, sys.unraisablehook = before
 
 
 @contextmanager

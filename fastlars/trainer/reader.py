@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from errno import ENOSPC
 from typing import Any, NamedTuple
 
 import torch
@@ -79,24 +81,25 @@ class Reader:
     ) -> None:
         self._files, self._device, self._skipped = files, device, skipped
         self._requests = _Requests()
-        self._loader: DataLoader[Any] = DataLoader(
-            _Images(files, prepare),
-            batch_size=None,  # a request is a whole batch
-            sampler=self._requests,
-            num_workers=workers,
-            prefetch_factor=_AHEAD if workers else None,
-            persistent_workers=workers > 0,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=_worker_signals,
-            # Without one of its own the loader draws from the global generator, and a resumed run
-            # would no longer be where the undisturbed one is.
-            generator=torch.Generator(),
-        )
+        with _unwarned():
+            self._loader: DataLoader[Any] = DataLoader(
+                _Images(files, prepare),
+                batch_size=None,  # a request is a whole batch
+                sampler=self._requests,
+                num_workers=workers,
+                prefetch_factor=_AHEAD if workers else None,
+                persistent_workers=workers > 0,
+                pin_memory=device.type == "cuda",
+                worker_init_fn=_worker_signals,
+                # Without one of its own the loader draws from the global generator, and a resumed
+                # run would no longer be where the undisturbed one is.
+                generator=torch.Generator(),
+            )
 
     def read(self, batches: Iterable[tuple[int, torch.Tensor]]) -> Iterator[Part]:
         """The images at each (epoch, indices), in that order, without those that are bad."""
         self._requests.batches = batches
-        with _workers_told_of(), _child_signals_as_they_are():
+        with _workers_told_of(), _child_signals_as_they_are(), _unwarned():
             found = iter(self._loader)
         while True:
             with _workers_told_of():
@@ -119,10 +122,10 @@ def _workers_told_of() -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError) as error:
-        why = failures.reason(error) if isinstance(error, OSError) else "its pipe is closed"
-        raise TrainerError(
-            f"--workers: {why}: with --workers 0 the trainer reads alone; is /dev/shm full?"
-        ) from error
+        why = failures.reason(error) if isinstance(error, OSError) else "a pipe is closed"
+        full = " in /dev/shm" if isinstance(error, OSError) and error.errno == ENOSPC else ""
+        text = f"--workers: {why}{full}; with --workers 0 the trainer reads alone"
+        raise TrainerError(text) from error
     except RuntimeError as error:  # torch's has no class of its own
         if "Too many open files" in str(error):
             raise TrainerError(f"--workers: {failures.FILES}") from error
@@ -131,6 +134,14 @@ def _workers_told_of() -> Iterator[None]:
         raise TrainerError(
             f"--workers: one is lost, for want of memory or of room in /dev/shm? {one_line(error)}"
         ) from error
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without torch's advice on the number of workers, which the user has chosen."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        yield
 
 
 class _Requests:
