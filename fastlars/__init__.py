@@ -10,22 +10,13 @@ to go on from their checkpoints, :mod:`fastlars.distributed` the overlap with DD
 import typing as _typing
 from importlib import import_module as _import_module
 from importlib.metadata import version as _version
-from types import ModuleType as _ModuleType
+from importlib.util import find_spec as _find_spec
 
-from fastlars import conventions, schedules
-from fastlars.groups import parameter_groups
-
-try:
-    from fastlars.optim.lamb import LAMB
-    from fastlars.optim.lars import LARS
-    from fastlars.optim.rmsprop_warmup import RMSpropWarmup
-except ModuleNotFoundError as error:
-    if error.name != "fastlars._C":
-        raise
+if _find_spec(f"{__name__}._C") is None:
     raise ImportError(
         f"{__path__[0]} holds the sources of fastlars without the compiled extension: run Python "
         "in another folder, or build the extension in place with pip install -e"
-    ) from None
+    )
 
 __version__ = _version("fastlars")
 
@@ -39,21 +30,39 @@ __all__ = [
     "schedules",
 ]
 
-# On demand: one GPU does not need the first, and not every torch has it; few need the second.
-_ON_DEMAND = ("distributed", "migrate")
+# All that needs torch is imported when it is first asked for: a command line can be parsed, and
+# answer Ctrl-C, before the seconds that torch takes. Name: where it is.
+_OBJECTS = {
+    "LAMB": "fastlars.optim.lamb",
+    "LARS": "fastlars.optim.lars",
+    "RMSpropWarmup": "fastlars.optim.rmsprop_warmup",
+    "parameter_groups": "fastlars.groups",
+}
+# One GPU does not need distributed, and not every torch has it; few need migrate.
+_MODULES = ("conventions", "distributed", "migrate", "schedules")
+_INNER = ("_C", "backends", "groups", "optim", "rules")  # once imported with the package
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ON_DEMAND})
+    return sorted({*globals(), *_OBJECTS, *_MODULES})
 
 
-# From __getattr__ a type checker would conclude that any name is a module.
+# From __getattr__ a type checker would conclude that any name is there.
 if _typing.TYPE_CHECKING:
+    from fastlars import conventions as conventions
     from fastlars import distributed as distributed
     from fastlars import migrate as migrate
+    from fastlars import schedules as schedules
+    from fastlars.groups import parameter_groups
+    from fastlars.optim.lamb import LAMB
+    from fastlars.optim.lars import LARS
+    from fastlars.optim.rmsprop_warmup import RMSpropWarmup
 else:
 
-    def __getattr__(name: str) -> _ModuleType:
-        if name in _ON_DEMAND:
+    def __getattr__(name: str) -> object:
+        if name in _MODULES or name in _INNER:
             return _import_module(f"fastlars.{name}")
+        if name in _OBJECTS:
+            found = globals()[name] = getattr(_import_module(_OBJECTS[name]), name)
+            return found
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

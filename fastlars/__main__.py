@@ -8,7 +8,11 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
 import sys
+
+if __name__ == "__main__":  # before the seconds that torch takes: Ctrl-C ends it without a trace
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 from torch import Tensor

@@ -121,8 +121,11 @@ def choose(
 
     Raises:
         RuntimeError: FASTLARS_BACKEND demands one that does not.
+        ValueError: FASTLARS_BACKEND, FASTLARS_CUDA_PATH or FASTLARS_CHECK is misspelt.
     """
-    demanded, device = forced(), weight.device.type
+    # All three, whatever the device: one that is misspelt would pass for one that is obeyed.
+    demanded, _, _ = forced(), cuda.demanded_path(), selfcheck.is_on()
+    device = weight.device.type
     if demanded == "reference":
         return instance(demanded)
     name, reasons = refusals(weight, kinds, rule, rounds)

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from fastlars.trainer import packages
 from fastlars.trainer.config import Config
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # normalised images in channels_last, class indices
@@ -39,6 +40,7 @@ class Data(Protocol):
 def load(config: Config, device: torch.device) -> Data:
     """The images that --data names, listed and not yet read; TrainerError where they do not do."""
     if config.data == "digits":
+        packages.load("sklearn.datasets")
         from fastlars.trainer.digits import Digits
 
         return Digits(config.seed, device)

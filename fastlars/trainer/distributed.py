@@ -17,7 +17,10 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
+from fastlars.trainer import console
 from fastlars.trainer.errors import TrainerError, one_line
+
+_ADVICE = "start the processes with torchrun, or unset WORLD_SIZE"
 
 
 @dataclass(frozen=True)
@@ -128,12 +131,12 @@ def restarted(here: World) -> bool:
 
     Each host's torchrun counts its own failures: one that was itself started again begins at 0.
     """
-    return any(here.gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0))
+    return any(here.gather(_number("TORCHELASTIC_RESTART_COUNT", "0", range(2**31)) > 0))
 
 
 def may_restart() -> bool:
     """Whether torchrun was told to start processes again."""
-    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    return _number("TORCHELASTIC_MAX_RESTARTS", "0", range(2**31)) > 0
 
 
 @contextmanager
@@ -144,20 +147,48 @@ def world(device: str, timeout: float) -> Iterator[World]:
         device: "cpu", "cuda" or "auto".
         timeout: seconds that a process waits for another one before it gives up.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    place = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    rank, size, local_rank = _numbers()
+    place = _device(device, local_rank)
     if size == 1:
         yield World(0, 1, place)
         return
     cuda, patience = place.type == "cuda", timedelta(seconds=timeout)
-    dist.init_process_group(
-        "nccl" if cuda else "gloo", store=_store(rank, size, patience), rank=rank,
-        world_size=size, timeout=patience, device_id=place if cuda else None,
-    )  # fmt: skip
     try:
-        yield World(rank, size, place, dist.new_group(backend="gloo", timeout=patience))
+        with console.muted():  # torch prints stacks of its C++ beside the exception
+            dist.init_process_group(
+                "nccl" if cuda else "gloo", store=_store(rank, size, patience), rank=rank,
+                world_size=size, timeout=patience, device_id=place if cuda else None,
+            )  # fmt: skip
+            group = dist.new_group(backend="gloo", timeout=patience)
+    except (RuntimeError, ValueError) as error:  # also DistError, e.g. of a port that is taken
+        where = f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
+        text = f"process {rank} does not reach the others at {where}: {one_line(error)}"
+        raise TrainerError(text) from error
+    try:
+        yield World(rank, size, place, group)
     finally:
         dist.destroy_process_group()
+
+
+def _numbers() -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them; 0, 1 and 0 in a process alone."""
+    size = _number("WORLD_SIZE", "1", range(1, 2**31))
+    if size == 1:
+        return 0, 1, _number("LOCAL_RANK", "0", range(2**31))
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise TrainerError(f"WORLD_SIZE is {size}, but {name} is not set: {_ADVICE}")
+    _number("MASTER_PORT", "", range(1, 2**16))
+    return _number("RANK", "", range(size)), size, _number("LOCAL_RANK", "", range(size))
+
+
+def _number(name: str, default: str, allowed: range) -> int:
+    text = os.environ.get(name) or default
+    # int() would take more: signs, spaces, underscores.
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) in allowed):
+        limits = f"a number from {allowed.start} to {allowed.stop - 1}"
+        raise TrainerError(f"{name} must be {limits}, got {text!r}: {_ADVICE}")
+    return int(text)
 
 
 def _store(rank: int, size: int, patience: timedelta) -> Store:

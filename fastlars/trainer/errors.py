@@ -34,9 +34,15 @@ def printable(text: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of what another library's exception says; its class where it says nothing."""
+    """The first line of what another library's exception says; its class where it says nothing.
+
+    What torch's loader says of an error in a worker is a trace, whose last line names the error.
+    """
     lines = [" ".join(line.split()) for line in str(error).splitlines()]
-    return next((line for line in lines if line), type(error).__name__)
+    said = [line for line in lines if line]
+    if "Original Traceback (most recent call last):" in said:
+        said.reverse()
+    return said[0] if said else type(error).__name__
 
 
 def _escaped(character: str) -> str:

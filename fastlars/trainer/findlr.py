@@ -21,7 +21,7 @@ from fastlars.trainer.log import Display
 from fastlars.trainer.meter import Meter, figures
 from fastlars.trainer.parts import Parts
 from fastlars.trainer.precision import Precision
-from fastlars.trainer.signals import StopSignals
+from fastlars.trainer.signals import Interrupted, StopSignals
 from fastlars.trainer.step import Step
 
 _STEPS = 100
@@ -46,6 +46,7 @@ def sweep(parts: Parts, stop: StopSignals) -> dict[float, float]:
     The model of `parts` is trained, and of no use afterwards.
     """
     config, world = parts.config, parts.world
+    stop.note()  # for all processes to end together
     growth = (_HIGH / _LOW) ** (1 / (_STEPS - 1))
     parts.schedule = LambdaLR(parts.optimizer, lambda step: _LOW * growth**step)
     parts.display = Display(_STEPS * config.batch_size, 0, shown=world.first)
@@ -55,7 +56,8 @@ def sweep(parts: Parts, stop: StopSignals) -> dict[float, float]:
     with parts.display, world.connected():
         for _ in range(_STEPS):
             if ballot.any(stop.received is not None):
-                raise KeyboardInterrupt
+                received = [number for number in world.gather(stop.received) if number is not None]
+                raise Interrupted(received[0])
             meter.reset()
             step.take(batches, meter)
             seen = figures(world.total(meter.sums))
@@ -104,9 +106,12 @@ def write(parts: Parts, losses: dict[float, float], folder: Path) -> Iterator[st
     heading = ("step", "lr", "loss", "smoothed_loss")
     try:
         atomic.write_table([heading, *rows], folder / "lr_find.csv")
-        plots.save(picture(report.title(parts), finite, means, found), folder / "lr_find.png")
     except OSError as error:
         raise TrainerError(f"--find-lr: cannot write in {folder}: {error.strerror}") from None
+    drawn = False
+    with plots.optional(parts.display.warn):
+        plots.save(picture(report.title(parts), finite, means, found), folder / "lr_find.png")
+        drawn = True
     if found is None:
         yield f"the loss fell at no rate up to {rates[-1]:.3g}: nothing to suggest"
     else:
@@ -114,7 +119,8 @@ def write(parts: Parts, losses: dict[float, float], folder: Path) -> Iterator[st
             f"suggested:  --lr {found[0]:.2g}, where the loss falls fastest; it is lowest at "
             f"{found[1]:.2g}, from where on it grows"
         )
-    yield f"picture:    {folder / 'lr_find.png'}"
+    if drawn:
+        yield f"picture:    {folder / 'lr_find.png'}"
     yield f"table:      {folder / 'lr_find.csv'}"
 
 
@@ -139,7 +145,8 @@ def picture(
     # What comes after the loss is lost would squeeze the rest into a line.
     before = means[: int(np.argmin(means)) + 1]
     axis.set_ylim(0, 1.5 * max(before))
-    axis.set(title=title, xlabel="learning rate", ylabel="cross-entropy per image")
+    axis.set_title(title, parse_math=False)
+    axis.set(xlabel="learning rate", ylabel="cross-entropy per image")
     axis.grid(alpha=0.3)
     axis.legend(loc="lower left")
     return figure

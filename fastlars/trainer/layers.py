@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from fastlars.trainer.errors import printable
 from fastlars.trainer.log import Record
 
 _ROW = 0.16  # inches that a layer's name takes
@@ -101,9 +102,10 @@ def _figure(
     figure = Figure(figsize=(12, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(widths), sharey=True, width_ratios=widths, squeeze=False)[0]
-    figure.suptitle(next((r["title"] for r in records if r["kind"] == "start"), ""))
+    title = next((r["title"] for r in records if r["kind"] == "start"), "")
+    figure.suptitle(printable(title), parse_math=False)
     apart = math.ceil(len(layers) / _NAMED) or 1
-    axes[0].set_yticks(range(0, len(layers), apart), layers[::apart], fontsize=7)
+    axes[0].set_yticks(range(0, len(layers), apart), layers[::apart], fontsize=7, parse_math=False)
     axes[0].set(ylabel="layer", ylim=(max(len(layers), 1) - 0.5, -0.5))
     return figure, list(axes)
 

@@ -142,6 +142,10 @@ class Display:
             tqdm.write(printable(text), file=sys.stderr if error else sys.stdout)
             sys.stdout.flush()
 
+    def warn(self, text: str) -> None:
+        """A line of what went wrong and does not end the run."""
+        self.say(text, error=True)
+
     def __enter__(self) -> Display:
         self._bar = tqdm(
             total=self._total,

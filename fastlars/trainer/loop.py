@@ -63,6 +63,7 @@ class Loop:
 
     def run(self, stop: StopSignals) -> bool:
         """Train to the end (True), or until `stop` or --max-steps; a checkpoint either way."""
+        stop.note()
         batches = self.parts.data.train(self.parts.plan.from_step(self.progress.step))
         ballot = Ballot(self.parts.world)
         limit = self.parts.config.max_steps or math.inf
@@ -241,8 +242,6 @@ class Loop:
 
     def _draw(self) -> None:
         if self.parts.log is not None:
-            try:
+            with plots.optional(self.parts.display.warn):
                 plots.draw(read(self.parts.run.log), self.parts.run.picture)
-            except OSError as error:
-                self.parts.display.say(f"warning: no picture: {error}", error=True)
         self._drawn = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -11,7 +12,26 @@ from torch.optim.lr_scheduler import LambdaLR
 import fastlars
 from fastlars import conventions, schedules
 from fastlars.trainer.config import Config
-from fastlars.trainer.errors import TrainerError
+from fastlars.trainer.errors import TrainerError, one_line
+
+_OVERRIDES = ("FASTLARS_BACKEND", "FASTLARS_CUDA_PATH", "FASTLARS_CHECK")
+
+
+def check_environment(device: torch.device) -> None:
+    """Raise TrainerError where the environment demands of fastlars what the device cannot have.
+
+    It is read in a step; the run's first one comes after all images are read.
+    """
+    if not any(os.environ.get(name) for name in _OVERRIDES):
+        return
+    weight = torch.zeros(1, device=device)
+    weight.grad = torch.zeros_like(weight)
+    try:
+        fastlars.LARS([weight], lr=0.0).step()
+    except (RuntimeError, ValueError) as error:
+        if "FASTLARS_" not in str(error):
+            raise
+        raise TrainerError(one_line(error), everywhere=True) from None
 
 
 def build_optimizer(config: Config, model: torch.nn.Module, steps_per_epoch: int) -> Optimizer:

@@ -6,11 +6,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from matplotlib import colormaps
+if __name__ == "__main__":  # before the imports that take long: Ctrl-C may come meanwhile
+    from fastlars.trainer import command, packages
+
+    command.end(
+        command.run("fastlars.trainer.plots", lambda: packages.load("fastlars.trainer.plots").main)
+    )
+
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
@@ -18,29 +27,51 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from fastlars.trainer import atomic, layers
+from fastlars.trainer import atomic, failures, layers
+from fastlars.trainer.errors import one_line, printable
 from fastlars.trainer.log import read
 
 Records = list[dict[str, Any]]
 
 
+@contextmanager
+def optional(say: Callable[[str], None]) -> Iterator[None]:
+    """A picture that cannot be drawn, for whatever reason, is a warning: the run is worth more."""
+    try:
+        yield
+    except Exception as error:
+        why = failures.reason(error) if isinstance(error, OSError) else one_line(error)
+        say(f"warning: no picture: {why}")
+
+
 def draw(records: Records, path: Path) -> None:
     """Write the picture of a log's records that `path` is named for."""
-    save(PICTURES[path.name](records), path)
+    with _plainly():
+        save(PICTURES[path.name](records), path)
 
 
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG, whole or not at all."""
-    atomic.write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    with _plainly():
+        atomic.write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Without LaTeX, for which names are formulas, and without a line for each missing glyph."""
+    with rc_context({"text.usetex": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        yield
 
 
 def draw_layers(records: Records, folder: Path) -> None:
     """Write what a log says of layers: trust.csv and .png, norms.csv and .png."""
-    for name, tabulate in TABLES.items():
-        table = tabulate(records)
-        if len(table) > 1:
-            atomic.write_table(table, folder / f"{name}.csv")
-            draw(records, folder / f"{name}.png")
+    tables = {name: tabulate(records) for name, tabulate in TABLES.items()}
+    found = [name for name, table in tables.items() if len(table) > 1]
+    for name in found:
+        atomic.write_table(tables[name], folder / f"{name}.csv")
+    for name in found:  # after all tables: a picture may fail
+        draw(records, folder / f"{name}.png")
 
 
 def curves(records: Records) -> Figure:
@@ -51,7 +82,7 @@ def curves(records: Records) -> Figure:
     figure = Figure(figsize=(12, 8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2)
-    figure.suptitle(_title(records, test))
+    figure.suptitle(printable(_title(records, test)), parse_math=False)
 
     _training_and_test(axes[0, 0], train, test, "loss")
     axes[0, 0].set(title="Loss", ylabel="cross-entropy per image")
@@ -130,14 +161,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         draw(records, run / "curves.png")
         draw_layers(records, run)
     except OSError as error:
-        print(f"fastlars.trainer.plots: error: {error}", file=sys.stderr)
+        print(f"fastlars.trainer.plots: error: {failures.reason(error)}", file=sys.stderr)
         return 2
     except (KeyError, TypeError, ValueError):
-        text = f"{run / 'metrics.jsonl'} is no log of the trainer"
+        text = printable(f"{run / 'metrics.jsonl'} is no log of the trainer")
         print(f"fastlars.trainer.plots: error: {text}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

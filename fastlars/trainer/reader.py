@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from errno import ENOSPC
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
-from fastlars.trainer import images
+from fastlars.trainer import failures, images, sharing
 from fastlars.trainer.errors import TrainerError, one_line, printable
 from fastlars.trainer.resident import Part
 
@@ -79,34 +81,31 @@ class Reader:
     ) -> None:
         self._files, self._device, self._skipped = files, device, skipped
         self._requests = _Requests()
-        self._loader: DataLoader[Any] = DataLoader(
-            _Images(files, prepare),
-            batch_size=None,  # a request is a whole batch
-            sampler=self._requests,
-            num_workers=workers,
-            prefetch_factor=_AHEAD if workers else None,
-            persistent_workers=workers > 0,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=_worker_signals,
-            # Without one of its own the loader draws from the global generator, and a resumed run
-            # would no longer be where the undisturbed one is.
-            generator=torch.Generator(),
-        )
+        with _unwarned():
+            self._loader: DataLoader[Any] = DataLoader(
+                _Images(files, prepare),
+                batch_size=None,  # a request is a whole batch
+                sampler=self._requests,
+                num_workers=workers,
+                prefetch_factor=_AHEAD if workers else None,
+                persistent_workers=workers > 0,
+                pin_memory=device.type == "cuda",
+                worker_init_fn=_worker_signals,
+                # Without one of its own the loader draws from the global generator, and a resumed
+                # run would no longer be where the undisturbed one is.
+                generator=torch.Generator(),
+            )
 
     def read(self, batches: Iterable[tuple[int, torch.Tensor]]) -> Iterator[Part]:
         """The images at each (epoch, indices), in that order, without those that are bad."""
         self._requests.batches = batches
-        with _child_signals_as_they_are():
+        with _workers_told_of(), _child_signals_as_they_are(), _unwarned():
             found = iter(self._loader)
         while True:
-            try:
+            with _workers_told_of():
                 batch = next(found, None)
-            except RuntimeError as error:  # torch's has no class of its own
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise TrainerError(
-                    f"--workers: one is lost, for want of memory? {one_line(error)}"
-                ) from error
+                if isinstance(batch, sharing.Packed):
+                    batch = batch.open()
             if batch is None:
                 return
             for index, why in zip(batch.bad, batch.reasons, strict=True):
@@ -115,6 +114,34 @@ class Reader:
             labels = batch.labels.to(self._device, non_blocking=True)
             indices = batch.indices.to(self._device, non_blocking=True)
             yield Part(pixels, labels, batch.epoch, indices)
+
+
+@contextmanager
+def _workers_told_of() -> Iterator[None]:
+    """What goes wrong between the trainer and its workers is told in a line."""
+    try:
+        yield
+    except (OSError, EOFError) as error:
+        why = failures.reason(error) if isinstance(error, OSError) else "a pipe is closed"
+        full = " in /dev/shm" if isinstance(error, OSError) and error.errno == ENOSPC else ""
+        text = f"--workers: {why}{full}; with --workers 0 the trainer reads alone"
+        raise TrainerError(text) from error
+    except RuntimeError as error:  # torch's has no class of its own
+        if "Too many open files" in str(error):
+            raise TrainerError(f"--workers: {failures.FILES}") from error
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainerError(
+            f"--workers: one is lost, for want of memory or of room in /dev/shm? {one_line(error)}"
+        ) from error
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without torch's advice on the number of workers, which the user has chosen."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        yield
 
 
 class _Requests:
@@ -138,13 +165,16 @@ class _Batch(NamedTuple):
     reasons: list[str]
 
 
-class _Images(Dataset[_Batch]):
+_Sent = _Batch | sharing.Packed[_Batch]
+
+
+class _Images(Dataset[_Sent]):
     """Reads a batch; picklable, for workers that are not forked."""
 
     def __init__(self, files: Sequence[tuple[str, int]], prepare: Prepare) -> None:
         self._files, self._prepare = files, prepare
 
-    def __getitem__(self, request: tuple[int, list[int]]) -> _Batch:
+    def __getitem__(self, request: tuple[int, list[int]]) -> _Sent:
         epoch, indices = request
         pixels, labels, good, bad, reasons = [], [], [], [], []
         for index in indices:
@@ -158,9 +188,12 @@ class _Images(Dataset[_Batch]):
                 pixels.append(image.permute(1, 2, 0))
                 labels.append(label)
                 good.append(index)
-        together = torch.stack(pixels) if pixels else torch.empty(0, 1, 1, 3, dtype=torch.uint8)
+        working = get_worker_info() is not None
+        stack = sharing.stack if working else torch.stack
+        together = stack(pixels) if pixels else torch.empty(0, 1, 1, 3, dtype=torch.uint8)
         label_tensor, index_tensor = (torch.tensor(n, dtype=torch.int64) for n in (labels, good))
-        return _Batch(together, label_tensor, epoch, index_tensor, bad, reasons)
+        batch = _Batch(together, label_tensor, epoch, index_tensor, bad, reasons)
+        return sharing.Packed(batch) if working else batch
 
 
 @contextmanager
@@ -177,6 +210,8 @@ def _child_signals_as_they_are() -> Iterator[None]:
 
 
 def _worker_signals(_worker: int) -> None:
-    # Ctrl-C reaches workers too, but the training process decides; it ends them with SIGTERM.
+    # Ctrl-C and a terminal's end reach workers too, but the training process decides; it ends them
+    # with SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

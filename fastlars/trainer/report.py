@@ -8,6 +8,7 @@ from typing import Any
 
 from fastlars.trainer import plots, repeat
 from fastlars.trainer.config import Config, recipe_of
+from fastlars.trainer.errors import printable
 from fastlars.trainer.log import read
 from fastlars.trainer.loop import Loop
 from fastlars.trainer.parts import Parts, fingerprint
@@ -26,7 +27,8 @@ _FILES = {
 def title(parts: Parts) -> str:
     """The run in a few words."""
     config = parts.config
-    return f"{config.recipe.upper()}, {config.model}, {parts.data.name}, batch {config.batch_size}"
+    data = printable(parts.data.name)
+    return f"{config.recipe.upper()}, {config.model}, {data}, batch {config.batch_size}"
 
 
 def introduction(parts: Parts) -> Iterator[str]:
@@ -79,10 +81,8 @@ def start_record(parts: Parts) -> dict[str, Any]:
 
 def draw_layers(parts: Parts) -> None:
     """Draw what the records say of layers; where that fails, the run is none the worse."""
-    try:
+    with plots.optional(parts.display.warn):
         plots.draw_layers(read(parts.run.log), parts.run.path)
-    except OSError as error:
-        parts.display.say(f"warning: no pictures of layers: {error}", error=True)
 
 
 def conclusion(loop: Loop, stopped_by: str | None, seconds: float) -> Iterator[str]:

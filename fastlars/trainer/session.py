@@ -13,13 +13,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from fastlars.trainer import (
     checkpoint,
     config,
     data,
     dryrun,
+    failures,
     findlr,
     repeat,
     report,
@@ -34,6 +33,7 @@ from fastlars.trainer.errors import TrainerError, printable
 from fastlars.trainer.log import Records, read
 from fastlars.trainer.loop import Loop
 from fastlars.trainer.mllog import MLLog
+from fastlars.trainer.optimizer import check_environment
 from fastlars.trainer.parts import Parts, Progress, fingerprint, progress_of
 from fastlars.trainer.rundir import RunDirectory
 from fastlars.trainer.signals import StopSignals
@@ -45,6 +45,8 @@ def run(command: Command) -> int:
     device = command.given.get("device", Config.device)
     timeout = command.given.get("timeout", Config.timeout)
     with world(device, timeout) as here:
+        with here.together():
+            check_environment(here.device)
         if command.dry_run:
             return _dry_run(command, here)
         return _find_lr(command, here) if command.find_lr else _train(command, here)
@@ -117,7 +119,7 @@ def _claimed(choose: Callable[[], RunDirectory], here: World) -> Iterator[RunDir
                 directory = choose()
                 warning = directory.claim()
         if warning:
-            tqdm.write(printable(f"warning: {warning}"), file=sys.stderr)
+            print(printable(f"warning: {warning}"), file=sys.stderr)
         yield directory
     finally:
         directory.release()
@@ -157,6 +159,7 @@ def _train(command: Command, here: World) -> int:
     started = time.perf_counter()
     with _job(command, here) as job, StopSignals() as stop:
         loop = _loop(job, command, here)
+        failures.folder = job.directory.path
         job.images.prepare()
         with _records(loop, job), loop.parts.display, here.connected():
             _introduce(loop, job.state)
@@ -216,7 +219,7 @@ def _begin(parts: Parts, command: Command, job: _Job, step: int) -> None:
         known = job.state["log_lines"] if job.state and parts.run.tensorboard.exists() else 0
         parts.log.open()
         if parts.config.tensorboard:
-            board = TensorBoard(parts.run.tensorboard, step)
+            board = TensorBoard(parts.run.tensorboard, step, parts.display.warn)
             for record in read(parts.run.log)[known:]:
                 board.record(record)
             parts.log.listeners.append(board)

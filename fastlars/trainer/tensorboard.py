@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from fastlars.trainer.checkpoint import NotSavedError
-from fastlars.trainer.errors import TrainerError
+from fastlars.trainer import failures, packages
+from fastlars.trainer.errors import TrainerError, one_line
 from fastlars.trainer.log import Record
 
 # Kind of record and name of value: where TensorBoard shows it.
@@ -24,11 +26,7 @@ _SCALARS = {
 
 def check(folder: Path) -> None:
     """Raise TrainerError where event files cannot be written in `folder`."""
-    try:
-        import torch.utils.tensorboard  # noqa: F401 - whether it can be had
-    except ImportError:
-        text = "--tensorboard: tensorboard is not installed: pip install 'fastlars[trainer]'"
-        raise TrainerError(text) from None
+    packages.load("torch.utils.tensorboard", "--tensorboard", "tensorboard")
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise TrainerError(f"--tensorboard: {folder} is no folder")
 
@@ -40,14 +38,19 @@ class TensorBoard:
         folder: where the event files go.
         step: the step that the run goes on from; what an earlier part of it wrote about later steps
             is not shown any more.
+        warn: what to do with a line that says why nothing more is shown.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(
+        self, folder: Path, step: int, warn: Callable[[str], None] = warnings.warn
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._folder = folder
-        with self._telling():
-            self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+        self._folder, self._warn = folder, warn
+        try:
+            self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1)
+        except OSError as error:
+            raise TrainerError(f"cannot write in {folder}: {error.strerror}") from error
 
     def record(self, record: Record) -> None:
         """Show one record."""
@@ -55,28 +58,40 @@ class TensorBoard:
         shown = {tag: record[key] for (k, key), tag in _SCALARS.items() if k == kind}
         if kind == "trust":
             shown = {f"trust_ratio/{name}": ratio for name, ratio in record["ratios"].items()}
-        with self._telling():
+        with self._optional() as writer:
             if kind == "start":
-                self._writer.add_text("run", record["title"])
+                writer.add_text("run", record["title"])
             for tag, value in shown.items():
                 if value is not None:
-                    self._writer.add_scalar(tag, value, step)
+                    writer.add_scalar(tag, value, step)
 
     def sync(self) -> None:
         """Have all on the disk that a checkpoint counts on."""
-        try:
-            self._writer.flush()
-        except OSError as error:
-            raise NotSavedError(f"cannot write in {self._folder}: {error.strerror}") from error
+        with self._optional() as writer:
+            writer.flush()
 
     def close(self) -> None:
         """No more records."""
-        with self._telling():
-            self._writer.close()
+        with self._optional() as writer:
+            writer.close()
+            self._writer = _Nothing()
 
     @contextmanager
-    def _telling(self) -> Iterator[None]:
+    def _optional(self) -> Iterator[Any]:
+        """Gives the board up where it cannot be written: the run is worth more.
+
+        It is written by a thread, whose error whoever writes next is told; any kind of error.
+        """
         try:
-            yield
-        except OSError as error:
-            raise TrainerError(f"cannot write in {self._folder}: {error.strerror}") from error
+            yield self._writer
+        except Exception as error:
+            self._writer = _Nothing()
+            why = failures.reason(error) if isinstance(error, OSError) else one_line(error)
+            self._warn(f"warning: no more TensorBoard in {self._folder}: {why}")
+
+
+class _Nothing:
+    """A writer that was given up."""
+
+    def __getattr__(self, _name: str) -> Callable[..., None]:
+        return lambda *_arguments: None

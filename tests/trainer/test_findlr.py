@@ -177,7 +177,7 @@ def test_a_signal_leaves_nothing_behind(
 
     monkeypatch.setattr(Step, "take", interrupted)
     outcome = train(*SHORT, "--output", tmp_path / "a" / "b")
-    assert outcome.status == 130
+    assert outcome.status == 143
     assert next(count) == 4
     assert files_below(tmp_path) == []
 

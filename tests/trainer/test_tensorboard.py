@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastlars.trainer.checkpoint import NotSavedError
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.loop import Loop
 from fastlars.trainer.tensorboard import TensorBoard
@@ -112,19 +111,3 @@ def test_where_nothing_can_be_written(tmp_path: Path, train: Train) -> None:
     assert outcome.status == 2
     assert f"--tensorboard: {tmp_path / 'tensorboard'} is no folder" in outcome.err
     assert files_below(tmp_path) == ["tensorboard"]
-
-
-def test_a_full_disk_is_an_error_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    board = TensorBoard(tmp_path / "tensorboard", 0)
-
-    def full(*_arguments: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(board._writer, "add_scalar", full)
-    monkeypatch.setattr(board._writer, "flush", full)
-    with pytest.raises(TrainerError, match="tensorboard: No space left on device"):
-        board.record({"kind": "test", "step": 1, "loss": 0.5, "accuracy": 0.5})
-    with pytest.raises(NotSavedError, match="tensorboard: No space left on device"):
-        board.sync()
-    monkeypatch.undo()
-    board.close()

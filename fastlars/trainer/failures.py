@@ -1,0 +1,93 @@
+"""What a user is told of an exception that ended the trainer: one line and an exit status."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+from fastlars.trainer.errors import TrainerError, one_line, printable
+from fastlars.trainer.signals import Interrupted
+
+# Reasons of the system that say enough without a file's name.
+_SURROUNDINGS = {
+    getattr(errno, name)
+    for name in (
+        "ENOSPC", "EDQUOT", "EMFILE", "ENFILE", "EIO", "EROFS", "ENOMEM", "EFBIG", "EAGAIN",
+        "ESTALE", "ENODEV", "ENOSYS", "EACCES", "EPERM", "ETIMEDOUT", "EHOSTUNREACH", "ENETDOWN",
+    )
+}  # fmt: skip
+FILES = "raise the limit of open files (ulimit -n), or lower --workers"
+_HINTS = {
+    errno.EMFILE: FILES,
+    errno.ENFILE: FILES,
+    errno.EAGAIN: "is there a limit of processes (ulimit -u)?",
+}
+_MEMORY = "lower --micro-batch, --image-size or --workers"
+
+# Where a trace is kept: a run's directory, once it has one.
+folder = Path()
+
+
+def told(error: BaseException) -> tuple[str, int]:
+    """The line, and the exit status: 128 + n for signal n, 2 for what a user can put right, 1."""
+    if isinstance(error, TrainerError):
+        return str(error), error.status
+    if isinstance(error, KeyboardInterrupt):
+        number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+        text = f"stopped by {number.name}; the last checkpoint, if there is one, is as it was"
+        return text, 128 + number
+    foreseen = _of_surroundings(error)
+    if foreseen is not None:
+        return printable(foreseen), 2
+    text = f"internal error: {type(error).__name__}: {one_line(error)}"
+    return printable(f"{text}; {_keep(error)}"), 1
+
+
+def reason(error: OSError) -> str:
+    """What the system says, the file's name if it has one, and what may help."""
+    text = error.strerror or one_line(error)
+    named = f"{os.fsdecode(error.filename)}: {text}" if error.filename else text
+    hint = _HINTS.get(error.errno or 0)
+    return printable(f"{named}: {hint}" if hint else named)
+
+
+def _of_surroundings(error: BaseException) -> str | None:
+    """The line for an exception that says something of the machine; None for all others."""
+    text = one_line(error)
+    if isinstance(error, MemoryError):
+        return f"out of memory: {_MEMORY}"
+    if isinstance(error, OSError):
+        known = error.filename is not None or error.errno in _SURROUNDINGS
+        return reason(error) if known else _by_text(text)
+    # torch has one class for nearly all that goes wrong; its allocators' errors are told by text.
+    return _by_text(text) if isinstance(error, RuntimeError) else None
+
+
+def _by_text(text: str) -> str | None:
+    if "out of memory" in text or "allocate memory" in text:
+        return f"out of memory: {_MEMORY} ({text})"
+    if "Too many open files" in text:
+        return f"{text}: {FILES}"
+    if "No space left on device" in text or "Disk quota exceeded" in text:
+        return text
+    return None
+
+
+def _keep(error: BaseException) -> str:
+    """Write the trace to a file; where it is. It goes to standard error where no file can be."""
+    trace = "".join(traceback.format_exception(error))
+    name = f"fastlars-trainer-{os.getpid()}.log"
+    for place in (folder, Path(), Path(tempfile.gettempdir())):
+        path = place / name
+        try:
+            path.write_text(trace, encoding="utf-8", errors="backslashreplace")
+        except OSError:
+            continue
+        return f"the trace is in {path}; please report it"
+    sys.stderr.write(trace)
+    return "please report it with the trace above"

@@ -1,0 +1,298 @@
+"""What goes wrong around a run: it goes on, or it ends with one line and the right status."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+
+from fastlars.trainer import config, errors
+from fastlars.trainer.loop import Loop
+from fastlars.trainer.tensorboard import TensorBoard
+from trainer.helpers import Outcome, disk_full_after, files_below, load, records, write_images
+
+Train = Callable[..., Outcome]
+SHORT = ("--epochs", 1, "--batch-size", 512)
+TESTS = Path(__file__).parents[1]
+
+
+def command(*arguments: object, before: str = "", after: str = "", **env: str) -> Outcome:
+    """The trainer with the tiny model, as a shell starts it."""
+    words = [sys.executable, str(TESTS / "trainer" / "run_tiny.py"), *map(str, arguments)]
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        ["bash", "-c", f'{before} "$@" {after}', "bash", *words],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def assert_one_line(outcome: Outcome, *parts: str) -> None:
+    assert outcome.status == 2, outcome
+    assert len(outcome.err.splitlines()) == 1, outcome.err
+    assert all(part in outcome.err for part in parts), outcome.err
+
+
+@pytest.mark.parametrize(
+    ("after", "why"),
+    [
+        (">/dev/full", "No space left on device"),
+        ("| true; exit ${PIPESTATUS[0]}", "Broken pipe"),
+        (">&- 2>&- <&-", ""),
+    ],
+)
+def test_nobody_takes_what_is_printed(tmp_path: Path, after: str, why: str) -> None:
+    outcome = command(*SHORT, "--output", tmp_path / "run", after=after)
+    assert outcome.status == 0, outcome
+    told = f"warning: standard output: {why}: nothing more is printed there, all else goes on\n"
+    assert outcome.err == (told if why else "")
+    assert records(tmp_path / "run")[-1]["finished"]
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
+def test_a_terminal_that_hangs_up(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Loop._step
+
+    def hung_up(self: Loop, *arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        step(self, *arguments)
+
+    monkeypatch.setattr(Loop, "_step", hung_up)
+    outcome = train(*SHORT, "--output", tmp_path / "run")
+    assert outcome.status == 129
+    assert "stopped by SIGHUP at step 1 of " in outcome.out
+    assert load(tmp_path / "run")["progress"]["step"] == 1
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    try:
+        assert train("--resume", "--output", tmp_path / "run").status == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("found", ["torch", "images"])
+def test_a_signal_before_the_first_step(tmp_path: Path, name: str, found: str) -> None:
+    """While torch is imported, or while workers read images: one line, and nothing is left."""
+    number = signal.Signals[name]
+    data, slow = tmp_path / "data", tmp_path / "slow"
+    for part in ("train", "val"):
+        for kind, seed in (("ant", 0), ("bee", 1)):
+            write_images(data / part / kind, 8, seed)
+    slow.mkdir()
+    hang = "import time; open({!r}, 'w').close(); time.sleep(60)".format(str(tmp_path / "there"))
+    module = "matplotlib" if found == "torch" else "PIL.PngImagePlugin"
+    (slow / "sitecustomize.py").write_text(
+        "import sys\nclass Slow:\n def find_spec(self, name, path=None, target=None):\n"
+        f"  if name == {module!r}:\n   {hang}\nsys.meta_path.insert(0, Slow())\n"
+    )
+    path = os.pathsep.join([str(slow), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    started = subprocess.Popen(
+        [sys.executable, "-m", "fastlars.trainer", "--data", str(data), "--workers", "1",
+         "--batch-size", "4", "--output", str(tmp_path / "run")],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "there").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.killpg(started.pid, number)  # as a terminal does
+        _, err = started.communicate(timeout=60)
+    finally:
+        if started.poll() is None:
+            os.killpg(started.pid, signal.SIGKILL)
+    assert started.returncode == 128 + number, err
+    assert len(err.splitlines()) == 1
+    assert f"fastlars.trainer: stopped by {name}" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("name", ["my_$a_$b", os.fsdecode(b"caf\xe9"), "a\nb"])
+def test_names_that_are_no_formulas(tmp_path: Path, train: Train, images: Path, name: str) -> None:
+    images.rename(tmp_path / name)
+    flags = ("--data", tmp_path / name, "--workers", 0, "--batch-size", 12, "--epochs", 1)
+    outcome = train(*flags, "--tensorboard", "--output", tmp_path / "run")
+    assert outcome.status == 0, outcome.err
+    assert outcome.err == ""
+    sweep = train(*flags, "--find-lr", "--output", tmp_path / "sweep")
+    assert (sweep.status, sweep.err) == (0, "")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_pictures_that_cannot_be_drawn(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_arguments: object, **_options: object) -> None:
+        raise ValueError("no such font\nat all")
+
+    monkeypatch.setattr(Figure, "savefig", broken)
+    outcome = train(*SHORT, "--output", tmp_path / "run")
+    assert outcome.status == 0
+    assert outcome.err == "warning: no picture: no such font\n" * 2
+    assert {"trust.csv", "norms.csv"} <= set(files_below(tmp_path / "run"))
+    sweep = train(*SHORT, "--find-lr", "--output", tmp_path / "sweep")
+    assert sweep.status == 0
+    assert "suggested: " in sweep.out
+    assert files_below(tmp_path / "sweep") == ["lr_find.csv"]
+
+
+def test_tensorboard_without_disk(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its thread fails first; whoever writes next is told."""
+    from fastlars.trainer import console
+
+    told: list[str] = []
+    with console.guarded():
+        board = TensorBoard(tmp_path / "tensorboard", 0, told.append)
+        with disk_full_after(300):
+            for step in range(100):
+                board.record({"kind": "test", "step": step, "loss": 0.5, "accuracy": 0.5})
+                if step % 10 == 9:
+                    board.sync()
+            board.close()
+    assert told == [f"warning: no more TensorBoard in {tmp_path / 'tensorboard'}: File too large"]
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.skipif(not shutil.which("unshare"), reason="there is no unshare")
+def test_shared_memory_too_small_for_a_batch(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        for kind, seed in (("ant", 0), ("bee", 1)):
+            write_images(tmp_path / "data" / part / kind, 6, seed)
+    mount = "unshare -rm bash -c 'mount -t tmpfs -o size=1000k tmpfs /dev/shm && exec \"$@\"' bash"
+    if subprocess.run(f"{mount} true", shell=True, capture_output=True).returncode != 0:
+        pytest.skip("this user may not mount")
+    flags = ("--data", tmp_path / "data", "--workers", 2, "--image-size", 224, "--batch-size", 12)
+    outcome = command(*flags, "--epochs", 1, "--output", tmp_path / "run", before=mount)
+    assert (outcome.status, outcome.err) == (0, "")
+    assert records(tmp_path / "run")[-1]["finished"]
+
+
+def test_too_few_open_files(tmp_path: Path, images: Path) -> None:
+    flags = ("--data", images, "--workers", 4, "--image-size", 72, "--batch-size", 12)
+    run = tmp_path / "run"
+    outcome = command(*flags, "--epochs", 1, "--output", run, before="ulimit -n 20;")
+    assert_one_line(outcome, "--workers: Too many open files", "ulimit -n")
+    assert not run.exists()
+    alone = (*flags, "--workers", 0, "--epochs", 1, "--output", run)
+    assert command(*alone, before="ulimit -n 20;").status == 0
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "torchvision", "torch", "tqdm"])
+def test_a_package_that_does_not_load(tmp_path: Path, module: str) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nclass Broken:\n def find_spec(self, name, path=None, target=None):\n"
+        f"  if name == {module!r}: raise RuntimeError('operator x does not exist')\n"
+        "sys.meta_path.insert(0, Broken())\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "fastlars.trainer", "--output", str(tmp_path / "run")],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    outcome = Outcome(done.returncode, done.stdout, done.stderr)
+    assert_one_line(outcome, f"{module} is there but does not load: operator x", "pip install")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set: start the processes with"),
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE must be a number from 1 to 2147483647, got 'abc'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE must be a number from 1"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK must be a number from 0 to 1, got '2'"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": ""}, "but MASTER_ADDR is not set"),
+        ({"WORLD_SIZE": "2", "MASTER_PORT": "99999"}, "MASTER_PORT must be a number from 1 to"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "-1"}, "LOCAL_RANK must be a number from 0 to 1"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "x.invalid"}, "process 1 does not reach the others"),
+        ({"FASTLARS_BACKEND": "tritn"}, "FASTLARS_BACKEND must be one of cpu, cuda, triton"),
+        ({"FASTLARS_BACKEND": "cuda"}, "FASTLARS_BACKEND=cuda, but "),
+        ({"FASTLARS_CUDA_PATH": "one"}, "FASTLARS_CUDA_PATH must be one of one-launch, two"),
+        ({"FASTLARS_CHECK": "no"}, "FASTLARS_CHECK must be 0 or 1, got 'no'"),
+    ],
+)
+@pytest.mark.usefixtures("tiny")
+def test_the_environment_is_checked_first(
+    tmp_path: Path,
+    train: Train,
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, str],
+    message: str,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    if len(given) > 1:
+        usual = {"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29811"}
+        given = usual | given
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    outcome = train(*SHORT, "--timeout", 2, "--output", tmp_path / "run")
+    assert_one_line(outcome, message)
+    assert outcome.out == ""
+    assert files_below(tmp_path) == []
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
+def test_an_error_of_ours_leaves_its_trace_in_a_file(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(_self: Loop) -> None:
+        raise KeyError("no such thing")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Loop, "_finish_epoch", wrong)
+    name = f"fastlars-trainer-{os.getpid()}.log"
+    flags = (*SHORT, "--checkpoint-every", 1, "--output", "run")
+    for place, more in (("", (*flags[:-1], "gone", "--checkpoint-every", 0)), ("run/", flags)):
+        outcome = train(*more)
+        assert outcome.status == 1
+        told = f"internal error: KeyError: 'no such thing'; the trace is in {place}{name}; please"
+        assert len(outcome.err.splitlines()) == 1
+        assert told in outcome.err
+        assert "in wrong\n" in (tmp_path / place / name).read_text()
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "out of memory: lower --micro-batch, --image-size or --workers"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of mem"),
+        (OSError(28, "No space left on device", "a\nb"), r"a\nb: No space left on device"),
+        (OSError(24, "Too many open files"), "raise the limit of open files (ulimit -n)"),
+        (OSError(5, "Input/output error"), "error: Input/output error"),
+    ],
+)
+def test_what_the_machine_lacks_is_a_line(
+    train: Train, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    def lacking(*_arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(config, "fresh", lacking)
+    assert_one_line(train(*SHORT), message)
+
+
+def test_what_a_worker_raises_is_named() -> None:
+    text = "Caught OSError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
+    text += 'last):\n  File "x", line 1\nOSError: [Errno 5] Input/output error\n'
+    assert errors.one_line(OSError(text)) == "OSError: [Errno 5] Input/output error"
