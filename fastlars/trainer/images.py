@@ -26,6 +26,7 @@ except ImportError:  # torchvision 0.29 announces its end
 # data set, and some have the file run by other programs (EPS by Ghostscript).
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
 _IN_MEMORY = 2**30  # bytes of a file that torchvision gets as a whole
+_EMPTY, _A_BYTE = 2**22, 10_000  # pixels that a file may have without any bytes, and more for each
 _LONGEST_REASON = 200  # characters
 _WHITE_IS_ZERO, _BITS, _MAXIMA = 262, 258, (281, 341)  # TIFF's tags
 
@@ -65,7 +66,7 @@ def sides(path: str) -> tuple[int, int]:
 def reason(error: Exception) -> str:
     """Why an image cannot be read, in a few words."""
     if isinstance(error, UnidentifiedImageError):
-        return "no JPEG, PNG, GIF, BMP, PPM, TIFF or WebP image, or a damaged one"
+        return "not an image (JPEG, PNG, GIF, BMP, PPM, TIFF, WebP), or damaged"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     known = (BadImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -77,15 +78,21 @@ def reason(error: Exception) -> str:
 def _opened(path: str) -> Iterator[Image.Image]:
     """The image at `path`, of which the header has been read.
 
-    PIL refuses headers of more than 2 * Image.MAX_IMAGE_PIXELS (179 million) pixels. For damaged
-    files it raises exceptions of many kinds.
+    PIL refuses headers of more than 2 * Image.MAX_IMAGE_PIXELS (179 million) pixels. Some of its
+    decoders, and libjpeg, make up what is missing from a short file. For damaged files it raises
+    exceptions of many kinds.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait for its writer
+        about = os.stat(path)
+        if not stat.S_ISREG(about.st_mode):  # opening a FIFO would wait for its writer
             raise BadImageError("not a regular file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path, formats=_FORMATS) as image:
+                if image.width * image.height > _EMPTY + _A_BYTE * about.st_size:
+                    raise BadImageError(
+                        f"{image.width} x {image.height} pixels in {about.st_size} bytes"
+                    )
                 yield image
     except BadImageError:
         raise

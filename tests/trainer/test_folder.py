@@ -127,7 +127,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "text for an image": (
         lambda root: (root / "train" / "ant" / "000.png").write_text("hello"),
-        "cannot read image {0}/train/ant/000.png: not an image, or damaged",
+        "cannot read image {0}/train/ant/000.png: not an image (JPEG, ",
     ),
     "a link to where it is": (
         lambda root: (root / "train" / "bee" / "again").symlink_to("."),

@@ -12,6 +12,7 @@ from PIL import Image
 from fastlars.trainer import images
 
 WIDTH, HEIGHT = 40, 24
+NO_IMAGE = "not an image (JPEG, PNG, GIF, BMP, PPM, TIFF, WebP), or damaged"
 
 
 def smooth() -> Image.Image:
@@ -65,9 +66,9 @@ def test_16_bits_of_grey_keep_their_range(tmp_path: Path, suffix: str, order: st
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [
-        ("empty.png", b"", "not an image, or damaged"),
-        ("text.jpg", b"hello", "not an image, or damaged"),
-        ("folder.png", None, "Is a directory"),
+        ("empty.png", b"", NO_IMAGE),
+        ("text.jpg", b"hello", NO_IMAGE),
+        ("folder.png", None, "not a regular file"),
         ("absent.png", None, "No such file or directory"),
     ],
 )
@@ -115,5 +116,5 @@ def test_an_animation_is_its_first_picture(tmp_path: Path, kind: str) -> None:
 
 def test_floats_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.ones((9, 9), np.float32)).save(tmp_path / "image.tif")
-    with pytest.raises(ValueError, match="no known range"):
+    with pytest.raises(images.BAD, match="no known range"):
         images.decode(str(tmp_path / "image.tif"))

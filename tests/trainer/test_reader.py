@@ -16,7 +16,7 @@ import torch
 from fastlars.trainer import reader
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.listing import find
-from fastlars.trainer.reader import Reader, Skipped
+from fastlars.trainer.reader import Reader, Skipped, readers
 from fastlars.trainer.resident import TEST
 from fastlars.trainer.transforms import Augmented, Centre
 from trainer.helpers import Outcome, assert_same, load, records, write_images
@@ -27,7 +27,8 @@ CPU = torch.device("cpu")
 
 
 def made(root: Path, workers: int, limit: int = 0) -> Reader:
-    return Reader(find(str(root)).train, Centre(16, whole=True), workers, CPU, Skipped(limit))
+    kinds = [(find(str(root)).train, Centre(16, whole=True))]
+    return readers(kinds, workers, CPU, Skipped(limit))[0]
 
 
 def damage(path: Path) -> str:
@@ -74,7 +75,7 @@ def test_skipping(images: Path, capfd: pytest.CaptureFixture[str], workers: int)
     """Bad images leave their batches, are told of once, and count once."""
     bad = [damage(images / "train" / name) for name in ("ant/003.png", "bee/007.png")]
     skipped = Skipped(2)
-    some = Reader(find(str(images)).train, Centre(16, whole=True), workers, CPU, skipped)
+    [some] = readers([(find(str(images)).train, Centre(16, whole=True))], workers, CPU, skipped)
     for _ in range(2):
         one, other, none = some.read(
             [(0, torch.tensor([20, 19, 3, 0])), (0, torch.tensor([2, 4])), (0, torch.tensor([3]))]
