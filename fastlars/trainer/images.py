@@ -48,11 +48,11 @@ def decode(path: str) -> torch.Tensor:
     process (0.29), and of an animation it gives all pictures. What torchvision refuses is PIL's
     too, which says better what is wrong.
     """
-    with _opened(path) as image:
+    with _opened(path) as image, _stderr_closed():
         jpeg = isinstance(image, JpegImageFile)
         if jpeg and decode_image is not None and os.path.getsize(path) <= _IN_MEMORY:
             content = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
-            with suppress(RuntimeError, ValueError), _stderr_closed():
+            with suppress(RuntimeError, ValueError):
                 return decode_image(content, mode="RGB")
         return _by_pil(image)
 
@@ -102,7 +102,7 @@ def _opened(path: str) -> Iterator[Image.Image]:
 
 @contextmanager
 def _stderr_closed() -> Iterator[None]:
-    """Of damage that libjpeg mends it tells on stderr, past Python, and without the file's name."""
+    """libjpeg and libtiff tell of damage on stderr, past Python, and without the file's name."""
     try:
         before = os.dup(2)
     except OSError:  # there is none
