@@ -30,8 +30,17 @@ _EMPTY, _A_BYTE = 2**22, 10_000  # pixels that a file may have without any bytes
 _LONGEST_REASON = 200  # characters
 _WHITE_IS_ZERO, _BITS, _MAXIMA = 262, 258, (281, 341)  # TIFF's tags
 
-# Of a damaged file one line is told, the reason; without a handler PIL's records go to stderr.
-logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+def _hush_pil() -> None:
+    """Of a damaged file one line is told, the reason.
+
+    Not for each image: that would have other libraries' warnings shown again every time.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # without one, stderr is
+
+
+_hush_pil()
 
 
 class BadImageError(Exception):
@@ -86,14 +95,12 @@ def _opened(path: str) -> Iterator[Image.Image]:
         about = os.stat(path)
         if not stat.S_ISREG(about.st_mode):  # opening a FIFO would wait for its writer
             raise BadImageError("not a regular file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=_FORMATS) as image:
-                if image.width * image.height > _EMPTY + _A_BYTE * about.st_size:
-                    raise BadImageError(
-                        f"{image.width} x {image.height} pixels in {about.st_size} bytes"
-                    )
-                yield image
+        with Image.open(path, formats=_FORMATS) as image:
+            if image.width * image.height > _EMPTY + _A_BYTE * about.st_size:
+                raise BadImageError(
+                    f"{image.width} x {image.height} pixels in {about.st_size} bytes"
+                )
+            yield image
     except BadImageError:
         raise
     except Exception as error:

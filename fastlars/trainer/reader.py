@@ -107,23 +107,35 @@ class _Reading:
 
 
 class _Requests:
-    """What the loader is to fetch: for the reading that began last, for those before it then."""
+    """What the loader is to fetch: for the reading that began last, then for those before it.
 
-    def __init__(self) -> None:
+    Once there is nothing, there is nothing until all has arrived and the loader begins anew: it
+    asks as often as something arrives, so that else few workers would have something to do.
+
+    Args:
+        ahead: how many batches may be on their way; as many may wait for a reading.
+    """
+
+    def __init__(self, ahead: int) -> None:
+        self._ahead, self._ended = ahead, False
         self.readings: list[_Reading] = []
         self.sent: deque[_Reading] = deque()  # whose the batches on their way are, in order
 
     def __iter__(self) -> Iterator[tuple[int, Asked]]:
+        self._ended = False
         return self
 
     def __next__(self) -> tuple[int, Asked]:
-        for reading in reversed(self.readings):
+        for reading in [] if self._ended else reversed(self.readings):
+            if reading is not self.readings[-1] and not len(reading.arrived) <= self._ahead > 0:
+                break
             for epoch, indices in reading.batches:
                 self.sent.append(reading)
                 reading.on_their_way += 1
                 # Lists: a tensor would travel to the worker through a file of its own.
                 return reading.kind, (epoch, indices.tolist())
             reading.asked_all = True
+        self._ended = True
         raise StopIteration
 
 
@@ -135,7 +147,7 @@ class _Pool:
 
     def __init__(self, kinds: Sequence[_Images], workers: int, device: torch.device) -> None:
         self.device = device
-        self._requests = _Requests()
+        self._requests = _Requests(workers * _AHEAD)
         self._loader: DataLoader[Any] = DataLoader(
             _Kinds(kinds),
             batch_size=None,  # a request is a whole batch
@@ -154,8 +166,6 @@ class _Pool:
     def read(self, kind: int, batches: Iterable[tuple[int, torch.Tensor]]) -> Iterator[_Batch]:
         """The batches of one kind, in order."""
         requests = self._requests
-        while requests.sent and not requests.readings:  # of readings that were given up
-            self._receive()
         reading = _Reading(kind, iter(batches))
         requests.readings.append(reading)
         try:
@@ -171,7 +181,7 @@ class _Pool:
         """Hand the next batch, where there is one, to whoever asked for it."""
         # A test takes place in inference mode, and a batch of the training may arrive meanwhile.
         with torch.inference_mode(False):
-            if not self._requests.sent:  # the loader is idle, and would not ask by itself
+            if not self._requests.sent:
                 with _child_signals_as_they_are():
                     self._found = iter(self._loader)
             try:

@@ -215,6 +215,7 @@ def test_one_limit_for_all_formats(
     path = str(tmp_path / "image")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        images._hush_pil()
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", WIDTH * HEIGHT // 2)
         assert images.decode(path).shape == (3, HEIGHT, WIDTH)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", WIDTH * HEIGHT // 2 - 1)

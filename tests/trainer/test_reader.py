@@ -56,6 +56,55 @@ def test_a_reading_may_be_given_up(images: Path) -> None:
     assert again == [7, 5]
 
 
+def of_both_kinds(root: Path, workers: int) -> list[Reader]:
+    found = find(str(root))
+    kinds = [(found.train, Augmented(16, 3)), (found.test, Centre(16, whole=True))]
+    return readers(kinds, workers, CPU, Skipped(0))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_test_amid_the_training(images: Path, workers: int) -> None:
+    """By the same workers, in inference mode; neither sees anything of the other."""
+    asked = [(epoch, torch.arange(epoch % 3, 30, 3)) for epoch in range(20)]
+    tests = [(TEST, torch.arange(n)) for n in (5, 1, 15)]
+    alone, expected = (
+        list(some.read(batches))
+        for some, batches in zip(of_both_kinds(images, 0), (asked, tests), strict=True)
+    )
+    others = set(multiprocessing.active_children())
+    training, testing = of_both_kinds(images, workers)
+    found, reading = [], training.read(asked)
+    for amount in (1, 9, 0, 10):
+        found += [next(reading) for _ in range(amount)]
+        with torch.inference_mode():
+            assert_same([tuple(part) for part in testing.read(tests)], [*map(tuple, expected)])
+            next(testing.read(tests))  # one that is given up
+        assert len(set(multiprocessing.active_children()) - others) == workers
+    assert_same([tuple(part) for part in found], [tuple(part) for part in alone])
+    assert not any(part.labels.is_inference() for part in found)
+    assert next(reading, None) is None
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_test_asks_for_little_of_the_training(images: Path, workers: int) -> None:
+    """However short the epochs are, what waits for the training does not grow."""
+    asked = 0
+
+    def requests() -> Iterator[Asked]:
+        nonlocal asked
+        while True:
+            asked += 1
+            yield 0, torch.arange(4)
+
+    training, testing = of_both_kinds(images, workers)
+    reading = training.read(requests())
+    for taken in range(1, 30):
+        next(reading)
+        tests = 9 if taken % 2 else 1
+        assert len(list(testing.read([(TEST, torch.arange(3))] * tests))) == tests
+        assert taken <= asked <= taken + 2 * workers * reader._AHEAD
+
+
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_the_queue_is_bounded(images: Path, workers: int) -> None:
     asked = 0
