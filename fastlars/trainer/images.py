@@ -37,6 +37,7 @@ def _hush_pil() -> None:
     Not for each image: that would have other libraries' warnings shown again every time.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    warnings.filterwarnings("ignore", "The image decoding", DeprecationWarning)  # torchvision's
     logging.getLogger("PIL").addHandler(logging.NullHandler())  # without one, stderr is
 
 
@@ -57,7 +58,7 @@ def decode(path: str) -> torch.Tensor:
     process (0.29), and of an animation it gives all pictures. What torchvision refuses is PIL's
     too, which says better what is wrong.
     """
-    with _opened(path) as image, _stderr_closed():
+    with _opened(path) as image, _stderr_silent():
         jpeg = isinstance(image, JpegImageFile)
         if jpeg and decode_image is not None and os.path.getsize(path) <= _IN_MEMORY:
             content = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
@@ -108,7 +109,7 @@ def _opened(path: str) -> Iterator[Image.Image]:
 
 
 @contextmanager
-def _stderr_closed() -> Iterator[None]:
+def _stderr_silent() -> Iterator[None]:
     """libjpeg and libtiff tell of damage on stderr, past Python, and without the file's name."""
     try:
         before = os.dup(2)
