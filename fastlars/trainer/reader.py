@@ -109,8 +109,8 @@ class _Reading:
 class _Requests:
     """What the loader is to fetch: for the reading that began last, then for those before it.
 
-    Once there is nothing, there is nothing until all has arrived and the loader begins anew: it
-    asks as often as something arrives, so that else few workers would have something to do.
+    Where there is nothing to fetch, it stays so until all has arrived and the loader begins anew.
+    It asks only when something arrives: with one batch on its way, one worker would work for ever.
 
     Args:
         ahead: how many batches may be on their way; as many may wait for a reading.

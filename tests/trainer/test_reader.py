@@ -86,7 +86,8 @@ def test_a_test_amid_the_training(images: Path, workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_a_test_asks_for_little_of_the_training(images: Path, workers: int) -> None:
+@pytest.mark.parametrize("rounds", [2, 29])
+def test_a_test_asks_for_little_of_the_training(images: Path, workers: int, rounds: int) -> None:
     """However short the epochs are, what waits for the training does not grow."""
     asked = 0
 
@@ -98,11 +99,14 @@ def test_a_test_asks_for_little_of_the_training(images: Path, workers: int) -> N
 
     training, testing = of_both_kinds(images, workers)
     reading = training.read(requests())
-    for taken in range(1, 30):
+    for taken in range(1, rounds + 1):
         next(reading)
-        tests = 9 if taken % 2 else 1
+        tests = 9 if taken % 5 == 0 else 1
         assert len(list(testing.read([(TEST, torch.arange(3))] * tests))) == tests
         assert taken <= asked <= taken + 2 * workers * reader._AHEAD
+    for taken in range(rounds + 1, rounds + 31):
+        next(reading)
+    assert asked == taken + workers * reader._AHEAD  # and all workers have something to do again
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
