@@ -8,7 +8,6 @@ import torch
 from tqdm import tqdm
 
 from fastlars.trainer.errors import TrainerError
-from fastlars.trainer.listing import Files
 from fastlars.trainer.reader import Reader
 from fastlars.trainer.resident import TEST, Resident
 
@@ -34,11 +33,9 @@ def wanted(cache: str, side: int, images: int, device: torch.device) -> bool:
     return images * side * side * 3 <= limit
 
 
-def keep(
-    reader: Reader, files: Files, side: int, device: torch.device, *, what: str, shown: bool
-) -> Resident:
+def keep(reader: Reader, side: int, device: torch.device, *, what: str, shown: bool) -> Resident:
     """Read every image once, showing how far it is."""
-    count, started = len(files), time.perf_counter()
+    count, started = len(reader.files), time.perf_counter()
     try:
         pixels = torch.empty(count, side, side, 3, dtype=torch.uint8, device=device)
     except RuntimeError as error:
@@ -47,18 +44,18 @@ def keep(
             f"--cache: {count} images take {size:.1f} GiB, more than {device} has"
         ) from error
     missing = set(range(count))
-    batches = ((TEST, indices) for indices in torch.arange(count).split(_AT_ONCE))
+    asked = torch.arange(count).split(_AT_ONCE)
     with tqdm(
         total=count, desc=f"reading {what} images", unit="img", disable=None if shown else True
     ) as bar:
-        for part in reader.read(batches):
+        for indices, part in zip(asked, reader.read((TEST, i) for i in asked), strict=True):
             pixels[part.indices] = part.pixels
             missing.difference_update(part.indices.tolist())
-            bar.update(_AT_ONCE)
+            bar.update(len(indices))
     if shown:
         tqdm.write(
             f"read {count - len(missing)} {what} images in {time.perf_counter() - started:.1f} s: "
             f"{pixels.nbytes / 1e6:.1f} MB, kept on {device.type}"
         )
-    labels = torch.tensor([label for _, label in files], device=device)
+    labels = torch.tensor([label for _, label in reader.files], device=device)
     return Resident(pixels, labels, missing)

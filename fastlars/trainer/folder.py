@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from fastlars.trainer import cache, images, listing
 from fastlars.trainer.data import Batch
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.listing import Files
-from fastlars.trainer.reader import Prepare, Reader, Skipped
+from fastlars.trainer.reader import Prepare, Reader, Skipped, readers
 from fastlars.trainer.resident import TEST, Moves, Part, Resident
 from fastlars.trainer.transforms import Augmented, Centre
 
 _SMALL = cache.LARGEST
 _LARGE = 224
+_LOOKED_AT = 256  # images whose headers tell the size, spread over the classes
+_MOST_CLASSES = 1024  # of which one is looked at, where there are more than that
 _MARGIN = 1 / 8  # 4 of 32 pixels, as in He et al. (2016) for CIFAR
 # Mean and deviation of ImageNet's channels, on the scale of bytes.
 _MEAN = (123.675, 116.28, 103.53)
@@ -79,16 +86,15 @@ class Folder:
     def prepare(self) -> None:
         """Read what is kept on the device; the first batch would do so too."""
         if not self._sources:
-            for kind in zip(self._files, self._prepares, ("training", "test"), strict=True):
-                self._sources.append(self._source(*kind))
+            kinds = list(zip(self._files, self._prepares, strict=True))
+            made = readers(kinds, self._workers, self._device, self._skipped)
+            if self._kept:
+                self._sources = [*map(self._read, made, ("training", "test"))]
+            else:
+                self._sources = [*made]
 
-    def _source(self, files: Files, prepare: Prepare, what: str) -> Reader | Resident:
-        reader = Reader(files, prepare, self._workers, self._device, self._skipped)
-        if not self._kept:
-            return reader
-        return cache.keep(
-            reader, files, self.image_size, self._device, what=what, shown=self._shown
-        )
+    def _read(self, reader: Reader, what: str) -> Resident:
+        return cache.keep(reader, self.image_size, self._device, what=what, shown=self._shown)
 
     @property
     def skipped(self) -> int:
@@ -118,13 +124,41 @@ class Folder:
         return (part.pixels.permute(0, 3, 1, 2).float() - self._mean) / self._std, part.labels
 
 
+_T = TypeVar("_T")
+
+
 def _native_size(files: Files, skipped: Skipped) -> int:
     """The side of small images, which are used as they are; 224 for others."""
-    for path, _ in files:
+    looked_at, found = _sample(files), set()
+    for path, _ in looked_at:
         try:
-            longest = max(images.sides(path))
+            found.add(max(images.sides(path)))
         except images.BAD as error:
             skipped.add(path, images.reason(error))
-        else:
-            return max(longest, 8) if longest <= _SMALL else _LARGE
-    raise TrainerError("--data: none of the training images can be read")
+    if not found:
+        raise TrainerError(
+            f"--data: none of {len(looked_at)} training images can be read, so their size is not "
+            "known: set --image-size"
+        )
+    smallest, largest = min(found), max(found)
+    side = max(largest, 8) if largest <= _SMALL else _LARGE
+    if smallest < largest and smallest <= _SMALL and skipped.shown:
+        tqdm.write(
+            f"warning: the longer sides of {len(looked_at)} training images are from {smallest} to "
+            f"{largest} pixels: all are brought to {side} (--image-size sets another)",
+            file=sys.stderr,
+        )
+    return side
+
+
+def _sample(files: Files) -> Files:
+    """Some images of every class, always the same."""
+    classes = [list(group) for _, group in groupby(files, key=itemgetter(1))]
+    each = max(_LOOKED_AT // len(classes), 1)
+    return [file for group in _spread(classes, _MOST_CLASSES) for file in _spread(group, each)]
+
+
+def _spread(items: Sequence[_T], most: int) -> list[_T]:
+    """At most that many of the items, from the first on, evenly."""
+    count = min(len(items), most)
+    return [items[i * len(items) // count] for i in range(count)]

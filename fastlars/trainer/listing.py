@@ -1,4 +1,7 @@
-"""Which images a folder holds: train/ and val/ (or test/), one folder a class."""
+"""Which images a folder holds: train/ and val/ (or test/), one folder a class.
+
+What is hidden, by a dot, is left out at every depth: what systems and editors keep beside images.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,11 @@ def _subfolders(folder: Path) -> list[Path]:
             found = [Path(entry.path) for entry in entries if entry.is_dir()]
     except OSError as error:
         _refuse(error)
-    return sorted(path for path in found if not path.name.startswith("."))
+    return sorted(path for path in found if not _hidden(path.name))
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
 def _classes(train: Path, test: Path) -> tuple[str, ...]:
@@ -64,13 +71,13 @@ def _files(folder: Path, classes: Sequence[str]) -> Files:
     for label, name in enumerate(classes):
         before = len(files)
         for place, subfolders, names in os.walk(folder / name, onerror=_refuse, followlinks=True):
-            subfolders.sort()
+            subfolders[:] = sorted(name for name in subfolders if not _hidden(name))
             for subfolder in subfolders:
                 _check_link(Path(place, subfolder))
             files += [
                 (os.path.join(place, file), label)
                 for file in sorted(names)
-                if file.lower().endswith(_SUFFIXES)
+                if file.lower().endswith(_SUFFIXES) and not _hidden(file)
             ]
         if len(files) == before:
             raise TrainerError(f"--data: class folder {folder / name} has no images")

@@ -116,7 +116,12 @@ class Loop:
 
     def _finish_epoch(self) -> None:
         progress = self.progress
-        test = self.evaluate()
+        try:
+            test = self.evaluate()
+        except TrainerError:
+            if self.parts.world.size == 1:  # others may be in the middle of their evaluation
+                self._save()  # a bad test image must not cost an epoch of training
+            raise
         self._check(math.isfinite(test.loss), "the test loss")
         progress.evaluated += 1
         progress.last_accuracy = test.accuracy

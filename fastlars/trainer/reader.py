@@ -5,8 +5,10 @@ from __future__ import annotations
 import signal
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from errno import ENOSPC
 from typing import Any, NamedTuple
 
@@ -16,12 +18,14 @@ from tqdm import tqdm
 
 from fastlars.trainer import failures, images, sharing
 from fastlars.trainer.errors import TrainerError, one_line, printable
+from fastlars.trainer.listing import Files
 from fastlars.trainer.resident import Part
 
 _AHEAD = 2  # batches that each worker may have finished
 _NAMED = 5  # bad images that the error names
 
 Prepare = Callable[[torch.Tensor, int, int], torch.Tensor]  # image, epoch, index
+Asked = tuple[int, list[int]]  # epoch, indices
 
 
 class Skipped:
@@ -61,29 +65,94 @@ class Skipped:
 
 
 class Reader:
-    """Reads images of one kind; one reading at a time.
+    """Reads images of one kind. Made by `readers`; its workers may read another kind meanwhile."""
+
+    def __init__(self, pool: _Pool, kind: int, files: Files, skipped: Skipped) -> None:
+        self._pool, self._kind, self.files, self._skipped = pool, kind, files, skipped
+
+    def read(self, batches: Iterable[tuple[int, torch.Tensor]]) -> Iterator[Part]:
+        """The images at each (epoch, indices), in that order, without those that are bad."""
+        device = self._pool.device
+        for batch in self._pool.read(self._kind, batches):
+            for index, why in zip(batch.bad, batch.reasons, strict=True):
+                self._skipped.add(self.files[index][0], why)
+            pixels = batch.pixels.to(device, non_blocking=True)
+            labels = batch.labels.to(device, non_blocking=True)
+            indices = batch.indices.to(device, non_blocking=True)
+            yield Part(pixels, labels, batch.epoch, indices)
+
+
+def readers(
+    kinds: Sequence[tuple[Files, Prepare]], workers: int, device: torch.device, skipped: Skipped
+) -> list[Reader]:
+    """A reader for each kind of images, all with the same worker processes.
 
     Args:
-        files: path and label of each.
-        prepare: what is done to an image; the results must be of one shape.
+        kinds: the images, and what is done to each; the results must be of one shape.
         workers: processes that read; 0: the calling one.
         device: where the batches are put.
         skipped: where images that cannot be read are counted.
     """
+    pool = _Pool([_Images(*kind) for kind in kinds], workers, device)
+    return [Reader(pool, number, files, skipped) for number, (files, _) in enumerate(kinds)]
 
-    def __init__(
-        self,
-        files: Sequence[tuple[str, int]],
-        prepare: Prepare,
-        workers: int,
-        device: torch.device,
-        skipped: Skipped,
-    ) -> None:
-        self._files, self._device, self._skipped = files, device, skipped
-        self._requests = _Requests()
+
+@dataclass(eq=False)
+class _Reading:
+    """Batches of one kind that somebody goes through."""
+
+    kind: int
+    batches: Iterator[tuple[int, torch.Tensor]]
+    arrived: deque[_Batch] = field(default_factory=deque)
+    on_their_way: int = 0
+    asked_all: bool = False
+
+
+class _Requests:
+    """What the loader is to fetch: for the reading that began last, then for those before it.
+
+    Where there is nothing to fetch, it stays so until all has arrived and the loader begins anew.
+    It asks only when something arrives: with one batch on its way, one worker would work for ever.
+
+    Args:
+        ahead: how many batches may be on their way; as many may wait for a reading.
+    """
+
+    def __init__(self, ahead: int) -> None:
+        self._ahead, self._ended = ahead, False
+        self.readings: list[_Reading] = []
+        self.sent: deque[_Reading] = deque()  # whose the batches on their way are, in order
+
+    def __iter__(self) -> Iterator[tuple[int, Asked]]:
+        self._ended = False
+        return self
+
+    def __next__(self) -> tuple[int, Asked]:
+        for reading in [] if self._ended else reversed(self.readings):
+            if reading is not self.readings[-1] and not len(reading.arrived) <= self._ahead > 0:
+                break
+            for epoch, indices in reading.batches:
+                self.sent.append(reading)
+                reading.on_their_way += 1
+                # Lists: a tensor would travel to the worker through a file of its own.
+                return reading.kind, (epoch, indices.tolist())
+            reading.asked_all = True
+        self._ended = True
+        raise StopIteration
+
+
+class _Pool:
+    """Workers for all kinds of images: a test amid the training needs no others.
+
+    What the training has asked for by then arrives first, and waits for it.
+    """
+
+    def __init__(self, kinds: Sequence[_Images], workers: int, device: torch.device) -> None:
+        self.device = device
+        self._requests = _Requests(workers * _AHEAD)
         with _unwarned():
             self._loader: DataLoader[Any] = DataLoader(
-                _Images(files, prepare),
+                _Kinds(kinds),
                 batch_size=None,  # a request is a whole batch
                 sampler=self._requests,
                 num_workers=workers,
@@ -95,25 +164,36 @@ class Reader:
                 # run would no longer be where the undisturbed one is.
                 generator=torch.Generator(),
             )
+        self._found: Iterator[_Sent] = iter(())
 
-    def read(self, batches: Iterable[tuple[int, torch.Tensor]]) -> Iterator[Part]:
-        """The images at each (epoch, indices), in that order, without those that are bad."""
-        self._requests.batches = batches
-        with _workers_told_of(), _child_signals_as_they_are(), _unwarned():
-            found = iter(self._loader)
-        while True:
-            with _workers_told_of():
-                batch = next(found, None)
-                if isinstance(batch, sharing.Packed):
-                    batch = batch.open()
-            if batch is None:
-                return
-            for index, why in zip(batch.bad, batch.reasons, strict=True):
-                self._skipped.add(self._files[index][0], why)
-            pixels = batch.pixels.to(self._device, non_blocking=True)
-            labels = batch.labels.to(self._device, non_blocking=True)
-            indices = batch.indices.to(self._device, non_blocking=True)
-            yield Part(pixels, labels, batch.epoch, indices)
+    def read(self, kind: int, batches: Iterable[tuple[int, torch.Tensor]]) -> Iterator[_Batch]:
+        """The batches of one kind, in order."""
+        requests = self._requests
+        reading = _Reading(kind, iter(batches))
+        requests.readings.append(reading)
+        try:
+            while reading.arrived or reading.on_their_way or not reading.asked_all:
+                if reading.arrived:
+                    yield reading.arrived.popleft()
+                else:
+                    self._receive()
+        finally:
+            requests.readings.remove(reading)
+
+    def _receive(self) -> None:
+        """Hand the next batch, where there is one, to whoever asked for it."""
+        # A test takes place in inference mode, and a batch of the training may arrive meanwhile.
+        with torch.inference_mode(False), _workers_told_of():
+            if not self._requests.sent:
+                with _child_signals_as_they_are(), _unwarned():
+                    self._found = iter(self._loader)
+            batch = next(self._found, None)
+            if isinstance(batch, sharing.Packed):
+                batch = batch.open()
+        if batch is not None:
+            reading = self._requests.sent.popleft()
+            reading.on_their_way -= 1
+            reading.arrived.append(batch)
 
 
 @contextmanager
@@ -142,16 +222,6 @@ def _unwarned() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         yield
-
-
-class _Requests:
-    """What the loader is to fetch, of the reading that goes on."""
-
-    batches: Iterable[tuple[int, torch.Tensor]] = ()
-
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        # Lists: a tensor would travel to the worker through a file of its own.
-        return ((epoch, indices.tolist()) for epoch, indices in self.batches)
 
 
 class _Batch(NamedTuple):
@@ -194,6 +264,17 @@ class _Images(Dataset[_Sent]):
         label_tensor, index_tensor = (torch.tensor(n, dtype=torch.int64) for n in (labels, good))
         batch = _Batch(together, label_tensor, epoch, index_tensor, bad, reasons)
         return sharing.Packed(batch) if working else batch
+
+
+class _Kinds(Dataset[_Sent]):
+    """The batches of several kinds."""
+
+    def __init__(self, kinds: Sequence[_Images]) -> None:
+        self._kinds = kinds
+
+    def __getitem__(self, request: tuple[int, Asked]) -> _Sent:
+        kind, asked = request
+        return self._kinds[kind][asked]
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 from torchvision.transforms import v2
 
 _SHORT_SIDE = 256 / 224  # of a test image, before its centre is cut out
+_LONGEST = 8  # times the shorter side; the rest shows in no centre, and may take gigabytes
 
 
 class Augmented:
@@ -47,4 +48,8 @@ class Centre:
         """The same in every epoch."""
         if image.shape[-2:] == (self._side, self._side):
             return image
+        sides = image.shape[-2:]
+        most = _LONGEST * min(sides)
+        if max(sides) > most:
+            image = v2.functional.center_crop(image, [min(side, most) for side in sides])
         return self._cut(image)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from fastlars.trainer import cache, images, plan
 from fastlars.trainer.errors import TrainerError
@@ -48,6 +51,33 @@ def test_files_are_read_once(images: Path) -> None:
     labels = torch.cat([labels for _, labels in kept.test([torch.arange(15)])])
     assert labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
     assert len(next(kept.train([(0, torch.arange(36))]))[0]) == 36
+
+
+def test_the_bar_counts_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Good ones and bad ones, in parts of which the last is smaller."""
+    counts, said = [], []
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options | {"disable": False, "file": io.StringIO()})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            counts.append(n)
+            return super().update(n)
+
+        @classmethod
+        def write(cls, s: str, *_args: Any, **_options: Any) -> None:
+            said.append(s)
+
+    monkeypatch.setattr(cache, "tqdm", Bar)
+    for part, count in (("train", 299), ("test", 7)):
+        write_images(tmp_path / part / "ant", count, 0)
+    (tmp_path / "train" / "ant" / "bad.png").write_text("hello")
+    Folder(str(tmp_path), 16, 3, 0, CPU, keep="on", max_bad_images=1).prepare()
+    assert counts == [256, 44, 7]
+    assert [line.split(" in ")[0] for line in said] == [
+        "read 299 training images", "read 7 test images",
+    ]  # fmt: skip
 
 
 def decodings(root: Path, keep: str, monkeypatch: pytest.MonkeyPatch) -> int:

@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from fastlars.trainer import listing
 from fastlars.trainer.errors import TrainerError
-from fastlars.trainer.folder import Folder
+from fastlars.trainer.folder import Folder, _sample
 from trainer.helpers import Outcome, files_below, write_images
 
 Train = Callable[..., Outcome]
@@ -46,6 +47,75 @@ def test_large_images_become_224(tmp_path: Path) -> None:
     assert next(folder.test([torch.arange(2)]))[0].shape == (2, 3, 224, 224)
 
 
+def test_what_is_hidden_is_left_out(images: Path) -> None:
+    """At every depth: what macOS, Jupyter and file managers keep beside images."""
+    for place in (images, images / "train", images / "val" / "bee", images / "train" / "ant"):
+        write_images(place / ".ipynb_checkpoints" / "deep", 2, 0)
+    (images / "train" / "cat" / "._000.png").write_bytes(bytes(99))
+    listed = listing.find(str(images))
+    assert (len(listed.train), len(listed.test)) == (36, 15)
+    assert not [path for path, _ in listed.train + listed.test if "/." in path]
+
+
+def sized(root: Path, sides: dict[str, list[int]]) -> Path:
+    """A folder of classes, with images of these sides."""
+    for part in ("train", "val"):
+        for name, each in sides.items():
+            (root / part / name).mkdir(parents=True)
+            for number, side in enumerate(each):
+                image = Image.new("L", (side, side // 2))
+                image.save(root / part / name / f"{number:04}.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("sides", "size"),
+    [
+        ({"ant": [10] + [100] * 9, "bee": [100] * 9}, 224),  # a thumbnail that comes first
+        ({"ant": [10] * 9, "bee": [100] * 9}, 224),  # a class of thumbnails
+        ({"ant": [100] + [10] * 9, "bee": [10] * 9}, 224),
+        ({"ant": [16] * 9, "bee": [16] * 8 + [20]}, 20),
+        ({"ant": [16] * 9, "bee": [16]}, 16),
+        ({"ant": [100] * 9, "bee": [65]}, 224),
+        ({"ant": [4]}, 8),
+    ],
+)
+def test_the_size_that_images_are_brought_to(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], sides: dict[str, list[int]], size: int
+) -> None:
+    """One line tells of it where images are enlarged that would have been used as they are."""
+    assert Folder(str(sized(tmp_path, sides)), 0, 0, 0, CPU).image_size == size
+    every = sorted(side for each in sides.values() for side in each)
+    told = every[0] <= 64 and every[0] < every[-1]
+    assert capfd.readouterr().err == told * (
+        f"warning: the longer sides of {len(every)} training images are from {every[0]} to "
+        f"{every[-1]} pixels: all are brought to {size} (--image-size sets another)\n"
+    )
+
+
+def test_some_images_of_every_class_are_looked_at() -> None:
+    """No more than it takes: headers may come from far away."""
+    few = [("", label) for label in (0, 0, 0, 1) + (2,) * 1000]
+    found = [label for _, label in _sample(few)]
+    assert [found.count(label) for label in range(3)] == [3, 1, 85]
+    assert len(_sample([("", label) for label in range(1000) for _ in range(5)])) == 1000
+    assert len(_sample([("", label) for label in range(5000) for _ in range(2)])) == 1024
+    named = [(str(number), 0) for number in range(512)]
+    assert _sample(named) == named[::2]
+
+
+def test_a_bad_image_in_the_sample_counts(images: Path) -> None:
+    damage(images / "train" / "bee" / "004.png")
+    (images / "train" / "ant" / "000.png").write_text("hello")
+    assert Folder(str(images), 0, 0, 0, CPU, max_bad_images=1).skipped == 1
+    with pytest.raises(TrainerError, match=r"ant/000\.png"):
+        Folder(str(images), 0, 0, 0, CPU)
+    for path in (images / "train").glob("*/*.png"):
+        path.write_text("hello")
+    with pytest.raises(TrainerError, match=r"none of 36 training images can be read.*--image-size"):
+        Folder(str(images), 0, 0, 0, CPU, max_bad_images=99)
+
+
 @pytest.mark.parametrize("size", [16, 80])
 def test_augmentation_is_the_same_in_every_worker(images: Path, size: int) -> None:
     batches = [(2, torch.tensor([0, 30])), (3, torch.tensor([30, 0]))]
@@ -74,7 +144,7 @@ def test_half_of_the_images_are_mirrored(tmp_path: Path, side: int) -> None:
 def test_a_batch_of_bad_images_is_left_out_of_a_test(images: Path, keep: str) -> None:
     for name in ("002.png", "003.png"):
         damage(images / "val" / "ant" / name)
-    # The one that is asked for its size: the next one tells.
+    # One that is asked for its size: the others tell.
     (images / "train" / "ant" / "000.png").write_text("hello")
     some = Folder(str(images), 0, 0, 0, CPU, keep=keep, max_bad_images=3)
     assert some.image_size == 16
@@ -127,7 +197,19 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "text for an image": (
         lambda root: (root / "train" / "ant" / "000.png").write_text("hello"),
-        "cannot read image {0}/train/ant/000.png: not an image, or damaged",
+        "cannot read image {0}/train/ant/000.png: not an image (JPEG, ",
+    ),
+    "a FIFO for an image": (
+        lambda root: os.mkfifo(root / "train" / "ant" / "00.jpg"),
+        "cannot read image {0}/train/ant/00.jpg: not a regular file",
+    ),
+    "a FIFO for an image to test": (
+        lambda root: os.mkfifo(root / "val" / "ant" / "00.jpg"),
+        "cannot read image {0}/val/ant/00.jpg: not a regular file",
+    ),
+    "a name of two lines": (
+        lambda root: (root / "val" / "ant" / "a  b\nc.jpg").touch(),
+        "cannot read image {0}/val/ant/a  b\\nc.jpg: not an image",
     ),
     "a link to where it is": (
         lambda root: (root / "train" / "bee" / "again").symlink_to("."),
@@ -167,7 +249,10 @@ def test_bad_folder(
     assert outcome.err.startswith("fastlars.trainer: error: ")
     assert message.format(images) in outcome.err
     assert len(outcome.err.splitlines()) == 1
-    assert [name for name in files_below(tmp_path) if not name.startswith("images")] == []
+    trained = "to test" in kind and cache == "off"  # an epoch, which a resumed run need not repeat
+    assert (tmp_path / "runs" / "one" / "checkpoint.pt").exists() == trained
+    if not trained:
+        assert [name for name in files_below(tmp_path) if not name.startswith("images")] == []
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 from fastlars.trainer import reader
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.listing import find
-from fastlars.trainer.reader import Reader, Skipped
+from fastlars.trainer.reader import Reader, Skipped, readers
 from fastlars.trainer.resident import TEST
 from fastlars.trainer.transforms import Augmented, Centre
 from trainer.helpers import Outcome, assert_same, load, records, write_images
@@ -27,7 +27,8 @@ CPU = torch.device("cpu")
 
 
 def made(root: Path, workers: int, limit: int = 0) -> Reader:
-    return Reader(find(str(root)).train, Centre(16, whole=True), workers, CPU, Skipped(limit))
+    kinds = [(find(str(root)).train, Centre(16, whole=True))]
+    return readers(kinds, workers, CPU, Skipped(limit))[0]
 
 
 def damage(path: Path) -> str:
@@ -55,6 +56,59 @@ def test_a_reading_may_be_given_up(images: Path) -> None:
     assert again == [7, 5]
 
 
+def of_both_kinds(root: Path, workers: int) -> list[Reader]:
+    found = find(str(root))
+    kinds = [(found.train, Augmented(16, 3)), (found.test, Centre(16, whole=True))]
+    return readers(kinds, workers, CPU, Skipped(0))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_test_amid_the_training(images: Path, workers: int) -> None:
+    """By the same workers, in inference mode; neither sees anything of the other."""
+    asked = [(epoch, torch.arange(epoch % 3, 30, 3)) for epoch in range(20)]
+    tests = [(TEST, torch.arange(n)) for n in (5, 1, 15)]
+    alone, expected = (
+        list(some.read(batches))
+        for some, batches in zip(of_both_kinds(images, 0), (asked, tests), strict=True)
+    )
+    others = set(multiprocessing.active_children())
+    training, testing = of_both_kinds(images, workers)
+    found, reading = [], training.read(asked)
+    for amount in (1, 9, 0, 10):
+        found += [next(reading) for _ in range(amount)]
+        with torch.inference_mode():
+            assert_same([tuple(part) for part in testing.read(tests)], [*map(tuple, expected)])
+            next(testing.read(tests))  # one that is given up
+        assert len(set(multiprocessing.active_children()) - others) == workers
+    assert_same([tuple(part) for part in found], [tuple(part) for part in alone])
+    assert not any(part.labels.is_inference() for part in found)
+    assert next(reading, None) is None
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("rounds", [2, 29])
+def test_a_test_asks_for_little_of_the_training(images: Path, workers: int, rounds: int) -> None:
+    """However short the epochs are, what waits for the training does not grow."""
+    asked = 0
+
+    def requests() -> Iterator[Asked]:
+        nonlocal asked
+        while True:
+            asked += 1
+            yield 0, torch.arange(4)
+
+    training, testing = of_both_kinds(images, workers)
+    reading = training.read(requests())
+    for taken in range(1, rounds + 1):
+        next(reading)
+        tests = 9 if taken % 5 == 0 else 1
+        assert len(list(testing.read([(TEST, torch.arange(3))] * tests))) == tests
+        assert taken <= asked <= taken + 2 * workers * reader._AHEAD
+    for _ in range(30):
+        next(reading)
+    assert asked == rounds + 30 + workers * reader._AHEAD  # all workers are busy again
+
+
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_the_queue_is_bounded(images: Path, workers: int) -> None:
     asked = 0
@@ -74,7 +128,7 @@ def test_skipping(images: Path, capfd: pytest.CaptureFixture[str], workers: int)
     """Bad images leave their batches, are told of once, and count once."""
     bad = [damage(images / "train" / name) for name in ("ant/003.png", "bee/007.png")]
     skipped = Skipped(2)
-    some = Reader(find(str(images)).train, Centre(16, whole=True), workers, CPU, skipped)
+    [some] = readers([(find(str(images)).train, Centre(16, whole=True))], workers, CPU, skipped)
     for _ in range(2):
         one, other, none = some.read(
             [(0, torch.tensor([20, 19, 3, 0])), (0, torch.tensor([2, 4])), (0, torch.tensor([3]))]

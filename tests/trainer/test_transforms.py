@@ -53,3 +53,23 @@ def test_centre() -> None:
     exact = image[:, :32, :32]
     for whole in (False, True):
         assert torch.equal(Centre(32, whole=whole)(exact, 0, 0), exact)
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1)])
+def test_a_very_long_image_takes_little_memory(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
+) -> None:
+    """At its shorter side's scale the whole of it would take gigabytes."""
+    image = torch.zeros(3, *size, dtype=torch.uint8)
+    image.flatten(1)[:, 29_900:30_100] = 200
+    cut = Centre(224, whole=False)
+    resize = cut._cut.transforms[0].forward
+
+    def watched(given: torch.Tensor) -> torch.Tensor:
+        assert given.numel() == 3 * 8
+        return resize(given)
+
+    monkeypatch.setattr(cut._cut.transforms[0], "forward", watched)
+    pixels = cut(image, 0, 0)
+    assert pixels.shape == (3, 224, 224)
+    assert pixels.unique().tolist() == [200]
