@@ -104,9 +104,9 @@ def test_a_test_asks_for_little_of_the_training(images: Path, workers: int, roun
         tests = 9 if taken % 5 == 0 else 1
         assert len(list(testing.read([(TEST, torch.arange(3))] * tests))) == tests
         assert taken <= asked <= taken + 2 * workers * reader._AHEAD
-    for _ in range(30):
+    for _ in range(30):  # then all workers have something to do again
         next(reading)
-    assert asked == rounds + 30 + workers * reader._AHEAD  # all workers are busy again
+    assert asked == rounds + 30 + workers * reader._AHEAD
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
