@@ -12,7 +12,6 @@ import torch
 from torch.func import functional_call
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastlars.trainer import batchnorm
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.parts import Parts
 from fastlars.trainer.precision import Precision
