@@ -20,6 +20,7 @@ from fastlars.trainer.precision import Precision
 # were 1.08 to 1.12 times everything else.
 _SPARE = 0.1
 _FAR_OFF = 1.3  # an estimate beyond the machine by this much is refused, below it warned of
+_OWN_CGROUPS, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _TWO_STATES = ("lamb", "akiba")  # recipes with two tensors of state for each parameter
 
 
@@ -162,14 +163,14 @@ def available(device: torch.device) -> tuple[float, float]:
 def _limits() -> Iterable[tuple[int, int]]:
     """Limit and use in bytes of every cgroup of this process, of version 2 or 1."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = _OWN_CGROUPS.read_text().splitlines()
     except OSError:
         return
     for line in lines:
         _, controllers, name = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        root = Path("/sys/fs/cgroup", controllers)
+        root = _CGROUPS / controllers
         limit, use, cached = (
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
             if controllers

@@ -79,7 +79,8 @@ def _dry_run(command: Command, here: World) -> int:
     job = _job(command, here)
     done = job.state["progress"]["step"] if job.state else 0
     parts = build(job.settings, job.images, job.directory, done, here)
-    for line in chain(report.introduction(parts), dryrun.describe(parts, done)):
+    hint = report.hint(parts, command.given) if job.state is None else ()
+    for line in chain(report.introduction(parts), hint, dryrun.describe(parts, done)):
         parts.display.say(line)
     parts.display.say(f"nothing was written; a run would write in {job.directory.path}")
     return 0
@@ -92,7 +93,7 @@ def _find_lr(command: Command, here: World) -> int:
         images = data.load(settings, here.device)
     with findlr.directory(settings, here) as directory, StopSignals() as stop:
         parts = build(settings, images, directory, 0, here)
-        for line in report.introduction(parts):
+        for line in findlr.introduction(parts, command.given):
             parts.display.say(line)
         losses = findlr.sweep(parts, stop)
         if here.first:
@@ -109,7 +110,7 @@ def _train(command: Command, here: World) -> int:
         loop = _loop(job.settings, job.images, directory, state, here)
         repeat.write(loop.parts, command.line, loop.progress.step)
         with _records(loop, source, state), loop.parts.display, here.connected():
-            _introduce(loop, state)
+            _introduce(loop, state, command)
             finished = loop.run(stop)
             # It may have reached another process alone.
             signals = [number for number in here.gather(stop.received) if number is not None]
@@ -212,10 +213,11 @@ def _loop(
     return loop
 
 
-def _introduce(loop: Loop, state: dict[str, Any] | None) -> None:
+def _introduce(loop: Loop, state: dict[str, Any] | None, command: Command) -> None:
     """Say what is trained how; a new run's log starts with the same."""
     parts = loop.parts
-    for line in report.introduction(parts):
+    hint = report.hint(parts, command.given) if state is None else ()
+    for line in chain(report.introduction(parts), hint):
         parts.display.say(line)
     if state is not None:
         parts.display.say(f"resumed at step {loop.progress.step} of {loop.total_steps}")
