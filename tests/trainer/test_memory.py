@@ -93,15 +93,25 @@ def test_activations_of_few_images_without_memory_give_those_of_many(
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--model", "resnet20", "--batch-size", 128),
-        ("--model", "resnet18", "--batch-size", 64, "--micro-batch", 16, "--ema", 0.9),
+        ("--batch-size", 128),
+        ("--recipe", "lamb", "--batch-size", 64, "--micro-batch", 16, "--ema", 0.9),
     ],
 )
 def test_a_dry_run_says_what_a_run_takes(tmp_path: Path, flags: tuple[object, ...]) -> None:
     for split, count in (("train", 64), ("val", 4)):
         for name in ("ant", "bee"):
             write_images(tmp_path / "data" / split / name, count, len(name), 32)
-    common = (*flags, "--data", tmp_path / "data", "--workers", 0, "--output", tmp_path / "run")
+    common = (
+        *flags,
+        "--model",
+        "resnet20",
+        "--data",
+        tmp_path / "data",
+        "--workers",
+        0,
+        "--output",
+        tmp_path / "run",
+    )
 
     def number(pattern: str, *more: object) -> float:
         command = [sys.executable, "-c", PEAK, *map(str, (*common, *more))]
@@ -209,7 +219,7 @@ def test_the_limits_of_containers_count(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("stem", ["small", "imagenet"])
-@pytest.mark.parametrize("name", ["resnet18", "resnet20", "resnet34", "resnet50", "resnet101"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet20", "resnet50"])
 def test_every_model_takes_the_smallest_image(name: str, stem: str) -> None:
     """8 pixels and 2 images, with which batch norm would refuse a single pixel of one image."""
     net = model.build(name, 3, stem, 0)
