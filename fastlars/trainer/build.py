@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastlars.trainer import batchnorm, model, optimizer, plan
+from fastlars.trainer import batchnorm, memory, model, optimizer, plan
 from fastlars.trainer.config import Config
 from fastlars.trainer.data import Data
 from fastlars.trainer.distributed import World
@@ -37,4 +37,6 @@ def build(settings: Config, images: Data, directory: RunDirectory, done: int, he
         done * settings.batch_size,
         shown=here.first,
     )
-    return Parts(settings, here, images, steps, net, optim, schedule, directory, None, display)
+    parts = Parts(settings, here, images, steps, net, optim, schedule, directory, None, display)
+    memory.check(parts)
+    return parts

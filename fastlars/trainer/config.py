@@ -131,7 +131,12 @@ def parse(arguments: Sequence[str]) -> Command:
         ("--dry-run", "print model, recipe, steps and estimates of memory and time; do nothing"),
     ):
         parser.add_argument(action, action="store_true", help=text)
+    if any("\0" in argument for argument in arguments):
+        parser.error("an argument has a NUL character in it")
     given = vars(parser.parse_args(arguments))
+    for name, value in given.items():
+        if isinstance(value, list):  # what argparse makes of --flag=--
+            parser.error(f"argument {flag(name)}: expected one argument")
     resume = given.pop("resume", None)
     find_lr, dry_run = (bool(given.pop(name, False)) for name in ("find_lr", "dry_run"))
     if find_lr and resume is not None:
@@ -139,6 +144,9 @@ def parse(arguments: Sequence[str]) -> Command:
     for setting in fields(Config):  # before processes connect, which takes some of them
         if setting.name in given:
             check(setting, given[setting.name])
+    for name in ("data", "output"):
+        if given.get(name) == "":
+            parser.error(f"{flag(name)} is empty: name a directory, or leave it out")
     return Command(given, resume, find_lr, dry_run, tuple(arguments))
 
 

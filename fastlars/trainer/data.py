@@ -24,6 +24,14 @@ class Data(Protocol):
     stem: str  # the model's first layers that suit the images
 
     @property
+    def kept_bytes(self) -> int:
+        """What is kept on the device takes so much there, once it is read."""
+
+    @property
+    def prepared(self) -> bool:
+        """Whether it is read."""
+
+    @property
     def skipped(self) -> int:
         """Images that this process could not read so far."""
 

@@ -27,6 +27,7 @@ class Digits:
     name = "digits"
     classes = tuple("0123456789")
     image_size = _SIDE
+    prepared = True
     skipped = 0
     stem = "imagenet"  # it brings the enlarged images back to their real 8x8
 
@@ -45,6 +46,7 @@ class Digits:
         self._test = Resident(_enlarge((test - mean) / std).to(device), test_labels.to(device))
         self._background = (-mean / std).item()
         self.train_size, self.test_size = len(train_labels), len(test_labels)
+        self.kept_bytes = 4 * _SIDE**2 * (self.train_size + self.test_size)
         self._moves = Moves(self.train_size, seed, _SHIFT, mirror=False)
 
     def prepare(self) -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastlars.trainer import batchnorm, plan
+from fastlars.trainer import memory, plan
 from fastlars.trainer.meter import Meter
 from fastlars.trainer.parts import Parts
 from fastlars.trainer.precision import Precision
@@ -36,73 +35,27 @@ def describe(parts: Parts, done: int) -> Iterator[str]:
     begin = f"{warmup} of warm-up from {config.warmup_from:g}, then " if warmup else ""
     yield f"{total - done} steps: {begin}schedule {config.schedule} from {config.lr:g}"
     precision = Precision(config.precision, parts.world.device)
-    fixed, for_each = _activations(parts, precision)
-    needed = _held(parts) | {"activations": fixed + for_each * share}
-    images = _timed_images(parts, sum(needed.values()) - needed["activations"] + fixed, for_each)
+    needed = memory.needed(parts)
+    held = sum(needed.values()) - needed["activations"]
+    images = _timed_images(parts, held, needed["activations"] / share)
     seconds = _step_seconds(parts, precision, images)
-    needed["optimizer states"] = _bytes(_tensors(parts.optimizer.state))
-    listed = ", ".join(f"{what} {_size(count)}" for what, count in needed.items())
+    needed["optimizer states"] = memory.nbytes(_tensors(parts.optimizer.state))
+    listed = ", ".join(f"{what} {memory.size(count)}" for what, count in needed.items())
+    readers = config.workers if config.data != "digits" else 0
     yield (
-        f"memory of a process: {_size(sum(needed.values()))}, of which {listed}; activations are "
-        f"those kept for the backward pass, measured with few images and scaled to {share}"
+        f"memory of a process: {memory.size(sum(needed.values()))}, of which {listed}; activations "
+        f"are those kept for the backward pass of {share} images"
+        + (f"; the {readers} that read images are not counted" if readers else "")
     )
     if parts.world.device.type == "cuda":
         free, whole = torch.cuda.mem_get_info(parts.world.device)
-        yield f"the GPU has {_size(whole)}, of which {_size(free)} are free while this one is told"
+        told = f"{memory.size(whole)}, of which {memory.size(free)}"
+        yield f"the GPU has {told} are free while this one is told"
     step = max(parts.world.gather(seconds)) * parts.plan.micro_batches * share / images
     yield (
         f"time: {_duration(step * (total - done))}, {step:.3g} s a step, from {_STEPS} steps of "
         f"{images} images a process on this machine; without reading of images and evaluation"
     )
-
-
-def _held(parts: Parts) -> dict[str, int]:
-    """Bytes that do not depend on the images."""
-    weights = _bytes(_state(parts))
-    gradients = _bytes(p for p in parts.model.parameters() if p.requires_grad)
-    held = {"weights": weights, "gradients": gradients, "optimizer states": 2 * gradients}
-    if parts.world.size > 1:
-        held["buckets of gradients"] = gradients
-    if parts.config.ema:
-        held["moving average"] = weights
-    return held
-
-
-def _activations(parts: Parts, precision: Precision) -> tuple[float, float]:
-    """Bytes kept for the backward pass: those of any batch, and those for each image of it."""
-    few = min(parts.config.bn_batch or 2, parts.plan.micro_batch)
-    sizes = [few, 2 * few] if 2 * few <= parts.plan.micro_batch else [few]
-    indices = torch.arange(sizes[-1])
-    images, labels = next(iter(parts.data.train(iter([(0, indices)]))))
-    # Clones: the memory of a part is that of the whole.
-    measured = [
-        _kept(parts, precision, images[:size].clone(), labels[:size].clone()) for size in sizes
-    ]
-    if len(sizes) == 1:
-        return 0.0, measured[0] / few
-    for_each = (measured[1] - measured[0]) / few
-    return measured[0] - for_each * few, for_each
-
-
-def _kept(parts: Parts, precision: Precision, images: torch.Tensor, labels: torch.Tensor) -> int:
-    """Bytes of all that autograd keeps of a forward pass, each memory once, weights not."""
-    known = {StorageWeakRef(t.untyped_storage()) for t in _state(parts)}
-    kept: dict[StorageWeakRef, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        memory = tensor.untyped_storage()
-        kept[StorageWeakRef(memory)] = memory.nbytes()
-        return tensor
-
-    parts.model.train()
-    batchnorm.forget(parts.model)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        with precision.autocast():
-            logits = parts.model(images)
-        loss = torch.nn.functional.cross_entropy(logits.float(), labels)
-    count = sum(size for memory, size in kept.items() if memory not in known)
-    del loss  # until here its graph kept every memory, so that none was counted twice
-    return count
 
 
 def _timed_images(parts: Parts, held: float, for_each: float) -> int:
@@ -140,24 +93,12 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _state(parts: Parts) -> list[torch.Tensor]:
-    return [*parts.model.parameters(), *parts.model.buffers()]
-
-
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
             yield from _tensors(item)
-
-
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _duration(seconds: float) -> str:

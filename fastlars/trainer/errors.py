@@ -18,7 +18,7 @@ class TrainerError(Exception):
     status = 2
 
     def __init__(self, text: str, *, everywhere: bool = False) -> None:
-        super().__init__(printable(text))
+        super().__init__(_of_fair_length(printable(text)))
         self.everywhere = everywhere
 
 
@@ -26,6 +26,18 @@ class DivergedError(TrainerError):
     """The training has become NaN or infinite."""
 
     status = 3
+
+
+_LONGEST = 600  # bytes of a line
+
+
+def _of_fair_length(text: str) -> str:
+    """`text`, or its begin and its end: what is wrong stands there, what was given between."""
+    line = text.encode()
+    if len(line) <= _LONGEST:
+        return text
+    begin, end = line[: _LONGEST // 2 - 5], line[-_LONGEST // 2 :]
+    return f"{begin.decode(errors='ignore')} ... {end.decode(errors='ignore')}"
 
 
 def printable(text: str) -> str:

@@ -5,7 +5,7 @@ After Smith 2017 (arXiv:1506.01186), section 3.3, with a rate that grows exponen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from fastlars.trainer.log import Display
 from fastlars.trainer.meter import Meter, figures
 from fastlars.trainer.parts import Parts
 from fastlars.trainer.precision import Precision
+from fastlars.trainer.settings import flag
 from fastlars.trainer.signals import Interrupted, StopSignals
 from fastlars.trainer.step import Step
 
@@ -28,6 +29,27 @@ _STEPS = 100
 _LOW, _HIGH = 1e-3, 1e2  # of --lr
 _LOST = 4.0  # times the lowest loss so far
 _WINDOW = 7  # losses that are averaged
+
+
+# Settings that a sweep has no use for: it goes over rates in its own number of steps, and keeps
+# nothing but a picture and a table.
+_UNUSED = (
+    *("epochs", "lr", "schedule", "power", "end_lr", "warmup_epochs", "warmup_from", "ema"),
+    *("lr_rmsprop", "rmsprop_center", "rmsprop_period", "rmsprop_transition", "bn_statistics"),
+    *("log_every", "tensorboard", "mllog", "checkpoint_every", "keep_last", "max_steps"),
+)
+
+
+def introduction(parts: Parts, given: Iterable[str]) -> Iterator[str]:
+    """What is swept over, and which of the settings given are of no use to that."""
+    yield from report.images_and_model(parts)
+    yield (
+        f"sweep of up to {_STEPS} steps, lr {_LOW:g} to {_HIGH:g}, {report.share(parts)}; "
+        f"all else as of recipe {parts.config.recipe}"
+    )
+    unused = [flag(name) for name in _UNUSED if name in given]
+    if unused:
+        yield f"--find-lr has no use for {', '.join(unused)}"
 
 
 def check(config: Config) -> None:
@@ -95,6 +117,27 @@ def suggest(rates: Sequence[float], losses: Sequence[float]) -> tuple[float, flo
     return rates[int(np.argmin(slopes))], rates[lowest]
 
 
+def told(losses: dict[float, float], found: tuple[float, float] | None) -> str:
+    """What a sweep found, in a line; `found` by `suggest` of its smoothed finite losses."""
+    rates = list(losses)
+    last = rates[-1]
+    if found is None:
+        return f"no rate up to {last:.3g} brings the loss below where it begins: nothing to suggest"
+    fastest, lowest = found
+    if not np.isfinite(losses[last]):
+        ended = f"it is no finite number at {last:.3g}"
+    elif is_lost(list(losses.values())):
+        ended = f"it is over {_LOST:g} times as high by {last:.3g}"
+    else:
+        ended = f"{last:.3g} is the highest rate tried"
+    if lowest == [rate for rate in rates if np.isfinite(losses[rate])][-1]:
+        end = f"it still falls at {lowest:.2g}; {ended}"
+    else:
+        end = f"it is lowest at {lowest:.2g}; {ended}"
+    edge = ", the lowest rate tried" if fastest == rates[0] else ""
+    return f"suggested:  --lr {fastest:.2g}{edge}, where the loss falls fastest; {end}"
+
+
 def write(parts: Parts, losses: dict[float, float], folder: Path) -> Iterator[str]:
     """Write lr_find.csv and lr_find.png; what there is to say about them."""
     finite = {rate: loss for rate, loss in losses.items() if np.isfinite(loss)}
@@ -112,13 +155,7 @@ def write(parts: Parts, losses: dict[float, float], folder: Path) -> Iterator[st
     with plots.optional(parts.display.warn):
         plots.save(picture(report.title(parts), finite, means, found), folder / "lr_find.png")
         drawn = True
-    if found is None:
-        yield f"the loss fell at no rate up to {rates[-1]:.3g}: nothing to suggest"
-    else:
-        yield (
-            f"suggested:  --lr {found[0]:.2g}, where the loss falls fastest; it is lowest at "
-            f"{found[1]:.2g}, from where on it grows"
-        )
+    yield told(losses, found)
     if drawn:
         yield f"picture:    {folder / 'lr_find.png'}"
     yield f"table:      {folder / 'lr_find.csv'}"
@@ -140,7 +177,8 @@ def picture(
     if found is not None:
         fastest, lowest = found
         axis.axvline(fastest, color="tab:green", ls="--", label=f"falls fastest: {fastest:.2g}")
-        axis.axvline(lowest, color="tab:red", ls=":", label=f"is lowest: {lowest:.2g}")
+        word = "still falls" if lowest == rates[-1] else "is lowest"
+        axis.axvline(lowest, color="tab:red", ls=":", label=f"{word}: {lowest:.2g}")
     axis.set_xscale("log")
     # What comes after the loss is lost would squeeze the rest into a line.
     before = means[: int(np.argmin(means)) + 1]

@@ -97,6 +97,17 @@ class Folder:
         return cache.keep(reader, self.image_size, self._device, what=what, shown=self._shown)
 
     @property
+    def kept_bytes(self) -> int:
+        """What is kept on the device takes so much there, once it is read."""
+        count = self.train_size + self.test_size if self._kept else 0
+        return 3 * count * self.image_size**2
+
+    @property
+    def prepared(self) -> bool:
+        """Whether it is read."""
+        return bool(self._sources)
+
+    @property
     def skipped(self) -> int:
         """Images that this process could not read so far."""
         return len(self._skipped)

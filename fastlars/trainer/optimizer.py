@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ import fastlars
 from fastlars import conventions, schedules
 from fastlars.trainer.config import Config
 from fastlars.trainer.errors import TrainerError, one_line
+from fastlars.trainer.settings import flag
 
 _OVERRIDES = ("FASTLARS_BACKEND", "FASTLARS_CUDA_PATH", "FASTLARS_CHECK")
 
@@ -34,8 +38,31 @@ def check_environment(device: torch.device) -> None:
         raise TrainerError(one_line(error), everywhere=True) from None
 
 
+# The library's words for settings, which its errors have.
+_FLAGS = {"center_steps": "--rmsprop-center", "period_steps": "--rmsprop-period"} | {
+    name: flag(name)
+    for name in ("lr", "lr_rmsprop", "end_lr", "warmup_from", "power", "momentum", "weight_decay")
+}
+
+
+@contextmanager
+def _in_a_line(what: str) -> Iterator[None]:
+    """What the library refuses becomes one line that names flags."""
+    try:
+        yield
+    except (ValueError, ArithmeticError) as error:
+        text = one_line(error).removeprefix("group 0: ")
+        text = re.sub(r"\w+", lambda word: _FLAGS.get(word[0], word[0]), text)
+        raise TrainerError(f"{what}: {text}") from None
+
+
 def build_optimizer(config: Config, model: torch.nn.Module, steps_per_epoch: int) -> Optimizer:
     """The recipe's, with parameters grouped as --no-decay and --no-ratio say."""
+    with _in_a_line(f"--recipe {config.recipe}"):
+        return _optimizer(config, model, steps_per_epoch)
+
+
+def _optimizer(config: Config, model: torch.nn.Module, steps_per_epoch: int) -> Optimizer:
     recipe, lr, momentum = config.recipe, config.lr, config.momentum
     groups = fastlars.parameter_groups(
         model,
@@ -79,7 +106,7 @@ def build_schedule(config: Config, optimizer: Optimizer, steps_per_epoch: int) -
         raise TrainerError(
             f"--warmup-epochs {config.warmup_epochs:g} leaves nothing of --epochs {config.epochs}"
         )
-    try:
+    with _in_a_line("the schedule does not work"):
         if config.schedule == "slow-start":
             if warmup:
                 raise ValueError("slow-start has no warm-up: add --warmup-epochs 0")
@@ -102,8 +129,6 @@ def build_schedule(config: Config, optimizer: Optimizer, steps_per_epoch: int) -
             warmup_steps=warmup,
             warmup_from=config.warmup_from,
         )
-    except ValueError as error:
-        raise TrainerError(f"the schedule does not work: {error}") from None
 
 
 def adapted_ratios(optimizer: Optimizer, model: torch.nn.Module) -> dict[str, float]:

@@ -8,11 +8,12 @@ from types import ModuleType
 from fastlars.trainer.errors import TrainerError, one_line
 
 # What `import` needs of them; each as far as the trainer uses it.
+# Those that others import come first, or the error would name the others.
 _ALWAYS = (
-    "torch",
     "numpy",
     "tqdm",
     "PIL.Image",
+    "torch",
     "matplotlib.figure",
     "matplotlib.backends.backend_agg",
     "torchvision.models",

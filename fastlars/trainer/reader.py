@@ -22,6 +22,7 @@ from fastlars.trainer.listing import Files
 from fastlars.trainer.resident import Part
 
 _AHEAD = 2  # batches that each worker may have finished
+_LOST = "--workers: one is lost, for want of memory or of room in /dev/shm?"
 _NAMED = 5  # bad images that the error names
 
 Prepare = Callable[[torch.Tensor, int, int], torch.Tensor]  # image, epoch, index
@@ -201,6 +202,8 @@ def _workers_told_of() -> Iterator[None]:
     """What goes wrong between the trainer and its workers is told in a line."""
     try:
         yield
+    except ConnectionError as error:  # its batch cannot be fetched any more
+        raise TrainerError(f"{_LOST} {one_line(error)}") from error
     except (OSError, EOFError) as error:
         why = failures.reason(error) if isinstance(error, OSError) else "a pipe is closed"
         full = " in /dev/shm" if isinstance(error, OSError) and error.errno == ENOSPC else ""
@@ -211,9 +214,7 @@ def _workers_told_of() -> Iterator[None]:
             raise TrainerError(f"--workers: {failures.FILES}") from error
         if "DataLoader worker" not in str(error):
             raise
-        raise TrainerError(
-            f"--workers: one is lost, for want of memory or of room in /dev/shm? {one_line(error)}"
-        ) from error
+        raise TrainerError(f"{_LOST} {one_line(error)}") from error
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +31,56 @@ def title(parts: Parts) -> str:
     return f"{config.recipe.upper()}, {config.model}, {data}, batch {config.batch_size}"
 
 
-def introduction(parts: Parts) -> Iterator[str]:
-    """What is trained, how, and where the settings come from."""
-    config, plan, data = parts.config, parts.plan, parts.data
+def images_and_model(parts: Parts) -> Iterator[str]:
+    """What is trained."""
+    data = parts.data
     size = sum(parameter.numel() for parameter in parts.model.parameters())
     yield (
         f"{title(parts)}: {size / 1e6:.1f}M parameters, {data.train_size} training and "
         f"{data.test_size} test images of {len(data.classes)} classes at {data.image_size} pixels"
     )
-    yield (
-        f"{config.epochs} epochs of {plan.steps_per_epoch} steps, lr {config.lr:g}, "
+
+
+def share(parts: Parts) -> str:
+    """The weight decay, and where and how a step is taken."""
+    config, plan = parts.config, parts.plan
+    return (
         f"weight decay {config.weight_decay:g}, on {parts.world.size} x "
         f"{parts.world.device.type}, {plan.micro_batches} x {plan.micro_batch} images a step each"
     )
+
+
+def introduction(parts: Parts) -> Iterator[str]:
+    """What is trained, how, and where the settings come from."""
+    config, steps = parts.config, parts.plan.steps_per_epoch
+    yield from images_and_model(parts)
+    yield f"{config.epochs} epochs of {steps} steps, lr {config.lr:g}, {share(parts)}"
     recipe = recipe_of(config)
     yield f"recipe {config.recipe}: {recipe.source}"
     changed = _changed(config, recipe.settings)
     if changed:
         yield f"instead of the recipe's: {changed}"
+
+
+# The rate that --find-lr suggests with resnet20, a batch of 256 and CIFAR-10's 32 pixels.
+_FOR_SMALL = {"lars": 22.0, "lamb": 0.014, "goyal": 0.77, "mlperf": 3.2}
+_FAR = 4.0
+
+
+def hint(parts: Parts, given: Iterable[str]) -> Iterator[str]:
+    """A line where a new run takes a rate that was made for ImageNet and is low for its images.
+
+    Args:
+        parts: the run.
+        given: names of the settings on the command line.
+    """
+    config = parts.config
+    found = _FOR_SMALL.get(config.recipe, 0.0)
+    if "lr" not in given and parts.data.stem == "small" and config.lr * _FAR < found:
+        yield (
+            f"hint: lr {config.lr:g} comes from rates for ImageNet; for CIFAR-10's 32 pixels "
+            f"(resnet20, batch 256) --find-lr suggests {found:g}: try --find-lr, or set --lr"
+        )
 
 
 def _changed(config: Config, settings: dict[str, Any]) -> str:

@@ -130,7 +130,8 @@ def _dry_run(command: Command, here: World) -> int:
         done = job.progress.step
         parts = build(job.settings, job.images, job.directory, done, here)
         job.images.prepare()
-        for line in chain(report.introduction(parts), dryrun.describe(parts, done)):
+        hint = report.hint(parts, command.given) if job.state is None else ()
+        for line in chain(report.introduction(parts), hint, dryrun.describe(parts, done)):
             parts.display.say(line)
         parts.display.say(f"nothing was written; a run would write in {job.directory.path}")
     return 0
@@ -146,7 +147,7 @@ def _find_lr(command: Command, here: World) -> int:
     with _claimed(choose, here) as directory, StopSignals() as stop:
         parts = build(settings, images, directory, 0, here)
         images.prepare()
-        for line in report.introduction(parts):
+        for line in findlr.introduction(parts, command.given):
             parts.display.say(line)
         losses = findlr.sweep(parts, stop)
         if here.first:
@@ -162,7 +163,7 @@ def _train(command: Command, here: World) -> int:
         failures.folder = job.directory.path
         job.images.prepare()
         with _records(loop, job), loop.parts.display, here.connected():
-            _introduce(loop, job.state)
+            _introduce(loop, job.state, command)
             finished = loop.run(stop)
             # It may have reached another process alone.
             signals = [number for number in here.gather(stop.received) if number is not None]
@@ -235,10 +236,11 @@ def _loop(job: _Job, command: Command, here: World) -> Loop:
     return loop
 
 
-def _introduce(loop: Loop, state: dict[str, Any] | None) -> None:
+def _introduce(loop: Loop, state: dict[str, Any] | None, command: Command) -> None:
     """Say what is trained how; a new run's log starts with the same."""
     parts = loop.parts
-    for line in report.introduction(parts):
+    hint = report.hint(parts, command.given) if state is None else ()
+    for line in chain(report.introduction(parts), hint):
         parts.display.say(line)
     if state is not None:
         parts.display.say(f"resumed at step {loop.progress.step} of {loop.total_steps}")

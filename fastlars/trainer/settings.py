@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields
@@ -18,46 +17,61 @@ def _setting(
     default: Any,
     text: str,
     check: Callable[[Any], bool] | None = None,
-    must: str = "",
+    within: str = "",
     *,
     choices: Sequence[str] | None = None,
     shapes_run: bool = True,
 ) -> Any:
-    """A field with its help, its range in code (`check`) and in words (`must`).
+    """A field with its help, its range in code (`check`) and in words (`within`).
 
     `shapes_run=False` marks what may differ when a run is resumed.
     """
     return field(
         default=default,
         metadata={
-            "help": text,
+            "help": f"{text} ({within})" if within else text,
             "check": check,
-            "must": must,
+            "within": within,
             "choices": choices,
             "shapes_run": shapes_run,
         },
     )
 
 
-def _finite(low: float, *, above: bool = False) -> Callable[[float], bool]:
-    return lambda x: math.isfinite(x) and (x > low if above else x >= low)
+# Beyond these nobody means it, and products of two of them are still exact or finite.
+_MOST_COUNTED = 10**9
+_MOST_EPOCHS = 1e6
+_HIGHEST = 1e30  # float32, which the optimizers compute in, ends at 3e38 and 1e-38
 
 
-def _number(default: float, text: str, *, shapes_run: bool = True) -> Any:
-    return _setting(default, text, _finite(0), "be at least 0", shapes_run=shapes_run)
+def _number(default: float, text: str, most: float = _HIGHEST) -> Any:
+    return _setting(default, text, lambda x: 0 <= x <= most, f"from 0 to {most:g}")
 
 
-def _positive(default: float, text: str, *, shapes_run: bool = True) -> Any:
-    return _setting(default, text, _finite(0, above=True), "be above 0", shapes_run=shapes_run)
+def _positive(default: float, text: str, most: float = _HIGHEST) -> Any:
+    least = 1 / _HIGHEST
+    return _setting(default, text, lambda x: least <= x <= most, f"from {least:g} to {most:g}")
 
 
 def _fraction(default: float, text: str) -> Any:
-    return _setting(default, text, lambda x: 0 <= x < 1, "lie from 0 to below 1")
+    return _setting(default, text, lambda x: 0 <= x < 1, "from 0 to below 1")
 
 
-def _count(default: int, text: str, least: int = 0, *, shapes_run: bool = True) -> Any:
+def _count(
+    default: int,
+    text: str,
+    least: int = 0,
+    most: int = _MOST_COUNTED,
+    *,
+    or_zero: bool = False,
+    shapes_run: bool = True,
+) -> Any:
     return _setting(
-        default, text, lambda x: x >= least, f"be at least {least}", shapes_run=shapes_run
+        default,
+        text,
+        lambda x: least <= x <= most or (or_zero and x == 0),
+        f"{'0, or ' if or_zero else ''}from {least} to {most:,}",
+        shapes_run=shapes_run,
     )
 
 
@@ -81,12 +95,13 @@ class Config:
         "test/, each with one folder of images a class",
         shapes_run=False,
     )
-    image_size: int = _setting(
+    image_size: int = _count(
         0,
         "side in pixels that images of a folder are brought to; 0: their own if at most 64, "
         "else 224",
-        lambda x: x == 0 or x >= 8,
-        "be 0 or at least 8",
+        8,
+        2**15,
+        or_zero=True,
     )
     cache: str = _one_of(
         "auto",
@@ -103,6 +118,7 @@ class Config:
     workers: int = _count(
         2,
         "processes that decode images of a folder; 0: in the training process",
+        most=1024,
         shapes_run=False,
     )
 
@@ -118,15 +134,15 @@ class Config:
         ("auto", "imagenet", "small"),
     )
     classifier_std: float = _number(
-        0.0, "deviation of the classifier's initial weights, its bias 0; 0: torchvision's"
+        0.0, "deviation of the classifier's initial weights, its bias 0; 0: torchvision's", 1e3
     )
-    bn_batch: int = _setting(
+    bn_batch: int = _count(
         0,
         "images over which batch norm takes its statistics (the papers' n): a forward pass is cut "
         "into such ghost batches, which must fill it if the flag is given; 0: the whole forward "
         "pass of a process",
-        lambda x: x == 0 or x >= 2,
-        "be 0 or at least 2",
+        2,
+        or_zero=True,
     )
     bn_statistics: str = _one_of(
         "running",
@@ -135,7 +151,7 @@ class Config:
         ("running", "last"),
     )
 
-    epochs: int = _count(1, "passes over the training images", 1)
+    epochs: int = _count(1, "passes over the training images", 1, int(_MOST_EPOCHS))
     batch_size: int = _count(1, "images per optimizer step, over all processes", 1)
     micro_batch: int = _count(
         0,
@@ -149,9 +165,9 @@ class Config:
         "'slow-start': 1/2, 0.075, 0.01 and 0.001 of --lr from 0, 40/90, 70/90 and 85/90 on",
         ("poly", "step", "slow-start"),
     )
-    power: float = _positive(2.0, "power of 'poly'")
+    power: float = _positive(2.0, "power of 'poly'", 1e3)
     end_lr: float = _number(0.0, "where 'poly' ends")
-    warmup_epochs: float = _number(0.0, "epochs of linear warm-up, counted in steps")
+    warmup_epochs: float = _number(0.0, "epochs of linear warm-up, counted in steps", _MOST_EPOCHS)
     warmup_from: float = _number(0.0, "learning rate at the first step of the warm-up")
     momentum: float = _fraction(0.9, "of all recipes but lamb")
     weight_decay: float = _number(0.0, "of the parameters that --no-decay leaves")
@@ -161,8 +177,12 @@ class Config:
     bias_correction: bool = _switch("of lamb's moments", default=True)
     max_grad_norm: float = _number(0.0, "global clip of lamb's gradients; 0: none")
     lr_rmsprop: float = _positive(3e-4, "learning rate of akiba's RMSprop phase")
-    rmsprop_center: float = _number(10.0, "epochs until RMSprop and SGD share the step evenly")
-    rmsprop_period: float = _positive(5.0, "epochs in which akiba's transition takes place")
+    rmsprop_center: float = _number(
+        10.0, "epochs until RMSprop and SGD share the step evenly", _MOST_EPOCHS
+    )
+    rmsprop_period: float = _positive(
+        5.0, "epochs in which akiba's transition takes place", _MOST_EPOCHS
+    )
     rmsprop_transition: str = _one_of(
         "smooth", "akiba's transition: continuous, or as 'printed'", ("smooth", "printed")
     )
@@ -170,9 +190,7 @@ class Config:
     ema: float = _fraction(
         0.0, "decay of an exponential moving average of the weights, which is evaluated; 0: none"
     )
-    seed: int = _setting(
-        0, "of weights, order of images and augmentation", lambda x: 0 <= x < 2**63, "be at least 0"
-    )
+    seed: int = _count(0, "of weights, order of images and augmentation", most=2**63 - 1)
 
     precision: str = _one_of(
         "auto",
@@ -206,9 +224,11 @@ class Config:
     keep_last: int = _count(
         1, "checkpoints to keep, the latest; the best one is kept beside them", 1, shapes_run=False
     )
-    timeout: float = _positive(
+    timeout: float = _setting(
         1800.0,  # saving to a slow disk, or the slowest reader at the start
         "seconds that a process waits for another one before it gives up",
+        lambda x: 1e-3 <= x <= 1e9,  # gloo counts milliseconds
+        "from 0.001 to 1e+09",
         shapes_run=False,
     )
     max_steps: int = _count(
@@ -244,7 +264,7 @@ def check(setting: Field[Any], value: Any) -> None:
         text = f"{flag(setting.name)} must be one of {', '.join(meta['choices'])}, got {value}"
         raise TrainerError(text, everywhere=True)
     if meta["check"] is not None and not meta["check"](value):
-        text = f"{flag(setting.name)} must {meta['must']}, got {value}"
+        text = f"{flag(setting.name)} must be {meta['within']}, got {value}"
         raise TrainerError(text, everywhere=True)
 
 

@@ -62,14 +62,14 @@ def test_the_transition_of_akiba_shrinks_with_its_schedule() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--lr", "0"), "--lr must be above 0, got 0.0"),
-        (("--lr", "nan"), "--lr must be above 0, got nan"),
+        (("--lr", "0"), "--lr must be from 1e-30 to 1e+30, got 0.0"),
+        (("--lr", "nan"), "--lr must be from 1e-30 to 1e+30, got nan"),
         (("--lr", "fast"), "argument --lr: invalid float value: 'fast'"),
-        (("--batch-size", "0"), "--batch-size must be at least 1, got 0"),
-        (("--epochs", "-1"), "--epochs must be at least 1, got -1"),
-        (("--momentum", "1"), "--momentum must lie from 0 to below 1, got 1.0"),
-        (("--weight-decay", "inf"), "--weight-decay must be at least 0, got inf"),
-        (("--image-size", "7"), "--image-size must be 0 or at least 8, got 7"),
+        (("--batch-size", "0"), "--batch-size must be from 1 to 1,000,000,000, got 0"),
+        (("--epochs", "-1"), "--epochs must be from 1 to 1,000,000, got -1"),
+        (("--momentum", "1"), "--momentum must be from 0 to below 1, got 1.0"),
+        (("--weight-decay", "inf"), "--weight-decay must be from 0 to 1e+30, got inf"),
+        (("--image-size", "7"), "--image-size must be 0, or from 8 to 32,768, got 7"),
         (("--recipe", "adam"), "argument --recipe: invalid choice: 'adam'"),
         (("--frobnicate",), "unrecognized arguments: --frobnicate"),
         (("--micro", "3"), "unrecognized arguments: --micro 3"),  # no guessing of prefixes

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from fastlars.trainer import config, dryrun, model
+from fastlars.trainer import config, dryrun, memory, model
 from fastlars.trainer.build import build
 from fastlars.trainer.digits import Digits
 from fastlars.trainer.distributed import World
@@ -25,6 +25,7 @@ CPU = torch.device("cpu")
 # tiny_net: 3*3*3*16 weights of the convolution, 2*16 of the norm, 144*10+10 of the classifier.
 PARAMETERS = 432 + 32 + 1450
 BUFFERS = 2 * 16 * 4 + 8  # running mean and variance, and the counter
+KEPT = 1797 * 32 * 32 * 4  # the digits
 
 
 def parts(**settings: object) -> Parts:
@@ -32,10 +33,12 @@ def parts(**settings: object) -> Parts:
     return build(found, Digits(0, CPU), RunDirectory(Path()), 0, World(0, 1, CPU))
 
 
-def memory(text: str) -> dict[str, float]:
+def megabytes(text: str) -> dict[str, float]:
     """MB by what they are for."""
-    pattern = r"(weights|gradients|optimizer states|moving average|activations) ([\d.]+) MB"
-    return {what: float(count) for what, count in re.findall(pattern, text)}
+    told = re.search("of which (.*?);", text)
+    assert told is not None
+    pattern = r"([A-Za-z ]+) ([\d.]+) MB(?:, |$)"
+    return {what: float(count) for what, count in re.findall(pattern, told[1])}
 
 
 @pytest.mark.usefixtures("tiny")
@@ -74,11 +77,17 @@ def test_weights_gradients_and_states_are_exact(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, object], states: int
 ) -> None:
     """lamb: two moments, and a counter for each of the 5 parameters."""
-    monkeypatch.setattr(dryrun, "_size", lambda count: f"{count} MB")
+    monkeypatch.setattr(memory, "size", lambda count: f"{count} MB")
+    monkeypatch.setattr(memory, "_resident", lambda: 10**8 + 4 * PARAMETERS + BUFFERS + KEPT)
     told = "\n".join(dryrun.describe(parts(ema=0.5, **settings), 0))
-    found = memory(told)
+    found = megabytes(told)
+    workspaces = found.pop("workspaces")
+    assert workspaces == pytest.approx(sum(found.values()) / 10, rel=0.001)
     assert found.pop("activations") > 0
     assert found == {
+        "Python and its packages": 1e8,
+        "images of a batch": 128 * 3 * 32 * 32,
+        "kept images": KEPT,
         "weights": 4 * PARAMETERS + BUFFERS,
         "gradients": 4 * PARAMETERS,
         "optimizer states": states,
@@ -86,29 +95,7 @@ def test_weights_gradients_and_states_are_exact(
     }
     whole = re.search(r"memory of a process: ([\d.]+) MB", told)
     assert whole is not None
-    assert float(whole[1]) == pytest.approx(sum(memory(told).values()))
-
-
-@pytest.mark.usefixtures("tiny")
-def test_activations_are_what_autograd_keeps() -> None:
-    """Counted by hand: each memory once, however many layers keep it."""
-    job = parts(batch_size=64)
-    fixed, for_each = dryrun._activations(job, Precision("fp32", CPU))
-    image, convolved, pooled = 3 * 32 * 32, 16 * 16 * 16, 144
-    # the norm keeps what it is given, the ReLU its result, the loss 10 logarithms and the label
-    assert for_each == 4 * (image + 2 * convolved + pooled + 10) + 8
-    assert fixed == 4 * (2 * 16) + 4  # mean and deviation of the norm, and the loss's weight
-    assert not any(p.grad is not None for p in job.model.parameters())
-
-
-@pytest.mark.parametrize("settings", [{}, {"bn_batch": 4}, {"precision": "bf16"}])
-def test_activations_of_few_images_give_those_of_many(settings: dict[str, object]) -> None:
-    job = parts(model="resnet20", batch_size=24, **settings)
-    precision = Precision(job.config.precision, CPU)
-    fixed, for_each = dryrun._activations(job, precision)
-    images, labels = next(iter(job.data.train(iter([(0, torch.arange(24))]))))
-    assert fixed + 24 * for_each == dryrun._kept(job, precision, images, labels)
-    assert fixed < 24 * for_each
+    assert float(whole[1]) == pytest.approx(sum(megabytes(told).values()))
 
 
 @pytest.mark.usefixtures("tiny")

@@ -63,6 +63,45 @@ def test_the_sweep_ends_where_the_loss_is_lost(losses: list[float], lost: bool) 
     assert findlr.is_lost(losses) is lost
 
 
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("losses", "text"),
+    [
+        ([4.0, 3.0, 1.0, 1.5, 2.0], "it is lowest at 1; 100 is the highest rate tried"),
+        ([4.0, 3.0, 2.5, 2.0, 1.5], "it still falls at 1e+02; 100 is the highest rate tried"),
+        ([4.0, 3.0, 2.5, NAN], "it still falls at 1; it is no finite number at 10"),
+        ([4.0, 1.0, 2.5, NAN], "it is lowest at 0.1; it is no finite number at 10"),
+        ([2.0, 1.0, 1.0, 1.0, 9.0, 9.0], "at 0.1; it is over 4 times as high by 1e+03"),
+        ([4.0, 1.0, 1.0, 1.0], "it is lowest at 0.1; 10 is the highest rate tried"),
+        ([4.0, 1.0, 0.9], "--lr 0.01, the lowest rate tried, where the loss falls fastest; it s"),
+        ([4.0, 4.0, 5.0], "no rate up to 1 brings the loss below where it begins: nothing to sug"),
+        ([4.0, NAN], "no rate up to 0.1 brings the loss below where it begins: nothing to sug"),
+    ],
+)
+def test_what_is_said_of_a_sweep_is_true(losses: list[float], text: str) -> None:
+    """Of losses that need no smoothing."""
+    rates = [10.0 ** (step - 2) for step in range(len(losses))]
+    finite = [loss for loss in losses if loss == loss]
+    found = findlr.suggest(rates, finite) if len(finite) > 1 else None
+    assert text in findlr.told(dict(zip(rates, losses, strict=True)), found)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_sweep_says_what_it_does_and_not_what_a_run_would(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(findlr, "_STEPS", 5)
+    flags = ("--lr", 0.5, "--max-steps", 2, "--mllog", "--momentum", 0.8, "--output", tmp_path)
+    outcome = train(*SHORT, *flags)
+    assert outcome.status == 0, outcome.err
+    assert "sweep of up to 5 steps, lr 0.001 to 100, weight decay " in outcome.out
+    assert "epochs of" not in outcome.out
+    assert "--find-lr has no use for --lr, --mllog, --max-steps\n" in outcome.out
+    assert "no use" not in train(*SHORT, "--output", tmp_path).out
+
+
 @pytest.mark.usefixtures("tiny")
 def test_a_sweep_leaves_a_picture_and_a_table(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
