@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastlars.trainer import atomic, plots, report
-from fastlars.trainer.config import Config
+from fastlars.trainer.config import Config, recipe_of
 from fastlars.trainer.distributed import Ballot
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.log import Display
@@ -43,10 +43,9 @@ _UNUSED = (
 def introduction(parts: Parts, given: Iterable[str]) -> Iterator[str]:
     """What is swept over, and which of the settings given are of no use to that."""
     yield from report.images_and_model(parts)
-    yield (
-        f"sweep of up to {_STEPS} steps, lr {_LOW:g} to {_HIGH:g}, {report.share(parts)}; "
-        f"all else as of recipe {parts.config.recipe}"
-    )
+    yield f"sweep of up to {_STEPS} steps, lr {_LOW:g} to {_HIGH:g}, {report.share(parts)}"
+    recipe = recipe_of(parts.config)
+    yield f"recipe {parts.config.recipe}, but for its rate and schedule: {recipe.source}"
     unused = [flag(name) for name in _UNUSED if name in given]
     if unused:
         yield f"--find-lr has no use for {', '.join(unused)}"

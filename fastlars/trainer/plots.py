@@ -158,6 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = Path(given[0])
     try:
         records = read(run / "metrics.jsonl")
+        if not records:
+            raise ValueError("no records")
         draw(records, run / "curves.png")
         draw_layers(records, run)
     except OSError as error:

@@ -255,15 +255,15 @@ def test_the_environment_is_checked_first(
 def test_an_error_of_ours_leaves_its_trace_in_a_file(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(_self: Loop) -> None:
+    def wrong(_self: Loop, *_arguments: object) -> None:
         raise KeyError("no such thing")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Loop, "_finish_epoch", wrong)
     name = f"fastlars-trainer-{os.getpid()}.log"
-    flags = (*SHORT, "--checkpoint-every", 1, "--output", "run")
-    for place, more in (("", (*flags[:-1], "gone", "--checkpoint-every", 0)), ("run/", flags)):
-        outcome = train(*more)
+    for place, where in (("", "_step"), ("run/", "_finish_epoch")):  # before and after a first step
+        with monkeypatch.context() as patch:
+            patch.setattr(Loop, where, wrong)
+            outcome = train(*SHORT, "--output", "run")
         assert outcome.status == 1
         told = f"internal error: KeyError: 'no such thing'; the trace is in {place}{name}; please"
         assert len(outcome.err.splitlines()) == 1
