@@ -44,7 +44,7 @@ _INNER = ("_C", "backends", "groups", "optim", "rules")  # once imported with th
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_OBJECTS, *_MODULES})
+    return sorted({*globals(), *_OBJECTS, *_MODULES, *_INNER})
 
 
 # From __getattr__ a type checker would conclude that any name is there.

@@ -49,6 +49,40 @@ def test_modules_that_are_imported_on_demand_are_listed() -> None:
     assert "TYPE_CHECKING" not in names
 
 
+def test_torch_is_imported_when_it_is_needed() -> None:
+    """A command line is parsed, and answers Ctrl-C, before the seconds that torch takes."""
+    code = (
+        "import sys, fastlars.trainer.command\n"
+        "assert {'LARS', 'optim', 'backends'} <= {*dir(fastlars)}\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert fastlars.LARS.__module__ == 'fastlars.optim.lars'; assert 'torch' in sys.modules\n"
+        "print(fastlars.LARS is fastlars.optim.lars.LARS)"
+    )
+    done = run(code, ROOT)
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_threads_that_need_it_at_once() -> None:
+    code = """
+import threading, fastlars
+barrier, found = threading.Barrier(8), []
+def ask():
+    barrier.wait()
+    found.append((fastlars.LAMB, fastlars.schedules, fastlars.parameter_groups))
+threads = [threading.Thread(target=ask) for _ in range(8)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(len(found), len(set(found)))
+"""
+    done = run(code, ROOT)
+    assert done.stdout == "8 1\n", done.stderr
+
+
+def test_all_of_it() -> None:
+    done = run("from fastlars import *; print(LARS, LAMB, conventions, parameter_groups)", ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 USER = """
 import fastlars
 params: list[object] = []

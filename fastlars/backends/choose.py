@@ -123,9 +123,10 @@ def choose(
         RuntimeError: FASTLARS_BACKEND demands one that does not.
         ValueError: FASTLARS_BACKEND, FASTLARS_CUDA_PATH or FASTLARS_CHECK is misspelt.
     """
-    # All three, whatever the device: one that is misspelt would pass for one that is obeyed.
-    demanded, _, _ = forced(), cuda.demanded_path(), selfcheck.is_on()
-    device = weight.device.type
+    # These raise where a variable is misspelt, also on a device that does not need it.
+    cuda.demanded_path()
+    selfcheck.is_on()
+    demanded, device = forced(), weight.device.type
     if demanded == "reference":
         return instance(demanded)
     name, reasons = refusals(weight, kinds, rule, rounds)

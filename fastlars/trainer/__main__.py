@@ -9,7 +9,7 @@ from fastlars.trainer import command, packages
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train; the exit status: 0 done, 2 a mistake of the user, 128 + n stopped by signal n.
+    """Train; the exit status: 0 done, 2 a mistake of the user, 3 diverged, 128 + n signal n.
 
     1 is an error of the trainer itself. Whatever it is, the user gets one line.
     """

@@ -114,7 +114,7 @@ def check(state: dict[str, Any]) -> None:
 
 
 @contextmanager
-def fitting(path: Path | None) -> Iterator[None]:
+def fitting(path: Path) -> Iterator[None]:
     """States of the checkpoint at `path` that do not fit each other become a TrainerError."""
     try:
         yield

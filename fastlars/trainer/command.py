@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ def run(program: str, load: Callable[[], Callable[[], int]]) -> int:
         program: the name that lines of errors begin with.
         load: imports, and returns the work.
     """
-    # torch's sockets would add stacks of their C++ to what we say of a lost process.
+    # Without this, torch's C++ prints its own stack trace next to our one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     failures.folder = Path()
     with console.guarded():
@@ -34,13 +35,13 @@ def run(program: str, load: Callable[[], Callable[[], int]]) -> int:
 
 
 def end(status: int) -> None:
-    """End the process: all is done and told, and a Ctrl-C from here on only hurries Python."""
-    signals.default()
+    """End the process. Everything is written by now, so Ctrl-C may kill it at once."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(status)
 
 
 def _tell(program: str, error: BaseException) -> int:
-    text, status = failures.told(error)
+    text, status = failures.message_and_status(error)
     # Of processes that all fail alike only the first one says so.
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     alone = alone or not (isinstance(error, TrainerError) and error.everywhere)

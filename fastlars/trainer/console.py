@@ -26,11 +26,13 @@ class Stream:
 
     Args:
         stream: None: nothing is written, as when the process was started without one.
-        told: called once with the reason when the stream is dropped.
+        on_drop: called once with the reason when the stream is dropped.
     """
 
-    def __init__(self, stream: TextIO | None, told: Callable[[OSError | ValueError], None]) -> None:
-        self._stream, self._told = stream, told
+    def __init__(
+        self, stream: TextIO | None, on_drop: Callable[[OSError | ValueError], None]
+    ) -> None:
+        self._stream, self._on_drop = stream, on_drop
 
     def write(self, text: str) -> int:
         """Write text; what the encoding does not know is escaped."""
@@ -62,7 +64,7 @@ class Stream:
             except BlockingIOError:
                 select.select([], [self._stream], [], 0.1)
             except (OSError, ValueError) as error:
-                self._drop(error, told=not isinstance(error, BrokenPipeError))
+                self._drop(error, report=not isinstance(error, BrokenPipeError))
         if self._stream is not None:
             self._drop(TimeoutError(errno.ETIMEDOUT, "its reader takes nothing"))
 
@@ -76,15 +78,15 @@ class Stream:
         except (OSError, ValueError) as error:
             self._drop(error)
 
-    def _drop(self, error: OSError | ValueError, *, told: bool = True) -> None:
+    def _drop(self, error: OSError | ValueError, *, report: bool = True) -> None:
         stream, self._stream = self._stream, None
         with suppress(OSError, ValueError, AttributeError):
             # Python flushes its own streams once more when it ends, and would complain.
             if stream in (sys.__stdout__, sys.__stderr__):
                 with open(os.devnull, "wb") as nothing:
                     os.dup2(nothing.fileno(), stream.fileno())  # type: ignore[union-attr]
-        if told:
-            self._told(error)
+        if report:
+            self._on_drop(error)
 
     def __getattr__(self, name: str) -> Any:
         if self._stream is not None:
@@ -106,7 +108,7 @@ def guarded() -> Iterator[None]:
     _open_missing()
     before = sys.stdout, sys.stderr, threading.excepthook, sys.unraisablehook
     err = Stream(sys.stderr, lambda _: None)
-    out = Stream(sys.stdout, lambda error: _tell(err, f"standard output: {_reason(error)}"))
+    out = Stream(sys.stdout, lambda error: _tell(err, f"standard output ({_reason(error)})"))
     sys.stdout, sys.stderr = out, err
     # Python ignores these errors, e.g. of a loader that never came to start its workers.
     sys.unraisablehook = lambda _problem: None
@@ -121,8 +123,12 @@ def guarded() -> Iterator[None]:
 
 @contextmanager
 def muted() -> Iterator[None]:
-    """While the context lasts, what libraries print to standard error from C++ is lost."""
-    kept = os.dup(2)
+    """While the context lasts, what C and C++ libraries print to standard error is lost."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
     try:
         with open(os.devnull, "wb") as nothing:
             os.dup2(nothing.fileno(), 2)
@@ -133,7 +139,10 @@ def muted() -> Iterator[None]:
 
 
 def _open_missing() -> None:
-    """Give 0, 1 and 2 to nobody: a file that got one would take what is printed to it."""
+    """Open /dev/null as 0, 1 and 2 where they are closed.
+
+    Else the next file would get that number, and what is printed would go into it.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -142,7 +151,7 @@ def _open_missing() -> None:
 
 
 def _tell(err: Stream, reason: str) -> None:
-    err.write(f"warning: {reason}: nothing more is printed there, all else goes on\n")
+    err.write(f"warning: cannot write to {reason}; the run goes on without it\n")
     err.flush()
 
 

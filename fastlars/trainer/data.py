@@ -25,11 +25,11 @@ class Data(Protocol):
 
     @property
     def kept_bytes(self) -> int:
-        """What is kept on the device takes so much there, once it is read."""
+        """Bytes that images kept on the device take there; 0 where none are kept."""
 
     @property
     def prepared(self) -> bool:
-        """Whether it is read."""
+        """Whether `prepare` has run."""
 
     @property
     def skipped(self) -> int:

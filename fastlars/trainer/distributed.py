@@ -154,7 +154,7 @@ def world(device: str, timeout: float) -> Iterator[World]:
         return
     cuda, patience = place.type == "cuda", timedelta(seconds=timeout)
     try:
-        with console.muted():  # torch prints stacks of its C++ beside the exception
+        with console.muted():  # torch prints stacks of its C++ next to the exception
             dist.init_process_group(
                 "nccl" if cuda else "gloo", store=_store(rank, size, patience), rank=rank,
                 world_size=size, timeout=patience, device_id=place if cuda else None,

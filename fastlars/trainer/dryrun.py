@@ -49,8 +49,8 @@ def describe(parts: Parts, done: int) -> Iterator[str]:
     )
     if parts.world.device.type == "cuda":
         free, whole = torch.cuda.mem_get_info(parts.world.device)
-        told = f"{memory.size(whole)}, of which {memory.size(free)}"
-        yield f"the GPU has {told} are free while this one is told"
+        amount = f"{memory.size(whole)}, of which {memory.size(free)}"
+        yield f"the GPU has {amount} are free now"
     step = max(parts.world.gather(seconds)) * parts.plan.micro_batches * share / images
     yield (
         f"time: {_duration(step * (total - done))}, {step:.3g} s a step, from {_STEPS} steps of "

@@ -18,7 +18,7 @@ class TrainerError(Exception):
     status = 2
 
     def __init__(self, text: str, *, everywhere: bool = False) -> None:
-        super().__init__(_of_fair_length(printable(text)))
+        super().__init__(_shortened(printable(text)))
         self.everywhere = everywhere
 
 
@@ -31,8 +31,8 @@ class DivergedError(TrainerError):
 _LONGEST = 600  # bytes of a line
 
 
-def _of_fair_length(text: str) -> str:
-    """`text`, or its begin and its end: what is wrong stands there, what was given between."""
+def _shortened(text: str) -> str:
+    """`text`, or its start and its end, which say what is wrong; what was typed is between."""
     line = text.encode()
     if len(line) <= _LONGEST:
         return text

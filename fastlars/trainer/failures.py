@@ -33,13 +33,13 @@ _MEMORY = "lower --micro-batch, --image-size or --workers"
 folder = Path()
 
 
-def told(error: BaseException) -> tuple[str, int]:
+def message_and_status(error: BaseException) -> tuple[str, int]:
     """The line, and the exit status: 128 + n for signal n, 2 for what a user can put right, 1."""
     if isinstance(error, TrainerError):
         return str(error), error.status
     if isinstance(error, KeyboardInterrupt):
         number = error.number if isinstance(error, Interrupted) else signal.SIGINT
-        text = f"stopped by {number.name}; the last checkpoint, if there is one, is as it was"
+        text = f"stopped by {number.name}; the last checkpoint, if any, is unchanged"
         return text, 128 + number
     foreseen = _of_surroundings(error)
     if foreseen is not None:

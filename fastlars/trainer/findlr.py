@@ -74,7 +74,7 @@ def sweep(parts: Parts, stop: StopSignals) -> dict[float, float]:
     step = Step(parts, Precision(config.precision, world.device))
     batches, meter = parts.data.train(parts.plan.from_step(0)), Meter(world.device)
     ballot, losses = Ballot(world), dict[float, float]()
-    with parts.display, world.connected():
+    with parts.display:
         for _ in range(_STEPS):
             if ballot.any(stop.received is not None):
                 received = [number for number in world.gather(stop.received) if number is not None]
@@ -116,7 +116,7 @@ def suggest(rates: Sequence[float], losses: Sequence[float]) -> tuple[float, flo
     return rates[int(np.argmin(slopes))], rates[lowest]
 
 
-def told(losses: dict[float, float], found: tuple[float, float] | None) -> str:
+def summary(losses: dict[float, float], found: tuple[float, float] | None) -> str:
     """What a sweep found, in a line; `found` by `suggest` of its smoothed finite losses."""
     rates = list(losses)
     last = rates[-1]
@@ -154,7 +154,7 @@ def write(parts: Parts, losses: dict[float, float], folder: Path) -> Iterator[st
     with plots.optional(parts.display.warn):
         plots.save(picture(report.title(parts), finite, means, found), folder / "lr_find.png")
         drawn = True
-    yield told(losses, found)
+    yield summary(losses, found)
     if drawn:
         yield f"picture:    {folder / 'lr_find.png'}"
     yield f"table:      {folder / 'lr_find.csv'}"

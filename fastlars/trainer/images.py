@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
@@ -15,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
+from fastlars.trainer import console
 from fastlars.trainer.errors import one_line
 
 try:
@@ -26,15 +28,17 @@ except ImportError:  # torchvision 0.29 announces its end
 # data set, and some have the file run by other programs (EPS by Ghostscript).
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
 _IN_MEMORY = 2**30  # bytes of a file that torchvision gets as a whole
-_EMPTY, _A_BYTE = 2**22, 10_000  # pixels that a file may have without any bytes, and more for each
+_PIXELS_ALWAYS, _PIXELS_PER_BYTE = 2**22, 10_000  # more pixels cannot be in so few bytes
 _LONGEST_REASON = 200  # characters
+# Of the machine, not of the image: skipping the image would leave out a good one.
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 _WHITE_IS_ZERO, _BITS, _MAXIMA = 262, 258, (281, 341)  # TIFF's tags
 
 
 def _hush_pil() -> None:
-    """Of a damaged file one line is told, the reason.
+    """Silence PIL and torchvision: the trainer prints a line of its own for a damaged file.
 
-    Not for each image: that would have other libraries' warnings shown again every time.
+    Once for all, since each change of the filters has other libraries' warnings shown again.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")
     warnings.filterwarnings("ignore", "The image decoding", DeprecationWarning)  # torchvision's
@@ -54,11 +58,11 @@ BAD = BadImageError
 def decode(path: str) -> torch.Tensor:
     """The image at `path` in colour: bytes [3, height, width]; BAD where it cannot be read.
 
-    torchvision decodes JPEG faster than PIL, which has all else: a damaged PNG ends torchvision's
-    process (0.29), and of an animation it gives all pictures. What torchvision refuses is PIL's
-    too, which says better what is wrong.
+    JPEG by torchvision, which is faster; all else by PIL: torchvision 0.29 crashes on a damaged PNG
+    and returns every frame of an animation. PIL also tries what torchvision refuses, because its
+    errors are clearer.
     """
-    with _opened(path) as image, _stderr_silent():
+    with _opened(path) as image, console.muted():
         jpeg = isinstance(image, JpegImageFile)
         if jpeg and decode_image is not None and os.path.getsize(path) <= _IN_MEMORY:
             content = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
@@ -97,32 +101,17 @@ def _opened(path: str) -> Iterator[Image.Image]:
         if not stat.S_ISREG(about.st_mode):  # opening a FIFO would wait for its writer
             raise BadImageError("not a regular file")
         with Image.open(path, formats=_FORMATS) as image:
-            if image.width * image.height > _EMPTY + _A_BYTE * about.st_size:
+            if image.width * image.height > _PIXELS_ALWAYS + _PIXELS_PER_BYTE * about.st_size:
                 raise BadImageError(
                     f"{image.width} x {image.height} pixels in {about.st_size} bytes"
                 )
             yield image
-    except BadImageError:
+    except (BadImageError, MemoryError):
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _SHORTAGES:
+            raise
         raise BadImageError(reason(error)) from error
-
-
-@contextmanager
-def _stderr_silent() -> Iterator[None]:
-    """libjpeg and libtiff tell of damage on stderr, past Python, and without the file's name."""
-    try:
-        before = os.dup(2)
-    except OSError:  # there is none
-        yield
-        return
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(before, 2)
-        os.close(before)
 
 
 def _by_pil(image: Image.Image) -> torch.Tensor:

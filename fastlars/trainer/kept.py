@@ -61,10 +61,10 @@ class Kept:
         if best is None or self._run.best.exists() or not best.exists():
             return
         try:
-            its = checkpoint.load(best)["progress"]
+            its = checkpoint.load(best).get("progress", {})
         except TrainerError:  # damaged
             return
-        if all(its[key] == progress[key] for key in ("best_epoch", "best_accuracy")):
+        if all(its.get(key) == progress[key] for key in ("best_epoch", "best_accuracy")):
             with checkpoint.not_saved(self._run.best):
                 atomic.duplicate(best, self._run.best)
 

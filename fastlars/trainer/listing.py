@@ -1,6 +1,6 @@
 """Which images a folder holds: train/ and val/ (or test/), one folder a class.
 
-What is hidden, by a dot, is left out at every depth: what systems and editors keep beside images.
+What is hidden, by a dot, is left out at every depth: what systems and editors keep next to images.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple, NoReturn
 
 from fastlars.trainer.errors import TrainerError
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
 Files = list[tuple[str, int]]  # path and label
 

@@ -53,7 +53,7 @@ class Lock:
                 owner = os.read(file, 200).decode(errors="replace")
                 os.close(file)
                 if error.errno in (errno.EACCES, errno.EAGAIN):
-                    raise LockedError(owner) from None
+                    raise LockedError(owner or "which has just started") from None
                 self._path.unlink(missing_ok=True)
                 return f"this file system has no locks ({error.strerror})"
             if _is_at(file, self._path):
@@ -69,7 +69,7 @@ class Lock:
         """Release the lock, if it was taken."""
         if self._file < 0:
             return
-        self._path.unlink(missing_ok=True)  # while it is ours
+        self._path.unlink(missing_ok=True)  # before closing, while this process holds the lock
         os.close(self._file)
         self._file = -1
 

@@ -136,15 +136,16 @@ class Display:
         """The latest loss and accuracy, beside the bar."""
         self._bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1%}", refresh=False)
 
-    def say(self, text: str, *, error: bool = False) -> None:
+    def say(self, text: str) -> None:
         """A line above the bar."""
         if self._shown:
-            tqdm.write(printable(text), file=sys.stderr if error else sys.stdout)
+            tqdm.write(printable(text))
             sys.stdout.flush()
 
     def warn(self, text: str) -> None:
-        """A line of what went wrong and does not end the run."""
-        self.say(text, error=True)
+        """A line about something that went wrong and does not end the run."""
+        if self._shown:
+            tqdm.write(printable(f"warning: {text}"), file=sys.stderr)
 
     def __enter__(self) -> Display:
         self._bar = tqdm(

@@ -202,11 +202,13 @@ class Loop:
             text = f"{problem}; the previous checkpoint is untouched"
             raise TrainerError(text, everywhere=True)
         else:
-            parts.display.say(f"warning: {problem}; training goes on", error=True)
+            parts.display.warn(f"{problem}; training goes on")
 
     def _broken(self) -> torch.Tensor:
         """How many weights and statistics of batch norm are no finite numbers."""
-        networks = [self.parts.model, *filter(None, [self._stepper.average])]
+        average = self._stepper.average
+        # Not the average's own buffer, a count that stays on the CPU.
+        networks = [self.parts.model, *([] if average is None else [average.module])]
         tensors = [t for n in networks for t in (*n.parameters(), *n.buffers())]
         return torch.stack([torch.isfinite(t).logical_not().sum() for t in tensors]).sum()
 
@@ -243,7 +245,7 @@ class Loop:
             try:
                 self._kept.name(self.progress.step, best=self._at_best)
             except checkpoint.NotSavedError as error:
-                parts.display.say(f"warning: {error}; training goes on", error=True)
+                parts.display.warn(f"{error}; training goes on")
 
     def _draw(self) -> None:
         if self.parts.log is not None:

@@ -35,25 +35,24 @@ Records = list[dict[str, Any]]
 
 
 @contextmanager
-def optional(say: Callable[[str], None]) -> Iterator[None]:
+def optional(warn: Callable[[str], None]) -> Iterator[None]:
     """A picture that cannot be drawn, for whatever reason, is a warning: the run is worth more."""
     try:
-        yield
+        with _plainly():
+            yield
     except Exception as error:
         why = failures.reason(error) if isinstance(error, OSError) else one_line(error)
-        say(f"warning: no picture: {why}")
+        warn(f"no picture: {why}")
 
 
 def draw(records: Records, path: Path) -> None:
     """Write the picture of a log's records that `path` is named for."""
-    with _plainly():
-        save(PICTURES[path.name](records), path)
+    save(PICTURES[path.name](records), path)
 
 
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG, whole or not at all."""
-    with _plainly():
-        atomic.write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    atomic.write(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
 @contextmanager
@@ -160,8 +159,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         records = read(run / "metrics.jsonl")
         if not records:
             raise ValueError("no records")
-        draw(records, run / "curves.png")
-        draw_layers(records, run)
+        with _plainly():
+            draw(records, run / "curves.png")
+            draw_layers(records, run)
     except OSError as error:
         print(f"fastlars.trainer.plots: error: {failures.reason(error)}", file=sys.stderr)
         return 2

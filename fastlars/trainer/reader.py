@@ -22,7 +22,7 @@ from fastlars.trainer.listing import Files
 from fastlars.trainer.resident import Part
 
 _AHEAD = 2  # batches that each worker may have finished
-_LOST = "--workers: one is lost, for want of memory or of room in /dev/shm?"
+_LOST = "--workers: a worker process died; is memory or /dev/shm full?"
 _NAMED = 5  # bad images that the error names
 
 Prepare = Callable[[torch.Tensor, int, int], torch.Tensor]  # image, epoch, index
@@ -112,8 +112,9 @@ class _Reading:
 class _Requests:
     """What the loader is to fetch: for the reading that began last, then for those before it.
 
-    Where there is nothing to fetch, it stays so until all has arrived and the loader begins anew.
-    It asks only when something arrives: with one batch on its way, one worker would work for ever.
+    When nothing is left to fetch, it stays ended until everything has arrived; then the loader
+    starts again. Without that the loader, which asks only when a batch arrives, would keep one
+    worker busy and leave the others idle.
 
     Args:
         ahead: how many batches may be on their way; as many may wait for a reading.
@@ -143,7 +144,7 @@ class _Requests:
 
 
 class _Pool:
-    """Workers for all kinds of images: a test amid the training needs no others.
+    """One set of workers for training and test images.
 
     What the training has asked for by then arrives first, and waits for it.
     """
@@ -184,7 +185,7 @@ class _Pool:
     def _receive(self) -> None:
         """Hand the next batch, where there is one, to whoever asked for it."""
         # A test takes place in inference mode, and a batch of the training may arrive meanwhile.
-        with torch.inference_mode(False), _workers_told_of():
+        with torch.inference_mode(False), _worker_errors_in_a_line():
             if not self._requests.sent:
                 with _child_signals_as_they_are(), _unwarned():
                     self._found = iter(self._loader)
@@ -198,7 +199,7 @@ class _Pool:
 
 
 @contextmanager
-def _workers_told_of() -> Iterator[None]:
+def _worker_errors_in_a_line() -> Iterator[None]:
     """What goes wrong between the trainer and its workers is told in a line."""
     try:
         yield
@@ -286,9 +287,11 @@ def _child_signals_as_they_are() -> Iterator[None]:
     a checkpoint. Without it the next batch finds out, within 5 s.
     """
     before = signal.getsignal(signal.SIGCHLD)
-    yield
-    if signal.getsignal(signal.SIGCHLD) != before:
-        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGCHLD) != before:
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
 def _worker_signals(_worker: int) -> None:

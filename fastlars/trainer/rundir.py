@@ -1,7 +1,7 @@
 """The directory of a run: which one, who has it, and whether it can be written.
 
-A path that cannot even be looked at is one that is not there, which os.path says of it and pathlib
-only from Python 3.14 on; writing or reading it then says what is wrong.
+os.path.exists, not Path.exists: of a path that may not be looked at, pathlib raises before Python
+3.14. Reading or writing it later gives the reason.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _DEFAULT = Path("runs")
 
 
 class RunDirectory:
-    """Paths of a run's files. Nothing is created before `claim`.
+    """Paths of a run's files. Nothing is created before `make` or `claim`.
 
     Args:
         path: the directory.
@@ -59,7 +59,7 @@ class RunDirectory:
             raise TrainerError(f"--output: another run, {error}, writes in {self.path}") from None
         except OSError as error:
             self.release()
-            raise TrainerError(f"--output: cannot write in {self.path}: {error.strerror}") from None
+            raise _cannot_write(self.path, error) from None
         return problem and f"{problem}: let no other run write in {self.path}"
 
     def make(self) -> bool:
@@ -113,8 +113,12 @@ def where(output: str, data: str, name: str) -> RunDirectory:
             number += 1
             run = RunDirectory(_DEFAULT / f"{stem}-{number}")
     except OSError as error:
-        raise TrainerError(f"--output: cannot write in {run.path}: {error.strerror}") from None
+        raise _cannot_write(run.path, error) from None
     return run
+
+
+def _cannot_write(folder: Path, error: OSError) -> TrainerError:
+    return TrainerError(f"--output: cannot write in {folder}: {error.strerror}")
 
 
 def going_on(source: Path, output: str) -> RunDirectory:

@@ -44,7 +44,7 @@ def run(command: Command) -> int:
     """Do what the command line says; the process's exit status."""
     device = command.given.get("device", Config.device)
     timeout = command.given.get("timeout", Config.timeout)
-    with world(device, timeout) as here:
+    with world(device, timeout) as here, here.connected():
         with here.together():
             check_environment(here.device)
         if command.dry_run:
@@ -75,6 +75,9 @@ def _job(command: Command, here: World) -> Iterator[_Job]:
         source = _source(command, again)
         if source is None:
             settings = config.fresh(command.given, here.size)
+    if len(set(here.gather(source and str(source)))) > 1:
+        text = "--resume: the processes do not see the same checkpoint: --output must be on a disk "
+        raise TrainerError(text + "that all of them share", everywhere=True)
 
     def choose() -> RunDirectory:
         if source is not None:
@@ -82,16 +85,20 @@ def _job(command: Command, here: World) -> Iterator[_Job]:
         return rundir.new(settings.output, settings.data, settings.recipe)
 
     with _claimed(choose, here) as directory:
-        with here.together(), checkpoint.fitting(source):
-            state = checkpoint.load(source) if source else None
-            if state:
-                checkpoint.check(state)
-                settings = config.resumed(command.given, state["config"], str(source))
-            progress = progress_of(state["progress"]) if state else Progress()
+        with here.together():
+            state, progress = None, Progress()
+            if source is not None:
+                with checkpoint.fitting(source):
+                    state = checkpoint.load(source)
+                    checkpoint.check(state)
+                    settings = config.resumed(command.given, state["config"], str(source))
+                    progress = progress_of(state["progress"])
             if settings.tensorboard and here.first:
                 tensorboard.check(directory.tensorboard)
             images = data.load(settings, here.device)
-            _same_images(images, state)
+            if state is not None and source is not None:
+                with checkpoint.fitting(source):
+                    _same_images(images, state)
         yield _Job(settings, images, directory, source, state, progress)
 
 
@@ -162,7 +169,7 @@ def _train(command: Command, here: World) -> int:
         loop = _loop(job, command, here)
         failures.folder = job.directory.path
         job.images.prepare()
-        with _records(loop, job), loop.parts.display, here.connected():
+        with _records(loop, job), loop.parts.display:
             _introduce(loop, job.state, command)
             finished = loop.run(stop)
             # It may have reached another process alone.
@@ -174,9 +181,7 @@ def _train(command: Command, here: World) -> int:
     return 0 if finished or not signals else 128 + signals[0]
 
 
-def _same_images(images: Data, state: dict[str, Any] | None) -> None:
-    if state is None:
-        return
+def _same_images(images: Data, state: dict[str, Any]) -> None:
     for what, now in fingerprint(images).items():
         before = state["data"][what]
         if now != before:
@@ -230,8 +235,8 @@ def _loop(job: _Job, command: Command, here: World) -> Loop:
     parts = build(job.settings, job.images, job.directory, job.progress.step, here)
     step = job.progress.step  # which the loop moves on
     loop = Loop(parts, job.progress, lambda: _begin(parts, command, job, step))
-    if job.state:
-        with checkpoint.fitting(job.source):
+    if job.state is not None and job.source is not None:
+        with here.together(), checkpoint.fitting(job.source):
             loop.restore(job.state)
     return loop
 

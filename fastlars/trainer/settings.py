@@ -38,7 +38,7 @@ def _setting(
     )
 
 
-# Beyond these nobody means it, and products of two of them are still exact or finite.
+# Nobody needs larger values, and products of two of these are exact or finite.
 _MOST_COUNTED = 10**9
 _MOST_EPOCHS = 1e6
 _HIGHEST = 1e30  # float32, which the optimizers compute in, ends at 3e38 and 1e-38
@@ -85,7 +85,7 @@ def _switch(text: str, *, default: bool = False, shapes_run: bool = True) -> Any
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that shapes a run. Settings left at None on the command line are the recipe's."""
+    """Everything that shapes a run. Settings left out of the command line are the recipe's."""
 
     recipe: str = _one_of("lars", "optimizer and its settings", recipes.NAMES)
 

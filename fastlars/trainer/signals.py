@@ -76,11 +76,6 @@ class StopSignals:
             raise Interrupted(number)
 
 
-def default() -> None:
-    """From now on Ctrl-C ends the process as it does those that are no Python."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def _interrupt(number: int) -> None:
     # A process that is forked to read images has these handlers for a moment; the trainer decides.
     if multiprocessing.parent_process() is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,9 +40,7 @@ class TensorBoard:
         warn: what to do with a line that says why nothing more is shown.
     """
 
-    def __init__(
-        self, folder: Path, step: int, warn: Callable[[str], None] = warnings.warn
-    ) -> None:
+    def __init__(self, folder: Path, step: int, warn: Callable[[str], None]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder, self._warn = folder, warn
@@ -80,14 +77,14 @@ class TensorBoard:
     def _optional(self) -> Iterator[Any]:
         """Gives the board up where it cannot be written: the run is worth more.
 
-        It is written by a thread, whose error whoever writes next is told; any kind of error.
+        SummaryWriter writes in a thread; its error, of any class, is raised by the next call.
         """
         try:
             yield self._writer
         except Exception as error:
             self._writer = _Nothing()
             why = failures.reason(error) if isinstance(error, OSError) else one_line(error)
-            self._warn(f"warning: no more TensorBoard in {self._folder}: {why}")
+            self._warn(f"no more TensorBoard in {self._folder}: {why}")
 
 
 class _Nothing:

@@ -105,6 +105,27 @@ def test_a_resumed_run_names_where_it_came_from(
     assert {name: (first / name).read_bytes() for name in before} == before
 
 
+def test_what_is_looked_at_is_on_one_device(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums on a GPU take no tensor of the CPU, where a moving average counts its updates."""
+    loops: list[Loop] = []
+    run = Loop.run
+
+    def noted(self: Loop, *arguments: Any) -> bool:
+        loops.append(self)
+        return run(self, *arguments)
+
+    monkeypatch.setattr(Loop, "run", noted)
+    assert train(*RUN, "--ema", 0.5, "--max-steps", 1, "--output", tmp_path).status == 0
+    loop = loops[0]
+    average = loop._stepper.average
+    assert average is not None
+    loop.parts.model.to("meta")
+    average.module.to("meta")
+    assert loop._broken().device.type == "meta"
+
+
 @pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     """Both end with the exit status, and one speaks."""

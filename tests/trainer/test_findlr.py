@@ -85,7 +85,7 @@ def test_what_is_said_of_a_sweep_is_true(losses: list[float], text: str) -> None
     rates = [10.0 ** (step - 2) for step in range(len(losses))]
     finite = [loss for loss in losses if loss == loss]
     found = findlr.suggest(rates, finite) if len(finite) > 1 else None
-    assert text in findlr.told(dict(zip(rates, losses, strict=True)), found)
+    assert text in findlr.summary(dict(zip(rates, losses, strict=True)), found)
 
 
 @pytest.mark.usefixtures("tiny")

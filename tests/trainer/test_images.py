@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -236,6 +237,22 @@ def test_a_header_that_lies(tmp_path: Path, side: int, why: str) -> None:
     path.write_bytes(content[:at] + struct.pack(">HH", side, side) + content[at + 4 :])
     with pytest.raises(images.BAD, match=why):
         images.decode(str(path))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError()])
+def test_what_the_machine_lacks_is_no_bad_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """--max-bad-images would leave out good ones."""
+
+    def lacking(*_arguments: object, **_options: object) -> None:
+        raise error
+
+    smooth().save(tmp_path / "good.png")
+    monkeypatch.setattr("PIL.Image.open", lacking)
+    for read in (images.decode, images.sides):
+        with pytest.raises(type(error)):
+            read(str(tmp_path / "good.png"))
 
 
 def test_no_plain_files(tmp_path: Path) -> None:

@@ -64,3 +64,12 @@ def test_the_classifier_is_drawn_anew() -> None:
     assert torch.equal(nets[0][0].weight, plain[0].weight)
     model.draw_classifier(plain, 0.0, 0)
     assert torch.equal(plain[5].bias, tiny_net("", 50, "", 0)[5].bias)
+
+
+@pytest.mark.parametrize("stem", ["small", "imagenet"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet20", "resnet50"])
+def test_every_model_takes_the_smallest_image(name: str, stem: str) -> None:
+    """8 pixels and 2 images, with which batch norm would refuse a single pixel of one image."""
+    net = model.build(name, 3, stem, 0)
+    net(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())

@@ -163,7 +163,7 @@ def test_the_line_says_flag_range_and_value(arguments: tuple[str, ...], message:
             "--recipe akiba: --rmsprop-center and --rmsprop-period must end the transition within "
             "2^24 steps",
         ),
-        ({"end_lr": 5.0}, "the schedule does not work: --end-lr 5.0 exceeds the learning rate 1.0"),
+        ({"end_lr": 5.0}, "the schedule does not work: --end-lr 5.0 exceeds the learning rate "),
         ({"warmup_from": 5.0}, "the schedule does not work: --warmup-from 5.0 exceeds the"),
     ],
 )
@@ -173,7 +173,7 @@ def test_what_the_library_refuses_names_the_flag(
     settings = config.fresh({"batch_size": 64} | flags)
     with pytest.raises(TrainerError) as error:
         build(settings, images["digits"], RunDirectory(Path()), 0, World(0, 1, CPU))
-    assert message in str(error.value).replace("0.7071067811865476", "1.0")
+    assert message in str(error.value)
 
 
 def test_a_long_message_keeps_its_begin_and_its_end() -> None:

@@ -88,7 +88,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_no_event_files(
 
 
 def test_events_are_on_the_disk_when_a_checkpoint_counts_on_them(tmp_path: Path) -> None:
-    board = TensorBoard(tmp_path / "tensorboard", 0)
+    board = TensorBoard(tmp_path / "tensorboard", 0, pytest.fail)
     board.record({"kind": "test", "step": 1, "loss": 0.5, "accuracy": None})
     board.sync()
     assert scalars(tmp_path) == {"loss/test": [(1, 0.5)]}
