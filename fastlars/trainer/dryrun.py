@@ -22,18 +22,22 @@ _STEPS = 3  # timed, after one that is not
 _FILLED = 0.8  # of a GPU's memory, by a timed step
 
 
-def describe(parts: Parts, done: int) -> Iterator[str]:
-    """The schedule, and estimates of memory and time; every process takes part.
+def schedule(parts: Parts, left: int) -> str:
+    """The steps that are left of a run, and its schedule."""
+    config = parts.config
+    warmup = round(config.warmup_epochs * parts.plan.steps_per_epoch)
+    begin = f"{warmup} of warm-up from {config.warmup_from:g}, then " if warmup else ""
+    return f"{left} steps: {begin}schedule {config.schedule} from {config.lr:g}"
+
+
+def describe(parts: Parts, left: int) -> Iterator[str]:
+    """Estimates of memory and of the time of `left` steps; every process takes part.
 
     Args:
         parts: the run; its model is trained for some steps, and of no use afterwards.
-        done: steps that the run has behind it.
+        left: steps to take.
     """
     config, share = parts.config, parts.plan.micro_batch
-    total = config.epochs * parts.plan.steps_per_epoch
-    warmup = round(config.warmup_epochs * parts.plan.steps_per_epoch)
-    begin = f"{warmup} of warm-up from {config.warmup_from:g}, then " if warmup else ""
-    yield f"{total - done} steps: {begin}schedule {config.schedule} from {config.lr:g}"
     precision = Precision(config.precision, parts.world.device)
     needed = memory.needed(parts)
     held = sum(needed.values()) - needed["activations"]
@@ -53,7 +57,7 @@ def describe(parts: Parts, done: int) -> Iterator[str]:
         yield f"the GPU has {amount} are free now"
     step = max(parts.world.gather(seconds)) * parts.plan.micro_batches * share / images
     yield (
-        f"time: {_duration(step * (total - done))}, {step:.3g} s a step, from {_STEPS} steps of "
+        f"time: {_duration(step * left)}, {step:.3g} s a step, from {_STEPS} steps of "
         f"{images} images a process on this machine; without reading of images and evaluation"
     )
 

@@ -6,6 +6,7 @@ After Smith 2017 (arXiv:1506.01186), section 3.3, with a rate that grows exponen
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,16 +26,16 @@ from fastlars.trainer.settings import flag
 from fastlars.trainer.signals import Interrupted, StopSignals
 from fastlars.trainer.step import Step
 
-_STEPS = 100
-_LOW, _HIGH = 1e-3, 1e2  # of --lr
+STEPS = 100
+_LOW, _HIGH = 1e-3, 1e2  # times --lr
 _LOST = 4.0  # times the lowest loss so far
 _WINDOW = 7  # losses that are averaged
 
 
-# Settings that a sweep has no use for: it goes over rates in its own number of steps, and keeps
-# nothing but a picture and a table.
+# Settings that a sweep has no use for: it has a schedule and a number of steps of its own, and
+# keeps nothing but a picture and a table.
 _UNUSED = (
-    *("epochs", "lr", "schedule", "power", "end_lr", "warmup_epochs", "warmup_from", "ema"),
+    *("epochs", "schedule", "power", "end_lr", "warmup_epochs", "warmup_from", "ema"),
     *("lr_rmsprop", "rmsprop_center", "rmsprop_period", "rmsprop_transition", "bn_statistics"),
     *("log_every", "tensorboard", "mllog", "checkpoint_every", "keep_last", "max_steps"),
 )
@@ -43,7 +44,8 @@ _UNUSED = (
 def introduction(parts: Parts, given: Iterable[str]) -> Iterator[str]:
     """What is swept over, and which of the settings given are of no use to that."""
     yield from report.images_and_model(parts)
-    yield f"sweep of up to {_STEPS} steps, lr {_LOW:g} to {_HIGH:g}, {report.share(parts)}"
+    lr = parts.config.lr
+    yield f"sweep of up to {STEPS} steps, lr {_LOW * lr:g} to {_HIGH * lr:g}, {report.share(parts)}"
     recipe = recipe_of(parts.config)
     yield f"recipe {parts.config.recipe}, but for its rate and schedule: {recipe.source}"
     unused = [flag(name) for name in _UNUSED if name in given]
@@ -51,14 +53,16 @@ def introduction(parts: Parts, given: Iterable[str]) -> Iterator[str]:
         yield f"--find-lr has no use for {', '.join(unused)}"
 
 
-def check(config: Config) -> None:
-    """Raise TrainerError where a sweep would say nothing."""
+def swept(config: Config) -> Config:
+    """The configuration of a sweep; TrainerError where it would say nothing."""
     if config.recipe == "akiba":
         raise TrainerError(
             "--find-lr: akiba's first steps are RMSprop's, whatever the rate is: sweep with "
             "--recipe goyal, which akiba becomes",
             everywhere=True,
         )
+    # Its own schedule replaces the run's, which must not be what fails.
+    return replace(config, schedule="poly", warmup_epochs=0.0, warmup_from=0.0, end_lr=0.0)
 
 
 def sweep(parts: Parts, stop: StopSignals) -> dict[float, float]:
@@ -68,14 +72,14 @@ def sweep(parts: Parts, stop: StopSignals) -> dict[float, float]:
     """
     config, world = parts.config, parts.world
     stop.note()  # for all processes to end together
-    growth = (_HIGH / _LOW) ** (1 / (_STEPS - 1))
+    growth = (_HIGH / _LOW) ** (1 / (STEPS - 1))
     parts.schedule = LambdaLR(parts.optimizer, lambda step: _LOW * growth**step)
-    parts.display = Display(_STEPS * config.batch_size, 0, shown=world.first)
+    parts.display = Display(STEPS * config.batch_size, 0, shown=world.first)
     step = Step(parts, Precision(config.precision, world.device))
     batches, meter = parts.data.train(parts.plan.from_step(0)), Meter(world.device)
     ballot, losses = Ballot(world), dict[float, float]()
     with parts.display:
-        for _ in range(_STEPS):
+        for _ in range(STEPS):
             if ballot.any(stop.received is not None):
                 received = [number for number in world.gather(stop.received) if number is not None]
                 raise Interrupted(received[0])

@@ -119,7 +119,7 @@ class Folder:
             if len(part.labels) < 2:
                 raise TrainerError(
                     f"{len(part.labels)} images of a forward pass could be read, and batch norm "
-                    "needs 2: set a larger --micro-batch or mend the images"
+                    "needs 2: set a larger --batch-size or --micro-batch, or mend the images"
                 )
             yield self._normal(part if self._moves is None else self._moves.apply(part, 0))
 

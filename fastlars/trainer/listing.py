@@ -80,7 +80,8 @@ def _files(folder: Path, classes: Sequence[str]) -> Files:
                 if file.lower().endswith(_SUFFIXES) and not _hidden(file)
             ]
         if len(files) == before:
-            raise TrainerError(f"--data: class folder {folder / name} has no images")
+            kinds = ", ".join(_SUFFIXES)
+            raise TrainerError(f"--data: class folder {folder / name} has no images ({kinds})")
     return files
 
 

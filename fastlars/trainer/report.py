@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def conclusion(loop: Loop, stopped_by: str | None, seconds: float) -> Iterator[s
     if stopped_by is not None:
         yield (
             f"stopped by {stopped_by} at step {progress.step} of {loop.total_steps}; go on with: "
-            f"python -m fastlars.trainer --resume {parts.run.checkpoint}"
+            f"python -m fastlars.trainer {_to_resume(parts)}"
         )
         return
     if not parts.world.first:  # only that one has kept records
@@ -136,6 +137,19 @@ def conclusion(loop: Loop, stopped_by: str | None, seconds: float) -> Iterator[s
         f"best {progress.best_accuracy:.2%} after epoch {progress.best_epoch}; {seconds:.0f} s"
     )
     yield from _files(parts.run.path)
+
+
+def _to_resume(parts: Parts) -> str:
+    """The arguments that go on with a run as it was, without what the checkpoint has."""
+    path = shlex.quote(str(parts.run.checkpoint))
+    words = [f"--resume={path}" if path.startswith("-") else f"--resume {path}"]
+    left_out = ("data", "output", "max_steps")  # in the checkpoint, next to it, and reached
+    for setting in fields(parts.config):
+        value = getattr(parts.config, setting.name)
+        usual = setting.metadata["shapes_run"] or setting.name in left_out
+        if not usual and value != setting.default:
+            words.append(flag(setting.name) + ("" if value is True else f" {value}"))
+    return " ".join(words)
 
 
 def _files(folder: Path) -> Iterator[str]:

@@ -18,6 +18,7 @@ from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.lock import Lock, LockedError
 
 _DEFAULT = Path("runs")
+_LONGEST_NAME = 100  # characters of the folder of images; file systems take 255 bytes in all
 
 
 class RunDirectory:
@@ -102,11 +103,15 @@ def new(output: str, data: str, recipe: str) -> RunDirectory:
 
 def where(output: str, data: str, name: str) -> RunDirectory:
     """`output`, or the next free name under runs/, which is created before another run takes it."""
+    for part in ("train", "val", "test") if output and data != "digits" else ():
+        images = os.path.realpath(os.path.join(data, part))
+        if Path(images) in (inside := Path(os.path.realpath(output)), *inside.parents):
+            raise TrainerError(f"--output: {output} is inside the images of --data, in {images}")
     if output:
         return RunDirectory(Path(output))
     if may_restart():
         raise TrainerError("--max-restarts needs --output, for a restarted run to find itself")
-    stem = f"{Path(data).resolve().name if data != 'digits' else data}-{name}"
+    stem = f"{os.path.basename(os.path.realpath(data))[:_LONGEST_NAME]}-{name}"
     run, number = RunDirectory(_DEFAULT / f"{stem}-1"), 1
     try:
         while not run.make():

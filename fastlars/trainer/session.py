@@ -47,9 +47,9 @@ def run(command: Command) -> int:
     with world(device, timeout) as here, here.connected():
         with here.together():
             check_environment(here.device)
-        if command.dry_run:
-            return _dry_run(command, here)
-        return _find_lr(command, here) if command.find_lr else _train(command, here)
+        if command.find_lr:
+            return _find_lr(command, here)
+        return _dry_run(command, here) if command.dry_run else _train(command, here)
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,13 @@ def _dry_run(command: Command, here: World) -> int:
         done = job.progress.step
         parts = build(job.settings, job.images, job.directory, done, here)
         job.images.prepare()
+        total = job.settings.epochs * parts.plan.steps_per_epoch
+        left = max(min(total, job.settings.max_steps or total) - done, 0)
         hint = report.hint(parts, command.given) if job.state is None else ()
-        for line in chain(report.introduction(parts), hint, dryrun.describe(parts, done)):
+        schedule = dryrun.schedule(parts, left)
+        for line in chain(
+            report.introduction(parts), hint, [schedule], dryrun.describe(parts, left)
+        ):
             parts.display.say(line)
         parts.display.say(f"nothing was written; a run would write in {job.directory.path}")
     return 0
@@ -146,8 +151,7 @@ def _dry_run(command: Command, here: World) -> int:
 
 def _find_lr(command: Command, here: World) -> int:
     with here.together():
-        settings = config.fresh(command.given, here.size)
-        findlr.check(settings)
+        settings = findlr.swept(config.fresh(command.given, here.size))
         images = data.load(settings, here.device)
     name = f"{settings.recipe}-lr"
     choose = partial(rundir.where, settings.output, settings.data, name)
@@ -156,6 +160,11 @@ def _find_lr(command: Command, here: World) -> int:
         images.prepare()
         for line in findlr.introduction(parts, command.given):
             parts.display.say(line)
+        if command.dry_run:
+            for line in dryrun.describe(parts, findlr.STEPS):
+                parts.display.say(line)
+            parts.display.say(f"nothing was written; a sweep would write in {directory.path}")
+            return 0
         losses = findlr.sweep(parts, stop)
         if here.first:
             for line in findlr.write(parts, losses, directory.path):
