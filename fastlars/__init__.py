@@ -9,7 +9,6 @@ to go on from their checkpoints, :mod:`fastlars.distributed` the overlap with DD
 
 import typing as _typing
 from importlib import import_module as _import_module
-from importlib.metadata import version as _version
 from importlib.util import find_spec as _find_spec
 
 if _find_spec(f"{__name__}._C") is None:
@@ -17,8 +16,6 @@ if _find_spec(f"{__name__}._C") is None:
         f"{__path__[0]} holds the sources of fastlars without the compiled extension: run Python "
         "in another folder, or build the extension in place with pip install -e"
     )
-
-__version__ = _version("fastlars")
 
 __all__ = [
     "LAMB",
@@ -44,7 +41,7 @@ _INNER = ("_C", "backends", "groups", "optim", "rules")  # once imported with th
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_OBJECTS, *_MODULES, *_INNER})
+    return sorted({*globals(), *__all__, *_OBJECTS, *_MODULES, *_INNER})
 
 
 # From __getattr__ a type checker would conclude that any name is there.
@@ -57,11 +54,16 @@ if _typing.TYPE_CHECKING:
     from fastlars.optim.lamb import LAMB
     from fastlars.optim.lars import LARS
     from fastlars.optim.rmsprop_warmup import RMSpropWarmup
+
+    __version__: str
 else:
 
     def __getattr__(name: str) -> object:
         if name in _MODULES or name in _INNER:
             return _import_module(f"fastlars.{name}")
+        if name == "__version__":
+            found = globals()[name] = _import_module("importlib.metadata").version("fastlars")
+            return found
         if name in _OBJECTS:
             found = globals()[name] = getattr(_import_module(_OBJECTS[name]), name)
             return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import stat
@@ -20,7 +21,9 @@ from fastlars.trainer.errors import TrainerError, one_line
 NAME = "checkpoint.pt"
 NUMBERED = "checkpoint-*.pt"  # those that --keep-last keeps, by step
 _KIND = "fastlars.trainer checkpoint"
-_FORMAT = f"{_KIND} 2"
+_FORMAT, _BEFORE = f"{_KIND} 3", f"{_KIND} 2"  # which had no digest
+_MARK = b"fastlars digest "  # after the archive, and before the digest of all that is before it
+_DIGEST = 32  # bytes
 # What is in the checkpoint of a run.
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "config": dict,
@@ -62,18 +65,40 @@ def _reason(error: BaseException) -> str:
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Replace the checkpoint at `path` by `state`, whole or not at all."""
+
+    def fill(file: BinaryIO) -> None:
+        hashed = _Hashed(file)
+        torch.save({"format": _FORMAT} | state, hashed)  # type: ignore[arg-type]
+        file.write(_MARK + hashed.digest.digest())
+
     with not_saved(path):
-        atomic.write(path, lambda file: torch.save({"format": _FORMAT} | state, file))
+        atomic.write(path, fill)
+
+
+class _Hashed:
+    """A file to write to, and the digest of what is written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.digest = file, hashlib.blake2b(digest_size=_DIGEST)
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def load(path: Path) -> dict[str, Any]:
     """The state saved at `path`; TrainerError where there is none."""
     with readable(path) as file:
-        state = _read(file)
+        sound = _is_sound(file)
+        state = _read(file) if sound is not False else None
     found = state.get("format") if isinstance(state, dict) else None
-    if isinstance(found, str) and found.startswith(_KIND) and found != _FORMAT:
+    known = (_FORMAT,) if sound else (_BEFORE,)
+    if isinstance(found, str) and found.startswith(_KIND) and found not in (_FORMAT, _BEFORE):
         raise TrainerError(f"--resume: {path} is of another version of fastlars: go on with that")
-    if not isinstance(state, dict) or found != _FORMAT:
+    if not isinstance(state, dict) or found not in known:
         raise TrainerError(f"--resume: {path} is damaged or not a checkpoint of this trainer")
     return state
 
@@ -91,10 +116,24 @@ def readable(path: Path) -> BinaryIO:
         raise TrainerError(f"--resume: cannot read {path}: {error.strerror}") from None
 
 
+def _is_sound(file: BinaryIO) -> bool | None:
+    """Whether a file is what `save` wrote, to the bit; None where it has no digest.
+
+    torch.load does not look at the checksums in the archive, and these do not cover its directory.
+    """
+    digest = hashlib.blake2b(digest_size=_DIGEST)
+    left = max(os.fstat(file.fileno()).st_size - len(_MARK) - _DIGEST, 0)
+    while left and (part := file.read(min(left, 2**20))):
+        digest.update(part)
+        left -= len(part)
+    end = file.read()
+    file.seek(0)
+    return end == _MARK + digest.digest() if end.startswith(_MARK) else None
+
+
 def _read(file: BinaryIO) -> Any:
-    """What torch.save wrote into a file; None where a bit of it has changed."""
+    """What torch.save wrote into a file; None where that cannot be read."""
     try:
-        # torch.save makes a zip archive, whose checksums torch.load does not look at.
         with zipfile.ZipFile(file) as archive:
             if archive.testzip() is not None:
                 return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -72,7 +73,9 @@ class World:
         except RuntimeError as error:  # gloo's has no class of its own
             if self.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
                 raise
-            text = f"process {self.rank} lost another one: {one_line(error)}"
+            # gloo puts a place in its C++ before what happened, and advice after it.
+            why = re.sub(r"^\[[^]]*\] ", "", one_line(error)).split(". ")[0]
+            text = f"process {self.rank} lost another one: {why}"
             raise TrainerError(text) from error
 
 

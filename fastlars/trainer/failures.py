@@ -69,10 +69,12 @@ def _of_surroundings(error: BaseException) -> str | None:
 
 
 def _by_text(text: str) -> str | None:
-    if "out of memory" in text or "allocate memory" in text:
+    if any(words in text for words in ("out of memory", "llocate memory", "failed to map")):
         return f"out of memory: {_MEMORY} ({text})"
-    if "Too many open files" in text:
+    if "Too many open files" in text or "ancdata" in text:  # which carries open files
         return f"{text}: {FILES}"
+    if "can't start new thread" in text:
+        return f"{text}: {_HINTS[errno.EAGAIN]}"
     if "No space left on device" in text or "Disk quota exceeded" in text:
         return text
     return None

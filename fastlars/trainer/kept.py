@@ -48,7 +48,8 @@ class Kept:
                 atomic.duplicate(self._run.checkpoint, path)
         # With 1, the default, a resumed run must not give up what it was once asked to keep.
         for path in self._numbered()[: -self._last] if self._last > 1 else []:
-            path.unlink(missing_ok=True)
+            with checkpoint.not_saved(path):
+                path.unlink(missing_ok=True)
 
     def bring(self, progress: dict[str, Any]) -> None:
         """Take over the best checkpoint of the directory that the run comes from, if it has one.

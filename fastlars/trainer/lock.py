@@ -65,11 +65,16 @@ class Lock:
         kind = unshared(self._path.parent)
         return kind and f"locks of this file system ({kind}) may not hold on other machines"
 
+    def is_held(self) -> bool:
+        """Whether the lock still holds: somebody may have removed its file, or the folder."""
+        return self._file < 0 or _is_at(self._file, self._path)
+
     def give_back(self) -> None:
         """Release the lock, if it was taken."""
         if self._file < 0:
             return
-        self._path.unlink(missing_ok=True)  # before closing, while this process holds the lock
+        if self.is_held():  # else the file is another run's
+            self._path.unlink(missing_ok=True)  # before closing, while this process holds the lock
         os.close(self._file)
         self._file = -1
 
@@ -98,5 +103,5 @@ def _holds(kind: str, options: list[str]) -> bool:
 def _is_at(file: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file), os.stat(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False

@@ -9,13 +9,16 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TextIO
+from typing import Any, BinaryIO, Protocol
 
 from tqdm import tqdm
 
 from fastlars.trainer import atomic
 from fastlars.trainer.checkpoint import NotSavedError
 from fastlars.trainer.errors import TrainerError, printable
+
+# Its thread would wake a bar up that stands still; where none can be started, tqdm warns at length.
+tqdm.monitor_interval = 0
 
 Record = dict[str, Any]
 
@@ -37,7 +40,8 @@ class Records:
     """The records of a run: lines of metrics.jsonl, and whatever its listeners make of them.
 
     A record has a kind: start, norms, train, trust, test or end; all but start have step and epoch.
-    Records are kept in memory until `open`, so that a run that fails at its start replaces nothing.
+    Records are kept in memory until `open`, so that a run that fails at its start replaces nothing;
+    and while the disk is full, until there is room again.
 
     Args:
         path: the file.
@@ -47,26 +51,26 @@ class Records:
 
     def __init__(self, path: Path, keep: int = 0, source: Path | None = None) -> None:
         self._path = path
-        self._waiting: list[str] = []
+        kept: list[bytes] = []
         if keep and source is not None and source.exists():
             try:
-                with open(source, encoding="utf-8", errors="surrogateescape") as old:
-                    self._waiting = list(islice(old, keep))
+                with open(source, "rb") as old:
+                    kept = list(islice(old, keep))
             except OSError as error:
                 raise TrainerError(f"cannot read {source}: {error.strerror}") from None
-        self.lines = len(self._waiting)
+        self.lines = len(kept)
         self.listeners: list[Listener] = []
-        self._file: TextIO | None = None
+        self._waiting = b"".join(kept)
+        self._file: BinaryIO | None = None
 
     def open(self) -> None:
         """Write the lines that are kept and the records so far; later ones are written at once."""
         try:
-            text = "".join(self._waiting).encode(errors="surrogateescape")
-            atomic.write(self._path, lambda file: file.write(text))
-            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - see close()
+            atomic.write(self._path, lambda file: file.write(self._waiting))
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - see close()
         except OSError as error:
             raise TrainerError(f"cannot write {self._path}: {error.strerror}") from None
-        self._waiting = []
+        self._waiting = b""
 
     def write(self, kind: str, **values: Any) -> None:
         """Append one record, and hand it to every listener.
@@ -74,23 +78,22 @@ class Records:
         Floats that are no finite numbers become None: JSON has no inf or nan.
         """
         record = _finite({"kind": kind} | values)
-        line = json.dumps(record, allow_nan=False) + "\n"
-        if self._file is None:
-            self._waiting.append(line)
-        else:
-            try:
-                self._file.write(line)
-                self._file.flush()
-            except OSError as error:
-                raise TrainerError(f"cannot write {self._path}: {error.strerror}") from None
+        self._waiting += json.dumps(record, allow_nan=False).encode() + b"\n"
+        with suppress(OSError):  # `sync` tells of it
+            self._flush()
         self.lines += 1
         for listener in self.listeners:
             listener.record(record)
+
+    def _flush(self) -> None:
+        while self._waiting and self._file is not None:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
     def sync(self) -> None:
         """Have all records on the disk, before a checkpoint that counts on them."""
         assert self._file is not None, "no checkpoint comes before `open`"
         try:
+            self._flush()
             atomic.sync(self._file.fileno())
             for listener in self.listeners:
                 listener.sync()
@@ -100,8 +103,9 @@ class Records:
     def close(self) -> None:
         """No more records."""
         if self._file is not None:
-            with suppress(OSError):  # it tries again what `write` has already complained of
-                self._file.close()
+            with suppress(OSError):
+                self._flush()
+            self._file.close()
         for listener in self.listeners:
             listener.close()
 
@@ -112,9 +116,11 @@ def read(path: Path) -> list[Record]:
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except json.JSONDecodeError:
                 break
+            if isinstance(record, dict) and "kind" in record:
+                records.append(record)
     return records
 
 

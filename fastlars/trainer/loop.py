@@ -45,7 +45,7 @@ class Loop:
         self._precision = Precision(parts.config.precision, parts.world.device)
         self._stepper = Step(parts, self._precision)
         self._kept = Kept(parts.run, parts.config.keep_last)
-        self._begin, self._begun = begin, False
+        self._begin, self.begun = begin, False
         self._saved: tuple[int, int] | None = None
         self._clock, self._clock_step = time.perf_counter(), progress.step
         self._drawn = time.perf_counter()
@@ -64,21 +64,38 @@ class Loop:
     def run(self, stop: StopSignals) -> bool:
         """Train to the end (True), or until `stop` or --max-steps; a checkpoint either way."""
         stop.note()
-        batches = self.parts.data.train(self.parts.plan.from_step(self.progress.step))
+        batches = self._saved_if_unreadable(
+            self.parts.data.train(self.parts.plan.from_step(self.progress.step))
+        )
         ballot = Ballot(self.parts.world)
         limit = self.parts.config.max_steps or math.inf
+        stopped = False
         while self.unfinished:
-            at_limit = self.progress.step >= limit
-            if ballot.any(stop.received is not None) or at_limit:
+            stopped = ballot.any(stop.received is not None)
+            if stopped or self.progress.step >= limit:
                 break
             if self.progress.evaluated < self.progress.step // self.parts.plan.steps_per_epoch:
                 self._finish_epoch()
             else:
                 self._train(batches)
         ballot.close()
-        self._save(final=True)
-        self._draw()
+        if self.begun or not stopped:  # stopped before the first step, a run changes nothing
+            self._save(final=True)
+            self._draw()
         return not self.unfinished
+
+    def _saved_if_unreadable(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches; where one cannot be read, the steps so far are saved.
+
+        In one process alone, as others may be amid a step, and not between two micro-batches.
+        """
+        try:
+            yield from batches
+        except TrainerError:
+            alone = self.parts.world.size == 1 and self.parts.plan.micro_batches == 1
+            if self.begun and alone:
+                self._save()
+            raise
 
     def _train(self, batches: Iterator[Batch]) -> None:
         config, progress, plan = self.parts.config, self.progress, self.parts.plan
@@ -101,9 +118,9 @@ class Loop:
             self._save()
 
     def _start_files(self) -> None:
-        if not self._begun:
+        if not self.begun:
             self._begin()
-            self._begun = True
+            self.begun = True
 
     def _step(self, batches: Iterator[Batch]) -> None:
         norms = self._stepper.take(batches, self.window)
@@ -188,6 +205,9 @@ class Loop:
         problem = None
         if parts.log is not None:
             try:
+                if not parts.run.is_owned:
+                    lost = f"{parts.run.path} was removed or given to another run"
+                    raise TrainerError(f"{lost}: this one, at step {self.progress.step}, stops")
                 parts.log.sync()
                 state = self._state(window, states)
                 self._kept.save(state, self.progress.step, best=self._at_best)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from types import ModuleType
 
@@ -25,6 +26,7 @@ _DISTRIBUTED_AS = {"PIL": "Pillow", "sklearn": "scikit-learn"}
 
 def load_all() -> None:
     """Import what every run needs; TrainerError names what is not there or does not load."""
+    os.environ["MPLBACKEND"] = "agg"  # the one that is used; matplotlib refuses misspelt ones
     for module in _ALWAYS:
         load(module)
 
@@ -43,8 +45,9 @@ def load(module: str, wanted_by: str = "", package: str = "") -> ModuleType:
         why = one_line(error)
     except Exception as error:  # any: each library fails in its own way
         why = one_line(error)
+    cure = f"mend it, or reinstall it (pip install --force-reinstall {name})"
+    if "failed to map" in why or "llocate memory" in why:
+        cure = "is the memory limited (ulimit -v)?"
     raise TrainerError(
-        f"{prefix}{package} is there but does not load: {why}: reinstall it "
-        f"(pip install --force-reinstall {name})",
-        everywhere=True,
+        f"{prefix}{package} is there but does not load: {why}: {cure}", everywhere=True
     )

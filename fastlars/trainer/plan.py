@@ -68,7 +68,8 @@ def make(
             f"{world_size} processes has of --batch-size {batch_size}"
         )
     if micro_batch < 2:
-        raise TrainerError("batch norm needs at least 2 images in a process's forward pass, got 1: set a larger "
+        raise TrainerError(
+            "batch norm needs at least 2 images in a process's forward pass, got 1: set a larger "
             "--batch-size or --micro-batch"
         )
     return Plan(images, batch_size, micro_batch, rank, world_size, seed)

@@ -161,7 +161,7 @@ class _Pool:
                 prefetch_factor=_AHEAD if workers else None,
                 persistent_workers=workers > 0,
                 pin_memory=device.type == "cuda",
-                worker_init_fn=_worker_signals,
+                worker_init_fn=_start_worker,
                 # Without one of its own the loader draws from the global generator, and a resumed
                 # run would no longer be where the undisturbed one is.
                 generator=torch.Generator(),
@@ -200,22 +200,22 @@ class _Pool:
 
 @contextmanager
 def _worker_errors_in_a_line() -> Iterator[None]:
-    """What goes wrong between the trainer and its workers is told in a line."""
+    """What goes wrong between the trainer and its workers is a TrainerError."""
     try:
         yield
-    except ConnectionError as error:  # its batch cannot be fetched any more
-        raise TrainerError(f"{_LOST} {one_line(error)}") from error
-    except (OSError, EOFError) as error:
-        why = failures.reason(error) if isinstance(error, OSError) else "a pipe is closed"
-        full = " in /dev/shm" if isinstance(error, OSError) and error.errno == ENOSPC else ""
-        text = f"--workers: {why}{full}; with --workers 0 the trainer reads alone"
-        raise TrainerError(text) from error
-    except RuntimeError as error:  # torch's has no class of its own
-        if "Too many open files" in str(error):
-            raise TrainerError(f"--workers: {failures.FILES}") from error
-        if "DataLoader worker" not in str(error):
+    except (OSError, EOFError, RuntimeError) as error:  # torch's has no class of its own
+        text = str(error)
+        if any(words in text for words in ("Too many open files", "ancdata")):  # carries open files
+            said = f"--workers: Too many open files: {failures.FILES}"
+        elif isinstance(error, ConnectionError) or "DataLoader worker (pid" in text:
+            said = f"{_LOST} {one_line(error)}"
+        elif isinstance(error, RuntimeError):
             raise
-        raise TrainerError(f"{_LOST} {one_line(error)}") from error
+        else:
+            why = failures.reason(error) if isinstance(error, OSError) else "a pipe is closed"
+            full = " in /dev/shm" if isinstance(error, OSError) and error.errno == ENOSPC else ""
+            said = f"--workers: {why}{full}; with --workers 0 the trainer reads alone"
+        raise TrainerError(said) from error
 
 
 @contextmanager
@@ -294,7 +294,9 @@ def _child_signals_as_they_are() -> Iterator[None]:
             signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
-def _worker_signals(_worker: int) -> None:
+def _start_worker(_worker: int) -> None:
+    # Its threads would print stack traces; what ends a batch is sent to the trainer.
+    sys.excepthook = lambda _kind, _error, _trace: None
     # Ctrl-C and a terminal's end reach workers too, but the training process decides; it ends them
     # with SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

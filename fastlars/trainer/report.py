@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -121,6 +123,9 @@ def draw_layers(parts: Parts) -> None:
 def conclusion(loop: Loop, stopped_by: str | None, seconds: float) -> Iterator[str]:
     """The result and the files of the run, or how to go on with it."""
     parts, progress = loop.parts, loop.progress
+    if stopped_by is not None and not (loop.begun or parts.run.came_from):
+        yield f"stopped by {stopped_by} before the first step"
+        return
     if stopped_by is not None:
         yield (
             f"stopped by {stopped_by} at step {progress.step} of {loop.total_steps}; go on with: "
@@ -129,7 +134,9 @@ def conclusion(loop: Loop, stopped_by: str | None, seconds: float) -> Iterator[s
         return
     if not parts.world.first:  # only that one has kept records
         return
-    tests = [r["images"] for r in read(parts.run.log) if r["kind"] == "test"]
+    tests: list[int] = []
+    with suppress(OSError):  # it may have been removed
+        tests = [r["images"] for r in read(parts.run.log) if r["kind"] == "test"]
     images = tests[-1] if tests else parts.data.test_size  # a checkpoint may come without its log
     yield (
         f"final test accuracy: {progress.last_accuracy:.2%} "

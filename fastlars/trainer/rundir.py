@@ -63,6 +63,11 @@ class RunDirectory:
             raise _cannot_write(self.path, error) from None
         return problem and f"{problem}: let no other run write in {self.path}"
 
+    @property
+    def is_owned(self) -> bool:
+        """Whether the directory is still there and locked by this process."""
+        return self._lock.is_held()
+
     def make(self) -> bool:
         """Create the directory; whether it was not there, nor made by another run meanwhile."""
         made = False
@@ -130,7 +135,10 @@ def going_on(source: Path, output: str) -> RunDirectory:
     """Where a run writes that goes on from a checkpoint: `output`, or where the checkpoint is."""
     checkpoint.readable(source).close()
     run = RunDirectory(Path(output) if output else source.parent, came_from=source)
-    if os.path.exists(run.checkpoint) and not run.checkpoint.samefile(source):
+    elsewhere = not os.path.exists(run.path) or not os.path.samefile(run.path, source.parent)
+    if (elsewhere and run.holds_a_run) or (
+        os.path.exists(run.checkpoint) and not run.checkpoint.samefile(source)
+    ):
         raise TrainerError(f"--output: {run.path} holds another run than {source}")
     return run
 

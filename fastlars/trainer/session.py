@@ -271,4 +271,5 @@ def _end(loop: Loop, stopped_by: str | None) -> None:
         loop.parts.log.write(
             "end", step=step, epoch=epoch, finished=finished, stopped_by=stopped_by
         )
-        report.draw_layers(loop.parts)
+        if loop.begun:
+            report.draw_layers(loop.parts)

@@ -44,10 +44,9 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder, self._warn = folder, warn
-        try:
-            self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1)
-        except OSError as error:
-            raise TrainerError(f"cannot write in {folder}: {error.strerror}") from error
+        self._writer: Any = _Nothing()
+        with self._optional():
+            self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def record(self, record: Record) -> None:
         """Show one record."""

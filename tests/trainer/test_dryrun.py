@@ -103,7 +103,7 @@ def test_the_time_is_that_of_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """14 epochs of 5 steps, of which 10 are done; a step is 2 forward passes of 128 images."""
     monkeypatch.setattr(dryrun, "_timed_images", lambda *_: 32)
     monkeypatch.setattr(dryrun, "_step_seconds", lambda *_: 0.5)
-    *_, told = dryrun.describe(parts(batch_size=256, micro_batch=128), 10)
+    *_, told = dryrun.describe(parts(batch_size=256, micro_batch=128), 60)
     assert told.startswith("time: 4.0 min, 4 s a step, from 3 steps of 32 images a process")
 
 

@@ -92,21 +92,48 @@ def test_what_is_said_of_a_sweep_is_true(losses: list[float], text: str) -> None
 def test_a_sweep_says_what_it_does_and_not_what_a_run_would(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(findlr, "_STEPS", 5)
+    monkeypatch.setattr(findlr, "STEPS", 5)
     flags = ("--lr", 0.5, "--max-steps", 2, "--mllog", "--momentum", 0.8, "--output", tmp_path)
     outcome = train(*SHORT, *flags)
     assert outcome.status == 0, outcome.err
-    assert "sweep of up to 5 steps, lr 0.001 to 100, weight decay " in outcome.out
+    assert "sweep of up to 5 steps, lr 0.0005 to 50, weight decay " in outcome.out
+    with open(tmp_path / "lr_find.csv", newline="") as file:
+        rates = [float(row["lr"]) for row in csv.DictReader(file)]
+    assert (rates[0], rates[-1]) == (pytest.approx(0.0005), pytest.approx(50))
     assert "epochs of" not in outcome.out
-    assert "--find-lr has no use for --lr, --mllog, --max-steps\n" in outcome.out
+    assert "--find-lr has no use for --mllog, --max-steps\n" in outcome.out
     assert "no use" not in train(*SHORT, "--output", tmp_path).out
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("flags", [("--warmup-epochs", 1), ("--schedule", "slow-start")])
+def test_what_a_sweep_has_no_use_for_does_not_stop_it(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch, flags: tuple[object, ...]
+) -> None:
+    monkeypatch.setattr(findlr, "STEPS", 5)
+    outcome = train(*SHORT, *flags, "--epochs", 1, "--output", tmp_path)
+    assert outcome.status == 0, outcome.err
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_dry_run_of_a_sweep(tmp_path: Path, train: Train) -> None:
+    """It finds what a sweep finds, and says what that does and takes."""
+    (tmp_path / "checkpoint.pt").write_text("of a run, which a sweep leaves alone")
+    outcome = train(*SHORT, "--dry-run", "--output", tmp_path)
+    assert outcome.status == 0, outcome.err
+    assert "sweep of up to 100 steps, lr " in outcome.out
+    assert "time: " in outcome.out
+    assert outcome.out.endswith(f"nothing was written; a sweep would write in {tmp_path}\n")
+    assert "epochs of" not in outcome.out
+    assert files_below(tmp_path) == ["checkpoint.pt"]
+    assert "akiba's first steps" in train("--find-lr", "--dry-run", "--recipe", "akiba").err
 
 
 @pytest.mark.usefixtures("tiny")
 def test_a_sweep_leaves_a_picture_and_a_table(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(findlr, "_STEPS", 40)
+    monkeypatch.setattr(findlr, "STEPS", 40)
     flags = ("--recipe", "goyal", "--bn-batch", 0, "--lr", 0.1, "--output", tmp_path / "a" / "b")
     outcome = train(*SHORT, *flags, "--tensorboard", "--mllog")
     assert outcome.status == 0, outcome.err
@@ -149,7 +176,7 @@ def written_out(rates: list[float]) -> list[float]:
 def test_a_run_in_the_same_directory_stays_as_it_is(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(findlr, "_STEPS", 5)
+    monkeypatch.setattr(findlr, "STEPS", 5)
     assert train("--max-steps", 1, "--output", tmp_path).status == 0
     before = {name: (tmp_path / name).read_bytes() for name in files_below(tmp_path)}
     assert train(*SHORT, "--output", tmp_path).status == 0
@@ -163,7 +190,7 @@ def test_without_output_the_directory_is_new(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(findlr, "_STEPS", 5)
+    monkeypatch.setattr(findlr, "STEPS", 5)
     assert train(*SHORT).status == 0
     assert [name for name in files_below(tmp_path) if name.endswith(".csv")] == [
         "runs/digits-lars-lr-1/lr_find.csv"
@@ -195,7 +222,7 @@ def test_no_room_for_the_picture(
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(findlr, "_STEPS", 5)
+    monkeypatch.setattr(findlr, "STEPS", 5)
     monkeypatch.setattr(os, "fsync", full)
     outcome = train(*SHORT, "--output", tmp_path / "a")
     assert outcome.status == 2

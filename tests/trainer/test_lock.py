@@ -5,16 +5,19 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fastlars.trainer.lock import Lock, LockedError, unshared
+from fastlars.trainer.loop import Loop
 from trainer.helpers import Outcome, files_below
 
 Train = Callable[..., Outcome]
@@ -119,6 +122,38 @@ def test_a_second_run_is_refused(tmp_path: Path, train: Train) -> None:
         assert train("--resume", run, "--output", tmp_path / "other").status == 0
         assert {name: (run / name).read_bytes() for name in before} == before
     assert train("--resume", "--output", run).status == 0
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
+@pytest.mark.parametrize("lost", ["lock", "folder", "renamed", "replaced"])
+def test_a_run_that_loses_its_directory_stops(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """Another run may write there by now, and its files stay as they are."""
+    run, mine = tmp_path / "run", {"checkpoint.pt": "another's", ".lock": "another's"}
+    step = Loop._step
+
+    def losing(self: Loop, *arguments: Any) -> None:
+        step(self, *arguments)
+        if self.progress.step == 1:
+            if lost == "lock":
+                (run / ".lock").unlink()
+            elif lost == "renamed":
+                run.rename(tmp_path / "elsewhere")
+            else:
+                shutil.rmtree(run)
+            if lost == "replaced":
+                run.mkdir()
+                for name, text in mine.items():
+                    (run / name).write_text(text)
+
+    monkeypatch.setattr(Loop, "_step", losing)
+    outcome = train("--epochs", 3, "--batch-size", 512, "--output", run)
+    assert outcome.status == 2
+    assert f"error: {run} was removed or given to another run: this one, at step 2" in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+    if lost == "replaced":
+        assert {name: (run / name).read_text() for name in files_below(run)} == mine
 
 
 @pytest.mark.usefixtures("tiny", "no_picture")

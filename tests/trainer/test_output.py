@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
+import signal
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +15,11 @@ import pytest
 from PIL import Image
 
 from fastlars.trainer import recipes, rundir
+from fastlars.trainer.checkpoint import NotSavedError
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.log import Records, read
 from fastlars.trainer.loop import Loop
+from fastlars.trainer.signals import StopSignals
 from trainer.helpers import Outcome, disk_full_after, files_below
 
 Train = Callable[..., Outcome]
@@ -186,6 +190,113 @@ def test_any_checkpoint_is_a_run(tmp_path: Path, train: Train, name: str) -> Non
 
 
 @pytest.mark.usefixtures("tiny", "no_picture")
+@pytest.mark.parametrize("name", ["best.pt", "checkpoint-000100.pt"])
+def test_a_run_that_goes_on_elsewhere_replaces_no_other(
+    tmp_path: Path, train: Train, name: str
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert train(*SHORT, "--output", first, "--max-steps", 1).status == 0
+    second.mkdir()
+    (second / name).write_text("of a better run")
+    outcome = train("--resume", first, "--output", second, "--max-steps", 0)
+    assert outcome.status == 2
+    assert f"--output: {second} holds another run than {first}" in outcome.err
+    assert files_below(second) == [name]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_stopped_before_the_first_step(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = StopSignals.note
+
+    def noted(self: StopSignals) -> None:
+        note(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    (tmp_path / "trust.csv").write_text("of an earlier run")
+    with monkeypatch.context() as patch:
+        patch.setattr(StopSignals, "note", noted)
+        outcome = train(*SHORT, "--output", tmp_path)
+        assert (outcome.status, outcome.err) == (143, "")
+        assert outcome.out.endswith("stopped by SIGTERM before the first step\n")
+        assert files_below(tmp_path) == ["trust.csv"]
+    assert train(*SHORT, "--output", tmp_path, "--max-steps", 1).status == 0
+    before = {name: (tmp_path / name).read_bytes() for name in files_below(tmp_path)}
+    with monkeypatch.context() as patch:
+        patch.setattr(StopSignals, "note", noted)
+        outcome = train("--resume", "--output", tmp_path, "--max-steps", 0)
+    assert outcome.status == 143
+    assert "stopped by SIGTERM at step 1 of 2; go on with: python" in outcome.out
+    assert {name: (tmp_path / name).read_bytes() for name in files_below(tmp_path)} == before
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
+def test_how_to_go_on(tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that a shell takes, with what the run was asked for and no checkpoint has."""
+    monkeypatch.chdir(tmp_path)
+    for output, written in (("my run", "--resume 'my run/checkpoint.pt'"), ("-x", "--resume=-x/")):
+        flags = ("--max-steps", 1, "--max-bad-images", 9, "--keep-last", 3, "--mllog")
+        outcome = train(*SHORT, f"--output={output}", *flags)
+        last = outcome.out.splitlines()[-1]
+        assert f"go on with: python -m fastlars.trainer {written}" in last
+        assert (
+            last.endswith("checkpoint.pt --max-bad-images 9 --mllog --keep-last 3") or "'" in last
+        )
+        assert train(*shlex.split(last.split("fastlars.trainer ")[1])).status == 0
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
+def test_a_log_that_is_gone_or_edited(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Loop._step
+
+    def losing(self: Loop, *arguments: object) -> None:
+        (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
+        step(self, *arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_step", losing)
+        outcome = train(*SHORT, "--output", tmp_path)
+    assert outcome.status == 0
+    assert "final test accuracy: " in outcome.out
+    (tmp_path / "metrics.jsonl").write_text('null\n[3]\n{"a": 1}\n' * 9)
+    outcome = train("--resume", "--output", tmp_path, "--tensorboard")
+    assert (outcome.status, outcome.err) == (0, "")
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
+def test_no_run_inside_the_images(tmp_path: Path, train: Train, images: Path) -> None:
+    for inside in (images / "train" / "run", images / "val"):
+        for flags in ((), ("--find-lr",), ("--dry-run",)):
+            outcome = train("--data", images, "--batch-size", 4, "--output", inside, *flags)
+            assert outcome.status == 2
+            assert f"--output: {inside} is inside the images of --data, in {images}" in outcome.err
+    assert not (images / "train" / "run").exists()
+    flags = ("--data", images, "--batch-size", 4, "--dry-run", "--workers", 0)
+    assert train(*flags, "--output", images / "run").status == 0
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
+@pytest.mark.parametrize("name", ["loop", 240 * "x", 300 * "x"])
+def test_names_of_data_that_cannot_name_a_run(
+    tmp_path: Path, train: Train, images: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    if len(name) == 240:
+        images.rename(tmp_path / name)
+    outcome = train("--data", name, "--batch-size", 4, "--workers", 0, "--max-steps", 1)
+    if len(name) == 240:
+        assert outcome.status == 0
+    else:
+        assert outcome.status == 2
+        assert "--data: cannot read " in outcome.err
+        assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
 @pytest.mark.parametrize("error", [errno.EINVAL, errno.EIO, errno.ENOTSUP])
 def test_a_folder_that_cannot_be_synced(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch, error: int
@@ -266,14 +377,20 @@ def test_log_keeps_the_lines_before_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_no_room_for_the_log(tmp_path: Path) -> None:
-    """One line, and not a second error when it is closed."""
+    """Records wait for room; a checkpoint is not made without them."""
     path = tmp_path / "metrics.jsonl"
     log = Records(path)
     log.open()
     with disk_full_after(100):
-        with pytest.raises(TrainerError, match=rf"cannot write {path}: File too large"):
-            log.write("start", title="x" * 100)
-        log.close()
+        log.write("start", title="x" * 100)
+        log.write("train", step=1)
+        with pytest.raises(NotSavedError, match=rf"cannot write {path}: File too large"):
+            log.sync()
+        assert len(path.read_bytes()) == 100  # as much as there was room for
+    log.write("train", step=2)
+    log.sync()
+    log.close()
+    assert [record.get("step") for record in read(path)] == [None, 1, 2]
     path.write_text("line\n" * 9)
     before = path.read_bytes()
     with disk_full_after(10), pytest.raises(TrainerError, match=rf"cannot write {path}: File too"):

@@ -211,7 +211,9 @@ def test_too_few_open_files(tmp_path: Path, images: Path) -> None:
     outcome = command(*flags, "--epochs", 1, "--output", run, before="ulimit -n 20;")
     assert_one_line(outcome, "--workers: Too many open files", "ulimit -n")
     assert not run.exists()
-    alone = (*flags, "--workers", 0, "--epochs", 1, "--output", run)
+    fewer = (*flags, "--workers", 2, "--epochs", 1, "--output", run)
+    assert_one_line(command(*fewer, before="ulimit -n 22;"), "--workers: ", "ulimit -n")
+    alone = (*flags, "--workers", 0, "--epochs", 1, "--output", tmp_path / "alone")
     assert command(*alone, before="ulimit -n 20;").status == 0
 
 
@@ -238,7 +240,11 @@ def test_a_package_that_does_not_load(tmp_path: Path) -> None:
     ("module", "error", "message"),
     [
         ("PIL.Image", ImportError("libtiff.so: cannot open"), "PIL is there but does not load: l"),
-        ("PIL.Image", ImportError("x"), "reinstall it (pip install --force-reinstall Pillow)"),
+        (
+            "PIL.Image",
+            ImportError("x"),
+            "mend it, or reinstall it (pip install --force-reinstall Pillow)",
+        ),
         ("tqdm", AttributeError("no attribute"), "tqdm is there but does not load: no attribute"),
         ("tqdm", ModuleNotFoundError("", name="tqdm"), "tqdm is not installed: pip install"),
         ("torch", ModuleNotFoundError("No module named 'sympy'", name="sympy"), "No module named"),

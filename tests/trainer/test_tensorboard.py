@@ -95,6 +95,21 @@ def test_events_are_on_the_disk_when_a_checkpoint_counts_on_them(tmp_path: Path)
     board.close()
 
 
+def test_a_writer_that_cannot_be_made(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is worth more."""
+
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", fail)
+    outcome = train(*RUN, "--tensorboard", "--output", tmp_path, "--max-steps", 2)
+    assert outcome.status == 0
+    folder = tmp_path / "tensorboard"
+    assert outcome.err == f"warning: no more TensorBoard in {folder}: can't start new thread\n"
+
+
 def test_without_tensorboard_installed(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
