@@ -47,6 +47,9 @@ class Loop:
         self._kept = Kept(parts.run, parts.config.keep_last)
         self._begin, self.begun = begin, False
         self._saved: tuple[int, int] | None = None
+        # Step of the run's checkpoint, and whether it is the best: a kill may have come before it
+        # got all its names.
+        self._resumed: tuple[int, bool] | None = None
         self._clock, self._clock_step = time.perf_counter(), progress.step
         self._drawn = time.perf_counter()
 
@@ -118,9 +121,16 @@ class Loop:
             self._save()
 
     def _start_files(self) -> None:
-        if not self.begun:
-            self._begin()
-            self.begun = True
+        if self.begun:
+            return
+        self._begin()
+        self.begun = True
+        if self._resumed is not None:
+            step, best = self._resumed
+            try:
+                self._kept.name(step, best=best)
+            except checkpoint.NotSavedError as error:
+                self.parts.display.warn(f"{error}; training goes on")
 
     def _step(self, batches: Iterator[Batch]) -> None:
         norms = self._stepper.take(batches, self.window)
@@ -203,11 +213,12 @@ class Loop:
         self._check(not world.total(self._broken()).item(), "a weight")
         states = world.gather(checkpoint.random_state())
         problem = None
+        with world.together():
+            if not parts.run.is_owned:
+                lost = f"{parts.run.path} was removed or given to another run"
+                raise TrainerError(f"{lost}: this one, at step {self.progress.step}, stops")
         if parts.log is not None:
             try:
-                if not parts.run.is_owned:
-                    lost = f"{parts.run.path} was removed or given to another run"
-                    raise TrainerError(f"{lost}: this one, at step {self.progress.step}, stops")
                 parts.log.sync()
                 state = self._state(window, states)
                 self._kept.save(state, self.progress.step, best=self._at_best)
@@ -262,10 +273,7 @@ class Loop:
         if parts.world.rank < len(state["random"]):
             checkpoint.restore_random_state(state["random"][parts.world.rank])
         if parts.world.first and parts.run.checkpoint.exists():
-            try:
-                self._kept.name(self.progress.step, best=self._at_best)
-            except checkpoint.NotSavedError as error:
-                parts.display.warn(f"{error}; training goes on")
+            self._resumed = self.progress.step, self._at_best
 
     def _draw(self) -> None:
         if self.parts.log is not None:

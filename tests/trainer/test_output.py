@@ -222,10 +222,12 @@ def test_stopped_before_the_first_step(
         assert outcome.out.endswith("stopped by SIGTERM before the first step\n")
         assert files_below(tmp_path) == ["trust.csv"]
     assert train(*SHORT, "--output", tmp_path, "--max-steps", 1).status == 0
+    for number in range(5):  # of which one more step would leave two
+        (tmp_path / f"checkpoint-00000{number}.pt").write_text("older")
     before = {name: (tmp_path / name).read_bytes() for name in files_below(tmp_path)}
     with monkeypatch.context() as patch:
         patch.setattr(StopSignals, "note", noted)
-        outcome = train("--resume", "--output", tmp_path, "--max-steps", 0)
+        outcome = train("--resume", "--output", tmp_path, "--max-steps", 0, "--keep-last", 2)
     assert outcome.status == 143
     assert "stopped by SIGTERM at step 1 of 2; go on with: python" in outcome.out
     assert {name: (tmp_path / name).read_bytes() for name in files_below(tmp_path)} == before
