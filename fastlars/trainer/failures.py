@@ -1,4 +1,4 @@
-"""What a user is told of an exception that ended the trainer: one line and an exit status."""
+"""The one line and the exit status for an exception that ended the trainer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from fastlars.trainer.errors import TrainerError, one_line, printable
 from fastlars.trainer.signals import Interrupted
 
-# Reasons of the system that say enough without a file's name.
+# Errors of the system whose text is enough without a file's name.
 _SURROUNDINGS = {
     getattr(errno, name)
     for name in (
@@ -57,14 +57,14 @@ def reason(error: OSError) -> str:
 
 
 def _of_surroundings(error: BaseException) -> str | None:
-    """The line for an exception that says something of the machine; None for all others."""
+    """The line for an exception that the machine caused; None for all others."""
     text = one_line(error)
     if isinstance(error, MemoryError):
         return f"out of memory: {_MEMORY}"
     if isinstance(error, OSError):
         known = error.filename is not None or error.errno in _SURROUNDINGS
         return reason(error) if known else _by_text(text)
-    # torch has one class for nearly all that goes wrong; its allocators' errors are told by text.
+    # torch has one class for nearly all errors: those of its allocators are known by their text.
     return _by_text(text) if isinstance(error, RuntimeError) else None
 
 
