@@ -11,6 +11,8 @@ import typing as _typing
 from importlib import import_module as _import_module
 from importlib.util import find_spec as _find_spec
 
+from fastlars import forks as forks
+
 if _find_spec(f"{__name__}._C") is None:
     raise ImportError(
         f"{__path__[0]} holds the sources of fastlars without the compiled extension: run Python "

@@ -119,7 +119,7 @@ FAULTS = {
     "images": Fault(
         "of 16 bits of grey the lower eight are taken",
         "fastlars/trainer/images.py",
-        "(np.array(image) >> 8)",
+        "(np.array(image) >> (bits - 8))",
         "(np.array(image) & 255)",
     ),
 }

@@ -17,6 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fastlars import forks
 from fastlars.backends.base import Backend, Kinds, Scalars, Tensors
 from fastlars.backends.reference import Reference
 from fastlars.backends.sending import is_capturing
@@ -256,17 +257,6 @@ def _on(tensors: Tensors, device: torch.device) -> Tensors:
 # By back end, its path and device: families that agree; and what the first one that does not has.
 _agree: dict[tuple[str, str, torch.device], set[Family]] = defaultdict(set)
 _fault: dict[tuple[str, str, torch.device], str] = {}
-# A process that was forked from one with threads waits for ever in torch's parallel operations,
-# which the small list takes and a small model may not.
-_forked = False
-
-
-def _note_fork() -> None:
-    global _forked
-    _forked = True
-
-
-os.register_at_fork(after_in_child=_note_fork)
 
 
 def is_on() -> bool:
@@ -295,7 +285,9 @@ def why_not(
     if checked in _agree[where] or not is_on():
         return ""
     if where not in _fault:
-        if is_capturing(device) or _forked:
+        # A process that was forked from one with threads waits for ever in torch's parallel
+        # operations, which the small list takes and a small model may not.
+        if is_capturing(device) or forks.happened:
             return ""
         try:
             found = difference(backend, checked, device)
