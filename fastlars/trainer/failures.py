@@ -48,12 +48,19 @@ def message_and_status(error: BaseException) -> tuple[str, int]:
     return printable(f"{text}; {_keep(error)}"), 1
 
 
-def reason(error: OSError) -> str:
-    """What the system says, the file's name if it has one, and what may help."""
+def reason(error: Exception) -> str:
+    """What an error says; one of the system with the file's name, if it has one, and a cure."""
+    if not isinstance(error, OSError):
+        return one_line(error)
     text = error.strerror or one_line(error)
     named = f"{os.fsdecode(error.filename)}: {text}" if error.filename else text
     hint = _HINTS.get(error.errno or 0)
     return printable(f"{named}: {hint}" if hint else named)
+
+
+def short_of_files(text: str) -> bool:
+    """Whether the text of an error says that no more files can be opened."""
+    return "Too many open files" in text or "ancdata" in text  # which carries open files
 
 
 def _of_surroundings(error: BaseException) -> str | None:
@@ -71,7 +78,7 @@ def _of_surroundings(error: BaseException) -> str | None:
 def _by_text(text: str) -> str | None:
     if any(words in text for words in ("out of memory", "llocate memory", "failed to map")):
         return f"out of memory: {_MEMORY} ({text})"
-    if "Too many open files" in text or "ancdata" in text:  # which carries open files
+    if short_of_files(text):
         return f"{text}: {FILES}"
     if "can't start new thread" in text:
         return f"{text}: {_HINTS[errno.EAGAIN]}"

@@ -81,8 +81,9 @@ def sweep(parts: Parts, stop: StopSignals) -> dict[float, float]:
     with parts.display:
         for _ in range(STEPS):
             if ballot.any(stop.received is not None):
-                received = [number for number in world.gather(stop.received) if number is not None]
-                raise Interrupted(received[0])
+                received = stop.of_all(world)
+                assert received is not None, "the ballot says that a process got one"
+                raise Interrupted(received)
             meter.reset()
             step.take(batches, meter)
             seen = figures(world.total(meter.sums))

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fastlars.trainer import atomic, failures, layers
-from fastlars.trainer.errors import one_line, printable
+from fastlars.trainer.errors import printable
 from fastlars.trainer.log import read
 
 Records = list[dict[str, Any]]
@@ -41,8 +41,7 @@ def optional(warn: Callable[[str], None]) -> Iterator[None]:
         with _plainly():
             yield
     except Exception as error:
-        why = failures.reason(error) if isinstance(error, OSError) else one_line(error)
-        warn(f"no picture: {why}")
+        warn(f"no picture: {failures.reason(error)}")
 
 
 def draw(records: Records, path: Path) -> None:

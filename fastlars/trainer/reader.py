@@ -22,7 +22,9 @@ from fastlars.trainer.listing import Files
 from fastlars.trainer.resident import Part
 
 _AHEAD = 2  # batches that each worker may have finished
-_LOST = "--workers: a worker process died; is memory or /dev/shm full?"
+# A worker that cannot open a file to send it closes the connection, without saying why.
+_MAYBE_FILES = "too few open files (ulimit -n)"
+_LOST = f"--workers: a worker process died; is memory or /dev/shm full, or {_MAYBE_FILES}?"
 _NAMED = 5  # bad images that the error names
 
 Prepare = Callable[[torch.Tensor, int, int], torch.Tensor]  # image, epoch, index
@@ -205,14 +207,18 @@ def _worker_errors_in_a_line() -> Iterator[None]:
         yield
     except (OSError, EOFError, RuntimeError) as error:  # torch's has no class of its own
         text = str(error)
-        if any(words in text for words in ("Too many open files", "ancdata")):  # carries open files
+        if failures.short_of_files(text):
             said = f"--workers: Too many open files: {failures.FILES}"
         elif isinstance(error, ConnectionError) or "DataLoader worker (pid" in text:
             said = f"{_LOST} {one_line(error)}"
         elif isinstance(error, RuntimeError):
             raise
         else:
-            why = failures.reason(error) if isinstance(error, OSError) else "a pipe is closed"
+            why = (
+                failures.reason(error)
+                if isinstance(error, OSError)
+                else f"a pipe is closed: {_MAYBE_FILES}?"
+            )
             full = " in /dev/shm" if isinstance(error, OSError) and error.errno == ENOSPC else ""
             said = f"--workers: {why}{full}; with --workers 0 the trainer reads alone"
         raise TrainerError(said) from error

@@ -182,12 +182,12 @@ def _train(command: Command, here: World) -> int:
             _introduce(loop, job.state, command)
             finished = loop.run(stop)
             # It may have reached another process alone.
-            signals = [number for number in here.gather(stop.received) if number is not None]
-            stopped_by = None if finished else signals[0].name if signals else "--max-steps"
+            received = stop.of_all(here)
+            stopped_by = None if finished else received.name if received else "--max-steps"
             _end(loop, stopped_by)
     for line in report.conclusion(loop, stopped_by, time.perf_counter() - started):
         loop.parts.display.say(line)
-    return 0 if finished or not signals else 128 + signals[0]
+    return 0 if finished or received is None else 128 + received
 
 
 def _same_images(images: Data, state: dict[str, Any]) -> None:

@@ -8,6 +8,10 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # signals are handled before torch is imported
+    from fastlars.trainer.distributed import World
 
 Handler = Callable[[int, FrameType | None], None]
 
@@ -54,6 +58,10 @@ class StopSignals:
     def note(self) -> None:
         """From now on there is something to save."""
         self._noting = True
+
+    def of_all(self, world: World) -> signal.Signals | None:
+        """The signal that the first process to get one got; every process must ask."""
+        return next((number for number in world.gather(self.received) if number is not None), None)
 
     def __enter__(self) -> StopSignals:
         self._handled.__enter__()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlars.trainer import failures, packages
-from fastlars.trainer.errors import TrainerError, one_line
+from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.log import Record
 
 # Kind of record and name of value: where TensorBoard shows it.
@@ -82,7 +82,7 @@ class TensorBoard:
             yield self._writer
         except Exception as error:
             self._writer = _Nothing()
-            why = failures.reason(error) if isinstance(error, OSError) else one_line(error)
+            why = failures.reason(error)
             self._warn(f"no more TensorBoard in {self._folder}: {why}")
 
 
