@@ -1,13 +1,19 @@
-"""Hyper-parameters of the rules, checked. What changes from step to step is not here."""
+"""The rules' hyper-parameters: this module alone knows their words, ranges and defaults.
+
+What changes from step to step is not here. Everything else derives from the fields: the structs of
+the compiled kernels and Triton's constants (:attr:`_Rule.numbers`), the rule of a parameter group
+(``rule_of`` of the optimizers), the values of the check at first use (:meth:`_Rule.probe`).
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field, fields, replace
 from decimal import Decimal
+from functools import cached_property
 from numbers import Real
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 # Rates that torch's schedulers bring down to 0 end, by their roundings, a little above or below.
 ROUNDING = 1e-9
@@ -50,6 +56,14 @@ def at_least_zero(name: str, value: Any) -> float:
     return found
 
 
+def up_to_one(name: str, value: Any) -> float:
+    """``value`` as a float in [0, 1]."""
+    found = at_least_zero(name, value)
+    if found > 1.0:
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")
+    return found
+
+
 def above_zero(name: str, value: Any) -> float:
     """``value`` as a finite float above 0."""
     found = real(name, value)
@@ -66,10 +80,11 @@ def below_one(name: str, value: Any) -> float:
     return found
 
 
-def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+def one_of(name: str, value: Any, words: tuple[str, ...]) -> str:
+    """``value``, which is one of ``words``."""
+    if value not in words:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, words))}, got {value!r}")
+    return str(value)
 
 
 def flag(name: str, value: Any) -> bool:
@@ -89,19 +104,77 @@ def adapts(group: Mapping[str, Any]) -> bool:
     return flag("adapt", group["adapt"]) and (always or decays)
 
 
-class _Checked:
-    """A rule whose fields are checked when it is made, and kept as Python's own numbers."""
+def number(
+    check: Callable[[str, Any], float], *, probe: float, default: Any = MISSING, off: bool = False
+) -> Any:
+    """A field that holds a real number.
 
-    # Whether to measure the update for the trust ratio advances states.
-    measure_writes: ClassVar[bool] = False
-
-    def _check(self, check: Callable[[str, Any], Any], *names: str) -> None:
-        for name in names:
-            object.__setattr__(self, name, check(name, getattr(self, name)))
+    Args:
+        check: its range: one of the functions above.
+        probe: a value whose effect shows in two steps, for the check at first use.
+        default: of the field; without one it must be given.
+        off: whether 0 switches a state off, so that a probe must leave it at 0.
+    """
+    return field(default=default, metadata={"check": check, "probe": probe, "off": off})
 
 
 @dataclass(frozen=True)
-class LarsRule(_Checked):
+class _Rule:
+    """A rule whose fields are checked when it is made, and kept as Python's own numbers."""
+
+    name: ClassVar[str]
+    """Of the files that hold its kernels, in every back end."""
+    title: ClassVar[str]
+    """For messages."""
+    sums: ClassVar[int]
+    """Sums of squares that ``measure`` takes of each tensor; 0 where the rule never adapts."""
+    measure_writes: ClassVar[bool] = False
+    """Whether ``measure`` advances the states, and the counter with them."""
+    STATES: ClassVar[frozenset[str]] = frozenset()
+    """Names of the states with a tensor per parameter that any options ask for."""
+    COUNTER: ClassVar[str | None] = None
+    """Name of the state with one number per parameter: "step", or "last_lr"."""
+    NEVER_STEPPED: ClassVar[float] = 0.0
+    """The counter of a parameter that was never stepped."""
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]]
+    """The options that are words, and their words. Compiled kernels know a word by its place."""
+
+    def __init_subclass__(cls) -> None:
+        hints = get_type_hints(cls).items()
+        cls.CHOICES = {name: get_args(hint) for name, hint in hints if get_origin(hint) is Literal}
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name in self.CHOICES:
+                value = one_of(each.name, value, self.CHOICES[each.name])
+            else:
+                value = each.metadata.get("check", flag)(each.name, value)
+            object.__setattr__(self, each.name, value)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise where values do not go together."""
+
+    @cached_property
+    def numbers(self) -> dict[str, float | int | bool]:
+        """The fields as compiled kernels take them: of a word its place."""
+        words = self.CHOICES
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {k: words[k].index(v) if k in words else v for k, v in values.items()}
+
+    def probe(self) -> Any:
+        """The rule with the same options, but numbers whose effect shows in two steps."""
+        probes = {
+            each.name: each.metadata["probe"]
+            for each in fields(self)
+            if each.metadata and not (each.metadata["off"] and getattr(self, each.name) == 0.0)
+        }
+        return replace(self, **probes)
+
+
+@dataclass(frozen=True)
+class LarsRule(_Rule):
     r"""LARS (You, Gitman, Ginsburg 2017). Field by field as in :class:`fastlars.LARS`.
 
     Example:
@@ -110,29 +183,26 @@ class LarsRule(_Checked):
         ValueError: momentum must lie in [0, 1), got 1.5
     """
 
-    momentum: float = 0.9
-    dampening: float = 0.0
-    weight_decay: float = 0.0
+    momentum: float = number(below_one, default=0.9, probe=0.75, off=True)
+    dampening: float = number(up_to_one, default=0.0, probe=0.4, off=True)
+    weight_decay: float = number(at_least_zero, default=0.0, probe=0.1)
     nesterov: bool = False
-    trust_coefficient: float = 1e-3
-    eps: float = 0.0
+    trust_coefficient: float = number(at_least_zero, default=1e-3, probe=0.3)
+    eps: float = number(at_least_zero, default=0.0, probe=0.01)
     ratio: Literal["separate", "combined"] = "separate"
     buffer: Literal["step", "scaled", "gradient"] = "step"
     momentum_correction: bool = False
     trust_clip: bool = False
     adapt: bool = True
 
-    RATIOS: ClassVar[tuple[str, ...]] = ("separate", "combined")
-    BUFFERS: ClassVar[tuple[str, ...]] = ("step", "scaled", "gradient")
+    name: ClassVar[str] = "lars"
+    title: ClassVar[str] = "LARS"
+    sums: ClassVar[int] = 2  # of w, and of g or g + wd w
+    STATES: ClassVar[frozenset[str]] = frozenset({"momentum_buffer"})
+    COUNTER: ClassVar[str] = "last_lr"
+    NEVER_STEPPED: ClassVar[float] = -1.0
 
-    def __post_init__(self) -> None:
-        self._check(below_one, "momentum")
-        self._check(at_least_zero, "dampening", "weight_decay", "trust_coefficient", "eps")
-        if self.dampening > 1.0:
-            raise ValueError(f"dampening must lie in [0, 1], got {self.dampening}")
-        one_of("ratio", self.ratio, self.RATIOS)
-        one_of("buffer", self.buffer, self.BUFFERS)
-        self._check(flag, "nesterov", "momentum_correction", "trust_clip", "adapt")
+    def _check_together(self) -> None:
         if self.nesterov and (self.momentum == 0.0 or self.dampening != 0.0):
             raise ValueError("nesterov needs a momentum and no dampening")
         if self.momentum_correction and self.buffer != "step":
@@ -141,25 +211,20 @@ class LarsRule(_Checked):
                 f'buffer="step", got {self.buffer!r}'
             )
 
-    STATES: ClassVar[frozenset[str]] = frozenset({"momentum_buffer"})
-    COUNTER: ClassVar[str] = "last_lr"
-
     @property
     def states(self) -> tuple[str, ...]:
-        """Names of the states with a tensor per parameter; of STATES, those in use."""
+        """Of STATES, those in use."""
         return ("momentum_buffer",) if self.momentum else ()
 
     @property
     def counter(self) -> str | None:
-        """Name of the state with one number per parameter, if the rule needs it."""
+        """COUNTER, where the rule needs it."""
         noted = self.momentum and (self.dampening or self.momentum_correction)
         return self.COUNTER if noted else None
 
-    NEVER_STEPPED: ClassVar[float] = -1.0
-
 
 @dataclass(frozen=True)
-class LambRule(_Checked):
+class LambRule(_Rule):
     r"""LAMB (You et al. 2020). Field by field as in :class:`fastlars.LAMB`.
 
     Example:
@@ -168,44 +233,38 @@ class LambRule(_Checked):
         ValueError: beta1 must lie in [0, 1), got -0.1
     """
 
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-6
-    weight_decay: float = 0.0
+    beta1: float = number(below_one, default=0.9, probe=0.8)
+    beta2: float = number(below_one, default=0.999, probe=0.95)
+    eps: float = number(at_least_zero, default=1e-6, probe=0.01)
+    weight_decay: float = number(at_least_zero, default=0.0, probe=0.1)
     decay: Literal["update", "decoupled", "gradient"] = "update"
     bias_correction: Literal["moments", "none", "rate"] = "moments"
     grad_averaging: bool = True
-    lower: float = 0.0
-    upper: float = math.inf
-    ratio_eps: float = 0.0
+    lower: float = number(real, default=0.0, probe=0.0)
+    upper: float = number(real, default=math.inf, probe=10.0)
+    ratio_eps: float = number(at_least_zero, default=0.0, probe=0.01)
     trust_clip: bool = False
     adapt: bool = True
 
-    DECAYS: ClassVar[tuple[str, ...]] = ("update", "decoupled", "gradient")
-    CORRECTIONS: ClassVar[tuple[str, ...]] = ("moments", "none", "rate")
+    name: ClassVar[str] = "lamb"
+    title: ClassVar[str] = "LAMB"
+    sums: ClassVar[int] = 2  # of w, and of the update u
+    measure_writes: ClassVar[bool] = True
     states: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
     STATES: ClassVar[frozenset[str]] = frozenset(states)
     counter: ClassVar[str] = "step"
     COUNTER: ClassVar[str] = counter
-    NEVER_STEPPED: ClassVar[float] = 0.0
-    measure_writes: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        self._check(below_one, "beta1", "beta2")
-        self._check(at_least_zero, "eps", "weight_decay", "ratio_eps")
-        self._check(real, "lower", "upper")
+    def _check_together(self) -> None:
         if not 0.0 <= self.lower <= self.upper or self.upper == 0.0:
             raise ValueError(
                 f"phi must be (lower, upper) with 0 <= lower <= upper and upper > 0, "
                 f"got ({self.lower}, {self.upper})"
             )
-        one_of("decay", self.decay, self.DECAYS)
-        one_of("bias_correction", self.bias_correction, self.CORRECTIONS)
-        self._check(flag, "grad_averaging", "trust_clip", "adapt")
 
 
 @dataclass(frozen=True)
-class RmspropWarmupRule(_Checked):
+class RmspropWarmupRule(_Rule):
     r"""RMSprop warm-up (Akiba et al. 2017). Field by field as in :class:`fastlars.RMSpropWarmup`.
 
     Example:
@@ -214,54 +273,53 @@ class RmspropWarmupRule(_Checked):
         [0.0092, 0.2247, 0.5, 0.7, 1.0]
     """
 
-    center_steps: float
-    period_steps: float
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    lr_rmsprop: float = 3e-4
-    square_decay: float = 0.99
-    eps: float = 1e-8
+    center_steps: float = number(at_least_zero, probe=0.6)
+    period_steps: float = number(above_zero, probe=2.5)
+    momentum: float = number(below_one, default=0.9, probe=0.75)
+    weight_decay: float = number(at_least_zero, default=0.0, probe=0.1)
+    lr_rmsprop: float = number(at_least_zero, default=3e-4, probe=0.2)
+    square_decay: float = number(below_one, default=0.99, probe=0.8)
+    eps: float = number(above_zero, default=1e-8, probe=0.01)
     transition: Literal["smooth", "printed"] = "smooth"
 
-    TRANSITIONS: ClassVar[tuple[str, ...]] = ("smooth", "printed")
-    # No norm is measured.
+    name: ClassVar[str] = "rmsprop_warmup"
+    title: ClassVar[str] = "RMSprop warm-up"
+    sums: ClassVar[int] = 0
     adapt: ClassVar[bool] = False
     states: ClassVar[tuple[str, ...]] = ("momentum_buffer", "square_avg")
     STATES: ClassVar[frozenset[str]] = frozenset(states)
     counter: ClassVar[str] = "step"
     COUNTER: ClassVar[str] = counter
-    NEVER_STEPPED: ClassVar[float] = 0.0
     # Adding 1 changes no float32 from here on.
     MOST_STEPS: ClassVar[float] = 2.0**24
 
-    def __post_init__(self) -> None:
-        self._check(below_one, "momentum", "square_decay")
-        self._check(at_least_zero, "weight_decay", "lr_rmsprop", "center_steps")
-        self._check(above_zero, "eps", "period_steps")
-        one_of("transition", self.transition, self.TRANSITIONS)
+    def _check_together(self) -> None:
         if self.center_steps + self.rise / 2.0 >= self.MOST_STEPS:
             raise ValueError(
                 "center_steps and period_steps must end the transition within 2^24 steps, which is "
                 f"how far a float32 counts, got {self.center_steps} and {self.period_steps}"
             )
 
+    @cached_property
+    def numbers(self) -> dict[str, float | int | bool]:
+        """The fields as compiled kernels take them.
+
+        They take the exponential as below * shrink^n, a power of whole numbers, because the last
+        bits of exp are not the same on every device: ``below`` is the share of SGD at the center,
+        rounded down to a whole step, and ``shrink`` the factor to that share one step earlier.
+        """
+        derived = {
+            "rise": self.rise,
+            "below": self.sgd_share(math.floor(self.center_steps)),
+            "shrink": math.exp(-2.0 / self.period_steps),
+        }
+        replaced = ("period_steps", "transition")
+        return {k: v for k, v in super().numbers.items() if k not in replaced} | derived
+
     @property
     def rise(self) -> float:
         """Steps that the linear branch would take from 0 to 1."""
         return self.period_steps / (1.0 if self.transition == "smooth" else 2.0)
-
-    # Compiled back ends take the exponential as below * shrink^n, a power of whole numbers, because
-    # the last bits of exp are not the same on every device.
-
-    @property
-    def below(self) -> float:
-        """The share of SGD at the center, rounded down to a whole step."""
-        return self.sgd_share(math.floor(self.center_steps))
-
-    @property
-    def shrink(self) -> float:
-        """By which that share is smaller one step earlier."""
-        return math.exp(-2.0 / self.period_steps)
 
     def sgd_share(self, step: float) -> float:
         """The share of SGD in the update of a parameter that has taken ``step`` steps."""
@@ -271,11 +329,15 @@ class RmspropWarmupRule(_Checked):
 
 
 @dataclass(frozen=True)
-class GradientNorm:
+class GradientNorm(_Rule):
     """No rule of its own: measures gradients alone, for a global norm."""
 
+    name: ClassVar[str] = "gradient_norm"
+    title: ClassVar[str] = "gradient norm"
+    sums: ClassVar[int] = 1
     states: ClassVar[tuple[str, ...]] = ()
     counter: ClassVar[None] = None
 
 
 Rule = LarsRule | LambRule | RmspropWarmupRule
+RULES: tuple[type[Rule], ...] = get_args(Rule)

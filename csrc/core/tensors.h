@@ -9,13 +9,16 @@
 
 namespace fastlars {
 
+// An address for each tensor; empty where there is none.
+using Addresses = std::vector<std::uintptr_t>;
+
 struct TensorList {
   std::vector<std::int64_t> numel;
-  std::vector<std::uintptr_t> weight;  // float32 masters where the list has copies
-  std::vector<std::uintptr_t> copy;    // low-precision weights written beside masters; may be empty
-  std::vector<std::uintptr_t> grad;    // empty where a rule's phase does not read gradients
-  std::vector<std::uintptr_t> state[2];  // momentum buffer; or first and second moment
-  std::vector<std::uintptr_t> counter;  // one float each: LAMB's step, LARS's last_lr; may be empty
+  Addresses weight;              // float32 masters where the list has copies
+  Addresses copy;                // low-precision weights, written along with their masters
+  Addresses grad;                // empty where a rule's phase does not read gradients
+  Addresses counter;             // one float each: the steps taken, or the last learning rate
+  std::vector<Addresses> state;  // as many as the rule has in use
   Dtype weight_dtype = Dtype::float32;
   Dtype copy_dtype = Dtype::float32;
   Dtype grad_dtype = Dtype::float32;
@@ -24,21 +27,28 @@ struct TensorList {
   bool stochastic_rounding = false;
 
   int count() const { return static_cast<int>(numel.size()); }
+  bool has_state() const { return !state.empty(); }
+  // 0 where the list has fewer states.
+  std::uintptr_t state_of(std::size_t which, int tensor) const {
+    return which < state.size() ? state[which][tensor] : 0;
+  }
 };
 
-// For kernels that read their addresses from the device: a row per tensor of weight, gradient, two
-// states, copy and counter, 0 where there is none. Returns whether that differs from what the table
-// held.
-inline bool write_table(const TensorList& list, std::int64_t* place) {
-  const std::vector<std::uintptr_t>* columns[] = {&list.weight,   &list.grad, &list.state[0],
-                                                  &list.state[1], &list.copy, &list.counter};
+// For kernels that read their addresses from the device: a row per tensor of weight, gradient,
+// copy, counter and `states` states, 0 where there is none. Returns whether that differs from what
+// the table held.
+inline bool write_table(const TensorList& list, int states, std::int64_t* place) {
   bool changed = false;
+  const auto write = [&](std::uintptr_t address) {
+    const auto value = static_cast<std::int64_t>(address);
+    changed = changed || *place != value;
+    *place++ = value;
+  };
   for (int tensor = 0; tensor < list.count(); ++tensor) {
-    for (const auto* column : columns) {
-      const auto value = static_cast<std::int64_t>(column->empty() ? 0 : (*column)[tensor]);
-      changed = changed || *place != value;
-      *place++ = value;
+    for (const auto* column : {&list.weight, &list.grad, &list.copy, &list.counter}) {
+      write(column->empty() ? 0 : (*column)[tensor]);
     }
+    for (int which = 0; which < states; ++which) write(list.state_of(which, tensor));
   }
   return changed;
 }

@@ -1,0 +1,82 @@
+// What rules share. A rule stands in one file of this folder: its hyper-parameters, the
+// coefficients of one tensor, its trust ratio, and its update of one element. All of it is for host
+// and device: a back end adds the loops, and nothing else.
+//
+// A rule's struct says what back ends must know of it:
+//   name            of its class in Python
+//   sums            sums of squares that a tensor's ratio is made of; 0 where it has none
+//   states          tensors that go along with a parameter, at most
+//   counts_steps    its counter is the number of steps taken; else the last learning rate
+//   measure_writes  measuring advances the states, and the counter with them
+//   fields          its hyper-parameters by name, as rules.py has them; enumerators are numbered in
+//                   the order of the words there
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+
+#include "core/dtype.h"
+
+namespace fastlars {
+
+// What changes from step to step.
+struct StepScalars {
+  double lr;
+  double gradient_scale;  // unscaling, global clip and the sign of `maximize`, in one factor
+};
+
+// Sums of squares of one tensor: of its weights, and last of what it is updated with. In double:
+// squares of norms that a float holds may not fit a float.
+template <int N>
+struct Sums {
+  double of[N];
+};
+template <>
+struct Sums<0> {};
+
+// Squares of floats beyond about 1e+-19 leave float32's range. A chunk whose sum in float32 is near
+// either end is summed again in double: right for every input, at no cost for ordinary ones.
+FASTLARS_HD bool leaves_float_range(double sum) { return !(sum > 1e-25 && sum < 1e37); }
+
+// numerator / denominator, or 1 where either norm is zero: such a tensor (fresh zeros, no gradient)
+// would otherwise never move again. NaN norms compare false and give 1 too; the NaN itself reaches
+// the weights through the gradient, where it can be seen.
+FASTLARS_HD double guarded_ratio(const Sums<2>& sums, double numerator, double denominator) {
+  if (!(sums.of[0] > 0.0 && sums.of[1] > 0.0)) return 1.0;
+  const double ratio = numerator / denominator;
+  // Gradients around 1e-40 ask for more than a float holds. The largest float times such a gradient
+  // is still a sensible step, infinity times it is not.
+  return (ratio > FLT_MAX && std::isfinite(numerator)) ? FLT_MAX : ratio;
+}
+
+// lr * ratio can overflow float32 even where the ratio does not: it is then the largest float.
+FASTLARS_HD float coefficient(double value) {
+  return (value > FLT_MAX && std::isfinite(value)) ? FLT_MAX : static_cast<float>(value);
+}
+
+// base to the whole part of exponent, by repeated squaring: the same bits on every device, which a
+// library's pow does not promise.
+FASTLARS_HD double power(double base, double exponent) {
+  double result = 1.0;
+  for (auto left = static_cast<std::uint32_t>(exponent); left > 0; left /= 2) {
+    if (left % 2 == 1) result *= base;
+    base *= base;
+  }
+  return result;
+}
+
+// The counter of a tensor after this step.
+template <class Rule>
+FASTLARS_HD float next_counter(const Rule&, const StepScalars& scalars, float counter) {
+  return Rule::counts_steps ? counter + 1.0f : static_cast<float>(scalars.lr);
+}
+
+// Puts a tensor's trust ratio into its coefficients, which are made for a ratio of 1.
+template <class Rule, class Coefficients>
+FASTLARS_HD void apply_trust_ratio(const Rule& rule, const StepScalars& scalars, double ratio,
+                                   Coefficients& c) {
+  set_ratio_coefficient(rule, ratio_coefficient(rule, scalars, c, ratio), c);
+}
+
+}  // namespace fastlars
