@@ -15,25 +15,25 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
 import torch
 
+from fastlars import rules
 from fastlars.backends import choose, cuda
 from fastlars.backends.base import Kinds
 from fastlars.backends.selfcheck import Family, difference, family
-from fastlars.rules import LambRule, LarsRule, RmspropWarmupRule, Rule
+from fastlars.rules import Rule
 
 LIMIT_S = 25.0  # of the whole command, less the start of Python
 SHOWN = 5  # of what is wrong with a back end
 DEATHS = 3  # of processes of one back end, after which it is given up
 PATIENCE_S = 15.0  # for one family, the start of its device included
+USUAL = [kind.usual() for kind in rules.RULES]
 RULES: dict[str, tuple[Rule, ...]] = {
-    "LARS": (LarsRule(), LarsRule(adapt=False)),
-    "LAMB": (LambRule(), LambRule(adapt=False)),
-    "RMSprop warm-up": (RmspropWarmupRule(center_steps=1.0, period_steps=2.0),),
+    rule.title: (rule, replace(rule, adapt=False)) if rule.adapt else (rule,) for rule in USUAL
 }
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 KINDS = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, overload
 
 import torch
@@ -24,13 +25,13 @@ from fastlars.optim.skipping import SkipIf, Skipping, checked
 from fastlars.optim.traced import TracedStep
 from fastlars.optim.values import kept, unchanged
 from fastlars.optim.work import Taken, Work, check_making, check_recording
-from fastlars.rules import Rule
+from fastlars.rules import Rule, adapts
 
 if TYPE_CHECKING:
     from fastlars.optim.norm import NormGroup
 
 Params = Iterable[Any]
-# Options that every optimizer has beside its rule.
+# Options of every optimizer, whatever its rule.
 OPTIONS: dict[str, Any] = {
     "maximize": False,
     "max_grad_norm": None,
@@ -40,6 +41,15 @@ OPTIONS: dict[str, Any] = {
     "capturable": False,
     "fused_unscale": None,
 }
+
+
+def options(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The defaults of parameter groups, from ``locals()`` at the top of a subclass's ``__init__``.
+
+    An option is thus named once, in the signature, whose order is that of the groups' keys.
+    """
+    others = ("self", "__class__", "params", "norm_group", "skip_if")
+    return {name: value for name, value in arguments.items() if name not in others}
 
 
 def unwatched(plain: Callable[..., Any], watched: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,6 +93,7 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
     tensor of every group; an error leaves parameters and states as they were.
     """
 
+    rule: ClassVar[type[Rule]]
     # Options that the groups of this class have, and of no other: one of them shows whose they are.
     marks: ClassVar[frozenset[str]] = frozenset()
     # Optimizers of torch whose states mean the same.
@@ -92,8 +103,6 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
     _ahead: Ahead | None
     _norm_group: Processes | None
     _owner: str | None
-    # Whether group["step"] shows the steps taken, as training scripts read it off other classes.
-    counts_steps: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -110,6 +119,19 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         self._owner = owner_of_this()
         self._forget()
         super().__init__(params, OPTIONS | defaults)
+
+    @classmethod
+    def rule_of(cls, group: dict[str, Any]) -> Rule:
+        """The rule that a group's hyper-parameters make. ValueError or TypeError if they do not."""
+        values = {each.name: group[each.name] for each in fields(cls.rule)}
+        if "adapt" in values:
+            values["adapt"] = adapts(group)
+        return cls.rule(**values)
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether group["step"] shows the steps taken, where training scripts may read it."""
+        return self.rule.COUNTER == "step"
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
