@@ -84,14 +84,17 @@ OPTIONS = (
             ratio=ratio,
             nesterov=nesterov,
         )
-        for buffer in LarsRule.BUFFERS
-        for ratio in LarsRule.RATIOS
+        for buffer in LarsRule.CHOICES["buffer"]
+        for ratio in LarsRule.CHOICES["ratio"]
         for nesterov in (False, True)
     ),
     _lars("without weight decay", weight_decay=0.0),
     _lars("without momentum", momentum=0.0),
     _lars("without momentum, gradient", momentum=0.0, buffer="gradient", ratio="combined"),
-    *(_lars(f"dampening, {buffer}", dampening=0.4, buffer=buffer) for buffer in LarsRule.BUFFERS),
+    *(
+        _lars(f"dampening, {buffer}", dampening=0.4, buffer=buffer)
+        for buffer in LarsRule.CHOICES["buffer"]
+    ),
     _lars("momentum correction", momentum_correction=True),
     _lars("momentum correction, nesterov", momentum_correction=True, nesterov=True),
     _lars("momentum correction, dampening", momentum_correction=True, dampening=0.4),
@@ -107,8 +110,8 @@ OPTIONS = (
     _lars("without adaptation or momentum", adapt=False, momentum=0.0),
     *(
         _lamb(f"decay {decay}, correction {correction}", decay=decay, bias_correction=correction)
-        for decay in LambRule.DECAYS
-        for correction in LambRule.CORRECTIONS
+        for decay in LambRule.CHOICES["decay"]
+        for correction in LambRule.CHOICES["bias_correction"]
     ),
     _lamb("without weight decay", weight_decay=0.0),
     _lamb("without averaging", grad_averaging=False),

@@ -75,7 +75,7 @@ def test_printed_transition_is_twice_as_steep_and_ends_at_1() -> None:
         (3.0, 1e7),
     ],
 )
-@pytest.mark.parametrize("transition", RmspropWarmupRule.TRANSITIONS)
+@pytest.mark.parametrize("transition", RmspropWarmupRule.CHOICES["transition"])
 def test_kernels_have_the_same_share_of_sgd(
     core: ctypes.CDLL, center: float, period: float, transition: str
 ) -> None:
@@ -133,7 +133,7 @@ def equations(
     return w, -delta, m
 
 
-@pytest.mark.parametrize("transition", RmspropWarmupRule.TRANSITIONS)
+@pytest.mark.parametrize("transition", RmspropWarmupRule.CHOICES["transition"])
 def test_300_steps_across_the_transition(backend: str, transition: str) -> None:
     if backend == "triton" and transition == "printed":
         pytest.skip("interpreted it takes 15 seconds, and the printed form is other numbers alone")

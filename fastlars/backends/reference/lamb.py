@@ -1,4 +1,4 @@
-"""LAMB. You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", 2020.
+"""LAMB. You et al., "Large Batch Optimization for Deep Learning", 2020.
 
 m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2
 u = m' / (sqrt(v') + eps) + weight_decay w      (m', v': corrected for their start at 0)
