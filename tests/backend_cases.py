@@ -12,7 +12,7 @@ from torch import Tensor
 import emulated
 from fastlars.backends.base import Backend, Kinds, Scalars, Tensors
 from fastlars.backends.choose import instance
-from fastlars.rules import LambRule, LarsRule, RmspropWarmupRule, Rule
+from fastlars.rules import RULES, LambRule, LarsRule, RmspropWarmupRule, Rule
 from problems import ORDINARY, Problem, place
 
 # The back ends that this process can test on CPU tensors: test_triton.py and test_cuda_on_cpu.py
@@ -61,7 +61,7 @@ def _lamb(name: str, *, scale: float = 1.0, **options: Any) -> Row:
 def _rmsprop(
     name: str, *, rates: tuple[float, ...] = RATES, scale: float = 1.0, **options: Any
 ) -> Row:
-    # Three steps: before the center, behind it, and one that is warmed up. The eps as of LAMB.
+    # Three steps: before the center, after it, and one that is warmed up. The eps as of LAMB.
     usual = {"center_steps": 0.6, "period_steps": 2.5, "momentum": 0.75, "weight_decay": 0.1}
     usual |= {"lr_rmsprop": 0.2, "square_decay": 0.8, "eps": 1e-2}
     return Row(f"RMSprop warm-up {name}", RmspropWarmupRule(**{**usual, **options}), rates, scale)
@@ -74,8 +74,8 @@ DEFAULTS = (
     _lamb("without adaptation", adapt=False),
     _rmsprop("across the transition", period_steps=0.7),  # warmed up at the second step
 )
-USUAL = DEFAULTS[::2]  # a row of each rule
-ADAPTED = USUAL[:2]
+USUAL = tuple(next(row for row in DEFAULTS if type(row.rule) is rule) for rule in RULES)
+ADAPTED = tuple(row for row in USUAL if row.rule.adapt)
 OPTIONS = (
     *(
         _lars(

@@ -122,7 +122,7 @@ def test_operator_passes_opcheck() -> None:
     b = [torch.zeros(3, 4), torch.zeros(5)]
     rule = fastlars.LARS.rule_of(fastlars.LARS([torch.nn.Parameter(w[0])], lr=1.0).param_groups[0])
     text = fastlars.optim.compiled.encode(rule)
-    arguments = (text, w, g, b, [], [], [], 1.0, None, 1.0, None, None, False)
+    arguments = (text, w, g, b, [], [], 1.0, None, 1.0, None, None, False)
     torch.library.opcheck(torch.ops.fastlars.step.default, arguments)
     torch.library.opcheck(torch.ops.fastlars.square_norm.default, (w, g, [1, 1]))
 
@@ -139,7 +139,7 @@ def test_operator_keeps_layouts_and_notices_other_weights(monkeypatch: pytest.Mo
 
     def step(w: torch.Tensor) -> None:
         torch.ops.fastlars.step(
-            rule, [w], [torch.ones_like(w)], [], [], [], [], 1.0, None, 1.0, None, None, False
+            rule, [w], [torch.ones_like(w)], [], [], [], 1.0, None, 1.0, None, None, False
         )
 
     weight = torch.zeros(3)
