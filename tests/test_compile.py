@@ -13,17 +13,15 @@ from torch import nn
 import fastlars
 from fastlars.backends.choose import instance
 from fastlars.rules import LarsRule
-from optimizers import Snapshot, assert_same, parameters, set_gradients
+from optimizers import SIMPLE, Snapshot, assert_same, parameters, set_gradients
 
 CASES = {
-    "lars": (fastlars.LARS, {"lr": 1.0}),
+    **{row.kind.__name__: (row.kind, row.options) for row in SIMPLE},
     "lars-correction": (fastlars.LARS, {"lr": 1.0, "momentum_correction": True, "dampening": 0.5}),
     "lars-plain": (fastlars.LARS, {"lr": 1.0, "momentum": 0.0, "maximize": True}),
     "lars-clip": (fastlars.LARS, {"lr": 1.0, "max_grad_norm": 0.1}),
-    "lamb": (fastlars.LAMB, {"lr": 0.01}),
     "lamb-clip": (fastlars.LAMB, {"lr": 0.01, "max_grad_norm": 0.1}),
     "lamb-masters": (fastlars.LAMB, {"lr": 0.01, "master_weights": True}),
-    "rmsprop": (fastlars.RMSpropWarmup, {"lr": 0.01, "center_steps": 1, "period_steps": 3}),
 }
 
 

@@ -19,6 +19,7 @@ from fastlars.optim import checkpoint
 from fastlars.optim.checks import check_lr, check_options, check_overlap
 from fastlars.optim.norm import Processes, check_norm, owner_of_this
 from fastlars.optim.numbers import numbers
+from fastlars.optim.options import OPTIONS
 from fastlars.optim.plan import Plan, location, options_of
 from fastlars.optim.shown import count_step, show_steps, take_names
 from fastlars.optim.skipping import SkipIf, Skipping, checked
@@ -31,25 +32,6 @@ if TYPE_CHECKING:
     from fastlars.optim.norm import NormGroup
 
 Params = Iterable[Any]
-# Options of every optimizer, whatever its rule.
-OPTIONS: dict[str, Any] = {
-    "maximize": False,
-    "max_grad_norm": None,
-    "master_weights": False,
-    "stochastic_rounding": False,
-    "state_dtype": torch.float32,
-    "capturable": False,
-    "fused_unscale": None,
-}
-
-
-def options(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The defaults of parameter groups, from ``locals()`` at the top of a subclass's ``__init__``.
-
-    An option is thus named once, in the signature, whose order is that of the groups' keys.
-    """
-    others = ("self", "__class__", "params", "norm_group", "skip_if")
-    return {name: value for name, value in arguments.items() if name not in others}
 
 
 def unwatched(plain: Callable[..., Any], watched: Callable[..., Any]) -> Callable[..., Any]:

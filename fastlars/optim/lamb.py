@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fastlars.optim.base import FusedOptimizer, Params, options
+from fastlars.optim.base import FusedOptimizer, Params
 from fastlars.optim.checkpoint import Source
+from fastlars.optim.options import from_arguments
 from fastlars.optim.skipping import SkipIf
 from fastlars.rules import LambRule, Rule, pair
 
@@ -133,7 +134,7 @@ class LAMB(FusedOptimizer):
         norm_group: ProcessGroup | DeviceMesh | None = None,
         skip_if: SkipIf | None = None,
     ) -> None:
-        super().__init__(params, options(locals()), norm_group, skip_if)
+        super().__init__(params, from_arguments(locals()), norm_group, skip_if)
 
     @classmethod
     def rule_of(cls, group: dict[str, Any]) -> Rule:

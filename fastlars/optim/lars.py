@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fastlars.optim.base import FusedOptimizer, Params, options
+from fastlars.optim.base import FusedOptimizer, Params
 from fastlars.optim.checkpoint import Source
+from fastlars.optim.options import from_arguments
 from fastlars.optim.skipping import SkipIf
 from fastlars.rules import LarsRule, Rule, adapts, flag, real
 
@@ -148,7 +149,7 @@ class LARS(FusedOptimizer):
     ) -> None:
         if flag("nesterov", nesterov):
             LarsRule(momentum=momentum, dampening=dampening, nesterov=True)
-        super().__init__(params, options(locals()), norm_group, skip_if)
+        super().__init__(params, from_arguments(locals()), norm_group, skip_if)
 
     @property
     def optim(self) -> LARS:

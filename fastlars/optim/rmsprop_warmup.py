@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from fastlars.optim.base import FusedOptimizer, Params, options
+from fastlars.optim.base import FusedOptimizer, Params
+from fastlars.optim.options import from_arguments
 from fastlars.optim.skipping import SkipIf
 from fastlars.rules import RmspropWarmupRule
 
@@ -136,4 +137,4 @@ class RMSpropWarmup(FusedOptimizer):
         norm_group: ProcessGroup | DeviceMesh | None = None,
         skip_if: SkipIf | None = None,
     ) -> None:
-        super().__init__(params, options(locals()), norm_group, skip_if)
+        super().__init__(params, from_arguments(locals()), norm_group, skip_if)
