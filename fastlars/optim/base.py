@@ -1,4 +1,4 @@
-"""FusedOptimizer: what all optimizers share, which is everything but their rule."""
+"""FusedOptimizer: what all optimizers share: everything but their rule."""
 
 from __future__ import annotations
 
@@ -63,8 +63,7 @@ class Ahead(Protocol):
         ...
 
     def step(self) -> Taken | None:
-        """What is left to do; all parameters that were stepped, and their trust ratios. None where
-        the step was skipped."""
+        """Finish this step: every parameter updated, with its trust ratio; None if skipped."""
         ...
 
 
@@ -210,7 +209,7 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
                 show_steps(group, self.state)
 
     def state_dict(self) -> dict[str, Any]:
-        """As of every optimizer of torch; ``load_state_dict`` takes it back."""
+        """Same as ``torch.optim.Optimizer.state_dict()``."""
         # Before the user's own hooks, whose result is what they return.
         first = self.register_state_dict_post_hook(checkpoint.portable, prepend=True)
         try:

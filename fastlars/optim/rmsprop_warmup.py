@@ -137,4 +137,5 @@ class RMSpropWarmup(FusedOptimizer):
         norm_group: ProcessGroup | DeviceMesh | None = None,
         skip_if: SkipIf | None = None,
     ) -> None:
+        # Before any other local: every argument but params and the last two is an option.
         super().__init__(params, from_arguments(locals()), norm_group, skip_if)
