@@ -16,14 +16,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 # As CMakeLists.txt compiles the kernels, and vectorised, as the kernels' loops are.
-FLAGS = [
-    "-O3",
-    "-std=c++17",
-    "-fopenmp",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-]
+FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
 
 def compiler() -> str:
