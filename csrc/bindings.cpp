@@ -8,8 +8,9 @@
 #include <string>
 #include <vector>
 
-#include "core/api.h"
+#include "cpu/api.h"
 #include "layout.h"
+#include "rules/all.h"
 #if FASTLARS_BUILD_CUDA
 #include "cuda/api.h"
 #endif
@@ -121,8 +122,8 @@ TensorList bind(const BoundLayout& layout, const py::list& weights, const py::li
   };
   list.weight = alike(weights, list.weight_dtype, "weights");
   list.grad = alike(grads, list.grad_dtype, "grads");
-  for (std::size_t i = 0; i < states.size() && i < 2; ++i) {
-    list.state[i] = alike(states[i], list.state_dtype, "states");
+  for (const auto& state : states) {
+    list.state.push_back(alike(state, list.state_dtype, "states"));
   }
   if (!copies.is_none()) list.copy = alike(copies.cast<py::list>(), list.copy_dtype, "copies");
   if (!counters.is_none()) {
@@ -189,37 +190,57 @@ T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// A rule's struct, made of all its hyper-parameters by name. Options that are words come as
+// numbers.
 template <class Rule>
-void define_cpu_measure(py::module_& m) {
-  m.def(
-      "cpu_measure",
-      [](const Rule& rule, TensorList& list, double lr, double gradient_scale,
-         std::uintptr_t sums) {
-        cpu::measure(rule, {lr, gradient_scale}, list, pointer<Sums>(sums));
-      },
-      Released(), "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "sums"_a);
+void define_rule(py::module_& m) {
+  py::class_<Rule>(m, Rule::name).def(py::init([](const py::kwargs& given) {
+    Rule rule = {};
+    std::size_t known = 0;
+    Rule::fields([&](const char* name, auto member) {
+      using Value = std::decay_t<decltype(rule.*member)>;
+      using Number = std::conditional_t<std::is_enum_v<Value>, int, Value>;
+      rule.*member = static_cast<Value>(given[name].template cast<Number>());
+      ++known;
+    });
+    if (given.size() != known) throw py::type_error(std::string(Rule::name) + ": unknown field");
+    return rule;
+  }));
 }
 
+// Calls for rules that measure, and for those that step: all but GradientNorm.
 template <class Rule>
 void define_cpu_calls(py::module_& m) {
-  m.def(
-      "cpu_apply",
-      [](const Rule& rule, TensorList& list, double lr, double gradient_scale,
-         std::optional<std::uint64_t> seed, std::uintptr_t sums, std::uintptr_t ratios) {
-        set_seed(list, seed);
-        cpu::apply(rule, {lr, gradient_scale}, list, pointer<const Sums>(sums),
-                   pointer<float>(ratios));
-      },
-      Released(), "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "seed"_a, "sums"_a,
-      "ratios"_a);
-  m.def(
-      "cpu_step",
-      [](const Rule& rule, TensorList& list, double lr, double gradient_scale,
-         std::optional<std::uint64_t> seed, std::uintptr_t ratios) {
-        set_seed(list, seed);
-        cpu::step(rule, {lr, gradient_scale}, list, pointer<float>(ratios));
-      },
-      Released(), "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "seed"_a, "ratios"_a);
+  using Sums = Sums<Rule::sums>;
+  if constexpr (Rule::sums > 0) {
+    m.def(
+        "cpu_measure",
+        [](const Rule& rule, TensorList& list, double lr, double gradient_scale,
+           std::uintptr_t sums) {
+          cpu::measure(rule, {lr, gradient_scale}, list, pointer<Sums>(sums));
+        },
+        Released(), "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "sums"_a);
+  }
+  if constexpr (Rule::states > 0) {
+    m.def(
+        "cpu_apply",
+        [](const Rule& rule, TensorList& list, double lr, double gradient_scale,
+           std::optional<std::uint64_t> seed, std::uintptr_t sums, std::uintptr_t ratios) {
+          set_seed(list, seed);
+          cpu::apply(rule, {lr, gradient_scale}, list, pointer<const Sums>(sums),
+                     pointer<float>(ratios));
+        },
+        Released(), "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "seed"_a, "sums"_a,
+        "ratios"_a);
+    m.def(
+        "cpu_step",
+        [](const Rule& rule, TensorList& list, double lr, double gradient_scale,
+           std::optional<std::uint64_t> seed, std::uintptr_t ratios) {
+          set_seed(list, seed);
+          cpu::step(rule, {lr, gradient_scale}, list, pointer<float>(ratios));
+        },
+        Released(), "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "seed"_a, "ratios"_a);
+  }
 }
 
 #if FASTLARS_BUILD_CUDA
@@ -342,7 +363,7 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "write_table",
           [](const TensorList& list, std::uintptr_t at) {
-            return write_table(list, pointer<std::int64_t>(at));
+            return write_table(list, Rules::most_states, pointer<std::int64_t>(at));
           },
           "table"_a);
   m.def("bind", &bind, "layout"_a, "weights"_a, "grads"_a, "states"_a, "copies"_a, "counters"_a,
@@ -351,45 +372,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("column", &column, "states"_a, "name"_a);
   m.def("holds", &holds, "dict"_a, "values"_a);
 
-  py::class_<GradientNorm>(m, "GradientNorm").def(py::init<>());
-  py::class_<LarsRule>(m, "LarsRule")
-      .def(py::init([](double momentum, double dampening, double weight_decay,
-                       double trust_coefficient, double eps, int buffer, bool combined,
-                       bool nesterov, bool momentum_correction, bool trust_clip, bool adapt) {
-             return LarsRule{momentum,          dampening, weight_decay,
-                             trust_coefficient, eps,       static_cast<Buffer>(buffer),
-                             combined,          nesterov,  momentum_correction,
-                             trust_clip,        adapt};
-           }),
-           py::kw_only(), "momentum"_a, "dampening"_a, "weight_decay"_a, "trust_coefficient"_a,
-           "eps"_a, "buffer"_a, "combined"_a, "nesterov"_a, "momentum_correction"_a, "trust_clip"_a,
-           "adapt"_a);
-  py::class_<LambRule>(m, "LambRule")
-      .def(py::init([](double beta1, double beta2, double eps, double weight_decay, double lower,
-                       double upper, double ratio_eps, int decay, int correction,
-                       bool gradient_averaging, bool trust_clip, bool adapt) {
-             const auto decays = static_cast<Decay>(decay);
-             const auto corrects = static_cast<Correction>(correction);
-             return LambRule{beta1,     beta2,  eps,      weight_decay,       lower,      upper,
-                             ratio_eps, decays, corrects, gradient_averaging, trust_clip, adapt};
-           }),
-           py::kw_only(), "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "lower"_a, "upper"_a,
-           "ratio_eps"_a, "decay"_a, "correction"_a, "gradient_averaging"_a, "trust_clip"_a,
-           "adapt"_a);
-  py::class_<RmspropWarmupRule>(m, "RmspropWarmupRule")
-      .def(py::init([](double momentum, double weight_decay, double square_decay, double eps,
-                       double lr_rmsprop, double center, double rise, double below, double shrink) {
-             return RmspropWarmupRule{momentum, weight_decay, square_decay, eps,   lr_rmsprop,
-                                      center,   rise,         below,        shrink};
-           }),
-           py::kw_only(), "momentum"_a, "weight_decay"_a, "square_decay"_a, "eps"_a, "lr_rmsprop"_a,
-           "center"_a, "rise"_a, "below"_a, "shrink"_a);
-  define_cpu_measure<GradientNorm>(m);
-  define_cpu_measure<LarsRule>(m);
-  define_cpu_measure<LambRule>(m);
-  define_cpu_calls<LarsRule>(m);
-  define_cpu_calls<LambRule>(m);
-  define_cpu_calls<RmspropWarmupRule>(m);
+  m.attr("TABLE_COLUMNS") = 4 + Rules::most_states;  // of TensorList.write_table
+
+  Rules::for_each([&](auto rule) {
+    define_rule<decltype(rule)>(m);
+    define_cpu_calls<decltype(rule)>(m);
+  });
   define_cuda(m);
 
   m.def("instruction_set", &cpu::instruction_set);

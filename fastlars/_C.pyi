@@ -16,60 +16,9 @@ class Layout:
 class TensorList:
     def write_table(self, table: int) -> bool: ...
 
-class GradientNorm: ...
+TABLE_COLUMNS: int
 
-class LarsRule:
-    def __init__(
-        self,
-        *,
-        momentum: float,
-        dampening: float,
-        weight_decay: float,
-        trust_coefficient: float,
-        eps: float,
-        buffer: int,
-        combined: bool,
-        nesterov: bool,
-        momentum_correction: bool,
-        trust_clip: bool,
-        adapt: bool,
-    ) -> None: ...
-
-class LambRule:
-    def __init__(
-        self,
-        *,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        lower: float,
-        upper: float,
-        ratio_eps: float,
-        decay: int,
-        correction: int,
-        gradient_averaging: bool,
-        trust_clip: bool,
-        adapt: bool,
-    ) -> None: ...
-
-class RmspropWarmupRule:
-    def __init__(
-        self,
-        *,
-        momentum: float,
-        weight_decay: float,
-        square_decay: float,
-        eps: float,
-        lr_rmsprop: float,
-        center: float,
-        rise: float,
-        below: float,
-        shrink: float,
-    ) -> None: ...
-
-AdaptingRule = LarsRule | LambRule
-NativeRule = AdaptingRule | RmspropWarmupRule
+# Each rule of fastlars.rules has a struct of its name here, made of its `numbers`.
 
 def bind(
     layout: Layout,
@@ -87,14 +36,14 @@ def gradients(params: list[Tensor], known: list[Tensor], types: list[type]) -> l
 def column(states: list[dict[str, Any]], name: str) -> list[Tensor]: ...
 def holds(dict: dict[Any, Any], values: list[Any]) -> bool: ...
 def cpu_measure(
-    rule: AdaptingRule | GradientNorm,
+    rule: Any,
     tensors: TensorList,
     lr: float,
     gradient_scale: float,
     sums: int,
 ) -> None: ...
 def cpu_apply(
-    rule: NativeRule,
+    rule: Any,
     tensors: TensorList,
     lr: float,
     gradient_scale: float,
@@ -103,7 +52,7 @@ def cpu_apply(
     ratios: int,
 ) -> None: ...
 def cpu_step(
-    rule: NativeRule,
+    rule: Any,
     tensors: TensorList,
     lr: float,
     gradient_scale: float,
@@ -139,7 +88,7 @@ class CudaPlan:
     def place(self, items: int, rows: int, workspace: int) -> None: ...
 
 def cuda_measure(
-    rule: AdaptingRule | GradientNorm,
+    rule: Any,
     tensors: TensorList,
     plan: CudaPlan,
     numbers: CudaNumbers,
@@ -148,7 +97,7 @@ def cuda_measure(
     grid: int,
 ) -> None: ...
 def cuda_apply(
-    rule: NativeRule,
+    rule: Any,
     tensors: TensorList,
     plan: CudaPlan,
     numbers: CudaNumbers,
@@ -159,7 +108,7 @@ def cuda_apply(
     grid: int,
 ) -> None: ...
 def cuda_step(
-    rule: AdaptingRule,
+    rule: Any,
     tensors: TensorList,
     plan: CudaPlan,
     numbers: CudaNumbers,

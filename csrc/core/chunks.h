@@ -1,6 +1,6 @@
-// Cuts a TensorList into chunks, and groups chunks into blocks. Pure host code. A sum of squares is
-// taken in float32 within a chunk and in double across chunks, in chunk order: the cut alone
-// decides the bits, so it depends on the sizes of the tensors and on nothing else.
+// Cuts a TensorList into chunks, and groups chunks into blocks. A sum of squares is taken in float32
+// within a chunk and in double across chunks, in chunk order: the cut decides the bits, so it
+// depends on the sizes of the tensors and on nothing else.
 #pragma once
 
 #include <algorithm>
@@ -8,9 +8,6 @@
 #include <vector>
 
 namespace fastlars {
-
-// 64 KB of float32: three arrays of it fit a core's second-level cache.
-constexpr std::int64_t kChunk = 16384;
 
 struct Chunk {
   int tensor;
@@ -23,7 +20,8 @@ struct Chunks {
   std::vector<int> first;  // chunks of tensor t: [first[t], first[t + 1])
 };
 
-inline Chunks cut(const std::vector<std::int64_t>& numel, std::int64_t length = kChunk) {
+// Chunks of `length` elements; the last one of each tensor may be smaller.
+inline Chunks cut(const std::vector<std::int64_t>& numel, std::int64_t length) {
   Chunks chunks;
   chunks.first.reserve(numel.size() + 1);
   for (std::size_t tensor = 0; tensor < numel.size(); ++tensor) {

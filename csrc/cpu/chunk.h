@@ -1,22 +1,32 @@
-// One chunk of one tensor, measured or applied. Implemented per rule in lars.cpp, lamb.cpp and
-// rmsprop_warmup.cpp.
+// What a rule adds to the CPU back end: its loops over one chunk of one tensor.
 #pragma once
 
-#include "core/api.h"
 #include "core/chunks.h"
+#include "core/tensors.h"
+#include "rules/common.h"
 
 namespace fastlars::cpu {
 
-Sums measure_chunk(const TensorList& list, const Chunk& chunk, float gradient_scale);
-Sums measure_chunk(const TensorList& list, const Chunk& chunk, const LarsCoefficients& c);
-Sums measure_chunk(const TensorList& list, const Chunk& chunk, const LambCoefficients& c);
+// Elements of a chunk. 64 KB of float32: three such arrays fit a core's second-level cache.
+constexpr std::int64_t kChunk = 16384;
 
-void apply_chunk(const TensorList& list, const Chunk& chunk, const LarsCoefficients& c,
-                 bool measured);
-// `measured`: the moments have advanced already; otherwise they advance here, in the same pass.
-void apply_chunk(const TensorList& list, const Chunk& chunk, const LambCoefficients& c,
-                 bool measured);
-void apply_chunk(const TensorList& list, const Chunk& chunk, const RmspropWarmupCoefficients& c,
-                 bool measured);
+// Specialised in the file of each rule, with two static functions. `c` are the rule's coefficients:
+//   Sums<Rule::sums> measure(const TensorList& list, const Chunk& chunk, const Coefficients& c)
+//   void apply(const TensorList& list, const Chunk& chunk, const Coefficients& c, bool measured)
+// `measured`: whether the rule adapts, and so has measured this chunk in this step.
+template <class Rule>
+struct ChunkOps;
+
+template <class T>
+T* at(const Addresses& base, const Chunk& chunk) {
+  return reinterpret_cast<T*>(base[chunk.tensor]) + chunk.begin;
+}
+
+// Calls f with a value of the C++ type of the states, which are float32 or bfloat16.
+template <class F>
+void with_state_type(const TensorList& list, F&& f) {
+  if (list.state_dtype == Dtype::bfloat16) return f(bfloat16{});
+  f(float{});
+}
 
 }  // namespace fastlars::cpu

@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "core/api.h"
+#include "cpu/api.h"
 #include "cpu/loop.h"
 
 namespace fastlars::cpu {

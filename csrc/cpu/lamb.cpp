@@ -1,9 +1,11 @@
 // LAMB over one chunk.
-#include "cpu/chunk.h"
+#include "rules/lamb.h"
+
 #include "cpu/isa.h"
 #include "cpu/loop.h"
-#include "cpu/storage.h"
+#include "cpu/parallel.h"
 #include "cpu/sums.h"
+#include "cpu/weights.h"
 
 namespace fastlars::cpu {
 namespace {
@@ -16,32 +18,26 @@ struct Measure {
   S* moment2;
   int size;
   LambCoefficients c;
-  Sums* sums;
+  Sums<2>* sums;
 
   // The direction is taken from the moments as they are stored, because that is what apply reads.
-  FASTLARS_HD float direction(float w, int i) const {
-    const float m = to_float(moment1[i]);
-    const float v = to_float(moment2[i]);
-    return lamb_direction(c, w, m, v);
-  }
-
   FASTLARS_HD void operator()() const {
-    const auto advance = [this](int i, float& x, float& y) __attribute__((always_inline)) {
-      x = to_float(weight[i]);
+    const auto advance = [this](int i, float (&x)[2]) __attribute__((always_inline)) {
+      x[0] = to_float(weight[i]);
       float m = to_float(moment1[i]);
       float v = to_float(moment2[i]);
-      lamb_moments(c, x, to_float(grad[i]), m, v);
+      lamb_moments(c, x[0], to_float(grad[i]), m, v);
       store(moment1[i], m);
       store(moment2[i], v);
-      y = lamb_direction(c, x, stored<S>(m), stored<S>(v));
+      x[1] = lamb_direction(c, x[0], stored<S>(m), stored<S>(v));
     };
-    *sums = sum_squares<float>(size, advance, weight, grad, moment1, moment2);
+    *sums = sum_squares<2, float>(size, advance, weight, grad, moment1, moment2);
     if (!needs_double(*sums)) return;
-    const auto read = [this](int i, float& x, float& y) __attribute__((always_inline)) {
-      x = to_float(weight[i]);
-      y = direction(x, i);
+    const auto read = [this](int i, float (&x)[2]) __attribute__((always_inline)) {
+      x[0] = to_float(weight[i]);
+      x[1] = lamb_direction(c, x[0], to_float(moment1[i]), to_float(moment2[i]));
     };
-    *sums = sum_squares<double>(size, read, weight, moment1, moment2);
+    *sums = sum_squares<2, double>(size, read, weight, moment1, moment2);
   }
 };
 
@@ -89,42 +85,49 @@ struct AdvanceAndApply {
 
 }  // namespace
 
-Sums measure_chunk(const TensorList& list, const Chunk& chunk, const LambCoefficients& c) {
-  Sums sums;
-  visit(list.weight_dtype, [&](auto w) {
-    visit(list.grad_dtype, [&](auto g) {
-      with_state_type(list, [&](auto s) {
-        using W = decltype(w);
-        using G = decltype(g);
-        using S = decltype(s);
-        run(Measure<W, G, S>{at<W>(list.weight, chunk), at<G>(list.grad, chunk),
-                             at<S>(list.state[0], chunk), at<S>(list.state[1], chunk), chunk.size,
-                             c, &sums});
-      });
-    });
-  });
-  return sums;
-}
-
-void apply_chunk(const TensorList& list, const Chunk& chunk, const LambCoefficients& c,
-                 bool measured) {
-  with_weights(list, chunk, [&](auto weights) {
-    with_state_type(list, [&](auto s) {
-      using Weights = decltype(weights);
-      using S = decltype(s);
-      S* moment1 = at<S>(list.state[0], chunk);
-      S* moment2 = at<S>(list.state[1], chunk);
-      if (measured) {
-        run(Apply<Weights, S>{weights, moment1, moment2, chunk.size, c});
-        return;
-      }
+template <>
+struct ChunkOps<LambRule> {
+  static Sums<2> measure(const TensorList& list, const Chunk& chunk, const LambCoefficients& c) {
+    Sums<2> sums;
+    visit(list.weight_dtype, [&](auto w) {
       visit(list.grad_dtype, [&](auto g) {
-        using G = decltype(g);
-        run(AdvanceAndApply<Weights, G, S>{weights, at<G>(list.grad, chunk), moment1, moment2,
-                                           chunk.size, c});
+        with_state_type(list, [&](auto s) {
+          using W = decltype(w);
+          using G = decltype(g);
+          using S = decltype(s);
+          run(Measure<W, G, S>{at<W>(list.weight, chunk), at<G>(list.grad, chunk),
+                               at<S>(list.state[0], chunk), at<S>(list.state[1], chunk), chunk.size,
+                               c, &sums});
+        });
       });
     });
-  });
-}
+    return sums;
+  }
+
+  static void apply(const TensorList& list, const Chunk& chunk, const LambCoefficients& c,
+                    bool measured) {
+    with_weights(list, chunk, [&](auto weights) {
+      with_state_type(list, [&](auto s) {
+        using Weights = decltype(weights);
+        using S = decltype(s);
+        S* moment1 = at<S>(list.state[0], chunk);
+        S* moment2 = at<S>(list.state[1], chunk);
+        if (measured) {
+          run(Apply<Weights, S>{weights, moment1, moment2, chunk.size, c});
+          return;
+        }
+        visit(list.grad_dtype, [&](auto g) {
+          using G = decltype(g);
+          run(AdvanceAndApply<Weights, G, S>{weights, at<G>(list.grad, chunk), moment1, moment2,
+                                             chunk.size, c});
+        });
+      });
+    });
+  }
+};
+
+template void measure(const LambRule&, const StepScalars&, TensorList&, Sums<2>*);
+template void apply(const LambRule&, const StepScalars&, TensorList&, const Sums<2>*, float*);
+template void step(const LambRule&, const StepScalars&, TensorList&, float*);
 
 }  // namespace fastlars::cpu

@@ -1,29 +1,14 @@
-// LARS over one chunk, and the norm of gradients alone.
-#include "cpu/chunk.h"
+// LARS over one chunk.
+#include "rules/lars.h"
+
 #include "cpu/isa.h"
 #include "cpu/loop.h"
-#include "cpu/storage.h"
+#include "cpu/parallel.h"
 #include "cpu/sums.h"
+#include "cpu/weights.h"
 
 namespace fastlars::cpu {
 namespace {
-
-template <class G>
-struct MeasureGradient {
-  const G* grad;
-  int size;
-  float scale;
-  Sums* sums;
-
-  FASTLARS_HD void operator()() const {
-    const auto each = [this](int i, float& x, float& y) __attribute__((always_inline)) {
-      x = 0.0f;
-      y = scale * to_float(grad[i]);
-    };
-    *sums = sum_squares<float>(size, each, grad);
-    if (leaves_float_range(sums->update)) *sums = sum_squares<double>(size, each, grad);
-  }
-};
 
 template <class W, class G>
 struct Measure {
@@ -31,15 +16,15 @@ struct Measure {
   const G* grad;
   int size;
   LarsCoefficients c;
-  Sums* sums;
+  Sums<2>* sums;
 
   FASTLARS_HD void operator()() const {
-    const auto each = [this](int i, float& x, float& y) __attribute__((always_inline)) {
-      x = to_float(weight[i]);
-      y = lars_measured(c, x, to_float(grad[i]));
+    const auto each = [this](int i, float (&x)[2]) __attribute__((always_inline)) {
+      x[0] = to_float(weight[i]);
+      x[1] = lars_measured(c, x[0], to_float(grad[i]));
     };
-    *sums = sum_squares<float>(size, each, weight, grad);
-    if (needs_double(*sums)) *sums = sum_squares<double>(size, each, weight, grad);
+    *sums = sum_squares<2, float>(size, each, weight, grad);
+    if (needs_double(*sums)) *sums = sum_squares<2, double>(size, each, weight, grad);
   }
 };
 
@@ -51,7 +36,8 @@ struct Apply {
   int size;
   LarsCoefficients c;
 
-  // A constant in each copy of the loop: a branch inside would keep compilers from vectorising it.
+  // `nesterov` is a constant in each of the two calls: a branch inside the loop would keep
+  // compilers from vectorising it.
   FASTLARS_HD void loop(bool nesterov) const {
     LarsCoefficients k = c;
     k.nesterov = nesterov;
@@ -90,44 +76,43 @@ struct ApplyWithoutMomentum {
 
 }  // namespace
 
-Sums measure_chunk(const TensorList& list, const Chunk& chunk, float gradient_scale) {
-  Sums sums;
-  visit(list.grad_dtype, [&](auto g) {
-    using G = decltype(g);
-    run(MeasureGradient<G>{at<G>(list.grad, chunk), chunk.size, gradient_scale, &sums});
-  });
-  return sums;
-}
-
-Sums measure_chunk(const TensorList& list, const Chunk& chunk, const LarsCoefficients& c) {
-  Sums sums;
-  visit(list.weight_dtype, [&](auto w) {
-    visit(list.grad_dtype, [&](auto g) {
-      using W = decltype(w);
-      using G = decltype(g);
-      run(Measure<W, G>{at<W>(list.weight, chunk), at<G>(list.grad, chunk), chunk.size, c, &sums});
-    });
-  });
-  return sums;
-}
-
-void apply_chunk(const TensorList& list, const Chunk& chunk, const LarsCoefficients& c, bool) {
-  with_weights(list, chunk, [&](auto weights) {
-    using Weights = decltype(weights);
-    visit(list.grad_dtype, [&](auto g) {
-      using G = decltype(g);
-      const G* grad = at<G>(list.grad, chunk);
-      if (list.state[0].empty()) {
-        run(ApplyWithoutMomentum<Weights, G>{weights, grad, chunk.size, c});
-        return;
-      }
-      with_state_type(list, [&](auto s) {
-        using S = decltype(s);
-        S* buffer = at<S>(list.state[0], chunk);
-        run(Apply<Weights, G, S>{weights, grad, buffer, chunk.size, c});
+template <>
+struct ChunkOps<LarsRule> {
+  static Sums<2> measure(const TensorList& list, const Chunk& chunk, const LarsCoefficients& c) {
+    Sums<2> sums;
+    visit(list.weight_dtype, [&](auto w) {
+      visit(list.grad_dtype, [&](auto g) {
+        using W = decltype(w);
+        using G = decltype(g);
+        run(Measure<W, G>{at<W>(list.weight, chunk), at<G>(list.grad, chunk), chunk.size, c,
+                          &sums});
       });
     });
-  });
-}
+    return sums;
+  }
+
+  static void apply(const TensorList& list, const Chunk& chunk, const LarsCoefficients& c, bool) {
+    with_weights(list, chunk, [&](auto weights) {
+      using Weights = decltype(weights);
+      visit(list.grad_dtype, [&](auto g) {
+        using G = decltype(g);
+        const G* grad = at<G>(list.grad, chunk);
+        if (!list.has_state()) {
+          run(ApplyWithoutMomentum<Weights, G>{weights, grad, chunk.size, c});
+          return;
+        }
+        with_state_type(list, [&](auto s) {
+          using S = decltype(s);
+          S* buffer = at<S>(list.state[0], chunk);
+          run(Apply<Weights, G, S>{weights, grad, buffer, chunk.size, c});
+        });
+      });
+    });
+  }
+};
+
+template void measure(const LarsRule&, const StepScalars&, TensorList&, Sums<2>*);
+template void apply(const LarsRule&, const StepScalars&, TensorList&, const Sums<2>*, float*);
+template void step(const LarsRule&, const StepScalars&, TensorList&, float*);
 
 }  // namespace fastlars::cpu

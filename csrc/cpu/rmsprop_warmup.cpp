@@ -1,8 +1,10 @@
 // RMSprop warm-up over one chunk.
-#include "cpu/chunk.h"
+#include "rules/rmsprop_warmup.h"
+
 #include "cpu/isa.h"
 #include "cpu/loop.h"
-#include "cpu/storage.h"
+#include "cpu/parallel.h"
+#include "cpu/weights.h"
 
 namespace fastlars::cpu {
 namespace {
@@ -49,19 +51,26 @@ struct Apply {
 
 }  // namespace
 
-void apply_chunk(const TensorList& list, const Chunk& chunk, const RmspropWarmupCoefficients& c,
-                 bool) {
-  with_weights(list, chunk, [&](auto weights) {
-    visit(list.grad_dtype, [&](auto g) {
-      with_state_type(list, [&](auto s) {
-        using G = decltype(g);
-        using S = decltype(s);
-        run(Apply<decltype(weights), G, S>{weights, at<G>(list.grad, chunk),
-                                           at<S>(list.state[0], chunk), at<S>(list.state[1], chunk),
-                                           chunk.size, c});
+template <>
+struct ChunkOps<RmspropWarmupRule> {
+  static void apply(const TensorList& list, const Chunk& chunk, const RmspropWarmupCoefficients& c,
+                    bool) {
+    with_weights(list, chunk, [&](auto weights) {
+      visit(list.grad_dtype, [&](auto g) {
+        with_state_type(list, [&](auto s) {
+          using G = decltype(g);
+          using S = decltype(s);
+          run(Apply<decltype(weights), G, S>{weights, at<G>(list.grad, chunk),
+                                             at<S>(list.state[0], chunk),
+                                             at<S>(list.state[1], chunk), chunk.size, c});
+        });
       });
     });
-  });
-}
+  }
+};
+
+template void apply(const RmspropWarmupRule&, const StepScalars&, TensorList&, const Sums<0>*,
+                    float*);
+template void step(const RmspropWarmupRule&, const StepScalars&, TensorList&, float*);
 
 }  // namespace fastlars::cpu

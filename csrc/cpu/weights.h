@@ -1,19 +1,13 @@
-// How a chunk's weights are read and written: as they are, beside a low-precision copy, or rounded
-// stochastically. And the choice among them, and among the types of gradients and states.
+// How a chunk's weights are read and written: as they are, with a low-precision copy, or rounded
+// stochastically.
 #pragma once
 
 #include <array>
 
-#include "core/chunks.h"
 #include "core/random.h"
-#include "core/tensors.h"
+#include "cpu/chunk.h"
 
 namespace fastlars::cpu {
-
-template <class T>
-T* at(const std::vector<std::uintptr_t>& base, const Chunk& chunk) {
-  return reinterpret_cast<T*>(base[chunk.tensor]) + chunk.begin;
-}
 
 template <class W>
 struct Plain {
@@ -72,13 +66,6 @@ void with_weights(const TensorList& list, const Chunk& chunk, F&& f) {
     visit(list.weight_dtype,
           [&](auto w) { f(Plain<decltype(w)>{at<decltype(w)>(list.weight, chunk)}); });
   }
-}
-
-// Momentum buffers and moments are float32 or bfloat16.
-template <class F>
-void with_state_type(const TensorList& list, F&& f) {
-  if (list.state_dtype == Dtype::bfloat16) return f(bfloat16{});
-  f(float{});
 }
 
 }  // namespace fastlars::cpu
