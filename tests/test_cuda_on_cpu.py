@@ -126,7 +126,7 @@ def test_races_of_kernels_are_noticed(
 
 def test_a_wait_that_never_ends_ends_the_launch(watched: list[str | Path], folder: Path) -> None:
     program = emulated.program(folder, "races", sanitize=True)
-    done = _run(*watched, program, "a lost ticket", FASTLARS_EMULATED_LOOKS="1000")
+    done = _run(*watched, program, "a lost ticket", FASTLARS_EMULATED_READS="1000")
     assert done.returncode == -signal.SIGABRT
     assert "a wait between blocks did not end" in done.stderr
 

@@ -173,7 +173,7 @@ __device__ __forceinline__ Chunk locate_chunk(const Types& types, const CurrentT
   chunk.weight = advanced(entry.weight, types.weight(), begin);
   chunk.copy = Types::has_copies ? advanced(entry.copy, types.copy(), begin) : 0;
 #pragma unroll
-  for (int i = 0; i < Rules::most_states; ++i) {
+  for (int i = 0; i < Rule::states; ++i) {
     chunk.state[i] = advanced(entry.state[i], types.state(), begin);
   }
   chunk.grad = advanced(tensor.grad, types.grad(), begin);

@@ -101,10 +101,11 @@ class ChunkTable {
   std::size_t workspace_bytes() const { return lay_out(0).end; }
 
   // Takes device addresses on 16-byte boundaries.
-  void place(std::uintptr_t chunks, std::uintptr_t tensors, std::uintptr_t workspace) {
+  void place(std::uintptr_t chunk_entries, std::uintptr_t tensor_entries,
+             std::uintptr_t workspace) {
     tables_ = lay_out(workspace).tables;
-    tables_.chunks = reinterpret_cast<const ChunkEntry*>(chunks);
-    tables_.tensors = reinterpret_cast<const TensorEntry*>(tensors);
+    tables_.chunks = reinterpret_cast<const ChunkEntry*>(chunk_entries);
+    tables_.tensors = reinterpret_cast<const TensorEntry*>(tensor_entries);
   }
 
  private:

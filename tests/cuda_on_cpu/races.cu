@@ -14,19 +14,21 @@ struct Problem {
   std::vector<std::vector<float>> arrays;
   std::vector<float> counters = std::vector<float>(numel.size());
   TensorList list;
-  cuda::Plan plan{numel};
-  std::vector<cuda::Item> items = std::vector<cuda::Item>(plan.chunks());
-  std::vector<cuda::Row> rows = std::vector<cuda::Row>(plan.tensors());
-  std::vector<Sums> workspace = std::vector<Sums>(plan.workspace_bytes() / sizeof(Sums) + 1);
-  std::vector<Sums> sums = std::vector<Sums>(plan.tensors());
-  std::vector<float> ratios = std::vector<float>(plan.tensors());
+  cuda::ChunkTable table{numel};
+  std::vector<cuda::ChunkEntry> chunks = std::vector<cuda::ChunkEntry>(table.chunks());
+  std::vector<cuda::TensorEntry> tensors = std::vector<cuda::TensorEntry>(table.tensors());
+  std::vector<double> workspace = std::vector<double>(table.workspace_bytes() / 8 + 1);
+  std::vector<float> ratios = std::vector<float>(table.tensors());
 
   Problem() {
-    for (auto* base : {&list.weight, &list.grad, &list.state[0], &list.state[1]}) {
+    list.state.resize(Rules::most_states);
+    std::vector<Addresses*> columns = {&list.weight, &list.grad};
+    for (auto& state : list.state) columns.push_back(&state);
+    for (auto* column : columns) {
       for (const auto size : numel) {
         auto& array = arrays.emplace_back(size);
         for (float& value : array) value = static_cast<float>(std::rand()) / RAND_MAX;
-        base->push_back(reinterpret_cast<std::uintptr_t>(array.data()));
+        column->push_back(reinterpret_cast<std::uintptr_t>(array.data()));
       }
     }
     // One tensor whose sums are taken again in double.
@@ -35,26 +37,28 @@ struct Problem {
       list.counter.push_back(reinterpret_cast<std::uintptr_t>(&counter));
     }
     list.numel = numel;
-    plan.write_items(items.data());
-    plan.write_rows(list, rows.data());
+    table.write_chunk_entries(chunks.data());
+    table.write_tensor_entries(list, tensors.data());
     const auto address = [](auto& array) { return reinterpret_cast<std::uintptr_t>(array.data()); };
-    plan.place(address(items), address(rows), address(workspace));
+    table.place(address(chunks), address(tensors), address(workspace));
   }
 
   template <class Rule>
-  void step(const Rule& rule, int blocks, int ring) {
-    const Scalars now = {0.1, 1.0};
-    const double there[] = {now.lr, now.gradient_scale, 0.0};
-    const cuda::Work work = {plan, list, blocks % 2 == 0 ? there : nullptr, nullptr, blocks, ring};
-    cuda::measure(rule, now, work, sums.data());
-    cuda::apply(rule, now, work, sums.data(), ratios.data());
-    cuda::step(rule, now, work, ratios.data());
+  void step(const Rule& rule, int blocks, int shared_slots) {
+    const StepScalars host = {0.1, 1.0};
+    const double device[] = {host.lr, host.gradient_scale, 0.0};
+    const cuda::LaunchTarget target = {table,   list,   blocks % 2 == 0 ? device : nullptr,
+                                       nullptr, blocks, shared_slots};
+    std::vector<Sums<Rule::sums>> sums(table.tensors());
+    cuda::measure(rule, host, target, sums.data());
+    cuda::apply(rule, host, target, sums.data(), ratios.data());
+    cuda::step(rule, host, target, ratios.data());
   }
 };
 
 }  // namespace
 
-// With an argument, loses a ticket: the chunk that nobody has is waited for.
+// With an argument, loses a ticket: blocks then wait for a chunk that no block has claimed.
 int main(int count, char**) {
   LarsRule lars = {};
   lars.momentum = 0.9;
