@@ -36,12 +36,17 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
+// The address of global memory as PTX takes it.
+__device__ __forceinline__ std::size_t global(const void* place) {
+  return __cvta_generic_to_global(place);
+}
+
 // Atomics on global memory, between all blocks of the device. Each returns the old value.
 __device__ __forceinline__ std::uint32_t add_relaxed(std::uint32_t* place, std::uint32_t n) {
   std::uint32_t before;
   asm volatile("atom.add.relaxed.gpu.global.u32 %0, [%1], %2;"
                : "=r"(before)
-               : "l"(__cvta_generic_to_global(place)), "r"(n)
+               : "l"(global(place)), "r"(n)
                : "memory");
   return before;
 }
@@ -51,41 +56,29 @@ __device__ __forceinline__ std::uint32_t add_acq_rel(std::uint32_t* place, std::
   std::uint32_t before;
   asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
                : "=r"(before)
-               : "l"(__cvta_generic_to_global(place)), "r"(n)
+               : "l"(global(place)), "r"(n)
                : "memory");
   return before;
 }
 
 __device__ __forceinline__ std::uint32_t load_relaxed(const std::uint32_t* place) {
   std::uint32_t value;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];"
-               : "=r"(value)
-               : "l"(__cvta_generic_to_global(place))
-               : "memory");
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(global(place)) : "memory");
   return value;
 }
 
 __device__ __forceinline__ std::uint64_t load_relaxed(const std::uint64_t* place) {
   std::uint64_t value;
-  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];"
-               : "=l"(value)
-               : "l"(__cvta_generic_to_global(place))
-               : "memory");
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(global(place)) : "memory");
   return value;
 }
 
 __device__ __forceinline__ void store_relaxed(std::uint64_t* place, std::uint64_t value) {
-  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;"
-               :
-               : "l"(__cvta_generic_to_global(place)), "l"(value)
-               : "memory");
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" : : "l"(global(place)), "l"(value) : "memory");
 }
 
 __device__ __forceinline__ void store_relaxed(std::uint32_t* place, std::uint32_t value) {
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;"
-               :
-               : "l"(__cvta_generic_to_global(place)), "r"(value)
-               : "memory");
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" : : "l"(global(place)), "r"(value) : "memory");
 }
 
 // Pauses between two reads of a word that another block will write. Every such wait ends. If a bug
@@ -125,50 +118,42 @@ __device__ __forceinline__ uint4 load_plain(const uint4* place) {
   uint4 v;
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(__cvta_generic_to_global(place)));
+               : "l"(global(place)));
   return v;
 }
 __device__ __forceinline__ uint2 load_plain(const uint2* place) {
   uint2 v;
-  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
-               : "=r"(v.x), "=r"(v.y)
-               : "l"(__cvta_generic_to_global(place)));
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(global(place)));
   return v;
 }
 __device__ __forceinline__ std::uint32_t load_plain(const std::uint32_t* place) {
   std::uint32_t v;
-  asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(__cvta_generic_to_global(place)));
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(global(place)));
   return v;
 }
 __device__ __forceinline__ std::uint16_t load_plain(const std::uint16_t* place) {
   std::uint16_t v;
-  asm volatile("ld.global.u16 %0, [%1];" : "=h"(v) : "l"(__cvta_generic_to_global(place)));
+  asm volatile("ld.global.u16 %0, [%1];" : "=h"(v) : "l"(global(place)));
   return v;
 }
 
 __device__ __forceinline__ void store_plain(uint4* place, const uint4& v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
                :
-               : "l"(__cvta_generic_to_global(place)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "l"(global(place)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
 }
 __device__ __forceinline__ void store_plain(uint2* place, const uint2& v) {
   asm volatile("st.global.v2.u32 [%0], {%1, %2};"
                :
-               : "l"(__cvta_generic_to_global(place)), "r"(v.x), "r"(v.y)
+               : "l"(global(place)), "r"(v.x), "r"(v.y)
                : "memory");
 }
 __device__ __forceinline__ void store_plain(std::uint32_t* place, std::uint32_t v) {
-  asm volatile("st.global.u32 [%0], %1;"
-               :
-               : "l"(__cvta_generic_to_global(place)), "r"(v)
-               : "memory");
+  asm volatile("st.global.u32 [%0], %1;" : : "l"(global(place)), "r"(v) : "memory");
 }
 __device__ __forceinline__ void store_plain(std::uint16_t* place, std::uint16_t v) {
-  asm volatile("st.global.u16 [%0], %1;"
-               :
-               : "l"(__cvta_generic_to_global(place)), "h"(v)
-               : "memory");
+  asm volatile("st.global.u16 [%0], %1;" : : "l"(global(place)), "h"(v) : "memory");
 }
 
 // `Streaming`: will not be reused soon, so evict it from the cache first (ld.cs, st.cs).

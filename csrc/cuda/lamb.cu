@@ -12,13 +12,6 @@ struct ChunkOps<LambRule> {
   // Four arrays of four vectors would not fit the registers.
   static constexpr int kBatch = kVectors / 2;
 
-  // Uses the moments as rounded for storage, because those are what apply reads.
-  template <class Types>
-  static __device__ __forceinline__ float direction(const LambCoefficients& c, const Types& types,
-                                                    float w, float m, float v) {
-    return lamb_direction(c, w, stored(types.state(), m), stored(types.state(), v));
-  }
-
   // Advances the moments of one vector, and calls f(k, w, u) for its elements.
   template <bool Streaming, class Types, class VectorSlice, class F>
   static __device__ __forceinline__ void advance(const LambCoefficients& c, const Types& types,
@@ -33,7 +26,9 @@ struct ChunkOps<LambRule> {
       moment1[k] = value(types.state(), m, k);
       moment2[k] = value(types.state(), v, k);
       lamb_moments(c, x, value(types.grad(), g, k), moment1[k], moment2[k]);
-      f(k, x, direction(c, types, x, moment1[k], moment2[k]));
+      // From the moments as rounded for storage, because those are what apply reads.
+      f(k, x,
+        lamb_direction(c, x, stored(types.state(), moment1[k]), stored(types.state(), moment2[k])));
     }
     store<Streaming>(moment1, types.state(), chunk.state[0], slice, n);
     store<Streaming>(moment2, types.state(), chunk.state[1], slice, n);
