@@ -15,8 +15,8 @@ constexpr int kApplyBlocks = source == OperandSource::fused && Types::has_copies
 template <class Rule, class Types, OperandSource source, bool StochasticRounding>
 __global__ void __launch_bounds__(kThreads, (kApplyBlocks<Types, source>))
     apply(const __grid_constant__ KernelArgs<Rule> args) {
-  // If measure ran before, it has advanced the counter of a rule that counts steps.
-  constexpr bool advances = !Rule::counts_steps || source == OperandSource::fused;
+  // Otherwise measure has advanced the counters.
+  constexpr bool advances = !Rule::measure_writes || source == OperandSource::fused;
   __shared__ BlockState<Rule> state;
   const Types types(args);
   const auto trust = [&](int number) {

@@ -45,9 +45,9 @@ struct BlockState {
   bool last;
 };
 
-// The counter of a tensor. Steps count from 1, and `advances` where this launch takes the step.
-// `Concurrent`: another block may advance the counter at the same time. Where none does, a plain
-// load saves registers. A rule without states has no counter.
+// The counter of a tensor in this step. Steps count from 1; `advances` where no launch has counted
+// this step yet. `Concurrent`: another block may advance the counter at the same time. Where none
+// does, a plain load saves registers. A rule without states has no counter.
 template <bool Concurrent = false, class Rule>
 __device__ __forceinline__ float read_counter(const Rule&, const TensorEntry& tensor,
                                               bool advances) {

@@ -13,7 +13,6 @@ namespace kernels {
 template <class Rule, class Types>
 __global__ void __launch_bounds__(kThreads, ChunkOps<Rule>::kMeasureBlocks)
     measure(const __grid_constant__ KernelArgs<Rule> args) {
-  constexpr bool advances = Rule::measure_writes;
   __shared__ BlockState<Rule> state;
   __shared__ Scratch<Rule::sums> of_chunks[2][2];  // in turn: no other barrier separates chunks
   __shared__ Scratch<Rule::sums> of_tensor;
@@ -23,7 +22,7 @@ __global__ void __launch_bounds__(kThreads, ChunkOps<Rule>::kMeasureBlocks)
   if (thread() == 0) start(state);
   const CurrentTensor<Rule>& tensor = state.tensor;
   for (;;) {
-    if (thread() == 0) next_tensor<false>(args, advances, state);
+    if (thread() == 0) next_tensor<false>(args, true, state);
     barrier();
     if (tensor.end == 0) break;
     for (int i = tensor.first; i < tensor.end; ++i) {
@@ -42,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, ChunkOps<Rule>::kMeasureBlocks)
     }
   }
   if (is_last_block(*tables.control, state.last)) {
-    finish_launch(args, advances, [&](int empty) { args.sums[empty] = {}; });
+    finish_launch(args, Rule::measure_writes, [&](int empty) { args.sums[empty] = {}; });
   }
 }
 
