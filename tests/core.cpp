@@ -6,6 +6,7 @@
 #include "core/dtype.h"
 #include "core/random.h"
 #include "cpu/chunk.h"
+#include "rule_of_three.h"
 #include "rules/lamb.h"
 #include "rules/lars.h"
 #include "rules/rmsprop_warmup.h"
@@ -91,5 +92,26 @@ int blocks(const std::int64_t* numel, int tensors, std::int64_t target, int* end
   const std::vector<int> all = block_ends(cut(sizes, cpu::kChunk), sizes, target);
   for (const int end : all) *ends++ = end;
   return static_cast<int>(all.size());
+}
+
+// One step of two tensors of `size` elements each: arrays of both, one after the other. Sums are
+// written where the rule adapts and `at_once` is 0, by measure.
+void three(int adapt, int at_once, double lr, int size, float* weight, float* grad, float* states,
+           float* counters, double* sums, float* ratios) {
+  const auto both = [](float* base, int stride) {
+    return Addresses{reinterpret_cast<std::uintptr_t>(base),
+                     reinterpret_cast<std::uintptr_t>(base + stride)};
+  };
+  TensorList list;
+  list.numel = {size, size};
+  list.weight = both(weight, size);
+  list.grad = both(grad, size);
+  list.counter = both(counters, 1);
+  for (int k = 0; k < 3; ++k) list.state.push_back(both(states + 2 * k * size, size));
+  const RuleOfThree rule = {adapt != 0};
+  if (at_once != 0) return cpu::step(rule, {lr, 1.0}, list, ratios);
+  auto* found = reinterpret_cast<Sums<3>*>(sums);
+  if (rule.adapt) cpu::measure(rule, {lr, 1.0}, list, found);
+  cpu::apply(rule, {lr, 1.0}, list, found, ratios);
 }
 }
