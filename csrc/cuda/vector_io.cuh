@@ -70,8 +70,8 @@ __device__ __forceinline__ float stored(Dtype type, float value) {
   return type == Dtype::bfloat16 ? fastlars::stored<bfloat16>(value) : value;
 }
 
-__device__ __forceinline__ bool on_boundary(const void* address, unsigned bytes) {
-  return reinterpret_cast<std::uintptr_t>(address) % bytes == 0;
+__device__ __forceinline__ bool on_boundary(std::uintptr_t address, int bytes) {
+  return address % static_cast<unsigned>(bytes) == 0;
 }
 
 // `batch` of a thread's vectors in a chunk of `size` elements, from vector `first` on.
@@ -89,22 +89,9 @@ struct VectorSlice {
   }
 };
 
-// Bits: an unsigned integer of the elements' width, 16 or 32. Wide: four of them.
-template <bool Streaming, class Wide, class VectorSlice, class Bits>
-__device__ __forceinline__ void load_bits(PackedVector (&packed)[VectorSlice::batch],
-                                          const Bits* base, VectorSlice slice) {
-  if (VectorSlice::whole && on_boundary(base, sizeof(Wide))) {
-#pragma unroll
-    for (int n = 0; n < VectorSlice::batch; ++n) {
-      const auto v = read<Streaming>(reinterpret_cast<const Wide*>(base + slice.index(n)));
-      if constexpr (sizeof(Bits) == 4) {
-        packed[n] = {v.x, v.y, v.z, v.w};
-      } else {
-        packed[n] = {v.x, v.y, 0u, 0u};
-      }
-    }
-    return;
-  }
+template <bool Streaming, class VectorSlice, class Bits>
+__device__ __forceinline__ void load_narrow(PackedVector (&packed)[VectorSlice::batch],
+                                            const Bits* base, VectorSlice slice) {
 #pragma unroll
   for (int n = 0; n < VectorSlice::batch; ++n) {
     std::uint32_t bits[kVector];
@@ -118,23 +105,42 @@ __device__ __forceinline__ void load_bits(PackedVector (&packed)[VectorSlice::ba
   }
 }
 
-// Elements past the end of the chunk are zeros.
+// Elements past the end of the chunk are zeros. Both widths in full: as one template, the compiler
+// takes more registers and spills on sm_100 and sm_120.
 template <bool Streaming, class VectorSlice>
 __device__ __forceinline__ void load(PackedVector (&packed)[VectorSlice::batch], Dtype type,
                                      std::uintptr_t base, VectorSlice slice) {
   if (type == Dtype::float32) {
-    load_bits<Streaming, uint4>(packed, reinterpret_cast<const std::uint32_t*>(base), slice);
+    const auto* words = reinterpret_cast<const std::uint32_t*>(base);
+    if (VectorSlice::whole && on_boundary(base, 16)) {
+#pragma unroll
+      for (int n = 0; n < VectorSlice::batch; ++n) {
+        const auto v = read<Streaming>(reinterpret_cast<const uint4*>(words + slice.index(n)));
+        packed[n] = {v.x, v.y, v.z, v.w};
+      }
+    } else {
+      load_narrow<Streaming>(packed, words, slice);
+    }
   } else {
-    load_bits<Streaming, uint2>(packed, reinterpret_cast<const std::uint16_t*>(base), slice);
+    const auto* halves = reinterpret_cast<const std::uint16_t*>(base);
+    if (VectorSlice::whole && on_boundary(base, 8)) {
+#pragma unroll
+      for (int n = 0; n < VectorSlice::batch; ++n) {
+        const auto v = read<Streaming>(reinterpret_cast<const uint2*>(halves + slice.index(n)));
+        packed[n] = {v.x, v.y, 0u, 0u};
+      }
+    } else {
+      load_narrow<Streaming>(packed, halves, slice);
+    }
   }
 }
 
-// Stores vector `n` of the slice.
+// Stores vector `n` of the slice. Bits: an unsigned integer of 16 or 32 bits.
 template <bool Streaming, class VectorSlice, class Bits>
 __device__ __forceinline__ void store_bits(const Bits (&bits)[kVector], Bits* base,
                                            VectorSlice slice, int n) {
   Bits* to = base + slice.index(n);
-  if (VectorSlice::whole && on_boundary(base, 4 * sizeof(Bits))) {
+  if (VectorSlice::whole && on_boundary(reinterpret_cast<std::uintptr_t>(base), 4 * sizeof(Bits))) {
     if constexpr (sizeof(Bits) == 4) {
       write<Streaming>(reinterpret_cast<uint4*>(to),
                        make_uint4(bits[0], bits[1], bits[2], bits[3]));
