@@ -21,7 +21,7 @@ using namespace pybind11::literals;
 namespace fastlars {
 namespace {
 
-// Looks at tensors of the types it was given, and at no others: a subclass may keep its elements
+// Views tensors of the types that it was given, and no others: a subclass may keep its elements
 // elsewhere.
 class Viewer {
  public:
@@ -51,7 +51,8 @@ class Viewer {
     return contains(reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())));
   }
 
-  // A tensor that DLPack has no words for (sparse, meta, ...) is where no back end can reach it.
+  // A tensor that DLPack cannot describe (sparse, meta, ...) has no memory that a kernel could
+  // read.
   dlpack::Tensor view(py::handle object, const char* list, std::size_t index) const {
     dlpack::Tensor tensor;
     if (view_(object.ptr(), &tensor) != 0) {
@@ -62,7 +63,7 @@ class Viewer {
   }
 
  private:
-  // A handful at most: nearly always torch's own two.
+  // A list of a few types: usually only torch's own two.
   bool contains(const PyObject* type) const {
     for (const auto& accepted : types_) {
       if (accepted.ptr() == type) return true;
@@ -87,7 +88,7 @@ std::unique_ptr<BoundLayout> make_layout(std::shared_ptr<Viewer> viewer, const p
   return layout;
 }
 
-// The addresses of a list's tensors, once every one of them was compared with the layout.
+// The addresses of a list's tensors, each taken after the tensor was compared with the layout.
 template <class Difference>
 std::vector<std::uintptr_t> addresses(const BoundLayout& layout, const py::list& tensors,
                                       const char* name, Difference&& difference) {
@@ -135,9 +136,10 @@ TensorList bind(const BoundLayout& layout, const py::list& weights, const py::li
   return list;
 }
 
-// What a step gathers, with a list's loop here instead of in the interpreter.
+// Loops of every step over its parameters, which would be slow in the interpreter.
 
-// The gradients of parameters that are the `known` ones, if they are of these types; else None.
+// The gradients of `params` if these are still the `known` ones and their gradients have these
+// types; else None.
 py::object gradients(const py::list& params, const py::list& known, const py::list& types) {
   static PyObject* const grad = PyUnicode_InternFromString("grad");
   if (params.size() != known.size() || params.size() != types.size()) return py::none();
@@ -154,7 +156,7 @@ py::object gradients(const py::list& params, const py::list& known, const py::li
   return std::move(out);
 }
 
-// One state of every tensor. KeyError where it is gone.
+// One state of every tensor. KeyError where a tensor no longer has it.
 py::list column(const py::list& states, const py::str& name) {
   py::list out(states.size());
   for (Py_ssize_t i = 0; i < static_cast<Py_ssize_t>(out.size()); ++i) {
@@ -165,7 +167,7 @@ py::list column(const py::list& states, const py::str& name) {
   return out;
 }
 
-// Whether a dict's values are these, and no others.
+// Whether a dict's values are exactly these objects, in this order.
 bool holds(const py::dict& dict, const py::list& values) {
   if (dict.size() != values.size()) return false;
   PyObject* value = nullptr;
@@ -181,8 +183,7 @@ void set_seed(TensorList& list, std::optional<std::uint64_t> seed) {
   list.seed = seed.value_or(0);
 }
 
-// Calls below are made without the interpreter lock, so that other Python threads run on beside the
-// kernels.
+// The calls below release the interpreter lock, so that other Python threads run meanwhile.
 using Released = py::call_guard<py::gil_scoped_release>;
 
 template <class T>
@@ -342,7 +343,7 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fastlars. Use the optimizers in fastlars instead.";
-  // Python has no args for C++ exceptions: the translator builds them.
+  // pybind11 would set the exception's args to one string: the translator sets all three.
   static py::exception<Mismatch> mismatch(m, "Mismatch", PyExc_ValueError);
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {

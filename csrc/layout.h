@@ -1,7 +1,7 @@
 // Layout: the shapes, strides and devices that all tensors stepped together must share, and the one
-// place where addresses are taken: `addresses` looks at every tensor, compares, and only then gives
-// its address. Kernels pair weights, gradients and states by their place in memory, so that a
-// difference that goes unnoticed here writes to the wrong elements. Part of the Python binding.
+// place where addresses are taken: `addresses` in bindings.cpp compares every tensor with the
+// layout, and only then takes its address. Kernels pair weights, gradients and states by their
+// place in memory: a difference that went unnoticed here would write to the wrong elements.
 #pragma once
 
 #include <algorithm>
@@ -45,7 +45,7 @@ class Layout {
     entries_.push_back(entry);
   }
 
-  // Null where the tensor pairs up with entry i; else what differs.
+  // What differs between a tensor and entry i; null where nothing does.
   const char* difference(std::size_t i, const dlpack::Tensor& tensor, Dtype dtype) const {
     const Entry& entry = entries_[i];
     const std::int64_t* shape = extents_.data() + entry.extents;
@@ -62,7 +62,7 @@ class Layout {
     return nullptr;
   }
 
-  // Whether both were made of tensors that lie alike.
+  // Whether both describe the same shapes, strides and devices.
   bool operator==(const Layout& other) const {
     const auto alike = [](const Entry& a, const Entry& b) {
       return a.device.type == b.device.type && a.device.id == b.device.id && a.ndim == b.ndim;
@@ -72,7 +72,7 @@ class Layout {
            extents_ == other.extents_;
   }
 
-  // Of counters, which are single floats, of no shape that the weights know.
+  // Likewise for a counter, which is a single float, whatever the shape of its weight.
   const char* difference_of_counter(std::size_t i, const dlpack::Tensor& tensor) const {
     if (dtype_of(tensor.dtype) != Dtype::float32) return "dtype";
     if (tensor.ndim != 0) return "shape";
@@ -91,7 +91,7 @@ class Layout {
   struct Entry {
     dlpack::Device device;
     std::int32_t ndim;
-    std::size_t extents;  // where its shape begins, and behind it its strides
+    std::size_t extents;  // where its shape begins; its strides follow
   };
   std::vector<Entry> entries_;
   std::vector<std::int64_t> extents_;

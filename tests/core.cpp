@@ -1,11 +1,15 @@
-// csrc/core for tests, called through ctypes: arrays in, arrays out.
+// csrc/core and csrc/rules for tests, called through ctypes: arrays in, arrays out.
 #include <cstdint>
 #include <vector>
 
 #include "core/chunks.h"
 #include "core/dtype.h"
 #include "core/random.h"
-#include "core/rules.h"
+#include "cpu/chunk.h"
+#include "rule_of_three.h"
+#include "rules/lamb.h"
+#include "rules/lars.h"
+#include "rules/rmsprop_warmup.h"
 
 using namespace fastlars;
 
@@ -44,20 +48,36 @@ std::uint32_t bits_of_element(const std::uint32_t* words, int element) {
 }
 
 double lars(double weight, double update, double trust, double decay, double eps, int combined) {
-  return lars_ratio({weight, update}, trust, decay, eps, combined != 0);
+  LarsRule rule = {};
+  rule.trust_coefficient = trust;
+  rule.weight_decay = decay;
+  rule.eps = eps;
+  rule.ratio = combined != 0 ? Ratio::combined : Ratio::separate;
+  rule.adapt = true;
+  return trust_ratio(rule, {}, {{weight, update}});
 }
 
 double lamb(double weight, double update, double lower, double upper, double eps) {
-  return lamb_ratio({weight, update}, lower, upper, eps);
+  LambRule rule = {};
+  rule.lower = lower;
+  rule.upper = upper;
+  rule.ratio_eps = eps;
+  rule.adapt = true;
+  return trust_ratio(rule, {}, {{weight, update}});
 }
 
 double share(double center, double rise, double below, double shrink, double steps) {
-  return sgd_share({0, 0, 0, 0, 0, center, rise, below, shrink}, steps);
+  RmspropWarmupRule rule = {};
+  rule.center_steps = center;
+  rule.rise = rise;
+  rule.below = below;
+  rule.shrink = shrink;
+  return sgd_share(rule, steps);
 }
 
 // Chunks as rows (tensor, begin, size), then -1; returns how many there are.
 int chunks(const std::int64_t* numel, int tensors, std::int64_t* rows, int* first) {
-  const Chunks cuts = cut(std::vector<std::int64_t>(numel, numel + tensors));
+  const Chunks cuts = cut(std::vector<std::int64_t>(numel, numel + tensors), cpu::kChunk);
   for (const Chunk& chunk : cuts.chunk) {
     *rows++ = chunk.tensor;
     *rows++ = chunk.begin;
@@ -69,8 +89,29 @@ int chunks(const std::int64_t* numel, int tensors, std::int64_t* rows, int* firs
 
 int blocks(const std::int64_t* numel, int tensors, std::int64_t target, int* ends) {
   const std::vector<std::int64_t> sizes(numel, numel + tensors);
-  const std::vector<int> all = block_ends(cut(sizes), sizes, target);
+  const std::vector<int> all = block_ends(cut(sizes, cpu::kChunk), sizes, target);
   for (const int end : all) *ends++ = end;
   return static_cast<int>(all.size());
+}
+
+// One step of two tensors of `size` elements each: arrays of both, one after the other. Sums are
+// written where the rule adapts and `at_once` is 0, by measure.
+void three(int adapt, int at_once, double lr, int size, float* weight, float* grad, float* states,
+           float* counters, double* sums, float* ratios) {
+  const auto both = [](float* base, int stride) {
+    return Addresses{reinterpret_cast<std::uintptr_t>(base),
+                     reinterpret_cast<std::uintptr_t>(base + stride)};
+  };
+  TensorList list;
+  list.numel = {size, size};
+  list.weight = both(weight, size);
+  list.grad = both(grad, size);
+  list.counter = both(counters, 1);
+  for (int k = 0; k < 3; ++k) list.state.push_back(both(states + 2 * k * size, size));
+  const RuleOfThree rule = {adapt != 0};
+  if (at_once != 0) return cpu::step(rule, {lr, 1.0}, list, ratios);
+  auto* found = reinterpret_cast<Sums<3>*>(sums);
+  if (rule.adapt) cpu::measure(rule, {lr, 1.0}, list, found);
+  cpu::apply(rule, {lr, 1.0}, list, found, ratios);
 }
 }

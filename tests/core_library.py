@@ -36,8 +36,10 @@ def load(instruction_set: str) -> ctypes.CDLL:
         flags += ["-mavx2", "-mf16c"]
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "core.so"
-        sources = [f"-I{ROOT / 'csrc'}", str(Path(__file__).with_name("core.cpp"))]
-        command = [compiler(), *flags, "-shared", "-fPIC", *sources, "-o", str(library)]
+        sources = [Path(__file__).with_name("core.cpp"), ROOT / "csrc/cpu/isa.cpp"]
+        include = f"-I{ROOT / 'csrc'}"
+        command = [compiler(), *flags, include, "-shared", "-fPIC", *map(str, sources)]
+        command += ["-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         loaded = ctypes.CDLL(str(library))

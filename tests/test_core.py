@@ -1,4 +1,4 @@
-"""csrc/core by itself: conversions and random numbers."""
+"""csrc/core by itself: conversions, random numbers, and loops for any number of sums and states."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from backend_cases import BF16, F16, F32, NAMES
+from backend_cases import BF16, F16, F32, F64, NAMES
 from core_library import core as core
 from fastlars.backends.base import Kinds, Scalars, Tensors
 from fastlars.backends.choose import instance
@@ -160,3 +160,37 @@ def test_elements_take_different_bits_of_a_block(core: ctypes.CDLL) -> None:
     words = (ctypes.c_uint32 * 4)(0x11110000, 0x33332222, 0x55554444, 0x77776666)
     taken = [core.bits_of_element(words, element) for element in range(8)]
     assert taken == [0x1111 * i for i in range(8)]
+
+
+# A rule with three sums and three states (rule_of_three.h).
+
+
+@pytest.mark.parametrize("size", [5, 16384, 40_001])
+@pytest.mark.parametrize("adapt", [True, False])
+def test_three_sums_and_three_states(core: ctypes.CDLL, adapt: bool, size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2, size, generator=generator)
+    grads = [torch.randn(2, size, generator=generator) for _ in range(3)]
+    found = {}
+    for at_once in (True, False):
+        w, states = weight.clone(), torch.zeros(3, 2, size)
+        counters, sums, ratios = torch.zeros(2), torch.zeros(2, 3, dtype=F64), torch.zeros(2)
+        for g in grads:
+            arrays = map(_pointer, (w, g, states, counters, sums, ratios))
+            core.three(int(adapt), int(at_once), ctypes.c_double(0.1), size, *arrays)
+        found[at_once] = [w, states, counters, ratios]
+    for a, b in zip(*found.values(), strict=True):
+        assert_same_bits("step, and measure with apply", a, b)
+    w, s = weight.double(), torch.zeros(3, 2, size, dtype=F64)
+    factor = torch.arange(1.0, 4.0, dtype=F64).view(3, 1, 1)
+    q = torch.ones(2, 1, dtype=F64)
+    for t, g in enumerate(grads, 1):
+        s = s / 2 + factor * g.double()
+        if adapt:
+            q = w.norm(dim=1, keepdim=True)
+            q = q / (s[0].norm(dim=1, keepdim=True) + s[2].norm(dim=1, keepdim=True))
+        w = w - 0.1 / t * q * s.sum(0)
+    # Three steps of float32, whose values are below 10.
+    for name, x, right in zip(("w", "s", "t", "q"), found[True], (w, s, None, q), strict=True):
+        right = torch.full((2,), 3.0) if right is None else right
+        assert (x.double() - right.view(x.shape)).abs().max() < 1e-5, name

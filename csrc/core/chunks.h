@@ -1,6 +1,6 @@
-// Cuts a TensorList into chunks, and groups chunks into blocks. A sum of squares is taken in float32
-// within a chunk and in double across chunks, in chunk order: the cut decides the bits, so it
-// depends on the sizes of the tensors and on nothing else.
+// Cuts a TensorList into chunks, and groups chunks into blocks. A sum of squares is taken in
+// float32 within a chunk and in double across chunks, in chunk order: the cut decides the bits, so
+// it depends on the sizes of the tensors and on nothing else.
 #pragma once
 
 #include <algorithm>
@@ -35,9 +35,9 @@ inline Chunks cut(const std::vector<std::int64_t>& numel, std::int64_t length) {
   return chunks;
 }
 
-// Ends of blocks of whole tensors, in chunks, of at least `target` elements each but for the last.
-// A block is measured, then applied while it is still in cache; small tensors share a block because
-// each costs a barrier.
+// Cuts the list into blocks of whole tensors, of at least `target` elements each but for the last.
+// Returns the chunk after the last one of each block. A block is measured, then applied while it is
+// still in cache; small tensors share a block because every block costs a barrier.
 inline std::vector<int> block_ends(const Chunks& chunks, const std::vector<std::int64_t>& numel,
                                    std::int64_t target) {
   std::vector<int> ends;

@@ -5,9 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
-// The one macro of csrc. Inlining is forced because the CPU kernels are compiled once per
-// instruction set by function attributes: a call that stays a call would leave the vector unit
-// idle.
+// The only macro of csrc. Inlining is forced because the CPU kernels are compiled once per
+// instruction set by function attributes: a function that is not inlined would not be vectorised.
 #if defined(__CUDACC__)
 #define FASTLARS_HD __host__ __device__ __forceinline__
 #else
@@ -57,7 +56,7 @@ FASTLARS_HD float to_float(bfloat16 value) {
 }
 
 // Branch-free, so that compilers vectorise it. Subnormal halves go through an integer conversion:
-// a float subnormal in between would be lost where the process flushes subnormals to zero.
+// a subnormal float on the way would be lost where the process flushes subnormals to zero.
 FASTLARS_HD float to_float(float16 value) {
   const std::uint32_t magnitude = value.bits & 0x7fffu;
   const std::uint32_t sign = static_cast<std::uint32_t>(value.bits & 0x8000u) << 16;
@@ -112,7 +111,7 @@ FASTLARS_HD bfloat16 round_stochastically(float value, std::uint32_t random) {
   return {finite ? stochastic : nearest.bits};
 }
 
-// Compilers vectorise a store of bits; of a struct, some do not.
+// These store bits: some compilers do not vectorise the store of a struct.
 FASTLARS_HD void store(float& place, float value) { place = value; }
 
 template <class T>

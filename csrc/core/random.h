@@ -1,6 +1,6 @@
 // Counter-based random bits for stochastic rounding: Philox4x32-10 (Salmon et al., "Parallel random
-// numbers: as easy as 1, 2, 3", SC 2011). The bits of an element depend on the seed, its tensor and
-// its index alone, so that they are the same for any number of threads and on any device.
+// numbers: as easy as 1, 2, 3", SC 2011). The bits of an element depend only on the seed, its
+// tensor and its index, so that they are the same for any number of threads and on any device.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Which instruction set the loops run with. FASTLARS_CPU=baseline forces the fallback, for tests
-// and for doubts: the results are the same bits.
+// Chooses the instruction set that the loops run with. FASTLARS_CPU=baseline forces the fallback,
+// for tests and to rule AVX2 out as the cause of a problem: the results have the same bits.
 #include "cpu/isa.h"
 
 #include <cstdlib>

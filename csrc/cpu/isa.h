@@ -19,7 +19,7 @@ void run_baseline(const Body& body) {
   body();
 }
 
-// `Body::operator()` is forced inline, and with it all that it calls.
+// `Body::operator()` and everything that it calls are forced inline.
 template <class Body>
 void run(const Body& body) {
 #if defined(__x86_64__)

@@ -1,4 +1,4 @@
-// The loop over a chunk's elements, which asks for each array's cache lines before it needs them.
+// The loop over a chunk's elements, which prefetches the cache lines of every array.
 #pragma once
 
 #include <cstdint>
@@ -7,17 +7,18 @@
 
 namespace fastlars::cpu {
 
-// Whether this processor gains by it: an Intel Xeon does; an AMD EPYC was slower with it.
+// Whether to prefetch: an Intel Xeon is faster with it, an AMD EPYC was slower.
 bool prefetches();
 
-// Intel's own prefetcher stops at the end of every page of 4 KB, and starts anew in the next one.
-// From 1 KB to 2 KB ahead made no difference beyond the noise.
+// Bytes between a prefetch and the element that is worked on. The processor's own prefetcher stops
+// at the end of every page of 4 KB. Distances from 1 KB to 2 KB made no difference beyond the
+// noise.
 constexpr int kAhead = 2048;
-// Elements between two requests: two cache lines of bfloat16, four of float32.
+// Elements between two prefetches: two cache lines of bfloat16, four of float32.
 constexpr int kStrip = 64;
 constexpr int kCacheLine = 64;
 
-// Past the end of an array this asks for nothing that could fault.
+// Past the end of an array a prefetch does not fault.
 template <class T>
 FASTLARS_HD void prefetch(const T* strip) {
   const auto begin = reinterpret_cast<std::uintptr_t>(strip) + kAhead;
