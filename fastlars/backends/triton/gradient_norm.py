@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fastlars.backends.triton.common import single, step_scalars
-from fastlars.backends.triton.memory import Types, locate, read
+from fastlars.backends.triton.memory import GRAD, Types, address, locate, read
 from fastlars.backends.triton.sums import store_sums
 
 
@@ -26,7 +26,8 @@ def measure(
     scalars = step_scalars(device_scalars, lr, gradient_scale)
     chunk = locate(table, numel, chunks, scalars)
     scale = single(scalars.gradient_scale)
+    base = address(chunk, GRAD)
     if chunk.whole:
-        store_sums(slots, (scale * read(chunk.grad, chunk, types.grad, True),))
+        store_sums(slots, (scale * read(base, chunk, types.grad, True),))
     else:
-        store_sums(slots, (scale * read(chunk.grad, chunk, types.grad, False),))
+        store_sums(slots, (scale * read(base, chunk, types.grad, False),))

@@ -18,8 +18,12 @@ from fastlars.backends.triton.common import (
 )
 from fastlars.backends.triton.memory import (
     BLOCK,
+    GRAD,
+    STATE,
+    WEIGHT,
     Chunk,
     Types,
+    address,
     load_counter,
     locate,
     read,
@@ -142,12 +146,14 @@ def _advance_moments(
     chunk: Chunk, c: LambCoefficients, w: tl.tensor, types: Types, ALIGNED: tl.constexpr
 ) -> tl.tensor:
     """Returns the direction, from the moments as they are stored: that is what apply reads."""
-    g = read(chunk.grad, chunk, types.grad, ALIGNED)
-    m = read(chunk.states[0], chunk, types.state, ALIGNED)
-    v = read(chunk.states[1], chunk, types.state, ALIGNED)
+    base1 = address(chunk, STATE)
+    base2 = address(chunk, STATE + 1)
+    g = read(address(chunk, GRAD), chunk, types.grad, ALIGNED)
+    m = read(base1, chunk, types.state, ALIGNED)
+    v = read(base2, chunk, types.state, ALIGNED)
     m, v = moments(c, w, g, m, v)
-    write(chunk.states[0], chunk, m, types.state, ALIGNED)
-    write(chunk.states[1], chunk, v, types.state, ALIGNED)
+    write(base1, chunk, m, types.state, ALIGNED)
+    write(base2, chunk, v, types.state, ALIGNED)
     return direction(c, w, stored(m, types.state), stored(v, types.state))
 
 
@@ -155,7 +161,7 @@ def _advance_moments(
 def _measure(
     chunk: Chunk, slots: tl.tensor, c: LambCoefficients, types: Types, ALIGNED: tl.constexpr
 ) -> None:
-    w = read(chunk.weight, chunk, types.weight, ALIGNED)
+    w = read(address(chunk, WEIGHT), chunk, types.weight, ALIGNED)
     u = _advance_moments(chunk, c, w, types, ALIGNED)
     if not ALIGNED:
         # After the end all are zeros, whose direction of 0 / (0 + eps) is NaN for an eps of 0.
@@ -172,10 +178,10 @@ def _apply(
     types: Types,
     ALIGNED: tl.constexpr,
 ) -> None:
-    w = read(chunk.weight, chunk, types.weight, ALIGNED)
+    w = read(address(chunk, WEIGHT), chunk, types.weight, ALIGNED)
     if rule.adapt:
-        m = read(chunk.states[0], chunk, types.state, ALIGNED)
-        v = read(chunk.states[1], chunk, types.state, ALIGNED)
+        m = read(address(chunk, STATE), chunk, types.state, ALIGNED)
+        v = read(address(chunk, STATE + 1), chunk, types.state, ALIGNED)
         u = direction(c, w, m, v)
     else:
         u = _advance_moments(chunk, c, w, types, ALIGNED)

@@ -17,8 +17,12 @@ from fastlars.backends.triton.common import (
     step_scalars,
 )
 from fastlars.backends.triton.memory import (
+    GRAD,
+    STATE,
+    WEIGHT,
     Chunk,
     Types,
+    address,
     load_counter,
     locate,
     read,
@@ -134,8 +138,8 @@ def _measure(
     types: Types,
     ALIGNED: tl.constexpr,
 ) -> None:
-    w = read(chunk.weight, chunk, types.weight, ALIGNED)
-    g = read(chunk.grad, chunk, types.grad, ALIGNED)
+    w = read(address(chunk, WEIGHT), chunk, types.weight, ALIGNED)
+    g = read(address(chunk, GRAD), chunk, types.grad, ALIGNED)
     store_sums(slots, (w, measured(rule, c, w, g)))
 
 
@@ -148,14 +152,15 @@ def _apply(
     types: Types,
     ALIGNED: tl.constexpr,
 ) -> None:
-    w = read(chunk.weight, chunk, types.weight, ALIGNED)
-    g = read(chunk.grad, chunk, types.grad, ALIGNED)
+    w = read(address(chunk, WEIGHT), chunk, types.weight, ALIGNED)
+    g = read(address(chunk, GRAD), chunk, types.grad, ALIGNED)
     if types.state is None:
         w = update_without_momentum(c, w, g)
     else:
-        buffer = read(chunk.states[0], chunk, types.state, ALIGNED)
+        base = address(chunk, STATE)
+        buffer = read(base, chunk, types.state, ALIGNED)
         w, buffer = update_with_momentum(rule, c, w, g, buffer)
-        write(chunk.states[0], chunk, buffer, types.state, ALIGNED)
+        write(base, chunk, buffer, types.state, ALIGNED)
     write_weight(chunk, w, seed, types, ALIGNED)
 
 

@@ -35,17 +35,13 @@ class Types(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """What one program works on, and the addresses of its tensor; 0 for what is absent."""
+    """What one program works on."""
 
     tensor: tl.tensor
     begin: tl.tensor
     size: tl.tensor
     whole: tl.tensor  # as many elements as a block, on 16-byte boundaries in all tensors
-    weight: tl.tensor
-    grad: tl.tensor
-    copy: tl.tensor
-    counter: tl.tensor
-    states: tl.tuple
+    row: tl.tensor  # of its tensor in the address table
 
 
 @triton.jit
@@ -57,26 +53,23 @@ def locate(table: tl.tensor, numel: tl.tensor, chunks: tl.tensor, scalars: StepS
     size = tl.minimum(tl.load(numel + tensor) - begin, BLOCK).to(tl.int32)
     size = tl.where(scalars.step_taken, size, 0)
     row = table + tensor.to(tl.int64) * COLUMNS
-    weight = tl.load(row + WEIGHT)
-    grad = tl.load(row + GRAD)
-    copy = tl.load(row + COPY)
-    counter = tl.load(row + COUNTER)
-    # A chunk begins at a multiple of the block: it is aligned where its tensor is.
-    every = weight | grad | copy
-    states = ()
+    # Absent tensors have the address 0. A chunk begins at a multiple of the block.
+    every = tl.load(row + WEIGHT) | tl.load(row + GRAD) | tl.load(row + COPY)
     for column in tl.static_range(STATE, COLUMNS):
-        state = tl.load(row + column)
-        states += (state,)
-        every = every | state
-    whole = (size == BLOCK) & (every % 16 == 0)
-    return Chunk(tensor, begin, size, whole, weight, grad, copy, counter, states)
+        every = every | tl.load(row + column)
+    return Chunk(tensor, begin, size, (size == BLOCK) & (every % 16 == 0), row)
+
+
+@triton.jit
+def address(chunk: Chunk, COLUMN: tl.constexpr) -> tl.tensor:
+    return tl.load(chunk.row + COLUMN)
 
 
 @triton.jit
 def load_counter(chunk: Chunk) -> tl.tensor:
     """The tensor's counter; 0 without one."""
-    counter = chunk.counter.to(tl.pointer_type(tl.float32))
-    return tl.load(counter, mask=chunk.counter != 0, other=0.0)
+    base = address(chunk, COUNTER)
+    return tl.load(base.to(tl.pointer_type(tl.float32)), mask=base != 0, other=0.0)
 
 
 @triton.jit
@@ -197,10 +190,11 @@ def write_weight(
     chunk: Chunk, value: tl.tensor, seed: tl.tensor, types: Types, ALIGNED: tl.constexpr
 ) -> None:
     """The weights, rounded to nearest or stochastically, and their low-precision copy if any."""
+    base = address(chunk, WEIGHT)
     if types.stochastic_rounding:
         rounded = round_stochastically(value, random_bits(seed, chunk))
-        store_raw(chunk.weight, chunk, rounded, types.weight, ALIGNED)
+        store_raw(base, chunk, rounded, types.weight, ALIGNED)
     else:
-        write(chunk.weight, chunk, value, types.weight, ALIGNED)
+        write(base, chunk, value, types.weight, ALIGNED)
     if types.copy is not None:
-        write(chunk.copy, chunk, value, types.copy, ALIGNED)
+        write(address(chunk, COPY), chunk, value, types.copy, ALIGNED)

@@ -17,8 +17,12 @@ from fastlars.backends.triton.common import (
     step_scalars,
 )
 from fastlars.backends.triton.memory import (
+    GRAD,
+    STATE,
+    WEIGHT,
     Chunk,
     Types,
+    address,
     load_counter,
     locate,
     read,
@@ -98,17 +102,19 @@ def _apply(
     types: Types,
     ALIGNED: tl.constexpr,
 ) -> None:
-    w = read(chunk.weight, chunk, types.weight, ALIGNED)
-    g = read(chunk.grad, chunk, types.grad, ALIGNED)
-    buffer = read(chunk.states[0], chunk, types.state, ALIGNED)
+    buffers = address(chunk, STATE)
+    w = read(address(chunk, WEIGHT), chunk, types.weight, ALIGNED)
+    g = read(address(chunk, GRAD), chunk, types.grad, ALIGNED)
+    buffer = read(buffers, chunk, types.state, ALIGNED)
     d = c.gradient_scale * g + c.weight_decay * w
     if c.warming:
-        square = read(chunk.states[1], chunk, types.state, ALIGNED)
+        squares = address(chunk, STATE + 1)
+        square = read(squares, chunk, types.state, ALIGNED)
         buffer, square = update(c, d, buffer, square)
-        write(chunk.states[1], chunk, square, types.state, ALIGNED)
+        write(squares, chunk, square, types.state, ALIGNED)
     else:
         buffer = c.momentum * buffer + d
-    write(chunk.states[0], chunk, buffer, types.state, ALIGNED)
+    write(buffers, chunk, buffer, types.state, ALIGNED)
     write_weight(chunk, w - c.lr * buffer, seed, types, ALIGNED)
 
 

@@ -50,7 +50,7 @@ def _advance_counters(
     COUNTS_STEPS: tl.constexpr,
 ) -> None:
     """A counter holds the number of steps taken, or else the last learning rate."""
-    mask = mask & scalars.step_taken
+    mask = tl.where(scalars.step_taken, mask, False)
     address = tl.load(table + tensor * COLUMNS + COUNTER, mask=mask, other=0)
     counter = address.to(tl.pointer_type(tl.float32))
     value = single(scalars.lr)
