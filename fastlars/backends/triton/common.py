@@ -26,9 +26,9 @@ NUMBER_OFFSET = tl.constexpr(2**52 + 1)
 def encode(value: float) -> int:
     """A float of at least 0 as an integer, from which :func:`number` makes a float64.
 
-    Triton makes a float32 of a float in a tuple, and compiles kernels anew for integers that are 1,
-    multiples of 16, or fit 32 bits. 2 bits + 1 + 2^52, wrapped to int64, is odd and at least 2^52
-    away from 0 for every float from 0 to infinity.
+    Triton turns floats in a tuple into float32, and compiles a kernel anew for an integer there
+    that is 1, a multiple of 16, or fits 32 bits. 2 * bits + 1 + 2^52, wrapped to int64, is none of
+    them for any float from 0 to infinity: it is odd, and at least 2^52 - 1 away from 0.
     """
     (bits,) = struct.unpack("<Q", struct.pack("<d", value + 0.0))  # + 0.0: -0.0 has a sign
     encoded = 2 * bits + NUMBER_OFFSET.value
