@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
@@ -24,16 +24,15 @@ import torch
 from fastlars.backends import choose, cuda
 from fastlars.backends.base import Kinds
 from fastlars.backends.selfcheck import Family, difference, family
-from fastlars.rules import LambRule, LarsRule, RmspropWarmupRule, Rule
+from fastlars.rules import RULES, Rule
 
 LIMIT_S = 25.0  # of the whole command, less the start of Python
 SHOWN = 5  # of what is wrong with a back end
 DEATHS = 3  # of processes of one back end, after which it is given up
 PATIENCE_S = 15.0  # for one family, the start of its device included
-RULES: dict[str, tuple[Rule, ...]] = {
-    "LARS": (LarsRule(), LarsRule(adapt=False)),
-    "LAMB": (LambRule(), LambRule(adapt=False)),
-    "RMSprop warm-up": (RmspropWarmupRule(center_steps=1.0, period_steps=2.0),),
+USUAL = [kind.usual() for kind in RULES]
+CHECKED: dict[str, tuple[Rule, ...]] = {
+    rule.title: (rule, replace(rule, adapt=False)) if rule.adapt else (rule,) for rule in USUAL
 }
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 KINDS = (
@@ -53,7 +52,7 @@ SOME_KINDS = (
 def families(backend: str) -> list[tuple[str, Family]]:
     """What is checked of a back end, by the rule's name."""
     found = []
-    for name, rules in RULES.items():
+    for name, rules in CHECKED.items():
         pairs = [*product(rules, KINDS)]
         if backend == "triton":
             pairs = [*product(rules[:1], SOME_KINDS), *product(rules[1:], SOME_KINDS[:1])]
@@ -196,9 +195,9 @@ def check_from(backend: str, device: str, first: int, results: str) -> None:
 
 def table(trials: list[Trial]) -> list[str]:
     """A row for every back end on every device."""
-    rows = [["back end", "device", *RULES]]
+    rows = [["back end", "device", *CHECKED]]
     for trial in trials:
-        cells = [f"not here: {trial.absent}"] if trial.absent else map(trial.cell, RULES)
+        cells = [f"not here: {trial.absent}"] if trial.absent else map(trial.cell, CHECKED)
         rows.append([trial.name, str(trial.device), *cells])
     full = [row for row in rows if len(row) == len(rows[0])]
     widths = [max(len(row[i]) for row in full) for i in range(len(rows[0]))]

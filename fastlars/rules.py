@@ -158,10 +158,20 @@ class _Rule:
 
     @cached_property
     def numbers(self) -> dict[str, float | int | bool]:
-        """The fields as compiled kernels take them: of a word its place."""
+        """The rule's constants as compiled kernels take them, by name."""
+        return self._numbers()
+
+    def _numbers(self) -> dict[str, float | int | bool]:
+        """The fields; of a word its place."""
         words = self.CHOICES
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return {k: words[k].index(v) if k in words else v for k, v in values.items()}
+
+    @classmethod
+    def usual(cls) -> Any:
+        """The rule with its defaults, and the probes of those fields that have none."""
+        needed = [each for each in fields(cls) if each.default is MISSING]
+        return cls(**{each.name: each.metadata["probe"] for each in needed})
 
     def probe(self) -> Any:
         """The rule with the same options, but numbers whose effect shows in two steps."""
@@ -300,11 +310,10 @@ class RmspropWarmupRule(_Rule):
                 f"how far a float32 counts, got {self.center_steps} and {self.period_steps}"
             )
 
-    @cached_property
-    def numbers(self) -> dict[str, float | int | bool]:
-        """The fields as compiled kernels take them.
+    def _numbers(self) -> dict[str, float | int | bool]:
+        """The fields, but for those of the transition.
 
-        They take the exponential as below * shrink^n, a power of whole numbers, because the last
+        Kernels take the exponential as below * shrink^n, a power of whole numbers, because the last
         bits of exp are not the same on every device: ``below`` is the share of SGD at the center,
         rounded down to a whole step, and ``shrink`` the factor to that share one step earlier.
         """
@@ -314,7 +323,7 @@ class RmspropWarmupRule(_Rule):
             "shrink": math.exp(-2.0 / self.period_steps),
         }
         replaced = ("period_steps", "transition")
-        return {k: v for k, v in super().numbers.items() if k not in replaced} | derived
+        return {k: v for k, v in super()._numbers().items() if k not in replaced} | derived
 
     @property
     def rise(self) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 import emulated
 from fastlars.backends.base import Backend, Kinds, Scalars, Tensors
 from fastlars.backends.choose import instance
-from fastlars.rules import LambRule, LarsRule, RmspropWarmupRule, Rule
+from fastlars.rules import RULES, LambRule, LarsRule, RmspropWarmupRule, Rule
 from problems import ORDINARY, Problem, place
 
 # The back ends that this process can test on CPU tensors: test_triton.py and test_cuda_on_cpu.py
@@ -61,7 +61,7 @@ def _lamb(name: str, *, scale: float = 1.0, **options: Any) -> Row:
 def _rmsprop(
     name: str, *, rates: tuple[float, ...] = RATES, scale: float = 1.0, **options: Any
 ) -> Row:
-    # Three steps: before the center, behind it, and one that is warmed up. The eps as of LAMB.
+    # Three steps: before the center, after it, and one that is warmed up. The eps as of LAMB.
     usual = {"center_steps": 0.6, "period_steps": 2.5, "momentum": 0.75, "weight_decay": 0.1}
     usual |= {"lr_rmsprop": 0.2, "square_decay": 0.8, "eps": 1e-2}
     return Row(f"RMSprop warm-up {name}", RmspropWarmupRule(**{**usual, **options}), rates, scale)
@@ -74,8 +74,8 @@ DEFAULTS = (
     _lamb("without adaptation", adapt=False),
     _rmsprop("across the transition", period_steps=0.7),  # warmed up at the second step
 )
-USUAL = DEFAULTS[::2]  # a row of each rule
-ADAPTED = USUAL[:2]
+USUAL = tuple(next(row for row in DEFAULTS if type(row.rule) is rule) for rule in RULES)
+ADAPTED = tuple(row for row in USUAL if row.rule.adapt)
 OPTIONS = (
     *(
         _lars(
@@ -84,14 +84,17 @@ OPTIONS = (
             ratio=ratio,
             nesterov=nesterov,
         )
-        for buffer in LarsRule.BUFFERS
-        for ratio in LarsRule.RATIOS
+        for buffer in LarsRule.CHOICES["buffer"]
+        for ratio in LarsRule.CHOICES["ratio"]
         for nesterov in (False, True)
     ),
     _lars("without weight decay", weight_decay=0.0),
     _lars("without momentum", momentum=0.0),
     _lars("without momentum, gradient", momentum=0.0, buffer="gradient", ratio="combined"),
-    *(_lars(f"dampening, {buffer}", dampening=0.4, buffer=buffer) for buffer in LarsRule.BUFFERS),
+    *(
+        _lars(f"dampening, {buffer}", dampening=0.4, buffer=buffer)
+        for buffer in LarsRule.CHOICES["buffer"]
+    ),
     _lars("momentum correction", momentum_correction=True),
     _lars("momentum correction, nesterov", momentum_correction=True, nesterov=True),
     _lars("momentum correction, dampening", momentum_correction=True, dampening=0.4),
@@ -107,8 +110,8 @@ OPTIONS = (
     _lars("without adaptation or momentum", adapt=False, momentum=0.0),
     *(
         _lamb(f"decay {decay}, correction {correction}", decay=decay, bias_correction=correction)
-        for decay in LambRule.DECAYS
-        for correction in LambRule.CORRECTIONS
+        for decay in LambRule.CHOICES["decay"]
+        for correction in LambRule.CHOICES["bias_correction"]
     ),
     _lamb("without weight decay", weight_decay=0.0),
     _lamb("without averaging", grad_averaging=False),

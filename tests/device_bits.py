@@ -113,7 +113,7 @@ class Bits:
             twin.take_gradients(0)
             norms = twin.backend.measure(GradientNorm(), twin.bind(), row.now(0))
             sums = twin.backend.measure(row.rule, twin.bind(), row.now(0))
-            found.append(torch.cat([norms, sums]))
+            found.append(torch.cat([norms, sums], dim=1))
         assert_same_bits("sums", found[1].cpu(), found[0].cpu())
 
     @pytest.mark.parametrize("row", CORRECTIONS, ids=lambda row: row.name)

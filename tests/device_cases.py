@@ -19,6 +19,7 @@ from backend_cases import DEFAULTS, OPTIONS, Kinds, Row, Run
 from fastlars import _C
 from fastlars.backends import cuda
 from fastlars.backends.base import Tensors
+from optimizers import SIMPLE
 from problems import PROBLEMS, Entry, Problem
 from tolerances import assert_same_bits
 
@@ -95,8 +96,8 @@ def assert_same_runs(what: str, a: Run, b: Run) -> None:
 
 # The optimizers.
 
-CLASSES = ("LARS", "LAMB", "RMSpropWarmup")
-_NEEDED: dict[str, dict[str, object]] = {"RMSpropWarmup": {"center_steps": 1, "period_steps": 2}}
+NEEDED = {row.kind.__name__: row.needed for row in SIMPLE}
+CLASSES = tuple(NEEDED)
 
 
 def optimizer(
@@ -110,7 +111,7 @@ def optimizer(
     values = [torch.randn(shape, generator=generator) for shape in shapes]
     params = [torch.nn.Parameter(value.to(device)) for value in values]
     made = getattr(fastlars, name)(
-        params, **{"lr": 0.1, "weight_decay": 0.1, **_NEEDED.get(name, {}), **options}
+        params, **{"lr": 0.1, "weight_decay": 0.1, **NEEDED[name], **options}
     )
     return list(params), made
 

@@ -1,12 +1,13 @@
 """The table of optimizers that every contract test runs through, and what those tests share.
 
-A new optimizer is one row more.
+A new optimizer is one more row, "of the paper"; its other options are rows as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from inspect import Parameter, signature
 from typing import Any
 
 import pytest
@@ -44,7 +45,13 @@ class Row:
     @property
     def adapts(self) -> bool:
         """Whether the class takes trust ratios, and has options for them."""
-        return self.kind is not fastlars.RMSpropWarmup
+        return self.kind.rule.sums > 0
+
+    @property
+    def needed(self) -> dict[str, Any]:
+        """The options for which the class has no default."""
+        given = signature(self.kind).parameters
+        return {k: v for k, v in self.options.items() if given[k].default is Parameter.empty}
 
     def make(self, params: Iterable[Any], **overrides: Any) -> FusedOptimizer:
         return self.kind(params, **{**self.options, **overrides})
@@ -64,7 +71,7 @@ def _lamb(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Row:
 
 
 def _rmsprop(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Row:
-    # The tests take a few steps: some of them before the center, some behind it, some warmed up.
+    # The tests take a few steps: some before the center, some after it, some warmed up.
     usual = {"lr": 0.05, "weight_decay": 0.01, "center_steps": 1.5, "period_steps": 3.0}
     return Row(f"RMSprop warm-up {name}", fastlars.RMSpropWarmup, {**usual, **options}, dtype)
 
@@ -97,6 +104,7 @@ ROWS = (
 )
 # One row of each class, for what does not depend on options.
 SIMPLE = tuple(row for row in ROWS if row.name.endswith("of the paper"))
+OPTIONS = {row.kind.__name__: row.options for row in SIMPLE}
 
 SHAPES = ((6, 5), (7,), (), (4, 3, 2, 2), (0,))
 

@@ -79,7 +79,7 @@ def test_sums_for_any_number_of_threads(row: Row) -> None:
         run.take_gradients(0)
         now = row.now(0)
         norms = run.backend.measure(GradientNorm(), run.bind(), now)
-        found.append(torch.cat([norms, run.backend.measure(row.rule, run.bind(), now)]))
+        found.append(torch.cat([norms, run.backend.measure(row.rule, run.bind(), now)], dim=1))
     for sums in found[1:]:
         assert_same_bits("sums", sums, found[0])
 

@@ -8,6 +8,8 @@ import io
 import pickle
 import weakref
 from collections.abc import Callable
+from dataclasses import fields
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -23,6 +25,21 @@ from tolerances import assert_same_bits
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=repr)
 each_class = pytest.mark.parametrize("row", SIMPLE, ids=repr)
+
+
+@each_class
+def test_defaults_and_words_are_those_of_the_rule(row: Row) -> None:
+    """A signature repeats them, for whoever reads it."""
+    given = signature(row.kind).parameters
+    known = {each.name: each for each in fields(row.kind.rule)}
+    needed = {name: value for name, value in row.needed.items() if name in known}
+    defaults = {name: parameter.default for name, parameter in given.items()}
+    assert row.kind.rule_of(defaults | needed) == row.kind.rule(**needed)
+    for name in known.keys() & given.keys():
+        if (
+            given[name].default == known[name].default
+        ):  # LAMB's bias_correction has words of its own
+            assert given[name].annotation == known[name].type, name
 
 
 # Learning rates and schedulers.

@@ -144,7 +144,7 @@ def test_a_compiled_step_does_not_record_random_numbers(
     monkeypatch.setattr(compiled, "is_capturing", lambda device: capturing)
     weight, grad = torch.ones(5, dtype=torch.bfloat16), torch.ones(5, dtype=torch.bfloat16)
     rule = compiled.encode(LarsRule(momentum=0.0))
-    lists: tuple[list[Tensor], ...] = ([weight], [grad], [], [], [], [])
+    lists: tuple[list[Tensor], ...] = ([weight], [grad], [], [], [])
 
     def step(rounds: bool) -> None:
         torch.ops.fastlars.step(rule, *lists, 0.1, None, 1.0, None, None, rounds)

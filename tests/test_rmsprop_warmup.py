@@ -75,12 +75,13 @@ def test_printed_transition_is_twice_as_steep_and_ends_at_1() -> None:
         (3.0, 1e7),
     ],
 )
-@pytest.mark.parametrize("transition", RmspropWarmupRule.TRANSITIONS)
+@pytest.mark.parametrize("transition", RmspropWarmupRule.CHOICES["transition"])
 def test_kernels_have_the_same_share_of_sgd(
     core: ctypes.CDLL, center: float, period: float, transition: str
 ) -> None:
     made = rule(center, period, transition)
-    numbers = [*map(ctypes.c_double, (center, made.rise, made.below, made.shrink))]
+    names = ("center_steps", "rise", "below", "shrink")
+    numbers = [ctypes.c_double(made.numbers[name]) for name in names]
     near = [max(0.0, math.floor(center) + k) for k in range(-3, 4)]
     for step in [0.0, 1.0, 57.0, 399.0, *near, center + period, 2.0**24]:
         found = core.share(*numbers, ctypes.c_double(math.floor(step)))
@@ -133,7 +134,7 @@ def equations(
     return w, -delta, m
 
 
-@pytest.mark.parametrize("transition", RmspropWarmupRule.TRANSITIONS)
+@pytest.mark.parametrize("transition", RmspropWarmupRule.CHOICES["transition"])
 def test_300_steps_across_the_transition(backend: str, transition: str) -> None:
     if backend == "triton" and transition == "printed":
         pytest.skip("interpreted it takes 15 seconds, and the printed form is other numbers alone")

@@ -22,6 +22,7 @@ from backend_cases import (
     PLAIN,
     ROWS,
     SOME_KINDS,
+    USUAL,
     Kinds,
     Row,
     label,
@@ -66,7 +67,7 @@ def test_every_rule_agrees(name: str, row: Row) -> None:
 
 @each_backend
 @pytest.mark.parametrize("kinds", SOME_KINDS if INTERPRETED else KINDS, ids=label)
-@pytest.mark.parametrize("row", DEFAULTS[::2], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", USUAL, ids=lambda row: row.name)
 def test_every_type_agrees(name: str, row: Row, kinds: Kinds) -> None:
     assert _differs(name, row, kinds) == ""
     if kinds.weight == BF16:

@@ -88,7 +88,7 @@ def test_back_ends_guard_ratios_alike(backend: str, row: tuple[float, ...]) -> N
 
 
 @pytest.mark.parametrize("backend", NAMES)
-@pytest.mark.parametrize("buffer", LarsRule.BUFFERS)
+@pytest.mark.parametrize("buffer", LarsRule.CHOICES["buffer"])
 def test_vanishing_gradients_take_finite_steps(backend: str, buffer: str) -> None:
     # |w| / |g| is beyond float32, and the learning rate goes on top of it.
     weight, grad = torch.ones(4), torch.full((4,), 1e-42)

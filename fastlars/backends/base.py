@@ -33,7 +33,7 @@ class Tensors:
         grads: gradients, shaped and strided like the weights; never written.
         states: one list for each name in ``rule.states``.
         counters: one 0-dim float32 tensor each for ``rule.counter``, or None.
-        copies: low-precision parameters, written beside their masters, or None.
+        copies: low-precision parameters, written together with their masters, or None.
         kinds: the types of all of these.
     """
 
@@ -140,23 +140,22 @@ class Backend(Protocol):
         """Checked tensors, ready for the calls below."""
         ...
 
-    def measure(self, rule: Rule | GradientNorm, bound: Any, now: Scalars) -> Tensor:
-        """Sums of squares, float64 [tensors, 2]: of the weights, of what updates them. For rules
-        that may adapt.
+    def measure(self, rule: Rule | GradientNorm, bound: Any, scalars: Scalars) -> Tensor:
+        """Sums of squares, float64 [tensors, rule.sums]; the last one is of what updates the
+        weights. For rules that may adapt.
 
-        LAMB advances its moments and step counters here. The two phases are separate so that
-        sharded parameters can add up their sums in between.
+        A rule with ``measure_writes`` advances its states and counters here. The two phases are
+        separate so that sharded parameters can add up their sums in between.
         """
         ...
 
-    def apply(self, rule: Rule, bound: Any, now: Scalars, sums: Tensor | None) -> Tensor:
+    def apply(self, rule: Rule, bound: Any, scalars: Scalars, sums: Tensor | None) -> Tensor:
         """Write the weights; return the trust ratios, float32 [tensors].
 
-        ``sums`` is None where the rule does not adapt; LAMB then advances its moments here. RMSprop
-        warm-up never adapts.
+        ``sums`` is None where the rule does not adapt; all states are then advanced here.
         """
         ...
 
-    def step(self, rule: Rule, bound: Any, now: Scalars) -> Tensor:
+    def step(self, rule: Rule, bound: Any, scalars: Scalars) -> Tensor:
         """``apply`` of what ``measure`` gives, in whatever order is fastest."""
         ...

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastlars import _C
 from fastlars.backends.base import Mismatch, Scalars, Tensors
-from fastlars.rules import GradientNorm, LambRule, LarsRule, RmspropWarmupRule, Rule
+from fastlars.rules import GradientNorm, Rule
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STATE_DTYPES = (torch.float32, torch.bfloat16)
@@ -21,49 +21,8 @@ DISPATCH = Tensor.__torch_dispatch__
 
 @lru_cache(maxsize=1024)  # a schedule of momentum or weight decay makes a new rule every step
 def native(rule: Rule | GradientNorm) -> Any:
-    """The rule as a C++ struct."""
-    if isinstance(rule, LarsRule):
-        return _C.LarsRule(
-            momentum=rule.momentum,
-            dampening=rule.dampening,
-            weight_decay=rule.weight_decay,
-            trust_coefficient=rule.trust_coefficient,
-            eps=rule.eps,
-            buffer=rule.BUFFERS.index(rule.buffer),
-            combined=rule.ratio == "combined",
-            nesterov=rule.nesterov,
-            momentum_correction=rule.momentum_correction,
-            trust_clip=rule.trust_clip,
-            adapt=rule.adapt,
-        )
-    if isinstance(rule, LambRule):
-        return _C.LambRule(
-            beta1=rule.beta1,
-            beta2=rule.beta2,
-            eps=rule.eps,
-            weight_decay=rule.weight_decay,
-            lower=rule.lower,
-            upper=rule.upper,
-            ratio_eps=rule.ratio_eps,
-            decay=rule.DECAYS.index(rule.decay),
-            correction=rule.CORRECTIONS.index(rule.bias_correction),
-            gradient_averaging=rule.grad_averaging,
-            trust_clip=rule.trust_clip,
-            adapt=rule.adapt,
-        )
-    if isinstance(rule, RmspropWarmupRule):
-        return _C.RmspropWarmupRule(
-            momentum=rule.momentum,
-            weight_decay=rule.weight_decay,
-            square_decay=rule.square_decay,
-            eps=rule.eps,
-            lr_rmsprop=rule.lr_rmsprop,
-            center=rule.center_steps,
-            rise=rule.rise,
-            below=rule.below,
-            shrink=rule.shrink,
-        )
-    return _C.GradientNorm()
+    """The rule as the C++ struct of the same name."""
+    return getattr(_C, type(rule).__name__)(**rule.numbers)
 
 
 @cache
@@ -122,34 +81,43 @@ class Cpu:
             DTYPES[kinds.copy] if kinds.copy is not None else 0,
         )
 
-    def measure(self, rule: Rule | GradientNorm, bound: Bound, now: Scalars) -> Tensor:
-        sums = torch.empty(len(bound.tensors.weights), 2, dtype=torch.float64, device="cpu")
-        _C.cpu_measure(native(rule), bound.native, now.lr, now.gradient_scale, sums.data_ptr())
+    def measure(self, rule: Rule | GradientNorm, bound: Bound, scalars: Scalars) -> Tensor:
+        shape = len(bound.tensors.weights), rule.sums
+        sums = torch.empty(shape, dtype=torch.float64, device="cpu")
+        _C.cpu_measure(
+            native(rule), bound.native, scalars.lr, scalars.gradient_scale, sums.data_ptr()
+        )
         return sums
 
-    def apply(self, rule: Rule, bound: Bound, now: Scalars, sums: Tensor | None) -> Tensor:
+    def apply(self, rule: Rule, bound: Bound, scalars: Scalars, sums: Tensor | None) -> Tensor:
         ratios = torch.empty(len(bound.tensors.weights), dtype=torch.float32, device="cpu")
         address = 0
         if rule.adapt:
-            if sums is None or sums.shape != (len(ratios), 2) or sums.dtype != torch.float64:
-                raise ValueError(f"apply needs float64 sums of shape [{len(ratios)}, 2]")
+            shape = len(ratios), rule.sums
+            if sums is None or sums.shape != shape or sums.dtype != torch.float64:
+                raise ValueError(f"apply needs float64 sums of shape {[*shape]}")
             sums = sums.contiguous()
             address = sums.data_ptr()
         _C.cpu_apply(
             native(rule),
             bound.native,
-            now.lr,
-            now.gradient_scale,
-            now.seed,
+            scalars.lr,
+            scalars.gradient_scale,
+            scalars.seed,
             address,
             ratios.data_ptr(),
         )
         return ratios
 
-    def step(self, rule: Rule, bound: Bound, now: Scalars) -> Tensor:
+    def step(self, rule: Rule, bound: Bound, scalars: Scalars) -> Tensor:
         ratios = torch.empty(len(bound.tensors.weights), dtype=torch.float32, device="cpu")
         _C.cpu_step(
-            native(rule), bound.native, now.lr, now.gradient_scale, now.seed, ratios.data_ptr()
+            native(rule),
+            bound.native,
+            scalars.lr,
+            scalars.gradient_scale,
+            scalars.seed,
+            ratios.data_ptr(),
         )
         return ratios
 

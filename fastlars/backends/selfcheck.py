@@ -21,15 +21,9 @@ from fastlars import forks
 from fastlars.backends.base import Backend, Kinds, Scalars, Tensors
 from fastlars.backends.reference import Reference
 from fastlars.backends.sending import is_capturing
-from fastlars.rules import GradientNorm, LambRule, LarsRule, RmspropWarmupRule, Rule
+from fastlars.rules import GradientNorm, Rule
 
 F64 = torch.float64
-NAMES = {
-    LarsRule: "LARS",
-    LambRule: "LAMB",
-    RmspropWarmupRule: "RMSprop warm-up",
-    GradientNorm: "gradient norm",
-}
 # Two chunks of the CPU back end and five of the others, the last of them ragged; one whole chunk;
 # less than one, off every 16-byte boundary; a single element.
 SIZES = (16_401, 4_096, 257, 1)
@@ -48,7 +42,7 @@ class Family:
     """Kernels that are checked together: those of a rule's options, for types of tensors.
 
     Attributes:
-        rule: its options decide which kernels run; its numbers are replaced, see :func:`family`.
+        rule: its options decide which kernels run; its numbers are those of ``rule.probe()``.
         kinds: types of the list.
         rounds: whether bfloat16 weights are rounded stochastically.
     """
@@ -58,7 +52,7 @@ class Family:
     rounds: bool = False
 
     def __str__(self) -> str:
-        return f"{NAMES[type(self.rule)]}, {described(self.kinds, self.rounds)}"
+        return f"{self.rule.title}, {described(self.kinds, self.rounds)}"
 
 
 def described(kinds: Kinds, rounds: bool = False) -> str:
@@ -76,44 +70,13 @@ def described(kinds: Kinds, rounds: bool = False) -> str:
 
 @lru_cache(maxsize=1024)  # a schedule of momentum or weight decay makes a new rule every step
 def family(rule: Rule | GradientNorm, kinds: Kinds, rounds: bool = False) -> Family:
-    """The family of a rule, whose numbers are replaced by some whose effect shows in two steps."""
-    if isinstance(rule, LarsRule):
-        rule = replace(
-            rule,
-            momentum=0.75 if rule.momentum else 0.0,
-            dampening=0.4 if rule.dampening else 0.0,
-            weight_decay=0.1,
-            trust_coefficient=0.3,
-            eps=0.01,
-        )
-    elif isinstance(rule, LambRule):
-        rule = replace(
-            rule,
-            beta1=0.8,
-            beta2=0.95,
-            eps=0.01,
-            weight_decay=0.1,
-            lower=0.0,
-            upper=10.0,
-            ratio_eps=0.01,
-        )
-    elif not isinstance(rule, GradientNorm):
-        rule = replace(
-            rule,
-            center_steps=0.6,
-            period_steps=2.5,
-            momentum=0.75,
-            weight_decay=0.1,
-            lr_rmsprop=0.2,
-            square_decay=0.8,
-            eps=0.01,
-        )
-    return Family(rule, kinds, rounds and kinds.weight == torch.bfloat16)
+    """The family of a rule under its options."""
+    return Family(rule.probe(), kinds, rounds and kinds.weight == torch.bfloat16)
 
 
 def difference(backend: Backend, family: Family, device: torch.device) -> str:
-    """What the back end computes otherwise than the reference, or how it fails; empty where they
-    agree. Waits for the device.
+    """How the results of the back end differ from the reference's, or how it fails; empty where
+    they agree. Waits for the device.
 
     Raises:
         OutOfMemoryError: the device has no memory left, which is no fault of the back end.
@@ -176,16 +139,16 @@ def _step(backend: Backend, family: Family, tensors: Tensors) -> list[tuple[str,
     """Everything that the steps give or write, by name."""
     rule = family.rule
     bound = backend.bind(tensors, backend.layout(tensors.weights))
-    named = [("square norm", backend.measure(GradientNorm(), bound, Scalars(0.0))[:, 1])]
-    if isinstance(rule, GradientNorm):
+    named = [("square norm", backend.measure(GradientNorm(), bound, Scalars(0.0))[:, -1])]
+    if isinstance(rule, GradientNorm):  # which steps nothing
         return named
-    for number, scalars in enumerate(STEPS):
-        now = scalars if family.rounds else replace(scalars, seed=None)
+    for number, each in enumerate(STEPS):
+        scalars = each if family.rounds else replace(each, seed=None)
         if number == 0:
-            ratios = backend.step(rule, bound, now)
+            ratios = backend.step(rule, bound, scalars)
         else:
-            sums = backend.measure(rule, bound, now) if rule.adapt else None
-            ratios = backend.apply(rule, bound, now, sums)
+            sums = backend.measure(rule, bound, scalars) if rule.adapt else None
+            ratios = backend.apply(rule, bound, scalars, sums)
         named.append((f"trust ratio of step {number + 1}", ratios))
     lists = [("weight", tensors.weights), *zip(rule.states, tensors.states, strict=True)]
     lists += [("copy", tensors.copies or []), (str(rule.counter), tensors.counters or [])]
@@ -203,10 +166,8 @@ def _tensors(family: Family) -> Tensors:
         return [(scale * torch.sin(pace * x)).to(dtype) for x in places]
 
     weights = waves(0.5, 0.7, kinds.weight)
-    counters = None
-    if rule.counter is not None:
-        start = getattr(rule, "NEVER_STEPPED", 0.0)
-        counters = [torch.full((), start, dtype=torch.float32, device="cpu") for _ in weights]
+    start = torch.tensor(rule.NEVER_STEPPED, dtype=torch.float32, device="cpu")
+    counters = None if rule.counter is None else [start.clone() for _ in weights]
     return Tensors(
         weights=weights,
         grads=waves(0.1, 1.3, kinds.grad),

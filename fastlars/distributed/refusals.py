@@ -54,10 +54,7 @@ def inner_optimizer(optimizer: Any) -> Any:
 def check_optimizer(optimizer: Any, ddp: DistributedDataParallel) -> None:
     """Raise unless ``optimizer`` is a fastlars optimizer, and steps parameters of ``ddp``."""
     if not isinstance(optimizer, FusedOptimizer):
-        raise TypeError(
-            "overlap needs a fastlars optimizer (LARS, LAMB, RMSpropWarmup), "
-            f"got {type(optimizer).__name__}"
-        )
+        raise TypeError(f"overlap needs an optimizer of fastlars, got {type(optimizer).__name__}")
     if optimizer._ahead is not None:
         raise RuntimeError(
             "this optimizer is overlapped already: remove() its handle first, which after a "

@@ -1,9 +1,10 @@
-"""FusedOptimizer: what all optimizers share, which is everything but their rule."""
+"""FusedOptimizer: what all optimizers share: everything but their rule."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, overload
 
 import torch
@@ -18,28 +19,19 @@ from fastlars.optim import checkpoint
 from fastlars.optim.checks import check_lr, check_options, check_overlap
 from fastlars.optim.norm import Processes, check_norm, owner_of_this
 from fastlars.optim.numbers import numbers
+from fastlars.optim.options import OPTIONS
 from fastlars.optim.plan import Plan, location, options_of
 from fastlars.optim.shown import count_step, show_steps, take_names
 from fastlars.optim.skipping import SkipIf, Skipping, checked
 from fastlars.optim.traced import TracedStep
 from fastlars.optim.values import kept, unchanged
 from fastlars.optim.work import Taken, Work, check_making, check_recording
-from fastlars.rules import Rule
+from fastlars.rules import Rule, adapts
 
 if TYPE_CHECKING:
     from fastlars.optim.norm import NormGroup
 
 Params = Iterable[Any]
-# Options that every optimizer has beside its rule.
-OPTIONS: dict[str, Any] = {
-    "maximize": False,
-    "max_grad_norm": None,
-    "master_weights": False,
-    "stochastic_rounding": False,
-    "state_dtype": torch.float32,
-    "capturable": False,
-    "fused_unscale": None,
-}
 
 
 def unwatched(plain: Callable[..., Any], watched: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,8 +63,7 @@ class Ahead(Protocol):
         ...
 
     def step(self) -> Taken | None:
-        """What is left to do; all parameters that were stepped, and their trust ratios. None where
-        the step was skipped."""
+        """Finish this step: every parameter updated, with its trust ratio; None if skipped."""
         ...
 
 
@@ -83,6 +74,7 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
     tensor of every group; an error leaves parameters and states as they were.
     """
 
+    rule: ClassVar[type[Rule]]
     # Options that the groups of this class have, and of no other: one of them shows whose they are.
     marks: ClassVar[frozenset[str]] = frozenset()
     # Optimizers of torch whose states mean the same.
@@ -92,8 +84,6 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
     _ahead: Ahead | None
     _norm_group: Processes | None
     _owner: str | None
-    # Whether group["step"] shows the steps taken, as training scripts read it off other classes.
-    counts_steps: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -110,6 +100,19 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
         self._owner = owner_of_this()
         self._forget()
         super().__init__(params, OPTIONS | defaults)
+
+    @classmethod
+    def rule_of(cls, group: dict[str, Any]) -> Rule:
+        """The rule that a group's hyper-parameters make. ValueError or TypeError if they do not."""
+        values = {each.name: group[each.name] for each in fields(cls.rule)}
+        if "adapt" in values:
+            values["adapt"] = adapts(group)
+        return cls.rule(**values)
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether group["step"] shows the steps taken, where training scripts may read it."""
+        return self.rule.COUNTER == "step"
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -206,7 +209,7 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
                 show_steps(group, self.state)
 
     def state_dict(self) -> dict[str, Any]:
-        """As of every optimizer of torch; ``load_state_dict`` takes it back."""
+        """Same as ``torch.optim.Optimizer.state_dict()``."""
         # Before the user's own hooks, whose result is what they return.
         first = self.register_state_dict_post_hook(checkpoint.portable, prepend=True)
         try:

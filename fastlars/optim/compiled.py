@@ -23,11 +23,9 @@ from fastlars.optim.checks import check_lr
 from fastlars.optim.norm import check_outside_backward
 from fastlars.optim.numbers import numbers, square
 from fastlars.optim.plan import LOW_PRECISION, bind
-from fastlars.rules import GradientNorm, LambRule, LarsRule, RmspropWarmupRule, Rule
+from fastlars.rules import RULES, GradientNorm, Rule
 
-_RULES: dict[str, type[Rule]] = {
-    kind.__name__: kind for kind in (LarsRule, LambRule, RmspropWarmupRule)
-}
+_RULES = {kind.__name__: kind for kind in RULES}
 
 
 def encode(rule: Rule) -> str:
@@ -45,20 +43,21 @@ def decode(text: str) -> Rule:
 def _lists(
     weights: list[Tensor],
     grads: list[Tensor],
-    states: tuple[list[Tensor], ...],
+    states: list[Tensor],
     counters: list[Tensor],
     masters: list[Tensor],
     rule: Rule | GradientNorm,
     rounds: bool = False,
 ) -> list[tuple[Backend, Tensors]]:
-    """The operator's flat lists, cut as a plan cuts a group. Masters stand for those weights that
-    have low precision, in their order."""
+    """The operator's flat lists, cut as a plan cuts a group. States are listed parameter by
+    parameter; there is a master for each weight of low precision, in their order."""
     choose = Chooser(rule, rounds)
+    columns = [states[k :: len(rule.states)] for k in range(len(rule.states))]
     remaining = iter(masters)
     by_kind: dict[Any, list[tuple[int, Tensor | None]]] = defaultdict(list)
     for i, (w, g) in enumerate(zip(weights, grads, strict=True)):
         master = next(remaining, None) if w.dtype in LOW_PRECISION else None
-        state_dtype = states[0][i].dtype if states else torch.float32
+        state_dtype = columns[0][i].dtype if columns else torch.float32
         kinds = Kinds(w.dtype, g.dtype, state_dtype)
         if master is not None:
             kinds = Kinds(master.dtype, g.dtype, state_dtype, copy=w.dtype)
@@ -69,7 +68,7 @@ def _lists(
         tensors = Tensors(
             weights=chosen,
             grads=[grads[i] for i, _ in members],
-            states=tuple([state[i] for i, _ in members] for state in states),
+            states=tuple([column[i] for i, _ in members] for column in columns),
             counters=[counters[i] for i, _ in members] if counters else None,
             copies=None,
             kinds=kinds,
@@ -114,8 +113,7 @@ def _step(
     rule: str,
     weights: list[Tensor],
     grads: list[Tensor],
-    first: list[Tensor],
-    second: list[Tensor],
+    states: list[Tensor],
     counters: list[Tensor],
     masters: list[Tensor],
     lr: float | None,
@@ -127,7 +125,6 @@ def _step(
 ) -> None:
     rate = lr if lr_tensor is None else lr_tensor
     check_lr(rate)
-    states = tuple(state for state in (first, second) if state)
     stepped = decode(rule)
     lists = _lists(weights, grads, states, counters, masters, stepped, stochastic_rounding)
     now = numbers(all(backend.reads_device for backend, _ in lists), None, None)
@@ -153,7 +150,7 @@ def _square_norm(weights: list[Tensor], grads: list[Tensor], sizes: list[int]) -
     lists, begin = [], 0
     for size in sizes:
         end = begin + size
-        lists += _lists(weights[begin:end], grads[begin:end], (), [], [], GradientNorm())
+        lists += _lists(weights[begin:end], grads[begin:end], [], [], [], GradientNorm())
         begin = end
     on_device = all(backend.reads_device for backend, _ in lists)
     sums = [
@@ -165,8 +162,8 @@ def _square_norm(weights: list[Tensor], grads: list[Tensor], sizes: list[int]) -
 
 _library = torch.library.Library("fastlars", "DEF")
 _library.define(
-    "step(str rule, Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] first, Tensor(c!)[] second, "
-    "Tensor(d!)[] counters, Tensor(e!)[] masters, float? lr, Tensor? lr_tensor, float scale, "
+    "step(str rule, Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] states, "
+    "Tensor(c!)[] counters, Tensor(d!)[] masters, float? lr, Tensor? lr_tensor, float scale, "
     "Tensor? square_norm, float? max_grad_norm, bool stochastic_rounding) -> ()"
 )
 _library.define("square_norm(Tensor[] weights, Tensor[] grads, int[] sizes) -> Tensor")

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fastlars.optim.base import FusedOptimizer, Params
 from fastlars.optim.checkpoint import Source
+from fastlars.optim.options import from_arguments
 from fastlars.optim.skipping import SkipIf
-from fastlars.rules import LambRule, adapts, pair
+from fastlars.rules import LambRule, Rule, pair
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -97,7 +98,7 @@ class LAMB(FusedOptimizer):
         >>> optimizer.zero_grad()
     """
 
-    counts_steps = True
+    rule = LambRule
     marks = frozenset({"phi", "ratio_eps"})
     loads_from = (
         Source(
@@ -133,48 +134,16 @@ class LAMB(FusedOptimizer):
         norm_group: ProcessGroup | DeviceMesh | None = None,
         skip_if: SkipIf | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "bias_correction": bias_correction,
-            "grad_averaging": grad_averaging,
-            "decay": decay,
-            "phi": phi,
-            "ratio_eps": ratio_eps,
-            "trust_clip": trust_clip,
-            "adapt": adapt,
-            "always_adapt": always_adapt,
-            "maximize": maximize,
-            "max_grad_norm": max_grad_norm,
-            "master_weights": master_weights,
-            "stochastic_rounding": stochastic_rounding,
-            "state_dtype": state_dtype,
-            "capturable": capturable,
-            "fused_unscale": fused_unscale,
-        }
-        super().__init__(params, defaults, norm_group, skip_if)
+        # Before any other local: every argument but params and the last two is an option.
+        super().__init__(params, from_arguments(locals()), norm_group, skip_if)
 
-    @staticmethod
-    def rule_of(group: dict[str, Any]) -> LambRule:
-        corrections: dict[Any, Any] = {True: "moments", False: "none", "rate": "rate"}
+    @classmethod
+    def rule_of(cls, group: dict[str, Any]) -> Rule:
+        corrections: dict[Any, str] = {True: "moments", False: "none", "rate": "rate"}
         correction = group["bias_correction"]
         if correction not in corrections:
             raise ValueError(f'bias_correction must be True, False or "rate", got {correction!r}')
         beta1, beta2 = pair("betas", group["betas"])
         lower, upper = pair("phi", group["phi"])
-        return LambRule(
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            decay=group["decay"],
-            bias_correction=corrections[correction],
-            grad_averaging=group["grad_averaging"],
-            lower=lower,
-            upper=upper,
-            ratio_eps=group["ratio_eps"],
-            trust_clip=group["trust_clip"],
-            adapt=adapts(group),
-        )
+        values = {"beta1": beta1, "beta2": beta2, "lower": lower, "upper": upper}
+        return super().rule_of({**group, **values, "bias_correction": corrections[correction]})

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fastlars.optim.base import FusedOptimizer, Params
 from fastlars.optim.checkpoint import Source
+from fastlars.optim.options import from_arguments
 from fastlars.optim.skipping import SkipIf
-from fastlars.rules import LarsRule, adapts, flag, real
+from fastlars.rules import LarsRule, Rule, adapts, flag, real
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -108,6 +109,7 @@ class LARS(FusedOptimizer):
         >>> optimizer.zero_grad()
     """
 
+    rule = LarsRule
     marks = frozenset({"buffer", "ratio"})
     loads_from = (
         Source(
@@ -145,31 +147,10 @@ class LARS(FusedOptimizer):
         norm_group: ProcessGroup | DeviceMesh | None = None,
         skip_if: SkipIf | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "trust_coefficient": trust_coefficient,
-            "eps": eps,
-            "ratio": ratio,
-            "buffer": buffer,
-            "momentum_correction": momentum_correction,
-            "trust_clip": trust_clip,
-            "adapt": adapt,
-            "always_adapt": always_adapt,
-            "maximize": maximize,
-            "max_grad_norm": max_grad_norm,
-            "master_weights": master_weights,
-            "stochastic_rounding": stochastic_rounding,
-            "state_dtype": state_dtype,
-            "capturable": capturable,
-            "fused_unscale": fused_unscale,
-        }
         if flag("nesterov", nesterov):
             LarsRule(momentum=momentum, dampening=dampening, nesterov=True)
-        super().__init__(params, defaults, norm_group, skip_if)
+        # Before any other local: every argument but params and the last two is an option.
+        super().__init__(params, from_arguments(locals()), norm_group, skip_if)
 
     @property
     def optim(self) -> LARS:
@@ -178,20 +159,9 @@ class LARS(FusedOptimizer):
         """
         return self
 
-    @staticmethod
-    def rule_of(group: dict[str, Any]) -> LarsRule:
-        return LarsRule(
-            momentum=group["momentum"],
-            dampening=group["dampening"],
-            weight_decay=group["weight_decay"],
-            # A schedule may take the momentum to 0, where there is nothing to look ahead to.
-            nesterov=flag("nesterov", group["nesterov"])
-            and real("momentum", group["momentum"]) != 0.0,
-            trust_coefficient=group["trust_coefficient"],
-            eps=group["eps"],
-            ratio=group["ratio"],
-            buffer=group["buffer"],
-            momentum_correction=group["momentum_correction"],
-            trust_clip=group["trust_clip"],
-            adapt=adapts(group),
-        )
+    @classmethod
+    def rule_of(cls, group: dict[str, Any]) -> Rule:
+        # A schedule may take the momentum to 0, where there is nothing to look ahead to.
+        has_momentum = real("momentum", group["momentum"]) != 0.0
+        nesterov = flag("nesterov", group["nesterov"]) and has_momentum
+        return super().rule_of({**group, "nesterov": nesterov})

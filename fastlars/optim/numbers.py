@@ -127,11 +127,11 @@ def square(sums: list[Tensor], on_device: bool) -> Tensor:
     """The square of the global norm, from every list's sums of squares."""
     first = sums[0].device
     if on_device:
-        squares = [each[:, 1].sum().to(first, non_blocking=True) for each in sums]
+        squares = [each[:, -1].sum().to(first, non_blocking=True) for each in sums]
         return torch.stack(squares).sum() if squares[1:] else squares[0]
     # Exact, and so the same on ranks whose lists are cut otherwise.
     try:
-        total = math.fsum(x for each in sums for x in each[:, 1].tolist())
+        total = math.fsum(x for each in sums for x in each[:, -1].tolist())
     except OverflowError:
         total = math.inf
     return torch.tensor(total, dtype=torch.float64, device="cpu")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from fastlars.optim.base import FusedOptimizer, Params
+from fastlars.optim.options import from_arguments
 from fastlars.optim.skipping import SkipIf
 from fastlars.rules import RmspropWarmupRule
 
@@ -110,7 +111,7 @@ class RMSpropWarmup(FusedOptimizer):
         >>> optimizer.zero_grad()
     """
 
-    counts_steps = True
+    rule = RmspropWarmupRule
     marks = frozenset({"center_steps", "period_steps", "lr_rmsprop"})
 
     def __init__(
@@ -136,35 +137,5 @@ class RMSpropWarmup(FusedOptimizer):
         norm_group: ProcessGroup | DeviceMesh | None = None,
         skip_if: SkipIf | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "center_steps": center_steps,
-            "period_steps": period_steps,
-            "lr_rmsprop": lr_rmsprop,
-            "square_decay": square_decay,
-            "eps": eps,
-            "transition": transition,
-            "maximize": maximize,
-            "max_grad_norm": max_grad_norm,
-            "master_weights": master_weights,
-            "stochastic_rounding": stochastic_rounding,
-            "state_dtype": state_dtype,
-            "capturable": capturable,
-            "fused_unscale": fused_unscale,
-        }
-        super().__init__(params, defaults, norm_group, skip_if)
-
-    @staticmethod
-    def rule_of(group: dict[str, Any]) -> RmspropWarmupRule:
-        return RmspropWarmupRule(
-            center_steps=group["center_steps"],
-            period_steps=group["period_steps"],
-            momentum=group["momentum"],
-            weight_decay=group["weight_decay"],
-            lr_rmsprop=group["lr_rmsprop"],
-            square_decay=group["square_decay"],
-            eps=group["eps"],
-            transition=group["transition"],
-        )
+        # Before any other local: every argument but params and the last two is an option.
+        super().__init__(params, from_arguments(locals()), norm_group, skip_if)

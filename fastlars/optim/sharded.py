@@ -9,7 +9,7 @@ parameters, and an optimizer is given those as any others::
     optimizer = fastlars.LAMB(fastlars.parameter_groups(model, weight_decay=0.01), lr=2e-3)
 
 A step measures every shard where it lies, adds up the sums over the ranks that hold the other
-shards, and applies the rule to the shards. The sums are one float64 [tensors, 2] array for each
+shards, and applies the rule to the shards. The sums are one float64 [tensors, sums] array for each
 mesh and each choice of its dimensions over which parameters are sharded. With ``max_grad_norm``
 there is one more, because LAMB's update depends on the clipped gradient. No parameter, gradient or
 state is ever gathered, and of replicated parameters nothing travels.
@@ -220,7 +220,8 @@ def complete(parts: list[tuple[Shards | None, Tensor]]) -> list[Tensor]:
     for over, numbers in members.items():
         # Parameters that FSDP2 keeps on the CPU have a mesh, and so groups, of GPUs.
         device = over.mesh.device_type
-        array = torch.zeros(sizes[over], 2, dtype=torch.float64, device=device)
+        width = parts[numbers[0]][1].shape[1]
+        array = torch.zeros(sizes[over], width, dtype=torch.float64, device=device)
         places = []
         for i in numbers:
             shards, sums = parts[i]
@@ -261,7 +262,7 @@ def _gathered(array: Tensor, over: Over) -> Tensor:
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
     for dim in over.dims:
         size = over.mesh.size(dim)
-        parts = array.new_empty(size * len(array), 2)
+        parts = array.new_empty(size * len(array), *array.shape[1:])
         gather(parts, array, group=over.mesh.get_group(dim))
         array = _added(parts.view(size, *array.shape))
     return array

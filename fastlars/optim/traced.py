@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,23 +30,20 @@ class TracedStep(SkippingStep):
     _owner: str | None
     _step_outside_graph: Any
 
-    @staticmethod
-    @abstractmethod
-    def rule_of(group: dict[str, Any]) -> Rule:
-        """The rule that a group's hyper-parameters make. ValueError or TypeError if they do not."""
+    rule_of: Callable[[dict[str, Any]], Rule]
 
     def _init_group(
         self,
         group: dict[str, Any],
         weights: list[Tensor],
         grads: list[Tensor],
-        first: list[Tensor],
-        second: list[Tensor],
+        states: list[Tensor],
         counters: list[Tensor],
         masters: list[Tensor],
     ) -> tuple[str, tuple[tuple[str, Any], ...] | None]:
         """Fill the lists; return the rule as text, and the numbers of the group that are in it, or
-        None where they are of types that torch.compile does not guard.
+        None where they are of types that torch.compile does not guard. States are in one list,
+        parameter by parameter.
 
         The name is torch.compile's: it runs this method instead of tracing it, guards what it read,
         and takes the tensors in the lists for inputs of its graph.
@@ -80,15 +77,14 @@ class TracedStep(SkippingStep):
                     "subclasses: leave optimizer.step() out of the compiled region"
                 )
             params = [group["params"][i] for i in sublist.indices]
-            states = [self.state[p] for p in params]
+            of_params = [self.state[p] for p in params]
             weights += params
             grads += [p.grad for p in params]
-            for filled, name in zip((first, second), rule.states, strict=False):
-                filled += [s[name] for s in states]
+            states += [s[name] for s in of_params for name in rule.states]
             if rule.counter is not None:
-                counters += [s[rule.counter] for s in states]
+                counters += [s[rule.counter] for s in of_params]
             if sublist.kinds.copy is not None:
-                masters += [s["master"] for s in states]
+                masters += [s["master"] for s in of_params]
         options = {name: group[name] for name in self.defaults}
         if isinstance(options["lr"], Tensor):
             del options["lr"]  # which the graph reads
@@ -103,35 +99,31 @@ class TracedStep(SkippingStep):
         for group in self.param_groups:
             weights: list[Tensor] = []
             grads: list[Tensor] = []
-            first: list[Tensor] = []
-            second: list[Tensor] = []
+            states: list[Tensor] = []
             counters: list[Tensor] = []
             masters: list[Tensor] = []
-            rule, numbers = self._init_group(
-                group, weights, grads, first, second, counters, masters
-            )
+            rule, numbers = self._init_group(group, weights, grads, states, counters, masters)
             # torch.compile lets a float that has changed once vary, without another look at what
             # was made of it. Compared with a constant, it is guarded, and traced anew.
             if numbers is None or any(group[name] != value for name, value in numbers):
                 self._step_outside_graph()
                 return
             if len(weights) > 0:
-                gathered.append((group, rule, weights, grads, first, second, counters, masters))
+                gathered.append((group, rule, weights, grads, states, counters, masters))
         if any(group["max_grad_norm"] is not None for group, *_ in gathered):
             norm = torch.ops.fastlars.square_norm(
                 [w for _, _, weights, *_ in gathered for w in weights],
                 [g for _, _, _, grads, *_ in gathered for g in grads],
                 [len(grads) for _, _, _, grads, *_ in gathered],
             )
-        for group, rule, weights, grads, first, second, counters, masters in gathered:
+        for group, rule, weights, grads, states, counters, masters in gathered:
             lr = group["lr"]
             is_tensor = isinstance(lr, Tensor)
             torch.ops.fastlars.step(
                 rule,
                 weights,
                 grads,
-                first,
-                second,
+                states,
                 counters,
                 masters,
                 None if is_tensor else lr,

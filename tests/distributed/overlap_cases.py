@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastlars
+from optimizers import SIMPLE
 from tolerances import assert_same_bits
 
-CLASSES = {"LARS": fastlars.LARS, "LAMB": fastlars.LAMB, "RMSprop": fastlars.RMSpropWarmup}
+CLASSES = {row.kind.__name__: row.kind for row in SIMPLE}
 # As large as makes a bit that differs grow in a few steps.
-RATES = {"LARS": 2.0, "LAMB": 0.02, "RMSprop": 0.1}
+RATES = {**dict.fromkeys(CLASSES, 0.1), "LARS": 2.0, "LAMB": 0.02}
 BATCH = 4  # images of a process
 
 

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import fully_shard
 import fastlars
 from distributed.processes import run
 from distributed.sharded_cases import whole
+from optimizers import SIMPLE
 
 Make = Callable[..., Any]
 LARS = partial(fastlars.LARS, lr=1.0, trust_coefficient=0.1)
@@ -62,7 +63,7 @@ OTHER: dict[str, Make] = {
 }
 # Over processes: torch's own are left out.
 SHARDED = {name: make for name, make in (SAME | OTHER).items() if "torch" not in name}
-MASTERS = {"LARS": LARS, "LAMB": LAMB, "RMSpropWarmup": RMSPROP}
+MASTERS = {row.kind.__name__: row.make for row in SIMPLE}
 STEPS = 4
 
 

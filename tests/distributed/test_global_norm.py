@@ -15,16 +15,11 @@ from torch import Tensor, nn
 
 import fastlars
 from distributed.processes import run
-from optimizers import SIMPLE, Row, parameters, set_gradients, train
+from optimizers import OPTIONS, SIMPLE, Row, parameters, set_gradients, train
 from optimizers import one_thread as one_thread
 from tolerances import assert_same_bits
 
 LIMIT = 0.05
-KINDS: dict[str, dict[str, Any]] = {
-    "LARS": {"lr": 0.5, "trust_coefficient": 0.1, "weight_decay": 0.01},
-    "LAMB": {"lr": 0.02, "weight_decay": 0.01},
-    "RMSpropWarmup": {"lr": 0.1, "center_steps": 1, "period_steps": 2.5},
-}
 each_class = pytest.mark.parametrize("row", SIMPLE, ids=repr)
 
 
@@ -45,7 +40,7 @@ def stages() -> list[tuple[Tensor, Tensor]]:
     rank = dist.get_rank()
     groups = {"group": dist.group.WORLD, "mesh": init_device_mesh("cpu", (2,))}
     for group in groups.values():
-        for name, options in KINDS.items():
+        for name, options in OPTIONS.items():
             kind = getattr(fastlars, name)
             mine = _stage(rank)
             optimizer = kind(mine, max_grad_norm=LIMIT, norm_group=group, **options)
@@ -75,7 +70,7 @@ def zero() -> list[tuple[Tensor, Tensor]]:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     found = []
-    for name, options in KINDS.items():
+    for name, options in OPTIONS.items():
         kind = getattr(fastlars, name)
         spread, whole = parameters()[:4], parameters()[:4]
         sharded = ZeroRedundancyOptimizer(
@@ -104,7 +99,7 @@ def refused_by_zero() -> list[str]:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     messages = []
-    for name, options in KINDS.items():
+    for name, options in OPTIONS.items():
         kind = getattr(fastlars, name)
         with pytest.raises(RuntimeError) as raised:
             ZeroRedundancyOptimizer(
@@ -130,7 +125,7 @@ def plain_into_zero() -> list[tuple[Tensor, Tensor]]:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     found = []
-    for name, options in KINDS.items():
+    for name, options in OPTIONS.items():
         kind = getattr(fastlars, name)
         params, others = parameters()[:4], parameters()[:4]
         plain = kind(params, **options)
@@ -236,7 +231,7 @@ def test_one_process_with_a_group_is_one_without() -> None:
 
 
 def _alone() -> None:
-    for name, options in KINDS.items():
+    for name, options in OPTIONS.items():
         kind = getattr(fastlars, name)
         params, others = parameters(), parameters()
         train(

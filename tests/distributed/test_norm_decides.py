@@ -16,15 +16,10 @@ import fastlars
 from distributed.overlap_cases import Setting, count_early, images, make, train_all
 from distributed.processes import run
 from fastlars.distributed import overlap
+from optimizers import OPTIONS, parameters, set_gradients
 from optimizers import one_thread as one_thread
-from optimizers import parameters, set_gradients
 from tolerances import TOLERANCES
 
-KINDS: dict[str, dict[str, Any]] = {
-    "LARS": {"lr": 0.5, "trust_coefficient": 0.1, "weight_decay": 0.01},
-    "LAMB": {"lr": 0.02, "weight_decay": 0.01},
-    "RMSpropWarmup": {"lr": 0.1, "center_steps": 1, "period_steps": 2.5},
-}
 THRESHOLD = 20.0
 Found = list[tuple[float, float, int, bool]]  # norm, that of torch, steps skipped, same weights
 
@@ -36,7 +31,7 @@ def stages() -> Found:
     """Gradients of the second stage alone are large, in every other step."""
     found = []
     rank = dist.get_rank()
-    for name, options in KINDS.items():
+    for name, options in OPTIONS.items():
         both = [parameters(seed=0)[:4], parameters(seed=1)[:3]]
         mine = both[rank]
         kind = getattr(fastlars, name)
@@ -63,7 +58,7 @@ def check(found: list[Found], kinds: int) -> None:
 
 
 def test_stages_of_a_pipeline_decide_together() -> None:
-    check(run(2, stages), len(KINDS))
+    check(run(2, stages), len(OPTIONS))
 
 
 def scaled_stages() -> list[Any]:
@@ -97,7 +92,7 @@ def zero() -> Found:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     found = []
-    for name, options in KINDS.items():
+    for name, options in OPTIONS.items():
         kind = getattr(fastlars, name)
         params = parameters()[:4]
         with pytest.raises(RuntimeError, match=r"^skip_if under Zero.*or leave skip_if out and"):
@@ -121,7 +116,7 @@ def zero() -> Found:
 
 
 def test_zero_decides_by_the_norm_of_all() -> None:
-    check(run(2, zero), len(KINDS))
+    check(run(2, zero), len(OPTIONS))
 
 
 # Shards.
@@ -131,7 +126,7 @@ def shards(layout: str) -> Found:
     from distributed.sharded_cases import LAYOUTS, backward, whole
 
     found = []
-    for name, options in KINDS.items():
+    for name, options in OPTIONS.items():
         model = LAYOUTS[layout]()
         params: list[Any] = list(model.parameters())
         optimizer = getattr(fastlars, name)(params, skip_if=THRESHOLD, **options)
@@ -151,7 +146,7 @@ def shards(layout: str) -> Found:
 @pytest.mark.xdist_group("sharded")
 @pytest.mark.parametrize("layout", ["fsdp", "hsdp", "tensor parallel", "side by side"])
 def test_shards_decide_alike(layout: str) -> None:
-    check(run(4, shards, layout, timeout=600), len(KINDS))
+    check(run(4, shards, layout, timeout=600), len(OPTIONS))
 
 
 # Overlap.

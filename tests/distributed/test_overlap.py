@@ -29,6 +29,7 @@ from distributed.overlap_cases import (
 )
 from distributed.processes import run
 from fastlars.distributed.buckets import Measured, Started, measured, parts_of
+from optimizers import SIMPLE
 
 ONE, THREE, MANY = 25, 0.25, 0.001  # bucket_cap_mb for the narrow ResNet-18
 needs_torchvision = pytest.mark.skipif(
@@ -114,7 +115,7 @@ def test_three_processes(setting: Setting) -> None:
         Setting(optimizer={"momentum_correction": True, "maximize": True}),
         Setting(optimizer={"momentum": 0.0, "ratio": "combined"}),
         Setting("LAMB", optimizer={"bias_correction": "rate", "state_dtype": BF16}),
-        Setting("RMSprop", optimizer={"center_steps": 2, "period_steps": 3}),
+        *(Setting(row.kind.__name__, optimizer=row.needed) for row in SIMPLE),
         Setting(dtype=BF16, optimizer={"master_weights": True}),
         Setting(dtype=torch.float64),
         Setting(optimizer={"lr": torch.tensor(1.5)}),
@@ -123,7 +124,7 @@ def test_three_processes(setting: Setting) -> None:
         "correction",
         "combined",
         "LAMB bfloat16 states",
-        "RMSprop",
+        *map(repr, SIMPLE),
         "masters",
         "float64",
         "lr tensor",
@@ -159,7 +160,7 @@ def test_norms_of_interleaved_buckets_come_back_in_order() -> None:
         started[-1].take("clip")
     (work,) = measured(optimizer._prepare(), started)
     assert isinstance(work, Measured)
-    assert work.sums[:, 1].tolist() == [2.0 + i for i in range(6)]
+    assert work.sums[:, -1].tolist() == [2.0 + i for i in range(6)]
 
 
 @pytest.mark.parametrize("view", [False, True])

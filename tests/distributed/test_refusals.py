@@ -88,7 +88,7 @@ AT_ONCE: dict[str, tuple[Build, str, str]] = {
     "torch's optimizer": (
         lambda: (m := pair()[0], torch.optim.SGD(m.parameters(), lr=1.0), {}),
         "TypeError",
-        "fastlars optimizer (LARS, LAMB, RMSpropWarmup), got SGD",
+        "overlap needs an optimizer of fastlars, got SGD",
     ),
     "another module's": (lambda: (pair()[0], pair()[1], {}), "ValueError", "none of the DDP"),
     "compression": (lambda: (*pair(), {"compression": "fp8"}), "ValueError", "compression must be"),

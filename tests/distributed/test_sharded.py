@@ -8,21 +8,21 @@ import pytest
 
 import fastlars
 from distributed.processes import run
+from optimizers import SIMPLE
 
 STEPS = 3
 USUAL = {"lr": 0.5, "weight_decay": 0.01, "trust_coefficient": 0.1}
 # name: the class, and options that a step of shards could get wrong
 RECIPES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "LARS": (fastlars.LARS, USUAL),
+    **{row.name: (row.kind, row.options) for row in SIMPLE},
     "LARS combined": (
         fastlars.LARS,
         {**USUAL, "ratio": "combined", "buffer": "gradient", "nesterov": True, "maximize": True},
     ),
     "LARS dampening": (fastlars.LARS, {**USUAL, "dampening": 0.3}),
-    "LAMB": (fastlars.LAMB, {"lr": 0.02, "weight_decay": 0.01, "max_grad_norm": None}),
     "LAMB clipped": (fastlars.LAMB, {"lr": 0.02, "weight_decay": 0.01, "max_grad_norm": 0.05}),
     # Of the three steps the last one is warmed up.
-    "RMSprop warm-up": (
+    "RMSprop warm-up, warmed up": (
         fastlars.RMSpropWarmup,
         {"lr": 0.1, "lr_rmsprop": 1e-2, "center_steps": 0.5, "period_steps": 2.5},
     ),
@@ -88,11 +88,11 @@ def test_a_step_moves_one_small_array_for_each_mesh(
     stepped: list[dict[str, Any]], layout: str
 ) -> None:
     adapted, everything = MOVED[layout]
-    for recipe in RECIPES:
-        arrays = [*everything, *adapted] if recipe == "LAMB clipped" else adapted
-        if recipe == "RMSprop warm-up":
-            arrays = []
-        expected = [(how, (rows, 2)) for how, rows in arrays]
+    for recipe, (kind, options) in RECIPES.items():
+        width = kind.rule.sums
+        norms = everything if "max_grad_norm" in options else []
+        expected: list[tuple[str, tuple[int, ...]]] = [(how, (rows, 1)) for how, rows in norms]
+        expected += [(how, (rows, width)) for how, rows in adapted if width]
         if layout == "sequence parallel":
             # Both gradients of the norm are sums that torch left pending.
             expected = [("all_reduce", (6,)), ("all_reduce", (6,)), *expected]

@@ -12,19 +12,14 @@ from torch import Tensor, nn
 
 import fastlars
 from distributed.processes import run
+from optimizers import OPTIONS, SIMPLE
 from tolerances import assert_close, assert_same_bits
 
 # name: the class, its options, the type of the weights
 RECIPES: dict[str, tuple[Any, dict[str, Any], torch.dtype]] = {
-    "LARS": (fastlars.LARS, {"lr": 0.5, "trust_coefficient": 0.1, "dampening": 0.2}, torch.float32),
-    "LAMB": (fastlars.LAMB, {"lr": 0.02, "weight_decay": 0.01, "phi": (0.1, 10.0)}, torch.float32),
+    **{row.kind.__name__: (row.kind, row.options, row.dtype) for row in SIMPLE},
+    "dampening": (fastlars.LARS, {**OPTIONS["LARS"], "dampening": 0.2}, torch.float32),
     "masters": (fastlars.LAMB, {"lr": 0.02, "master_weights": True}, torch.bfloat16),
-    # Halfway to its center when it is saved.
-    "RMSprop warm-up": (
-        fastlars.RMSpropWarmup,
-        {"lr": 0.1, "lr_rmsprop": 1e-2, "center_steps": 4, "period_steps": 3},
-        torch.float32,
-    ),
 }
 
 

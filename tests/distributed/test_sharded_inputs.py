@@ -41,8 +41,9 @@ def _parameters(shape: tuple[int, ...], *dtypes: torch.dtype) -> list[nn.Paramet
     return params
 
 
-def mixed(kind: Any, lengths: list[int], **options: Any) -> list[str]:
-    """Two types in one group, and so two lists, whose sums travel together."""
+def mixed(kind: Any, widths: list[int], **options: Any) -> list[str]:
+    """Two types in one group, and so two lists, whose sums travel together: one array of each
+    width, of 4 parameters."""
     from distributed.sharded_cases import Pair, set_gradients, split_replicas
 
     pair = Pair(_parameters((2, 2), torch.float32, BF16), kind, **options)
@@ -55,7 +56,7 @@ def mixed(kind: Any, lengths: list[int], **options: Any) -> list[str]:
         moved = pair.step()
         wrong += pair.differences()
     # Of two ranks each, and not of parameters that are whole on every rank.
-    assert moved == [("_allgather_base_", (2 * tensors, 2)) for tensors in lengths], moved
+    assert moved == [("_allgather_base_", (2 * 4, width)) for width in widths], moved
     return wrong + split_replicas(pair.params)
 
 
@@ -127,8 +128,8 @@ def scaled() -> list[Tensor]:
 
 
 def mixed_of_both() -> list[str]:
-    lars = mixed(fastlars.LARS, [4, 4], **USUAL, master_weights=True, max_grad_norm=0.5)
-    return lars + mixed(fastlars.LAMB, [4], lr=0.05, master_weights=True)
+    lars = mixed(fastlars.LARS, [1, 2], **USUAL, master_weights=True, max_grad_norm=0.5)
+    return lars + mixed(fastlars.LAMB, [2], lr=0.05, master_weights=True)
 
 
 def all_steps() -> tuple[list[str], list[str], list[str], list[Tensor]]:

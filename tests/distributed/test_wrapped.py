@@ -17,21 +17,16 @@ import fastlars
 import fastlars.optim.wrapped as wrapped_module
 from distributed.processes import run
 from distributed.wrapped_cases import KINDS, MODELS
+from optimizers import OPTIONS, SIMPLE
 from tolerances import assert_same_bits
 
 STEPS = 3
-LARS: dict[str, Any] = {"lr": 0.5, "weight_decay": 0.01, "trust_coefficient": 0.1}
-LAMB: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.01}
+LARS, LAMB = OPTIONS["LARS"], OPTIONS["LAMB"]
+CLIP = {"max_grad_norm": 0.05}
 # name: the class, its options, the type of the weights
 RECIPES: dict[str, tuple[Any, dict[str, Any], torch.dtype]] = {
-    "LARS": (fastlars.LARS, {**LARS, "max_grad_norm": 0.5}, torch.float32),
-    "LAMB": (fastlars.LAMB, {**LAMB, "max_grad_norm": 0.05}, torch.float32),
+    **{row.kind.__name__: (row.kind, row.options | CLIP, row.dtype) for row in SIMPLE},
     "LAMB masters": (fastlars.LAMB, {**LAMB, "master_weights": True}, torch.bfloat16),
-    "RMSprop warm-up": (
-        fastlars.RMSpropWarmup,
-        {"lr": 0.1, "center_steps": 1, "period_steps": 2.5},
-        torch.float32,
-    ),
 }
 
 
@@ -114,8 +109,7 @@ def train() -> None:
     for kind in KINDS.values():
         for make_optimizer in (
             lambda params: torch.optim.AdamW(params, lr=0.1, fused=True),
-            lambda params: fastlars.LARS(params, **LARS),
-            lambda params: fastlars.LAMB(params, **LAMB),
+            *(row.make for row in SIMPLE),
         ):
             model = fsdp(kind)
             optimizer = make_optimizer(model.parameters())

@@ -11,13 +11,9 @@ from torch import Tensor, nn
 
 import fastlars
 from distributed.processes import run
+from optimizers import OPTIONS
 from tolerances import assert_same_bits
 
-KINDS: dict[str, dict[str, Any]] = {
-    "LARS": {"lr": 0.5, "trust_coefficient": 0.1, "weight_decay": 0.01},
-    "LAMB": {"lr": 0.02, "weight_decay": 0.01},
-    "RMSpropWarmup": {"lr": 0.1, "center_steps": 1, "period_steps": 2.5},
-}
 STEPS = 4
 
 
@@ -41,7 +37,7 @@ def both_ways(name: str) -> tuple[list[Tensor], list[Tensor], list[Tensor], int]
     """Weights without and with ZeRO, weights after a resume in the middle, states held here."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    kind, options = getattr(fastlars, name), KINDS[name]
+    kind, options = getattr(fastlars, name), OPTIONS[name]
     torch.manual_seed(1)
     start = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3, bias=False))
 
@@ -81,13 +77,13 @@ def both_ways(name: str) -> tuple[list[Tensor], list[Tensor], list[Tensor], int]
 
 
 def all_kinds() -> dict[str, Any]:
-    return {name: both_ways(name) for name in KINDS}
+    return {name: both_ways(name) for name in OPTIONS}
 
 
 def test_zero_has_the_bits_of_ordinary_steps() -> None:
     # Four ranks for three parameters: one has nothing to step.
     outcomes = run(4, all_kinds)
-    for name in KINDS:
+    for name in OPTIONS:
         assert sorted(found[name][3] for found in outcomes) == [0, 1, 1, 1], name
         for usual, zero, resumed, _ in (found[name] for found in outcomes):
             for i, weight in enumerate(usual):

@@ -1,0 +1,147 @@
+"""The rules in plain torch: the specification that every other back end is tested against.
+
+A rule's equations are in the module of its name: ``rule.name``. Of one parameter, where w and g are
+the weight and the scaled gradient in the type of the arithmetic, states and counter are stored
+tensors, and lr is the learning rate of the step, the module says
+
+* ``measured(rule, w, g, states, counter)``: the ``rule.sums`` tensors whose norms are taken;
+* ``trust_ratio(rule, lr, *norms)``: the ratio q;
+* ``advance(rule, w, g, states)``: writes the states, where ``rule.measure_writes``;
+* ``update(rule, lr, q, w, g, states, counter)``: the new weight; writes all other states.
+
+Counters are kept here: "step" has counted the present step when any of these is called but
+``trust_ratio``; "last_lr" is the rate of the step before.
+
+This back end serves float64 and strided tensors, and any device that no other back end serves.
+Arithmetic is float32 for float32 and below, float64 for float64; sums of squares are float64
+wherever the device has it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlars.backends.base import Mismatch, Scalars, Tensors
+from fastlars.rules import GradientNorm, Rule
+
+
+@cache
+def equations(name: str) -> ModuleType:
+    """The module with the equations of the rule of that name."""
+    return import_module(f"{__name__}.{name}")
+
+
+def _arithmetic(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _sum_of_squares(x: Tensor) -> float:
+    exact = torch.float32 if x.device.type == "mps" else torch.float64
+    return float(x.to(exact).square().sum())
+
+
+def _stochastically(value: Tensor, seed: int, tensor: int) -> Tensor:
+    """float32 to bfloat16, up with the probability of the bits that are cut off."""
+    generator = torch.Generator("cpu").manual_seed((seed + 0x9E3779B9 * tensor) % 2**63)
+    shape = value.shape
+    random = torch.randint(2**16, shape, generator=generator, dtype=torch.int32, device="cpu")
+    bits = value.view(torch.int32)
+    rounded = ((bits + random.to(value.device)) & -(2**16)).view(torch.float32)
+    return torch.where(value.isfinite(), rounded, value).to(torch.bfloat16)
+
+
+class Reference:
+    """Plain torch, a tensor at a time."""
+
+    name = "reference"
+    reads_device = False
+
+    def layout(self, weights: list[Tensor]) -> list[tuple[torch.Size, torch.device]]:
+        return [(w.shape, w.device) for w in weights]
+
+    def bind(self, tensors: Tensors, layout: list[tuple[torch.Size, torch.device]]) -> Tensors:
+        kinds = tensors.kinds
+        lists: list[tuple[str, list[Tensor], Any]] = [
+            ("weights", tensors.weights, kinds.weight),
+            ("grads", tensors.grads, kinds.grad),
+            *(("states", state, kinds.state) for state in tensors.states),
+        ]
+        if tensors.copies is not None:
+            lists.append(("copies", tensors.copies, kinds.copy))
+        for name, values, dtype in lists:
+            for i, (value, (shape, device)) in enumerate(zip(values, layout, strict=True)):
+                if value.dtype != dtype:
+                    raise Mismatch(name, i, "dtype")
+                if value.shape != shape:
+                    raise Mismatch(name, i, "shape")
+                if value.device != device:
+                    raise Mismatch(name, i, "device")
+        return tensors
+
+    def _each(
+        self, tensors: Tensors, scalars: Scalars
+    ) -> Iterator[tuple[Tensor, Tensor, list[Tensor], Tensor | None]]:
+        """Of each parameter: w, g, states and counter."""
+        dtype = _arithmetic(tensors.kinds.weight)
+        for i, (w, g) in enumerate(zip(tensors.weights, tensors.grads, strict=True)):
+            states = [each[i] for each in tensors.states]
+            counter = None if tensors.counters is None else tensors.counters[i]
+            yield w.to(dtype), scalars.gradient_scale * g.to(dtype), states, counter
+
+    def _advance(
+        self,
+        rule: Rule | GradientNorm,
+        w: Tensor,
+        g: Tensor,
+        states: list[Tensor],
+        counter: Tensor | None,
+    ) -> None:
+        if counter is not None and rule.counter == "step":
+            counter += 1.0
+        if rule.measure_writes:
+            equations(rule.name).advance(rule, w, g, states)
+
+    def measure(self, rule: Rule | GradientNorm, bound: Tensors, scalars: Scalars) -> Tensor:
+        sums = []
+        for each in self._each(bound, scalars):
+            if rule.measure_writes:
+                self._advance(rule, *each)
+            measured = equations(rule.name).measured(rule, *each)
+            sums.append([_sum_of_squares(x) for x in measured])
+        return torch.tensor(sums, dtype=torch.float64, device="cpu").reshape(len(sums), rule.sums)
+
+    def apply(self, rule: Rule, bound: Tensors, scalars: Scalars, sums: Tensor | None) -> Tensor:
+        lr, ratios = scalars.lr, []
+        for i, (w, g, states, counter) in enumerate(self._each(bound, scalars)):
+            q = 1.0
+            if sums is not None and rule.adapt:
+                norms = map(math.sqrt, sums[i].tolist())
+                q = equations(rule.name).trust_ratio(rule, lr, *norms)
+            if sums is None or not rule.measure_writes:
+                self._advance(rule, w, g, states, counter)
+            new = equations(rule.name).update(rule, lr, q, w, g, states, counter)
+            if counter is not None and rule.counter == "last_lr":
+                counter.fill_(lr)
+            self._store(bound, i, new, scalars.seed)
+            ratios.append(q)
+        return torch.tensor(ratios, dtype=torch.float32, device="cpu")
+
+    def _store(self, bound: Tensors, i: int, new: Tensor, seed: int | None) -> None:
+        weight = bound.weights[i]
+        if seed is not None and weight.dtype == torch.bfloat16:
+            new = _stochastically(new, seed, i)
+        weight.copy_(new)
+        if bound.copies is not None:
+            bound.copies[i].copy_(new)
+
+    def step(self, rule: Rule, bound: Tensors, scalars: Scalars) -> Tensor:
+        sums = self.measure(rule, bound, scalars) if rule.adapt else None
+        return self.apply(rule, bound, scalars, sums)
