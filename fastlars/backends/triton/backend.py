@@ -34,9 +34,9 @@ DTYPES = {
 
 
 @lru_cache
-def kernels(rule: type[Rule | GradientNorm]) -> tuple[Any, dict[str, Any]]:
-    """The rule's module, which its name says, and the options to launch its kernels with."""
-    module = import_module(f"{__package__}.{rule.name}")
+def kernels(name: str) -> tuple[Any, dict[str, Any]]:
+    """The module of the rule of that name, and the options to launch its kernels with."""
+    module = import_module(f"{__package__}.{name}")
     return module, {**OPTIONS, **getattr(module, "OPTIONS", {})}
 
 
@@ -121,7 +121,7 @@ class Triton:
 
     def measure(self, rule: Rule | GradientNorm, bound: Bound, now: Scalars) -> Tensor:
         chunks = bound.chunks
-        module, options = kernels(type(rule))
+        module, options = kernels(rule.name)
         found = bound.empty(chunks.tensors, rule.sums, dtype=torch.float64)
         slots = bound.empty(chunks.count, rule.sums, dtype=torch.float64)
         with current(chunks.device):
@@ -153,7 +153,7 @@ class Triton:
             raise ValueError(f"apply needs float64 sums of shape [{chunks.tensors}, {rule.sums}]")
         else:
             sums = sums.contiguous()
-        module, options = kernels(type(rule))
+        module, options = kernels(rule.name)
         ratios = bound.empty(chunks.tensors, dtype=torch.float32)
         with current(chunks.device):
             module.apply[(chunks.count,)](

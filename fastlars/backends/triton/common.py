@@ -36,8 +36,8 @@ def encode(value: float) -> int:
 
 
 @cache
-def _argument_type(rule: type[Rule | GradientNorm], names: tuple[str, ...]) -> Any:
-    return namedtuple(rule.__name__, names)
+def _argument_type(rule: str, names: tuple[str, ...]) -> Any:
+    return namedtuple(rule, names)
 
 
 @lru_cache(maxsize=1024)  # a schedule of momentum or weight decay makes a new rule every step
@@ -52,7 +52,7 @@ def argument(rule: Rule | GradientNorm) -> Any:
         else encode(value)
         for name, value in rule.numbers.items()
     ]
-    return _argument_type(type(rule), tuple(rule.numbers))(*values)
+    return _argument_type(rule.name, tuple(rule.numbers))(*values)
 
 
 class StepScalars(NamedTuple):

@@ -37,7 +37,7 @@ def load_sums(sums: tl.tensor, chunk: Chunk, COUNT: tl.constexpr) -> tl.tuple:
     first = sums + COUNT * chunk.tensor.to(tl.int64)
     values = ()
     for which in tl.static_range(COUNT):
-        values += (tl.load(first + which),)
+        values += (tl.load(first + which),)  # type: ignore[assignment]
     return values
 
 
