@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from backend_cases import BF16, F16, F32, PLAIN, Kinds
+from backend_cases import BF16, F16, F32, PLAIN
 from child import passing, python
 from fastlars.backends import choose, selfcheck
+from fastlars.backends.base import Kinds
 
 triton = pytest.importorskip("triton")
 
@@ -35,7 +36,7 @@ from fastlars.backends.triton.backend import (  # noqa: E402
 )
 from fastlars.backends.triton.common import argument  # noqa: E402
 from fastlars.backends.triton.table import Addresses, Chunks  # noqa: E402
-from fastlars.rules import GradientNorm, LambRule, LarsRule, RmspropWarmupRule, Rule  # noqa: E402
+from fastlars.rules import GradientNorm, LambRule, LarsRule, RmspropWarmupRule  # noqa: E402
 
 BLOCK = memory.BLOCK.value
 SM_90, GFX942 = GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)
@@ -169,7 +170,7 @@ def _compile(kernel: Any, target: Any, options: dict[str, Any] = OPTIONS, **argu
 LARS = LarsRule(nesterov=True, trust_clip=True)
 RMSPROP = RmspropWarmupRule(center_steps=100.0, period_steps=50.0)
 # rule, its kernel, arrays read, arrays written
-KERNELS: dict[str, tuple[Rule | GradientNorm, str, int, int]] = {
+KERNELS: dict[str, tuple[Any, str, int, int]] = {
     "gradient norm": (GradientNorm(), "measure", 1, 0),
     "LARS measure": (LARS, "measure", 2, 0),
     "LARS apply": (LARS, "apply", 3, 2),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from backend_cases import BF16, DEFAULTS, F16, F32, F64, Kinds
+from backend_cases import BF16, DEFAULTS, F16, F32, F64
 from device_bits import Bits
 from device_cases import DEVICES, Twin, marks
 from device_streams import Streams
@@ -20,6 +20,7 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
+from fastlars.backends.base import Kinds  # noqa: E402
 from fastlars.backends.triton import sums  # noqa: E402
 from fastlars.backends.triton.backend import LANES  # noqa: E402
 from fastlars.backends.triton.common import step_scalars  # noqa: E402

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from backend_cases import BF16, F32, PLAIN, ROWS, Kinds, Run
-from fastlars.backends.base import OnDevice, Scalars
+from backend_cases import BF16, F32, PLAIN, ROWS, Run
+from fastlars.backends.base import Kinds, OnDevice, Scalars
 from fastlars.rules import GradientNorm, Rule
 from problems import ORDINARY
 
