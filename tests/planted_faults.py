@@ -64,9 +64,9 @@ FAULTS = {
     ),
     "triton": Fault(
         "the clip of the trust ratio divides by a learning rate of 0",
-        "fastlars/backends/triton/rules.py",
-        "clipped = tl.where(positive, q / tl.where(positive, now.lr, double(1.0)), double(1.0))",
-        "clipped = q / now.lr",
+        "fastlars/backends/triton/lars.py",
+        "q / tl.where(positive, scalars.lr, double(1.0)), double(1.0))",
+        "q / scalars.lr, q / scalars.lr)",
     ),
     "trust": Fault(
         "a norm that is no number passes the guard against zeros",

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from backend_cases import BF16, DEFAULTS, F16, F32, F64, Kinds
+from backend_cases import BF16, DEFAULTS, F16, F32, F64
 from device_bits import Bits
 from device_cases import DEVICES, Twin, marks
 from device_streams import Streams
@@ -20,10 +20,11 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
+from fastlars.backends.base import Kinds  # noqa: E402
 from fastlars.backends.triton import sums  # noqa: E402
 from fastlars.backends.triton.backend import LANES  # noqa: E402
-from fastlars.backends.triton.memory import locate, scalars  # noqa: E402
-from fastlars.backends.triton.table import BLOCK  # noqa: E402
+from fastlars.backends.triton.common import step_scalars  # noqa: E402
+from fastlars.backends.triton.memory import BLOCK, locate  # noqa: E402
 
 DEVICE = DEVICES["triton"]
 pytestmark = marks("triton")
@@ -37,27 +38,29 @@ class TestStreams(Streams):
     backend = "triton"
 
 
-def test_sums_of_many_chunks() -> None:
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_sums_of_many_chunks(count: int) -> None:
     counts = (1, 300, 0, 128, 129)
     first = torch.tensor([0, *counts]).cumsum(0).to(DEVICE, torch.int32)
-    slots = torch.rand(sum(counts), 2, dtype=F64, generator=torch.Generator().manual_seed(0))
-    found = torch.empty(len(counts), 2, dtype=F64, device=DEVICE)
+    slots = torch.rand(sum(counts), count, dtype=F64, generator=torch.Generator().manual_seed(0))
+    found = torch.empty(len(counts), count, dtype=F64, device=DEVICE)
+    options = {"COUNT": count, "ADVANCES": False, "COUNTS_STEPS": False, "LANES": LANES}
     kernel: Any = sums.total
-    kernel[(len(counts),)](None, first, slots.to(DEVICE), found, None, COUNTS=False, LANES=LANES)
+    kernel[(len(counts), count)](None, first, slots.to(DEVICE), found, None, 0.0, **options)
     expected = torch.stack([part.sum(0) for part in slots.split(counts)])
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-14, atol=0.0)
 
 
 @triton.jit
-def _whole(table, numel, chunks, out, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-    chunk = locate(table, numel, chunks, scalars(None, 1.0, 1.0), BLOCK)
+def _whole(table, numel, chunks, out):  # type: ignore[no-untyped-def]
+    chunk = locate(table, numel, chunks, step_scalars(None, 1.0, 1.0))
     tl.store(out + tl.program_id(0), chunk.whole.to(tl.int32))
 
 
 @pytest.mark.parametrize("name", ["weights", "grads", 0, 1, "copies"])
 def test_wide_accesses_need_16_byte_boundaries(name: str | int) -> None:
     def entries(layout: str) -> Problem:
-        value = torch.ones(2 * BLOCK + 1)
+        value = torch.ones(2 * BLOCK.value + 1)
         return Problem(layout, lambda _: [Entry(value, (value,), layout)])
 
     kinds = Kinds(F32, BF16, F32, copy=F16)
@@ -74,6 +77,6 @@ def test_wide_accesses_need_16_byte_boundaries(name: str | int) -> None:
         bound = twin.bind()
         out = torch.zeros(bound.chunks.count, dtype=torch.int32, device=DEVICE)
         chunks = bound.chunks
-        _whole[(chunks.count,)](bound.table, chunks.numel, chunks.chunk, out, BLOCK=BLOCK)
+        _whole[(chunks.count,)](bound.table, chunks.numel, chunks.chunk, out)
         found.append(out.tolist())
     assert found == [[1, 1, 0], [0, 0, 0]]

@@ -5,22 +5,27 @@ The interpreter lets pass what the runtime refuses, and compiles nothing. Needs 
 
 from __future__ import annotations
 
-from itertools import count
+import math
+import struct
+from dataclasses import fields, replace
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from backend_cases import BF16, F32, PLAIN, ROWS, Kinds, Run
-from fastlars.backends.base import OnDevice, Scalars
-from fastlars.rules import GradientNorm
+from backend_cases import BF16, F32, PLAIN, ROWS, Run
+from fastlars.backends.base import Kinds, OnDevice, Scalars
+from fastlars.rules import GradientNorm, Rule
 from problems import ORDINARY
 
 triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
+
+from fastlars.backends.triton.common import NUMBER_OFFSET, encode  # noqa: E402
 
 NAMES = (
     "LARS momentum correction",
@@ -74,27 +79,76 @@ def _on_device(rate: float, seed: int | None) -> Scalars:
     return Scalars(0.0, 1.0, seed, OnDevice(torch.tensor(rate, dtype=torch.float64)))
 
 
-@pytest.mark.parametrize("kinds", [PLAIN, Kinds(BF16, F32, F32)], ids=["plain", "stochastic"])
-@pytest.mark.parametrize("name", NAMES)
-def test_rates_and_seeds_compile_nothing_anew(name: str, kinds: Kinds, notes: Notes) -> None:
+def _launches(notes: Notes, run: Run, rule: Rule, scalars: Scalars) -> tuple[int, int]:
+    """Kernels loaded and launched in one step, and for one global norm."""
+    before = len(notes.loaded), len(notes.launched)
+    bound = run.bind()
+    run.backend.measure(GradientNorm(), bound, scalars)
+    run.backend.step(rule, bound, scalars)
+    return len(notes.loaded) - before[0], len(notes.launched) - before[1]
+
+
+def _run(name: str, kinds: Kinds = PLAIN) -> tuple[Run, Rule]:
     (row,) = (row for row in ROWS if row.name == name)
     run = Run("triton", row, kinds, ORDINARY)
     run.take_gradients(0)
+    return run, row.rule
+
+
+@pytest.mark.parametrize("kinds", [PLAIN, Kinds(BF16, F32, F32)], ids=["plain", "stochastic"])
+@pytest.mark.parametrize("name", NAMES)
+def test_rates_and_seeds_compile_nothing_anew(name: str, kinds: Kinds, notes: Notes) -> None:
+    run, rule = _run(name, kinds)
     seeds = SEEDS if kinds.weight == BF16 else (None,) * 3
     pairs = list(zip(RATES, seeds, strict=True))
     for numbers in (
         [Scalars(rate, 1.0, seed) for rate, seed in pairs],
         [_on_device(rate, seed) for rate, seed in pairs],
     ):
-        loaded, launched = [], []
-        for now in numbers:
-            before = len(notes.loaded), len(notes.launched)
-            bound = run.bind()
-            run.backend.measure(GradientNorm(), bound, now)
-            run.backend.step(row.rule, bound, now)
-            loaded.append(len(notes.loaded) - before[0])
-            launched.append(len(notes.launched) - before[1])
+        loaded, launched = zip(*(_launches(notes, run, rule, x) for x in numbers), strict=True)
         assert loaded[0] > 0
-        assert loaded[1:] == [0, 0]
-        assert launched[0] > 3 - (not row.rule.adapt)
+        assert loaded[1:] == (0, 0)
+        assert launched[0] > 3 - (not rule.adapt)
         assert len(set(launched)) == 1
+
+
+# In a tuple, Triton compiles anew for integers that are 1, multiples of 16, or fit 32 bits; powers
+# of two are floats whose last bits are 0.
+VALUES = (0.0, -0.0, 5e-324, 2.0**-1022, 0.1, 0.5, 0.999, 1.0, 16.0, 1e308, math.inf)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hyper_parameters_compile_nothing_anew(name: str, notes: Notes) -> None:
+    run, rule = _run(name)
+    _launches(notes, run, rule, Scalars(0.1))
+    tried = 0
+    for field, value in product(fields(rule), VALUES):
+        if field.metadata and not field.metadata["off"]:
+            try:
+                changed = replace(rule, **{field.name: value})
+            except ValueError:  # out of its range
+                continue
+            assert _launches(notes, run, changed, Scalars(0.1))[0] == 0, (field.name, value)
+            tried += 1
+    assert tried > 10
+
+
+def test_options_compile_anew(notes: Notes) -> None:
+    run, rule = _run("LAMB of the paper")
+    assert _launches(notes, run, rule, Scalars(0.1))[0] > 0
+    changed = replace(rule, decay="decoupled")
+    assert _launches(notes, run, changed, Scalars(0.1))[0] == 2  # measure and apply
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_numbers_are_encoded_as_odd_64_bit_integers(value: float) -> None:
+    encoded = encode(value)
+    assert encoded % 2 == 1
+    assert 2**51 < abs(encoded) < 2**63
+    bits = ((encoded - NUMBER_OFFSET.value) % 2**64) >> 1
+    assert struct.unpack("<d", struct.pack("<Q", bits)) == (value,)
+
+
+def test_numbers_below_zero_are_refused() -> None:
+    with pytest.raises(OverflowError):
+        encode(-1.0)

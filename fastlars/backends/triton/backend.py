@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -11,58 +13,55 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from fastlars.backends import cpu
-from fastlars.backends.base import Scalars, Tensors
-from fastlars.backends.sending import Sender, is_capturing
-from fastlars.backends.triton import lamb, lars, rmsprop_warmup, sums
-from fastlars.backends.triton.launch import LARGE_OPTIONS, OPTIONS, SMALL_OPTIONS, current
-from fastlars.backends.triton.table import BLOCK, Addresses, Chunks
-from fastlars.rules import GradientNorm, LambRule, LarsRule, RmspropWarmupRule, Rule
+from fastlars.backends.base import Kinds, Scalars, Tensors
+from fastlars.backends.sending import Sender, current, is_capturing
+from fastlars.backends.triton import sums
+from fastlars.backends.triton.common import argument
+from fastlars.backends.triton.memory import Types
+from fastlars.backends.triton.table import Addresses, Chunks
+from fastlars.rules import GradientNorm, Rule
 
 LANES = 128
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-NUMBERS: dict[type[Rule], tuple[str, ...]] = {
-    LarsRule: ("momentum", "dampening", "weight_decay", "trust_coefficient", "eps"),
-    LambRule: ("beta1", "beta2", "eps", "weight_decay", "lower", "upper", "ratio_eps"),
-    RmspropWarmupRule: (
-        *("momentum", "weight_decay", "square_decay", "eps", "lr_rmsprop"),
-        *("center_steps", "rise", "below", "shrink"),
-    ),
+# Fused multiply-adds round once where other back ends round twice.
+OPTIONS: dict[str, Any] = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
+# For the kernels over tensors rather than elements.
+SMALL_OPTIONS: dict[str, Any] = {**OPTIONS, "num_warps": 1}
+DTYPES = {
+    torch.float32: tl.constexpr(tl.float32),
+    torch.bfloat16: tl.constexpr(tl.bfloat16),
+    torch.float16: tl.constexpr(tl.float16),
 }
 
 
-def numbers(rule: Rule) -> dict[str, float]:
-    """The rule's numbers, by the names of the kernels' parameters."""
-    return {name: float(getattr(rule, name)) for name in NUMBERS[type(rule)]}
+@lru_cache
+def kernels(name: str) -> tuple[Any, dict[str, Any]]:
+    """The module of the rule of that name, and the options to launch its kernels with."""
+    module = import_module(f"{__package__}.{name}")
+    return module, {**OPTIONS, **getattr(module, "OPTIONS", {})}
 
 
-def choices(rule: Rule) -> dict[str, Any]:
-    """The rule's options, for each of which kernels are compiled anew."""
-    if isinstance(rule, LarsRule):
-        return {
-            "BUFFER": rule.BUFFERS.index(rule.buffer),
-            "COMBINED": rule.ratio == "combined",
-            "NESTEROV": rule.nesterov,
-            "CORRECTS": rule.momentum_correction,
-            "TRUST_CLIP": rule.trust_clip,
-        }
-    if isinstance(rule, LambRule):
-        return {
-            "DECAY": rule.DECAYS.index(rule.decay),
-            "CORRECTION": rule.CORRECTIONS.index(rule.bias_correction),
-            "AVERAGING": rule.grad_averaging,
-            "TRUST_CLIP": rule.trust_clip,
-        }
-    return {}
+@lru_cache
+def types_of(kinds: Kinds, has_states: bool, rounds: bool) -> Types:
+    """The types as one argument of a kernel. ``rounds``: a seed of stochastic rounding is given."""
+    return Types(
+        weight=DTYPES[kinds.weight],
+        grad=DTYPES[kinds.grad],
+        state=DTYPES[kinds.state] if has_states else None,
+        copy=None if kinds.copy is None else DTYPES[kinds.copy],
+        stochastic_rounding=tl.constexpr(
+            rounds and kinds.weight == torch.bfloat16 and kinds.copy is None
+        ),
+    )
 
 
 def interprets() -> bool:
-    """Whether kernels run in Triton's interpreter, which serves CPU tensors too, slowly."""
+    """Whether kernels run in Triton's interpreter, which also serves CPU tensors, slowly."""
     return isinstance(sums.total, InterpretedFunction)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What weights of given shapes need for every step; it outlives the tensors of the day."""
+    """What weights of given shapes need for every step."""
 
     checked: Any  # fastlars._C.Layout
     sender: Sender
@@ -80,6 +79,19 @@ class Bound:
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.chunks.device)
+
+    def arguments(self, rule: Rule | GradientNorm, now: Scalars, rounds: bool) -> dict[str, Any]:
+        """What ``measure`` and ``apply`` of every rule take."""
+        return {
+            "table": self.table,
+            "numel": self.chunks.numel,
+            "chunks": self.chunks.chunk,
+            "device_scalars": now.doubles,
+            "lr": now.lr,
+            "gradient_scale": now.gradient_scale,
+            "rule": argument(rule),
+            "types": types_of(self.tensors.kinds, bool(self.tensors.states), rounds),
+        }
 
 
 class Triton:
@@ -108,84 +120,50 @@ class Triton:
         return Bound(layout.chunks, layout.addresses.table(checked.native), tensors)
 
     def measure(self, rule: Rule | GradientNorm, bound: Bound, now: Scalars) -> Tensor:
-        chunks, kinds = bound.chunks, bound.tensors.kinds
-        found = bound.empty(chunks.tensors, 2, dtype=torch.float64)
-        slots = bound.empty(chunks.count, 2, dtype=torch.float64)
-        arguments: dict[str, Any] = {
-            "table": bound.table,
-            "numel": chunks.numel,
-            "chunks": chunks.chunk,
-            "slots": slots,
-            "numbers": now.doubles,
-            "lr": now.lr,
-            "gradient_scale": now.gradient_scale,
-            "GRADS": TYPES[kinds.grad],
-            "BLOCK": BLOCK,
-        }
-        grid = (chunks.count,)
+        chunks = bound.chunks
+        module, options = kernels(rule.name)
+        found = bound.empty(chunks.tensors, rule.sums, dtype=torch.float64)
+        slots = bound.empty(chunks.count, rule.sums, dtype=torch.float64)
         with current(chunks.device):
-            if isinstance(rule, GradientNorm):
-                sums.measure_gradient[grid](**arguments, **OPTIONS)
-            else:
-                arguments |= {"WEIGHTS": TYPES[kinds.weight], **numbers(rule), **choices(rule)}
-                if isinstance(rule, LarsRule):
-                    lars.measure[grid](**arguments, **OPTIONS)
-                else:
-                    lamb.measure[grid](**arguments, STATES=TYPES[kinds.state], **OPTIONS)
-            sums.total[(chunks.tensors,)](
+            module.measure[(chunks.count,)](
+                **bound.arguments(rule, now, rounds=False), slots=slots, **options
+            )
+            sums.total[(chunks.tensors, rule.sums)](
                 bound.table,
                 chunks.first,
                 slots,
                 found,
                 now.doubles,
-                COUNTS=isinstance(rule, LambRule),
+                now.lr,
+                COUNT=rule.sums,
+                ADVANCES=rule.measure_writes,
+                COUNTS_STEPS=rule.COUNTER == "step",
                 LANES=LANES,
                 **SMALL_OPTIONS,
             )
         return found
 
     def apply(self, rule: Rule, bound: Bound, now: Scalars, sums: Tensor | None) -> Tensor:
-        chunks, tensors = bound.chunks, bound.tensors
-        kinds = tensors.kinds
+        chunks = bound.chunks
         if not rule.adapt:
             sums = None
-        elif sums is None or sums.shape != (chunks.tensors, 2) or sums.dtype != torch.float64:
-            raise ValueError(f"apply needs float64 sums of shape [{chunks.tensors}, 2]")
+        elif (
+            sums is None or sums.shape != (chunks.tensors, rule.sums) or sums.dtype != torch.float64
+        ):
+            raise ValueError(f"apply needs float64 sums of shape [{chunks.tensors}, {rule.sums}]")
         else:
             sums = sums.contiguous()
+        module, options = kernels(rule.name)
         ratios = bound.empty(chunks.tensors, dtype=torch.float32)
-        copies = TYPES[kinds.copy] if kinds.copy is not None else None
-        rounds = now.seed is not None and kinds.weight == torch.bfloat16 and copies is None
-        arguments: dict[str, Any] = {
-            "table": bound.table,
-            "numel": chunks.numel,
-            "chunks": chunks.chunk,
-            "ratios": ratios,
-            "numbers": now.doubles,
-            "lr": now.lr,
-            "gradient_scale": now.gradient_scale,
-            "seed": now.seed or 0,
-            **numbers(rule),
-            **choices(rule),
-            "WEIGHTS": TYPES[kinds.weight],
-            "GRADS": TYPES[kinds.grad],
-            "STATES": TYPES[kinds.state] if tensors.states else None,
-            "COPIES": copies,
-            "STOCHASTIC": rounds,
-            "BLOCK": BLOCK,
-        }
-        grid = (chunks.count,)
         with current(chunks.device):
-            if isinstance(rule, LarsRule):
-                counts = tensors.counters is not None
-                lars.apply[grid](**arguments, sums=sums, COUNTS=counts, **OPTIONS)
-            elif isinstance(rule, LambRule):
-                counts = sums is None
-                lamb.apply[grid](**arguments, sums=sums, **OPTIONS)
-            else:
-                counts = True
-                rmsprop_warmup.apply[grid](**arguments, **LARGE_OPTIONS)
-            if counts:
+            module.apply[(chunks.count,)](
+                **bound.arguments(rule, now, rounds=now.seed is not None),
+                sums=sums,
+                ratios=ratios,
+                seed=now.seed or 0,
+                **options,
+            )
+            if rule.counter is not None and not (rule.measure_writes and rule.adapt):
                 _advance(rule, bound, now)
         return ratios
 
@@ -201,7 +179,7 @@ def _advance(rule: Rule, bound: Bound, now: Scalars) -> None:
         tensors,
         now.doubles,
         now.lr,
-        REMEMBERS=isinstance(rule, LarsRule),
+        COUNTS_STEPS=rule.COUNTER == "step",
         LANES=LANES,
         **SMALL_OPTIONS,
     )

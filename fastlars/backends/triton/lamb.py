@@ -1,104 +1,191 @@
-"""LAMB over one chunk a program."""
+"""LAMB: csrc/rules/lamb.h line by line, and its kernels, with one chunk a program."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
+from fastlars.backends.triton.common import (
+    StepScalars,
+    coefficient,
+    double,
+    guarded_ratio,
+    number,
+    power,
+    step_scalars,
+)
 from fastlars.backends.triton.memory import (
-    COUNTER,
+    BLOCK,
     GRAD,
     STATE,
-    STATE2,
     WEIGHT,
     Chunk,
+    Types,
     address,
+    load_counter,
     locate,
     read,
-    scalars,
+    store_ratio,
     stored,
     write,
     write_weight,
 )
-from fastlars.backends.triton.rules import (
-    LambCoefficients,
-    LambRule,
-    double,
-    lamb_coefficients,
-    lamb_direction,
-    lamb_moments,
-    lamb_trust_ratio,
-    lamb_update,
-)
-from fastlars.backends.triton.sums import put_sums
+from fastlars.backends.triton.sums import load_sums, store_sums
+
+
+class LambCoefficients(NamedTuple):
+    """float32, one each per tensor."""
+
+    gradient_scale: tl.tensor
+    gradient_decay: tl.tensor
+    beta1: tl.tensor
+    gradient_weight: tl.tensor
+    beta2: tl.tensor
+    square_weight: tl.tensor
+    correction1: tl.tensor
+    correction2: tl.tensor
+    eps: tl.tensor
+    update_decay: tl.tensor
+    shrink: tl.tensor  # 1 - lr wd where the decay is decoupled, else 1
+    rate: tl.tensor  # lr q
 
 
 @triton.jit
-def _advance(
-    table: tl.tensor,
-    chunk: Chunk,
-    c: LambCoefficients,
-    w: tl.tensor,
-    GRADS: tl.constexpr,
-    STATES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    W: tl.constexpr,
+def shrink_of(rule: tl.tuple, scalars: StepScalars) -> tl.tensor:
+    shrink = double(1.0)
+    if rule.decay == "decoupled":
+        shrink = 1.0 - scalars.lr * number(rule.weight_decay)
+    return shrink
+
+
+@triton.jit
+def trust_ratio(
+    rule: tl.tuple, scalars: StepScalars, weight: tl.tensor, update: tl.tensor
 ) -> tl.tensor:
-    """The direction, from the moments as they are stored, because that is what apply reads."""
-    base1 = address(table, chunk.tensor, STATE)
-    base2 = address(table, chunk.tensor, STATE2)
-    g = read(address(table, chunk.tensor, GRAD), chunk, GRADS, BLOCK, W)
-    m = read(base1, chunk, STATES, BLOCK, W)
-    v = read(base2, chunk, STATES, BLOCK, W)
-    m, v = lamb_moments(c, w, g, m, v)
-    write(base1, chunk, m, STATES, BLOCK, W)
-    write(base2, chunk, v, STATES, BLOCK, W)
-    return lamb_direction(c, w, stored(m, STATES), stored(v, STATES))
+    """phi(|w|) / (|u| + eps), phi(z) = min(max(z, lower), upper)."""
+    shrink = shrink_of(rule, scalars)
+    weight = weight * shrink * shrink
+    weight_norm = tl.sqrt(weight)
+    lower, upper = number(rule.lower), number(rule.upper)
+    raised = tl.where(weight_norm < lower, lower, weight_norm)
+    phi = tl.where(raised > upper, upper, raised)
+    q = guarded_ratio(weight, update, phi, tl.sqrt(update) + number(rule.ratio_eps))
+    if rule.trust_clip:
+        q = tl.where(q > 1.0, double(1.0), q)
+    return q
+
+
+@triton.jit
+def coefficients(
+    rule: tl.tuple, scalars: StepScalars, step: tl.tensor, ratio: tl.tensor
+) -> LambCoefficients:
+    """``step`` counts from 1."""
+    beta1, beta2 = number(rule.beta1), number(rule.beta2)
+    weight_decay = number(rule.weight_decay)
+    lr = scalars.lr
+    correction1 = double(1.0)
+    correction2 = double(1.0)
+    if rule.bias_correction == "moments":
+        correction1 = 1.0 / (1.0 - power(beta1, step))
+        correction2 = 1.0 / (1.0 - power(beta2, step))
+    elif rule.bias_correction == "rate":
+        lr = lr / (1.0 - power(beta1, step))
+    gradient_decay = double(0.0)
+    update_decay = double(0.0)
+    if rule.decay == "gradient":
+        gradient_decay = weight_decay
+    elif rule.decay == "update":
+        update_decay = weight_decay
+    gradient_weight = double(1.0)
+    if rule.grad_averaging:
+        gradient_weight = 1.0 - beta1
+    return LambCoefficients(
+        gradient_scale=scalars.gradient_scale.to(tl.float32),
+        gradient_decay=gradient_decay.to(tl.float32),
+        beta1=beta1.to(tl.float32),
+        gradient_weight=gradient_weight.to(tl.float32),
+        beta2=beta2.to(tl.float32),
+        square_weight=(1.0 - beta2).to(tl.float32),
+        correction1=correction1.to(tl.float32),
+        correction2=correction2.to(tl.float32),
+        eps=number(rule.eps).to(tl.float32),
+        update_decay=update_decay.to(tl.float32),
+        shrink=shrink_of(rule, scalars).to(tl.float32),
+        rate=coefficient(lr * ratio),
+    )
+
+
+@triton.jit
+def moments(
+    c: LambCoefficients, w: tl.tensor, g: tl.tensor, m: tl.tensor, v: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    # Not + 0 w: an infinite weight would make NaN of moments that it has no part in.
+    scaled = c.gradient_scale * g
+    d = tl.where(c.gradient_decay != 0.0, scaled + c.gradient_decay * w, scaled)
+    m = c.beta1 * m + c.gradient_weight * d
+    v = c.beta2 * v + c.square_weight * (d * d)
+    return m, v
+
+
+@triton.jit
+def direction(c: LambCoefficients, w: tl.tensor, m: tl.tensor, v: tl.tensor) -> tl.tensor:
+    """u, whose norm the ratio divides by."""
+    r = tl.div_rn(c.correction1 * m, tl.sqrt_rn(c.correction2 * v) + c.eps)
+    return tl.where(c.update_decay != 0.0, r + c.update_decay * w, r)
+
+
+@triton.jit
+def updated(c: LambCoefficients, w: tl.tensor, u: tl.tensor) -> tl.tensor:
+    return c.shrink * w - c.rate * u
+
+
+@triton.jit
+def _advance_moments(
+    chunk: Chunk, c: LambCoefficients, w: tl.tensor, types: Types, ALIGNED: tl.constexpr
+) -> tl.tensor:
+    """Returns the direction, from the moments as they are stored: that is what apply reads."""
+    base1 = address(chunk, STATE)
+    base2 = address(chunk, STATE + 1)
+    g = read(address(chunk, GRAD), chunk, types.grad, ALIGNED)
+    m = read(base1, chunk, types.state, ALIGNED)
+    v = read(base2, chunk, types.state, ALIGNED)
+    m, v = moments(c, w, g, m, v)
+    write(base1, chunk, m, types.state, ALIGNED)
+    write(base2, chunk, v, types.state, ALIGNED)
+    return direction(c, w, stored(m, types.state), stored(v, types.state))
 
 
 @triton.jit
 def _measure(
-    table: tl.tensor,
-    chunk: Chunk,
-    slots: tl.tensor,
-    c: LambCoefficients,
-    WEIGHTS: tl.constexpr,
-    GRADS: tl.constexpr,
-    STATES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    W: tl.constexpr,
+    chunk: Chunk, slots: tl.tensor, c: LambCoefficients, types: Types, ALIGNED: tl.constexpr
 ) -> None:
-    w = read(address(table, chunk.tensor, WEIGHT), chunk, WEIGHTS, BLOCK, W)
-    u = _advance(table, chunk, c, w, GRADS, STATES, BLOCK, W)
-    if not W:
-        # Zeros lie behind the end, and their direction of 0 / (0 + eps) is NaN for an eps of 0.
+    w = read(address(chunk, WEIGHT), chunk, types.weight, ALIGNED)
+    u = _advance_moments(chunk, c, w, types, ALIGNED)
+    if not ALIGNED:
+        # After the end all are zeros, whose direction of 0 / (0 + eps) is NaN for an eps of 0.
         u = tl.where(tl.arange(0, BLOCK) < chunk.size, u, 0.0)
-    put_sums(slots, w, u)
+    store_sums(slots, (w, u))
 
 
 @triton.jit
 def _apply(
-    table: tl.tensor,
     chunk: Chunk,
-    c: LambCoefficients,
     seed: tl.tensor,
-    MEASURED: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    GRADS: tl.constexpr,
-    STATES: tl.constexpr,
-    COPIES: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    BLOCK: tl.constexpr,
-    W: tl.constexpr,
+    rule: tl.tuple,
+    c: LambCoefficients,
+    types: Types,
+    ALIGNED: tl.constexpr,
 ) -> None:
-    w = read(address(table, chunk.tensor, WEIGHT), chunk, WEIGHTS, BLOCK, W)
-    if MEASURED:
-        m = read(address(table, chunk.tensor, STATE), chunk, STATES, BLOCK, W)
-        v = read(address(table, chunk.tensor, STATE2), chunk, STATES, BLOCK, W)
-        u = lamb_direction(c, w, m, v)
+    w = read(address(chunk, WEIGHT), chunk, types.weight, ALIGNED)
+    if rule.adapt:
+        m = read(address(chunk, STATE), chunk, types.state, ALIGNED)
+        v = read(address(chunk, STATE + 1), chunk, types.state, ALIGNED)
+        u = direction(c, w, m, v)
     else:
-        u = _advance(table, chunk, c, w, GRADS, STATES, BLOCK, W)
-    write_weight(table, chunk, lamb_update(c, w, u), seed, WEIGHTS, COPIES, STOCHASTIC, BLOCK, W)
+        u = _advance_moments(chunk, c, w, types, ALIGNED)
+    write_weight(chunk, updated(c, w, u), seed, types, ALIGNED)
 
 
 @triton.jit
@@ -107,38 +194,20 @@ def measure(
     numel: tl.tensor,
     chunks: tl.tensor,
     slots: tl.tensor,
-    numbers: tl.tensor,
+    device_scalars: tl.tensor,
     lr: tl.float64,
     gradient_scale: tl.float64,
-    beta1: tl.float64,
-    beta2: tl.float64,
-    eps: tl.float64,
-    weight_decay: tl.float64,
-    lower: tl.float64,
-    upper: tl.float64,
-    ratio_eps: tl.float64,
-    DECAY: tl.constexpr,
-    CORRECTION: tl.constexpr,
-    AVERAGING: tl.constexpr,
-    TRUST_CLIP: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    GRADS: tl.constexpr,
-    STATES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    rule: tl.tuple,
+    types: Types,
 ) -> None:
-    """Advances the moments; a slot per chunk: the sums of squares of w and of u."""
-    now = scalars(numbers, lr, gradient_scale)
-    chunk = locate(table, numel, chunks, now, BLOCK)
-    rule = LambRule(
-        double(beta1), double(beta2), double(eps), double(weight_decay), double(lower),
-        double(upper), double(ratio_eps), DECAY, CORRECTION, AVERAGING, TRUST_CLIP,
-    )  # fmt: skip
-    step = tl.load(address(table, chunk.tensor, COUNTER).to(tl.pointer_type(tl.float32))) + 1.0
-    c = lamb_coefficients(rule, now, step, double(1.0))
+    """Advances the moments; the sums of squares of w and of u."""
+    scalars = step_scalars(device_scalars, lr, gradient_scale)
+    chunk = locate(table, numel, chunks, scalars)
+    c = coefficients(rule, scalars, load_counter(chunk) + 1.0, double(1.0))
     if chunk.whole:
-        _measure(table, chunk, slots, c, WEIGHTS, GRADS, STATES, BLOCK, True)
+        _measure(chunk, slots, c, types, True)
     else:
-        _measure(table, chunk, slots, c, WEIGHTS, GRADS, STATES, BLOCK, False)
+        _measure(chunk, slots, c, types, False)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -148,53 +217,26 @@ def apply(
     chunks: tl.tensor,
     sums: tl.tensor,
     ratios: tl.tensor,
-    numbers: tl.tensor,
+    device_scalars: tl.tensor,
     lr: tl.float64,
     gradient_scale: tl.float64,
     seed: tl.int64,
-    beta1: tl.float64,
-    beta2: tl.float64,
-    eps: tl.float64,
-    weight_decay: tl.float64,
-    lower: tl.float64,
-    upper: tl.float64,
-    ratio_eps: tl.float64,
-    DECAY: tl.constexpr,
-    CORRECTION: tl.constexpr,
-    AVERAGING: tl.constexpr,
-    TRUST_CLIP: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    GRADS: tl.constexpr,
-    STATES: tl.constexpr,
-    COPIES: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    BLOCK: tl.constexpr,
+    rule: tl.tuple,
+    types: Types,
 ) -> None:
-    """Weights of one chunk; without sums its moments too. First chunks report the ratios."""
-    now = scalars(numbers, lr, gradient_scale)
-    chunk = locate(table, numel, chunks, now, BLOCK)
-    rule = LambRule(
-        double(beta1), double(beta2), double(eps), double(weight_decay), double(lower),
-        double(upper), double(ratio_eps), DECAY, CORRECTION, AVERAGING, TRUST_CLIP,
-    )  # fmt: skip
-    MEASURED: tl.constexpr = sums is not None
-    trust = double(1.0)
-    step = tl.load(address(table, chunk.tensor, COUNTER).to(tl.pointer_type(tl.float32)))
-    if MEASURED:
-        pair = sums + 2 * chunk.tensor.to(tl.int64)
-        trust = lamb_trust_ratio(rule, now, tl.load(pair), tl.load(pair + 1))
+    """Writes weights and ratios, and the moments of a rule that does not adapt."""
+    scalars = step_scalars(device_scalars, lr, gradient_scale)
+    chunk = locate(table, numel, chunks, scalars)
+    ratio = double(1.0)
+    step = load_counter(chunk)
+    if rule.adapt:
+        weight, update = load_sums(sums, chunk, 2)
+        ratio = trust_ratio(rule, scalars, weight, update)
     else:
-        step += 1.0
-    c = lamb_coefficients(rule, now, step, trust)
-    if chunk.begin == 0:
-        tl.store(ratios + chunk.tensor, trust.to(tl.float32))
+        step += 1.0  # measure, which has already counted this step, was not called
+    store_ratio(ratios, chunk, ratio)
+    c = coefficients(rule, scalars, step, ratio)
     if chunk.whole:
-        _apply(
-            table, chunk, c, seed, MEASURED, WEIGHTS, GRADS, STATES, COPIES,
-            STOCHASTIC, BLOCK, True,
-        )  # fmt: skip
+        _apply(chunk, seed, rule, c, types, True)
     else:
-        _apply(
-            table, chunk, c, seed, MEASURED, WEIGHTS, GRADS, STATES, COPIES,
-            STOCHASTIC, BLOCK, False,
-        )  # fmt: skip
+        _apply(chunk, seed, rule, c, types, False)

@@ -1,80 +1,167 @@
-"""LARS over one chunk a program."""
+"""LARS: csrc/rules/lars.h line by line, and its kernels, with one chunk a program."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
+from fastlars.backends.triton.common import (
+    StepScalars,
+    coefficient,
+    double,
+    guarded_ratio,
+    number,
+    single,
+    step_scalars,
+)
 from fastlars.backends.triton.memory import (
-    COUNTER,
     GRAD,
     STATE,
     WEIGHT,
     Chunk,
+    Types,
     address,
+    load_counter,
     locate,
     read,
-    scalars,
+    store_ratio,
     write,
     write_weight,
 )
-from fastlars.backends.triton.rules import (
-    NEVER_STEPPED,
-    LarsCoefficients,
-    LarsRule,
-    double,
-    lars_coefficients,
-    lars_measured,
-    lars_trust_ratio,
-    lars_update,
-    lars_update_without_momentum,
-    single,
-)
-from fastlars.backends.triton.sums import put_sums
+from fastlars.backends.triton.sums import load_sums, store_sums
+from fastlars.rules import LarsRule
+
+NEVER_STEPPED = tl.constexpr(LarsRule.NEVER_STEPPED)
+
+
+class LarsCoefficients(NamedTuple):
+    """float32, one each per tensor."""
+
+    gradient_scale: tl.tensor
+    weight_decay: tl.tensor
+    decay: tl.tensor  # of the buffer: momentum, corrected for a changed learning rate
+    one_minus_dampening: tl.tensor  # 1 in the first step
+    inner: tl.tensor  # what d is multiplied with before it enters the buffer
+    outer: tl.tensor  # what the buffer is multiplied with before it leaves the weight
+    momentum: tl.tensor
+
+
+@triton.jit
+def trust_ratio(
+    rule: tl.tuple, scalars: StepScalars, weight: tl.tensor, update: tl.tensor
+) -> tl.tensor:
+    """separate: h |w| / (|g| + wd |w| + eps); combined: h |w| / (|g + wd w| + eps)."""
+    weight_norm = tl.sqrt(weight)
+    denominator = tl.sqrt(update)
+    if rule.ratio == "separate":
+        denominator += number(rule.weight_decay) * weight_norm
+    numerator = number(rule.trust_coefficient) * weight_norm
+    q = guarded_ratio(weight, update, numerator, denominator + number(rule.eps))
+    if rule.trust_clip:
+        # LARC: the local rate lr q never exceeds lr.
+        positive = scalars.lr > 0.0
+        clipped = tl.where(positive, q / tl.where(positive, scalars.lr, double(1.0)), double(1.0))
+        q = tl.where(clipped > 1.0, double(1.0), clipped)
+    return q
+
+
+@triton.jit
+def coefficients(
+    rule: tl.tuple, scalars: StepScalars, last_lr: tl.tensor, ratio: tl.tensor
+) -> LarsCoefficients:
+    # Goyal et al., remark 2: a buffer that holds lr times a gradient is rescaled when lr changes.
+    stepped_before = last_lr != NEVER_STEPPED
+    momentum = number(rule.momentum).to(tl.float32)
+    decay = momentum
+    if rule.momentum_correction:
+        corrects = stepped_before & (last_lr != 0.0)
+        correction = tl.div_rn(scalars.lr.to(tl.float32), tl.where(corrects, last_lr, 1.0))
+        decay *= tl.where(corrects, correction, 1.0)
+    inner = double(1.0)
+    outer = double(1.0)
+    if rule.buffer == "step":
+        inner = scalars.lr * ratio
+    elif rule.buffer == "scaled":
+        inner = ratio
+        outer = scalars.lr
+    else:
+        outer = scalars.lr * ratio
+    one_minus_dampening = (1.0 - number(rule.dampening)).to(tl.float32)
+    return LarsCoefficients(
+        gradient_scale=scalars.gradient_scale.to(tl.float32),
+        weight_decay=number(rule.weight_decay).to(tl.float32),
+        decay=decay,
+        one_minus_dampening=tl.where(stepped_before, one_minus_dampening, 1.0),
+        inner=coefficient(inner),
+        outer=coefficient(outer),
+        momentum=momentum,
+    )
+
+
+@triton.jit
+def measured(rule: tl.tuple, c: LarsCoefficients, w: tl.tensor, g: tl.tensor) -> tl.tensor:
+    """The second norm is that of this value: g, or g + wd w."""
+    scaled = c.gradient_scale * g
+    if rule.ratio == "combined":
+        scaled = scaled + c.weight_decay * w
+    return scaled
+
+
+@triton.jit
+def update_with_momentum(
+    rule: tl.tuple, c: LarsCoefficients, w: tl.tensor, g: tl.tensor, buffer: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    """The new weight, and the advanced buffer."""
+    d = c.gradient_scale * g + c.weight_decay * w
+    scaled = c.inner * d
+    buffer = c.decay * buffer + c.one_minus_dampening * scaled
+    direction = buffer
+    if rule.nesterov:
+        direction = scaled + c.momentum * buffer
+    return w - c.outer * direction, buffer
+
+
+@triton.jit
+def update_without_momentum(c: LarsCoefficients, w: tl.tensor, g: tl.tensor) -> tl.tensor:
+    d = c.gradient_scale * g + c.weight_decay * w
+    return w - c.outer * (c.inner * d)
 
 
 @triton.jit
 def _measure(
-    table: tl.tensor,
     chunk: Chunk,
     slots: tl.tensor,
+    rule: tl.tuple,
     c: LarsCoefficients,
-    COMBINED: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    GRADS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    W: tl.constexpr,
+    types: Types,
+    ALIGNED: tl.constexpr,
 ) -> None:
-    w = read(address(table, chunk.tensor, WEIGHT), chunk, WEIGHTS, BLOCK, W)
-    g = read(address(table, chunk.tensor, GRAD), chunk, GRADS, BLOCK, W)
-    put_sums(slots, w, lars_measured(c, w, g, COMBINED))
+    w = read(address(chunk, WEIGHT), chunk, types.weight, ALIGNED)
+    g = read(address(chunk, GRAD), chunk, types.grad, ALIGNED)
+    store_sums(slots, (w, measured(rule, c, w, g)))
 
 
 @triton.jit
 def _apply(
-    table: tl.tensor,
     chunk: Chunk,
-    c: LarsCoefficients,
     seed: tl.tensor,
-    NESTEROV: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    GRADS: tl.constexpr,
-    STATES: tl.constexpr,
-    COPIES: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    BLOCK: tl.constexpr,
-    W: tl.constexpr,
+    rule: tl.tuple,
+    c: LarsCoefficients,
+    types: Types,
+    ALIGNED: tl.constexpr,
 ) -> None:
-    w = read(address(table, chunk.tensor, WEIGHT), chunk, WEIGHTS, BLOCK, W)
-    g = read(address(table, chunk.tensor, GRAD), chunk, GRADS, BLOCK, W)
-    if STATES is None:
-        w = lars_update_without_momentum(c, w, g)
+    w = read(address(chunk, WEIGHT), chunk, types.weight, ALIGNED)
+    g = read(address(chunk, GRAD), chunk, types.grad, ALIGNED)
+    if types.state is None:
+        w = update_without_momentum(c, w, g)
     else:
-        base = address(table, chunk.tensor, STATE)
-        buffer = read(base, chunk, STATES, BLOCK, W)
-        w, buffer = lars_update(c, w, g, buffer, NESTEROV)
-        write(base, chunk, buffer, STATES, BLOCK, W)
-    write_weight(table, chunk, w, seed, WEIGHTS, COPIES, STOCHASTIC, BLOCK, W)
+        base = address(chunk, STATE)
+        buffer = read(base, chunk, types.state, ALIGNED)
+        w, buffer = update_with_momentum(rule, c, w, g, buffer)
+        write(base, chunk, buffer, types.state, ALIGNED)
+    write_weight(chunk, w, seed, types, ALIGNED)
 
 
 @triton.jit
@@ -83,35 +170,20 @@ def measure(
     numel: tl.tensor,
     chunks: tl.tensor,
     slots: tl.tensor,
-    numbers: tl.tensor,
+    device_scalars: tl.tensor,
     lr: tl.float64,
     gradient_scale: tl.float64,
-    momentum: tl.float64,
-    dampening: tl.float64,
-    weight_decay: tl.float64,
-    trust_coefficient: tl.float64,
-    eps: tl.float64,
-    BUFFER: tl.constexpr,
-    COMBINED: tl.constexpr,
-    NESTEROV: tl.constexpr,
-    CORRECTS: tl.constexpr,
-    TRUST_CLIP: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    GRADS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    rule: tl.tuple,
+    types: Types,
 ) -> None:
-    """A slot per chunk: the sums of squares of w, and of g or g + wd w."""
-    now = scalars(numbers, lr, gradient_scale)
-    chunk = locate(table, numel, chunks, now, BLOCK)
-    rule = LarsRule(
-        double(momentum), double(dampening), double(weight_decay), double(trust_coefficient),
-        double(eps), BUFFER, COMBINED, NESTEROV, CORRECTS, TRUST_CLIP,
-    )  # fmt: skip
-    c = lars_coefficients(rule, now, single(NEVER_STEPPED), double(1.0))
+    """The sums of squares of w, and of g or g + wd w."""
+    scalars = step_scalars(device_scalars, lr, gradient_scale)
+    chunk = locate(table, numel, chunks, scalars)
+    c = coefficients(rule, scalars, single(NEVER_STEPPED), double(1.0))
     if chunk.whole:
-        _measure(table, chunk, slots, c, COMBINED, WEIGHTS, GRADS, BLOCK, True)
+        _measure(chunk, slots, rule, c, types, True)
     else:
-        _measure(table, chunk, slots, c, COMBINED, WEIGHTS, GRADS, BLOCK, False)
+        _measure(chunk, slots, rule, c, types, False)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -121,52 +193,23 @@ def apply(
     chunks: tl.tensor,
     sums: tl.tensor,
     ratios: tl.tensor,
-    numbers: tl.tensor,
+    device_scalars: tl.tensor,
     lr: tl.float64,
     gradient_scale: tl.float64,
     seed: tl.int64,
-    momentum: tl.float64,
-    dampening: tl.float64,
-    weight_decay: tl.float64,
-    trust_coefficient: tl.float64,
-    eps: tl.float64,
-    BUFFER: tl.constexpr,
-    COMBINED: tl.constexpr,
-    NESTEROV: tl.constexpr,
-    CORRECTS: tl.constexpr,
-    TRUST_CLIP: tl.constexpr,
-    COUNTS: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    GRADS: tl.constexpr,
-    STATES: tl.constexpr,
-    COPIES: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    BLOCK: tl.constexpr,
+    rule: tl.tuple,
+    types: Types,
 ) -> None:
-    """Buffers and weights of one chunk; each tensor's first chunk reports its ratio."""
-    now = scalars(numbers, lr, gradient_scale)
-    chunk = locate(table, numel, chunks, now, BLOCK)
-    rule = LarsRule(
-        double(momentum), double(dampening), double(weight_decay), double(trust_coefficient),
-        double(eps), BUFFER, COMBINED, NESTEROV, CORRECTS, TRUST_CLIP,
-    )  # fmt: skip
-    trust = double(1.0)
-    if sums is not None:
-        pair = sums + 2 * chunk.tensor.to(tl.int64)
-        trust = lars_trust_ratio(rule, now, tl.load(pair), tl.load(pair + 1))
-    last_lr = single(0.0)
-    if COUNTS:
-        last_lr = tl.load(address(table, chunk.tensor, COUNTER).to(tl.pointer_type(tl.float32)))
-    c = lars_coefficients(rule, now, last_lr, trust)
-    if chunk.begin == 0:
-        tl.store(ratios + chunk.tensor, trust.to(tl.float32))
+    """Writes buffers, weights and ratios."""
+    scalars = step_scalars(device_scalars, lr, gradient_scale)
+    chunk = locate(table, numel, chunks, scalars)
+    ratio = double(1.0)
+    if rule.adapt:
+        weight, update = load_sums(sums, chunk, 2)
+        ratio = trust_ratio(rule, scalars, weight, update)
+    store_ratio(ratios, chunk, ratio)
+    c = coefficients(rule, scalars, load_counter(chunk), ratio)
     if chunk.whole:
-        _apply(
-            table, chunk, c, seed, NESTEROV, WEIGHTS, GRADS, STATES, COPIES,
-            STOCHASTIC, BLOCK, True,
-        )  # fmt: skip
+        _apply(chunk, seed, rule, c, types, True)
     else:
-        _apply(
-            table, chunk, c, seed, NESTEROV, WEIGHTS, GRADS, STATES, COPIES,
-            STOCHASTIC, BLOCK, False,
-        )  # fmt: skip
+        _apply(chunk, seed, rule, c, types, False)

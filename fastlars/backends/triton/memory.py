@@ -12,12 +12,26 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from fastlars.backends.triton.rules import Now, double
+from fastlars import _C
+from fastlars.backends.triton.common import StepScalars
 
-# Columns of the table; csrc/bindings.cpp writes it.
-COLUMNS = tl.constexpr(6)
-WEIGHT, GRAD, STATE, STATE2 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-COPY, COUNTER = tl.constexpr(4), tl.constexpr(5)
+# Elements of a chunk, which one program works on. It fixes the order of sums, and so their bits.
+BLOCK = tl.constexpr(4096)
+
+# Columns of the address table, which csrc/core/tensors.h writes. One for each state follows.
+COLUMNS = tl.constexpr(_C.TABLE_COLUMNS)
+WEIGHT, GRAD, COPY, COUNTER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+STATE = tl.constexpr(4)
+
+
+class Types(NamedTuple):
+    """How tensors are stored; of each combination kernels are compiled anew."""
+
+    weight: tl.constexpr
+    grad: tl.constexpr
+    state: tl.constexpr | None  # None without states
+    copy: tl.constexpr | None
+    stochastic_rounding: tl.constexpr  # of the weights
 
 
 class Chunk(NamedTuple):
@@ -27,48 +41,52 @@ class Chunk(NamedTuple):
     begin: tl.tensor
     size: tl.tensor
     whole: tl.tensor  # as many elements as a block, on 16-byte boundaries in all tensors
+    row: tl.tensor  # of its tensor in the address table
 
 
 @triton.jit
-def address(table: tl.tensor, tensor: tl.tensor, COLUMN: tl.constexpr) -> tl.tensor:
-    return tl.load(table + tensor.to(tl.int64) * COLUMNS + COLUMN)
-
-
-@triton.jit
-def locate(
-    table: tl.tensor, numel: tl.tensor, chunks: tl.tensor, now: Now, BLOCK: tl.constexpr
-) -> Chunk:
+def locate(table: tl.tensor, numel: tl.tensor, chunks: tl.tensor, scalars: StepScalars) -> Chunk:
     """This program's chunk; without elements where the step is to be skipped."""
     program = tl.program_id(0)
     tensor = tl.load(chunks + 2 * program)
     begin = tl.load(chunks + 2 * program + 1).to(tl.int64) * BLOCK
     size = tl.minimum(tl.load(numel + tensor) - begin, BLOCK).to(tl.int32)
-    size = tl.where(now.live, size, 0)
-    # Absent tensors have the address 0. A chunk begins at a multiple of the block.
+    size = tl.where(scalars.step_taken, size, 0)
     row = table + tensor.to(tl.int64) * COLUMNS
-    low = tl.load(row + WEIGHT) | tl.load(row + GRAD) | tl.load(row + COPY)
-    low = low | tl.load(row + STATE) | tl.load(row + STATE2)
-    return Chunk(tensor, begin, size, (size == BLOCK) & (low % 16 == 0))
+    # Absent tensors have the address 0. A chunk begins at a multiple of the block.
+    every = tl.load(row + WEIGHT) | tl.load(row + GRAD) | tl.load(row + COPY)
+    for column in tl.static_range(STATE, COLUMNS):
+        every = every | tl.load(row + column)
+    return Chunk(tensor, begin, size, (size == BLOCK) & (every % 16 == 0), row)
 
 
 @triton.jit
-def scalars(numbers: tl.tensor, lr: tl.tensor, gradient_scale: tl.tensor) -> Now:
-    """From the device where they lie there, which no host has to wait for; else by value."""
-    if numbers is None:
-        now = Now(double(lr), double(gradient_scale), double(0.0) == 0.0)
-    else:
-        now = Now(tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2) == 0.0)
-    return now
+def address(chunk: Chunk, COLUMN: tl.constexpr) -> tl.tensor:
+    return tl.load(chunk.row + COLUMN)
 
 
 @triton.jit
-def places(
-    base: tl.tensor, chunk: Chunk, DTYPE: tl.constexpr, BLOCK: tl.constexpr, W: tl.constexpr
+def load_counter(chunk: Chunk) -> tl.tensor:
+    """The tensor's counter; 0 without one."""
+    base = address(chunk, COUNTER)
+    return tl.load(base.to(tl.pointer_type(tl.float32)), mask=base != 0, other=0.0)
+
+
+@triton.jit
+def store_ratio(ratios: tl.tensor, chunk: Chunk, ratio: tl.tensor) -> None:
+    """The first chunk of each tensor reports its trust ratio."""
+    if chunk.begin == 0:
+        tl.store(ratios + chunk.tensor, ratio.to(tl.float32))
+
+
+@triton.jit
+def pointers(
+    base: tl.tensor, chunk: Chunk, DTYPE: tl.constexpr, ALIGNED: tl.constexpr
 ) -> tl.tensor:
-    """Pointers to a chunk's elements; W promises 16-byte boundaries, for wide accesses."""
+    """Of a chunk's elements. ALIGNED: the chunk is whole, which allows wide accesses."""
     STORAGE: tl.constexpr = tl.uint16 if DTYPE == tl.bfloat16 else DTYPE
     first = base.to(tl.pointer_type(STORAGE)) + chunk.begin
-    if W:
+    if ALIGNED:
         first = tl.multiple_of(first, 16)
     return first + tl.arange(0, BLOCK)
 
@@ -103,59 +121,46 @@ def stored(value: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def read(
-    base: tl.tensor, chunk: Chunk, DTYPE: tl.constexpr, BLOCK: tl.constexpr, W: tl.constexpr
-) -> tl.tensor:
-    """A chunk as float32, zeros behind its end."""
-    pointers = places(base, chunk, DTYPE, BLOCK, W)
-    if W:
-        value = tl.load(pointers)
-    else:
-        value = tl.load(pointers, mask=tl.arange(0, BLOCK) < chunk.size, other=0)
+def read(base: tl.tensor, chunk: Chunk, DTYPE: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
+    """A chunk as float32, with zeros after its end."""
+    at = pointers(base, chunk, DTYPE, ALIGNED)
+    inside = tl.arange(0, BLOCK) < chunk.size
+    value = tl.load(at) if ALIGNED else tl.load(at, mask=inside, other=0)
     return to_float(value, DTYPE)
 
 
 @triton.jit
-def put(
-    base: tl.tensor,
-    chunk: Chunk,
-    value: tl.tensor,
-    DTYPE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    W: tl.constexpr,
+def store_raw(
+    base: tl.tensor, chunk: Chunk, value: tl.tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr
 ) -> None:
-    """Store what :func:`from_float` made."""
-    pointers = places(base, chunk, DTYPE, BLOCK, W)
-    if W:
-        tl.store(pointers, value)
+    """Store what :func:`from_float` returned."""
+    at = pointers(base, chunk, DTYPE, ALIGNED)
+    if ALIGNED:
+        tl.store(at, value)
     else:
-        tl.store(pointers, value, mask=tl.arange(0, BLOCK) < chunk.size)
+        tl.store(at, value, mask=tl.arange(0, BLOCK) < chunk.size)
 
 
 @triton.jit
 def write(
-    base: tl.tensor,
-    chunk: Chunk,
-    value: tl.tensor,
-    DTYPE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    W: tl.constexpr,
+    base: tl.tensor, chunk: Chunk, value: tl.tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr
 ) -> None:
-    put(base, chunk, from_float(value, DTYPE), DTYPE, BLOCK, W)
+    store_raw(base, chunk, from_float(value, DTYPE), DTYPE, ALIGNED)
 
 
 @triton.jit
-def random_bits(seed: tl.tensor, chunk: Chunk, BLOCK: tl.constexpr) -> tl.tensor:
+def random_bits(seed: tl.tensor, chunk: Chunk) -> tl.tensor:
     """16 uniform bits for every element: Philox4x32-10 of (seed, tensor, element).
 
     Eight elements share one block of four words.
     """
-    block = (chunk.begin // 8 + tl.arange(0, BLOCK // 8)).to(tl.uint64)
+    SHARES: tl.constexpr = BLOCK // 8
+    block = (chunk.begin // 8 + tl.arange(0, SHARES)).to(tl.uint64)
     seed = seed.to(tl.uint64)
     c0 = block.to(tl.uint32)
     c1 = (block >> 32).to(tl.uint32)
-    c2 = tl.full((BLOCK // 8,), 0, tl.uint32) + chunk.tensor.to(tl.uint32)
-    c3 = tl.full((BLOCK // 8,), 0, tl.uint32)
+    c2 = tl.full((SHARES,), 0, tl.uint32) + chunk.tensor.to(tl.uint32)
+    c3 = tl.full((SHARES,), 0, tl.uint32)
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
     for _ in tl.static_range(10):
@@ -173,7 +178,7 @@ def random_bits(seed: tl.tensor, chunk: Chunk, BLOCK: tl.constexpr) -> tl.tensor
 
 @triton.jit
 def round_stochastically(value: tl.tensor, random: tl.tensor) -> tl.tensor:
-    """bfloat16 bits: up with the probability of the bits that are cut off."""
+    """bfloat16 bits, rounded up with a probability in proportion to the bits that are cut off."""
     bits = value.to(tl.uint32, bitcast=True)
     finite = (bits & 0x7F800000) != 0x7F800000
     stochastic = ((bits + random) >> 16).to(tl.uint16)
@@ -182,22 +187,14 @@ def round_stochastically(value: tl.tensor, random: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def write_weight(
-    table: tl.tensor,
-    chunk: Chunk,
-    value: tl.tensor,
-    seed: tl.tensor,
-    WEIGHTS: tl.constexpr,
-    COPIES: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    BLOCK: tl.constexpr,
-    W: tl.constexpr,
+    chunk: Chunk, value: tl.tensor, seed: tl.tensor, types: Types, ALIGNED: tl.constexpr
 ) -> None:
-    """Weights as they are, or beside a low-precision copy, or rounded stochastically."""
-    base = address(table, chunk.tensor, WEIGHT)
-    if STOCHASTIC:
-        rounded = round_stochastically(value, random_bits(seed, chunk, BLOCK))
-        put(base, chunk, rounded, WEIGHTS, BLOCK, W)
+    """The weights, rounded to nearest or stochastically, and their low-precision copy if any."""
+    base = address(chunk, WEIGHT)
+    if types.stochastic_rounding:
+        rounded = round_stochastically(value, random_bits(seed, chunk))
+        store_raw(base, chunk, rounded, types.weight, ALIGNED)
     else:
-        write(base, chunk, value, WEIGHTS, BLOCK, W)
-    if COPIES is not None:
-        write(address(table, chunk.tensor, COPY), chunk, value, COPIES, BLOCK, W)
+        write(base, chunk, value, types.weight, ALIGNED)
+    if types.copy is not None:
+        write(address(chunk, COPY), chunk, value, types.copy, ALIGNED)

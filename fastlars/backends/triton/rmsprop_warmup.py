@@ -1,4 +1,5 @@
-"""RMSprop warm-up over one chunk a program, and its rule: csrc/core/rules.h, line by line."""
+"""RMSprop warm-up: csrc/rules/rmsprop_warmup.h line by line, and its kernel, with one chunk a
+program."""
 
 from __future__ import annotations
 
@@ -7,35 +8,31 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from fastlars.backends.triton.common import (
+    StepScalars,
+    coefficient,
+    double,
+    number,
+    power,
+    step_scalars,
+)
 from fastlars.backends.triton.memory import (
-    COUNTER,
     GRAD,
     STATE,
-    STATE2,
     WEIGHT,
     Chunk,
+    Types,
     address,
+    load_counter,
     locate,
     read,
-    scalars,
+    store_ratio,
     write,
     write_weight,
 )
-from fastlars.backends.triton.rules import Now, coefficient, double, power
 
-
-class RmspropWarmupRule(NamedTuple):
-    """float64 numbers, as the host's rule of the same name."""
-
-    momentum: tl.tensor
-    weight_decay: tl.tensor
-    square_decay: tl.tensor
-    eps: tl.tensor
-    lr_rmsprop: tl.tensor
-    center: tl.tensor
-    rise: tl.tensor
-    below: tl.tensor
-    shrink: tl.tensor
+# With 8 warps, four arrays and a division would take 180 registers of each of their 256 threads.
+OPTIONS = {"num_warps": 16}
 
 
 class RmspropWarmupCoefficients(NamedTuple):
@@ -54,37 +51,41 @@ class RmspropWarmupCoefficients(NamedTuple):
 
 
 @triton.jit
-def sgd_share(rule: RmspropWarmupRule, steps: tl.tensor) -> tl.tensor:
+def sgd_share(rule: tl.tuple, steps: tl.tensor) -> tl.tensor:
     """The share of SGD after ``steps`` steps."""
-    left = tl.maximum(rule.center - steps, double(0.0))
-    share = tl.minimum(0.5 + (steps - rule.center) / rule.rise, double(1.0))
-    return tl.where(steps < rule.center, rule.below * power(rule.shrink, left), share)
+    center_steps = number(rule.center_steps)
+    left = tl.maximum(center_steps - steps, double(0.0))
+    share = tl.minimum(0.5 + (steps - center_steps) / number(rule.rise), double(1.0))
+    before = number(rule.below) * power(number(rule.shrink), left)
+    return tl.where(steps < center_steps, before, share)
 
 
 @triton.jit
-def rmsprop_warmup_coefficients(
-    rule: RmspropWarmupRule, now: Now, step: tl.tensor
+def coefficients(
+    rule: tl.tuple, scalars: StepScalars, step: tl.tensor
 ) -> RmspropWarmupCoefficients:
     """``step`` counts from 1."""
     share = sgd_share(rule, step.to(tl.float64) - 1.0)
-    positive = now.lr > 0.0
-    rmsprop = (1.0 - share) * rule.lr_rmsprop / tl.where(positive, now.lr, double(1.0))
+    positive = scalars.lr > 0.0
+    lr = tl.where(positive, scalars.lr, double(1.0))
+    rmsprop = (1.0 - share) * number(rule.lr_rmsprop) / lr
+    square_decay = number(rule.square_decay)
     return RmspropWarmupCoefficients(
-        now.gradient_scale.to(tl.float32),
-        rule.weight_decay.to(tl.float32),
-        rule.momentum.to(tl.float32),
-        rule.square_decay.to(tl.float32),
-        (1.0 - rule.square_decay).to(tl.float32),
-        rule.eps.to(tl.float32),
-        share.to(tl.float32),
-        tl.where(positive, coefficient(rmsprop), 0.0),
-        coefficient(now.lr),
-        share < 1.0,
+        gradient_scale=scalars.gradient_scale.to(tl.float32),
+        weight_decay=number(rule.weight_decay).to(tl.float32),
+        momentum=number(rule.momentum).to(tl.float32),
+        square_decay=square_decay.to(tl.float32),
+        square_weight=(1.0 - square_decay).to(tl.float32),
+        eps=number(rule.eps).to(tl.float32),
+        sgd=share.to(tl.float32),
+        rmsprop=tl.where(positive, coefficient(rmsprop), 0.0),
+        lr=coefficient(scalars.lr),
+        warming=share < 1.0,
     )
 
 
 @triton.jit
-def rmsprop_warmup_update(
+def update(
     c: RmspropWarmupCoefficients, d: tl.tensor, buffer: tl.tensor, square: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor]:
     """The advanced buffer and mean of squares, of the decayed gradient."""
@@ -95,32 +96,26 @@ def rmsprop_warmup_update(
 
 @triton.jit
 def _apply(
-    table: tl.tensor,
     chunk: Chunk,
-    c: RmspropWarmupCoefficients,
     seed: tl.tensor,
-    WEIGHTS: tl.constexpr,
-    GRADS: tl.constexpr,
-    STATES: tl.constexpr,
-    COPIES: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    BLOCK: tl.constexpr,
-    W: tl.constexpr,
+    c: RmspropWarmupCoefficients,
+    types: Types,
+    ALIGNED: tl.constexpr,
 ) -> None:
-    base = address(table, chunk.tensor, STATE)
-    w = read(address(table, chunk.tensor, WEIGHT), chunk, WEIGHTS, BLOCK, W)
-    g = read(address(table, chunk.tensor, GRAD), chunk, GRADS, BLOCK, W)
-    buffer = read(base, chunk, STATES, BLOCK, W)
+    buffers = address(chunk, STATE)
+    w = read(address(chunk, WEIGHT), chunk, types.weight, ALIGNED)
+    g = read(address(chunk, GRAD), chunk, types.grad, ALIGNED)
+    buffer = read(buffers, chunk, types.state, ALIGNED)
     d = c.gradient_scale * g + c.weight_decay * w
     if c.warming:
-        squares = address(table, chunk.tensor, STATE2)
-        square = read(squares, chunk, STATES, BLOCK, W)
-        buffer, square = rmsprop_warmup_update(c, d, buffer, square)
-        write(squares, chunk, square, STATES, BLOCK, W)
+        squares = address(chunk, STATE + 1)
+        square = read(squares, chunk, types.state, ALIGNED)
+        buffer, square = update(c, d, buffer, square)
+        write(squares, chunk, square, types.state, ALIGNED)
     else:
         buffer = c.momentum * buffer + d
-    write(base, chunk, buffer, STATES, BLOCK, W)
-    write_weight(table, chunk, w - c.lr * buffer, seed, WEIGHTS, COPIES, STOCHASTIC, BLOCK, W)
+    write(buffers, chunk, buffer, types.state, ALIGNED)
+    write_weight(chunk, w - c.lr * buffer, seed, types, ALIGNED)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -128,39 +123,21 @@ def apply(
     table: tl.tensor,
     numel: tl.tensor,
     chunks: tl.tensor,
+    sums: tl.tensor,
     ratios: tl.tensor,
-    numbers: tl.tensor,
+    device_scalars: tl.tensor,
     lr: tl.float64,
     gradient_scale: tl.float64,
     seed: tl.int64,
-    momentum: tl.float64,
-    weight_decay: tl.float64,
-    square_decay: tl.float64,
-    eps: tl.float64,
-    lr_rmsprop: tl.float64,
-    center_steps: tl.float64,
-    rise: tl.float64,
-    below: tl.float64,
-    shrink: tl.float64,
-    WEIGHTS: tl.constexpr,
-    GRADS: tl.constexpr,
-    STATES: tl.constexpr,
-    COPIES: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    BLOCK: tl.constexpr,
+    rule: tl.tuple,
+    types: Types,
 ) -> None:
-    """Weights and states of one chunk."""
-    now = scalars(numbers, lr, gradient_scale)
-    chunk = locate(table, numel, chunks, now, BLOCK)
-    rule = RmspropWarmupRule(
-        double(momentum), double(weight_decay), double(square_decay), double(eps),
-        double(lr_rmsprop), double(center_steps), double(rise), double(below), double(shrink),
-    )  # fmt: skip
-    step = tl.load(address(table, chunk.tensor, COUNTER).to(tl.pointer_type(tl.float32))) + 1.0
-    c = rmsprop_warmup_coefficients(rule, now, step)
-    if chunk.begin == 0:
-        tl.store(ratios + chunk.tensor, 1.0)
+    """Writes weights and states; there are no sums, and every ratio is 1."""
+    scalars = step_scalars(device_scalars, lr, gradient_scale)
+    chunk = locate(table, numel, chunks, scalars)
+    store_ratio(ratios, chunk, double(1.0))
+    c = coefficients(rule, scalars, load_counter(chunk) + 1.0)
     if chunk.whole:
-        _apply(table, chunk, c, seed, WEIGHTS, GRADS, STATES, COPIES, STOCHASTIC, BLOCK, True)
+        _apply(chunk, seed, c, types, True)
     else:
-        _apply(table, chunk, c, seed, WEIGHTS, GRADS, STATES, COPIES, STOCHASTIC, BLOCK, False)
+        _apply(chunk, seed, c, types, False)

@@ -1,7 +1,7 @@
 """Sums of squares: float32 within a chunk, float64 across chunks, each in a fixed order.
 
-Every chunk has a slot of its own, and a second launch adds up each tensor's slots: no atomics, so
-that the bits are the same from run to run.
+Every chunk has a slot of its own for each of its rule's sums, and a second launch adds up the slots
+of each tensor: no atomics, so that the bits are the same from run to run.
 """
 
 from __future__ import annotations
@@ -9,16 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastlars.backends.triton.memory import (
-    COLUMNS,
-    COUNTER,
-    GRAD,
-    address,
-    locate,
-    read,
-    scalars,
-)
-from fastlars.backends.triton.rules import single
+from fastlars.backends.triton.common import StepScalars, single, step_scalars
+from fastlars.backends.triton.memory import COLUMNS, COUNTER, Chunk
 
 
 @triton.jit
@@ -32,36 +24,39 @@ def sum_of_squares(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def put_sums(slots: tl.tensor, w: tl.tensor, u: tl.tensor) -> None:
-    slot = slots + 2 * tl.program_id(0).to(tl.int64)
-    tl.store(slot, sum_of_squares(w))
-    tl.store(slot + 1, sum_of_squares(u))
+def store_sums(slots: tl.tensor, values: tl.tuple) -> None:
+    """The sum of squares of each of ``values``, in the slots of this program's chunk."""
+    first = slots + len(values) * tl.program_id(0).to(tl.int64)
+    for which in tl.static_range(len(values)):
+        tl.store(first + which, sum_of_squares(values[which]))
 
 
 @triton.jit
-def measure_gradient(
+def load_sums(sums: tl.tensor, chunk: Chunk, COUNT: tl.constexpr) -> tl.tuple:
+    """The sums of the chunk's tensor."""
+    first = sums + COUNT * chunk.tensor.to(tl.int64)
+    values = ()
+    for which in tl.static_range(COUNT):
+        values += (tl.load(first + which),)  # type: ignore[assignment]
+    return values
+
+
+@triton.jit
+def _advance_counters(
     table: tl.tensor,
-    numel: tl.tensor,
-    chunks: tl.tensor,
-    slots: tl.tensor,
-    numbers: tl.tensor,
-    lr: tl.float64,
-    gradient_scale: tl.float64,
-    GRADS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    tensor: tl.tensor,
+    mask: tl.tensor,
+    scalars: StepScalars,
+    COUNTS_STEPS: tl.constexpr,
 ) -> None:
-    """A slot per chunk: 0, and the sum of squares of the scaled gradient."""
-    now = scalars(numbers, lr, gradient_scale)
-    chunk = locate(table, numel, chunks, now, BLOCK)
-    base = address(table, chunk.tensor, GRAD)
-    slot = slots + 2 * tl.program_id(0).to(tl.int64)
-    if chunk.whole:
-        g = single(now.gradient_scale) * read(base, chunk, GRADS, BLOCK, True)
-        tl.store(slot + 1, sum_of_squares(g))
-    else:
-        g = single(now.gradient_scale) * read(base, chunk, GRADS, BLOCK, False)
-        tl.store(slot + 1, sum_of_squares(g))
-    tl.store(slot, 0.0)
+    """A counter holds the number of steps taken, or else the last learning rate."""
+    mask = tl.where(scalars.step_taken, mask, False)
+    address = tl.load(table + tensor * COLUMNS + COUNTER, mask=mask, other=0)
+    counter = address.to(tl.pointer_type(tl.float32))
+    value = single(scalars.lr)
+    if COUNTS_STEPS:
+        value = tl.load(counter, mask=mask, other=0.0) + 1.0
+    tl.store(counter, value, mask=mask)
 
 
 @triton.jit
@@ -70,45 +65,38 @@ def total(
     first: tl.tensor,
     slots: tl.tensor,
     sums: tl.tensor,
-    numbers: tl.tensor,
-    COUNTS: tl.constexpr,
+    device_scalars: tl.tensor,
+    lr: tl.float64,
+    COUNT: tl.constexpr,
+    ADVANCES: tl.constexpr,
+    COUNTS_STEPS: tl.constexpr,
     LANES: tl.constexpr,
 ) -> None:
-    """The sums of one tensor per program; LAMB's step counter advances with them."""
+    """One of the COUNT sums of one tensor per program; with ADVANCES the tensor's counter, too."""
     tensor = tl.program_id(0).to(tl.int64)
+    which = tl.program_id(1)
     begin = tl.load(first + tensor)
     end = tl.load(first + tensor + 1)
-    weight = tl.zeros((LANES,), tl.float64)
-    update = tl.zeros((LANES,), tl.float64)
+    lanes = tl.zeros((LANES,), tl.float64)
     for at in range(begin, end, LANES):
         slot = at + tl.arange(0, LANES)
-        weight += tl.load(slots + 2 * slot, mask=slot < end, other=0.0)
-        update += tl.load(slots + 2 * slot + 1, mask=slot < end, other=0.0)
-    tl.store(sums + 2 * tensor, tl.sum(weight, 0))
-    tl.store(sums + 2 * tensor + 1, tl.sum(update, 0))
-    if COUNTS:
-        counter = address(table, tensor, COUNTER).to(tl.pointer_type(tl.float32))
-        now = scalars(numbers, 0.0, 1.0)
-        tl.store(counter, tl.load(counter) + tl.where(now.live, 1.0, 0.0))
+        lanes += tl.load(slots + COUNT * slot + which, mask=slot < end, other=0.0)
+    tl.store(sums + COUNT * tensor + which, tl.sum(lanes, 0))
+    if ADVANCES:
+        scalars = step_scalars(device_scalars, lr, 1.0)
+        _advance_counters(table, tensor, which == 0, scalars, COUNTS_STEPS)
 
 
 @triton.jit(do_not_specialize=["count"])
 def advance(
     table: tl.tensor,
     count: tl.tensor,
-    numbers: tl.tensor,
+    device_scalars: tl.tensor,
     lr: tl.float64,
-    REMEMBERS: tl.constexpr,
+    COUNTS_STEPS: tl.constexpr,
     LANES: tl.constexpr,
 ) -> None:
-    """Counters of a step that is done: LARS remembers its rate, LAMB counts."""
-    now = scalars(numbers, lr, 1.0)
+    """The counters of LANES tensors per program, after the step."""
     tensor = (tl.program_id(0) * LANES + tl.arange(0, LANES)).to(tl.int64)
-    here = tensor < tl.where(now.live, count, 0)
-    addresses = tl.load(table + tensor * COLUMNS + COUNTER, mask=here, other=0)
-    counters = addresses.to(tl.pointer_type(tl.float32))
-    if REMEMBERS:
-        value = tl.zeros((LANES,), tl.float32) + single(now.lr)
-    else:
-        value = tl.load(counters, mask=here, other=0.0) + 1.0
-    tl.store(counters, value, mask=here)
+    scalars = step_scalars(device_scalars, lr, 1.0)
+    _advance_counters(table, tensor, tensor < count, scalars, COUNTS_STEPS)

@@ -1,4 +1,4 @@
-"""Tables on the device that tell kernels where tensors lie and which chunk is whose."""
+"""Tables on the device: the addresses of tensors, and the tensor of every chunk."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlars.backends.sending import Resender, Sender, is_capturing
-from fastlars.backends.triton.memory import COLUMNS
-
-# Elements a program works on. It fixes the order of sums, and so their bits.
-BLOCK = 4096
+from fastlars.backends.triton.memory import BLOCK, COLUMNS
 
 
 class Chunks:
@@ -28,7 +25,7 @@ class Chunks:
         self.device = sender.device
         sizes = [weight.numel() for weight in weights]
         numel = torch.tensor(sizes, dtype=torch.int64, device="cpu")
-        count = ((numel + BLOCK - 1) // BLOCK).clamp_(min=1)
+        count = ((numel + BLOCK.value - 1) // BLOCK.value).clamp_(min=1)
         tensor = torch.repeat_interleave(torch.arange(len(weights), device="cpu"), count)
         first = torch.zeros(len(weights) + 1, dtype=torch.int64, device="cpu")
         torch.cumsum(count, 0, out=first[1:])
