@@ -21,7 +21,7 @@ import fastlars
 from fastlars import _C, check
 from fastlars.backends import choose, cuda
 from fastlars.backends.base import Kinds
-from fastlars.rules import LarsRule
+from fastlars.rules import RULES
 
 FLOAT32 = Kinds(torch.float32, torch.float32, torch.float32)
 
@@ -61,7 +61,7 @@ def device_lines() -> list[str]:
     for device in devices:
         weight = torch.empty(1, device=device)
         try:
-            name = choose.choose(weight, FLOAT32, LarsRule()).name
+            name = choose.choose(weight, FLOAT32, RULES[0].usual()).name
         except RuntimeError as error:
             lines.append(f"{device!s:10} refused: {error}")
             continue
@@ -75,7 +75,7 @@ def why(name: str, weight: Tensor) -> str:
     if choose.forced() == name:
         reasons.append("FASTLARS_BACKEND asks for it")
     else:
-        refused = choose.told(choose.refusals(weight, FLOAT32, LarsRule())[1])
+        refused = choose.told(choose.refusals(weight, FLOAT32, RULES[0].usual())[1])
         reasons += [refused] if refused else []
     if name == "cpu":
         reasons.append(f"{_C.instruction_set()}, {torch.get_num_threads()} threads")
