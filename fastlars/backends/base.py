@@ -120,6 +120,20 @@ def _double(value: Tensor) -> Tensor:
     return value.detach().reshape(()).to(torch.float64)
 
 
+def checked_sums(
+    rule: Rule, sums: Tensor | None, tensors: int, device: torch.device
+) -> Tensor | None:
+    """The sums that ``apply`` reads, contiguous; None where the rule does not adapt."""
+    if not rule.adapt:
+        return None
+    shape = tensors, rule.sums
+    if sums is None or sums.shape != shape or sums.dtype != torch.float64:
+        raise ValueError(f"apply needs float64 sums of shape {[*shape]}")
+    if sums.device != device:
+        raise ValueError(f"apply needs sums on {device}, got some on {sums.device}")
+    return sums.contiguous()
+
+
 class Backend(Protocol):
     """Measures and applies a rule over a list of tensors.
 

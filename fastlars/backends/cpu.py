@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlars import _C
-from fastlars.backends.base import Mismatch, Scalars, Tensors
+from fastlars.backends.base import Mismatch, Scalars, Tensors, checked_sums
 from fastlars.rules import GradientNorm, Rule
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -91,20 +91,14 @@ class Cpu:
 
     def apply(self, rule: Rule, bound: Bound, scalars: Scalars, sums: Tensor | None) -> Tensor:
         ratios = torch.empty(len(bound.tensors.weights), dtype=torch.float32, device="cpu")
-        address = 0
-        if rule.adapt:
-            shape = len(ratios), rule.sums
-            if sums is None or sums.shape != shape or sums.dtype != torch.float64:
-                raise ValueError(f"apply needs float64 sums of shape {[*shape]}")
-            sums = sums.contiguous()
-            address = sums.data_ptr()
+        sums = checked_sums(rule, sums, len(ratios), ratios.device)
         _C.cpu_apply(
             native(rule),
             bound.native,
             scalars.lr,
             scalars.gradient_scale,
             scalars.seed,
-            address,
+            0 if sums is None else sums.data_ptr(),
             ratios.data_ptr(),
         )
         return ratios

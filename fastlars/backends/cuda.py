@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastlars import _C
 from fastlars.backends import cpu
-from fastlars.backends.base import Scalars, Tensors
+from fastlars.backends.base import Scalars, Tensors, checked_sums
 from fastlars.backends.cpu import native
 from fastlars.backends.sending import Resender, Sender, Sent, current, is_capturing
 from fastlars.rules import GradientNorm, Rule
@@ -212,16 +212,9 @@ class Cuda:
         return sums
 
     def apply(self, rule: Rule, bound: Bound, scalars: Scalars, sums: Tensor | None) -> Tensor:
-        shape = (bound.layout.table.tensors, rule.sums)
-        ratios = bound.empty(shape[0], dtype=torch.float32)
-        address = 0
-        if rule.adapt:
-            if sums is None or sums.shape != shape or sums.dtype != torch.float64:
-                raise ValueError(f"apply needs float64 sums of shape {list(shape)}")
-            if sums.device != bound.device:
-                raise ValueError(f"apply needs sums on {bound.device}, got some on {sums.device}")
-            sums = sums.contiguous()
-            address = sums.data_ptr()
+        ratios = bound.empty(bound.layout.table.tensors, dtype=torch.float32)
+        sums = checked_sums(rule, sums, len(ratios), ratios.device)
+        address = 0 if sums is None else sums.data_ptr()
         self._launch(_C.cuda_apply, rule, bound, scalars, scalars.seed, address, ratios.data_ptr())
         return ratios
 

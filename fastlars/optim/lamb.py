@@ -34,6 +34,10 @@ class LAMB(FusedOptimizer):
     each. Where a norm is 0, the ratio is 1. t counts the steps of each parameter by itself.
     Other libraries' forms are in :mod:`fastlars.conventions`.
 
+    ``param_groups[i]["step"]`` is the number of steps that a group has taken, an int, for scripts
+    that read it there. It is a tensor with ``capturable`` or where the device alone knows whether a
+    step was skipped, and stands still inside ``torch.compile``. t above is ``state[p]["step"]``.
+
     Args:
         params: parameters or parameter groups; see :func:`fastlars.parameter_groups`.
         lr: learning rate :math:`\gamma \ge 0`, a number or a 1-element tensor.
@@ -53,14 +57,6 @@ class LAMB(FusedOptimizer):
         always_adapt: False sets the ratio to 1 in groups without weight decay, as apex and timm do.
             NVLAMB is ``always_adapt=True, max_grad_norm=1.0``.
         {shared options}
-
-    ``param_groups[i]["step"]`` is the number of steps that a group has taken, an int, for scripts
-    that read it there. It is a tensor with ``capturable`` or where the device alone knows whether a
-    step was skipped, and stands still inside ``torch.compile``. t above is ``state[p]["step"]``.
-
-    Raises:
-        ValueError, TypeError: a value is out of range, parameters share memory, or a tensor cannot
-            be stepped. Messages name the group and the parameter, and nothing is changed.
 
     Example:
         >>> import torch, fastlars

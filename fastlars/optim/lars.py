@@ -69,10 +69,6 @@ class LARS(FusedOptimizer):
         always_adapt: False sets q = 1 in groups without weight decay, as timm does.
         {shared options}
 
-    Raises:
-        ValueError, TypeError: a value is out of range, parameters share memory, or a tensor cannot
-            be stepped. Messages name the group and the parameter, and nothing is changed.
-
     Example:
         >>> import torch, fastlars
         >>> model = torch.nn.Linear(4, 2)

@@ -51,13 +51,18 @@ skip_if: skip steps by the norm of all gradients, before the clip. A number: tho
     an attribute, which may be changed at any time; a recorded CUDA graph keeps what it was
     recorded with. Not part of ``state_dict()``.
 """
+RAISES = """
+Raises:
+    ValueError, TypeError: a value is out of range, parameters share memory, or a tensor cannot be
+        stepped. Messages name the group and the parameter, and nothing is changed.
+"""
 
 
 def documented(kind: Kind) -> Kind:
     """Put :data:`DESCRIBED` into the docstring of an optimizer, in place of its marker."""
     if kind.__doc__ is not None:  # python -OO
         text = inspect.cleandoc(kind.__doc__)  # from Python 3.13 on, the compiler does that
-        kind.__doc__ = text.replace("    {shared options}\n", indent(DESCRIBED, "    "))
+        kind.__doc__ = text.replace("    {shared options}\n", indent(DESCRIBED, "    ") + RAISES)
     return kind
 
 

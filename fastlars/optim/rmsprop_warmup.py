@@ -43,6 +43,10 @@ class RMSpropWarmup(FusedOptimizer):
     paper does not say whether g includes weight decay; here it does, as in its authors' framework,
     Chainer. m starts at 0 and is not corrected for that.
 
+    ``param_groups[i]["step"]`` is the number of steps that a group has taken, an int, for scripts
+    that read it there. It is a tensor with ``capturable`` or where the device alone knows whether a
+    step was skipped, and stands still inside ``torch.compile``. t above is ``state[p]["step"]``.
+
     Args:
         params: parameters or parameter groups; see :func:`fastlars.parameter_groups`.
         lr: learning rate :math:`\gamma \ge 0` of SGD, a number or a 1-element tensor. At 0 the step
@@ -63,14 +67,6 @@ class RMSpropWarmup(FusedOptimizer):
             :math:`\alpha_\text{RMSprop}` below 0, before it falls back to 1; here it ends at 1,
             after p / 4.
         {shared options}
-
-    ``param_groups[i]["step"]`` is the number of steps that a group has taken, an int, for scripts
-    that read it there. It is a tensor with ``capturable`` or where the device alone knows whether a
-    step was skipped, and stands still inside ``torch.compile``. t above is ``state[p]["step"]``.
-
-    Raises:
-        ValueError, TypeError: a value is out of range, parameters share memory, or a tensor cannot
-            be stepped. Messages name the group and the parameter, and nothing is changed.
 
     Example:
         >>> import torch, fastlars

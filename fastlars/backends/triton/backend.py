@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from fastlars.backends import cpu
-from fastlars.backends.base import Kinds, Scalars, Tensors
+from fastlars.backends.base import Kinds, Scalars, Tensors, checked_sums
 from fastlars.backends.sending import Sender, current, is_capturing
 from fastlars.backends.triton import sums
 from fastlars.backends.triton.common import argument
@@ -80,15 +80,17 @@ class Bound:
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.chunks.device)
 
-    def arguments(self, rule: Rule | GradientNorm, now: Scalars, rounds: bool) -> dict[str, Any]:
+    def arguments(
+        self, rule: Rule | GradientNorm, scalars: Scalars, rounds: bool
+    ) -> dict[str, Any]:
         """What ``measure`` and ``apply`` of every rule take."""
         return {
             "table": self.table,
             "numel": self.chunks.numel,
             "chunks": self.chunks.chunk,
-            "device_scalars": now.doubles,
-            "lr": now.lr,
-            "gradient_scale": now.gradient_scale,
+            "device_scalars": scalars.doubles,
+            "lr": scalars.lr,
+            "gradient_scale": scalars.gradient_scale,
             "rule": argument(rule),
             "types": types_of(self.tensors.kinds, bool(self.tensors.states), rounds),
         }
@@ -119,22 +121,22 @@ class Triton:
             layout.sender.recorded.append(layout.chunks)
         return Bound(layout.chunks, layout.addresses.table(checked.native), tensors)
 
-    def measure(self, rule: Rule | GradientNorm, bound: Bound, now: Scalars) -> Tensor:
+    def measure(self, rule: Rule | GradientNorm, bound: Bound, scalars: Scalars) -> Tensor:
         chunks = bound.chunks
         module, options = kernels(rule.name)
         found = bound.empty(chunks.tensors, rule.sums, dtype=torch.float64)
         slots = bound.empty(chunks.count, rule.sums, dtype=torch.float64)
         with current(chunks.device):
             module.measure[(chunks.count,)](
-                **bound.arguments(rule, now, rounds=False), slots=slots, **options
+                **bound.arguments(rule, scalars, rounds=False), slots=slots, **options
             )
             sums.total[(chunks.tensors, rule.sums)](
                 bound.table,
                 chunks.first,
                 slots,
                 found,
-                now.doubles,
-                now.lr,
+                scalars.doubles,
+                scalars.lr,
                 COUNT=rule.sums,
                 ADVANCES=rule.measure_writes,
                 COUNTS_STEPS=rule.COUNTER == "step",
@@ -143,42 +145,37 @@ class Triton:
             )
         return found
 
-    def apply(self, rule: Rule, bound: Bound, now: Scalars, sums: Tensor | None) -> Tensor:
+    def apply(self, rule: Rule, bound: Bound, scalars: Scalars, sums: Tensor | None) -> Tensor:
         chunks = bound.chunks
-        if not rule.adapt:
-            sums = None
-        elif (
-            sums is None or sums.shape != (chunks.tensors, rule.sums) or sums.dtype != torch.float64
-        ):
-            raise ValueError(f"apply needs float64 sums of shape [{chunks.tensors}, {rule.sums}]")
-        else:
-            sums = sums.contiguous()
         module, options = kernels(rule.name)
         ratios = bound.empty(chunks.tensors, dtype=torch.float32)
+        sums = checked_sums(rule, sums, len(ratios), ratios.device)
         with current(chunks.device):
             module.apply[(chunks.count,)](
-                **bound.arguments(rule, now, rounds=now.seed is not None),
+                **bound.arguments(rule, scalars, rounds=scalars.seed is not None),
                 sums=sums,
                 ratios=ratios,
-                seed=now.seed or 0,
+                seed=scalars.seed or 0,
                 **options,
             )
             if rule.counter is not None and not (rule.measure_writes and rule.adapt):
-                _advance(rule, bound, now)
+                _advance(rule, bound, scalars)
         return ratios
 
-    def step(self, rule: Rule, bound: Bound, now: Scalars) -> Tensor:
-        return self.apply(rule, bound, now, self.measure(rule, bound, now) if rule.adapt else None)
+    def step(self, rule: Rule, bound: Bound, scalars: Scalars) -> Tensor:
+        return self.apply(
+            rule, bound, scalars, self.measure(rule, bound, scalars) if rule.adapt else None
+        )
 
 
-def _advance(rule: Rule, bound: Bound, now: Scalars) -> None:
+def _advance(rule: Rule, bound: Bound, scalars: Scalars) -> None:
     """In a launch of its own: programs of the last one may still read the counters."""
     tensors = bound.chunks.tensors
     sums.advance[((tensors + LANES - 1) // LANES,)](
         bound.table,
         tensors,
-        now.doubles,
-        now.lr,
+        scalars.doubles,
+        scalars.lr,
         COUNTS_STEPS=rule.COUNTER == "step",
         LANES=LANES,
         **SMALL_OPTIONS,
