@@ -52,15 +52,15 @@ class Fault:
 FAULTS = {
     "cpu": Fault(
         "squares of gradients that leave float32's range are not summed again in double",
-        "csrc/cpu/lars.cpp",
-        "if (needs_double(*sums)) *sums",
-        "if (leaves_float_range(sums->weight)) *sums",
+        "csrc/cpu/sums.h",
+        "for (const double sum : found->of) in_range = in_range && !leaves_float_range(sum);",
+        "in_range = !leaves_float_range(found->of[0]);",
     ),
     "cuda": Fault(
-        "a slot of the ring counts as held after it was written again",
+        "a slot of shared memory counts as valid after it was written again",
         "csrc/cuda/schedule.cuh",
-        "turn.held = pushed_ - popped_ <= call_.ring;",
-        "turn.held = true;",
+        "turn.in_shared = pushed_ - popped_ <= args_.shared_slots;",
+        "turn.in_shared = true;",
     ),
     "triton": Fault(
         "the clip of the trust ratio divides by a learning rate of 0",
@@ -70,9 +70,9 @@ FAULTS = {
     ),
     "trust": Fault(
         "a norm that is no number passes the guard against zeros",
-        "csrc/core/trust.h",
-        "if (!(sums.weight > 0.0 && sums.update > 0.0)) return 1.0;",
-        "if (sums.weight == 0.0 || sums.update == 0.0) return 1.0;",
+        "csrc/rules/common.h",
+        "if (!(sums.of[0] > 0.0 && sums.of[1] > 0.0)) return 1.0;",
+        "if (sums.of[0] == 0.0 || sums.of[1] == 0.0) return 1.0;",
     ),
     "layout": Fault(
         "the stride of the last dimension is not compared",

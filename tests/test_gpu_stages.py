@@ -111,7 +111,7 @@ def test_grid_of_cuda_goes_on_after_a_launch_that_fails(
     whole = Cuda.step
 
     def step(self: Cuda, *arguments: Any) -> Any:
-        if self.ring == 13:
+        if self.shared_slots == 13:
             raise RuntimeError("too much shared memory")
         return whole(self, *arguments)
 

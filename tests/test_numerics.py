@@ -34,10 +34,10 @@ def test_lines_have_the_bits_of_the_cpu_back_end(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("path", "source", "page"),
     [
-        ("csrc/core/chunks.h", "kChunk = 16384;", "CPU: 16,384 elements"),
-        ("csrc/cuda/plan.h", "kChunk = 4096;", "CUDA and Triton: 4,096"),
+        ("csrc/cpu/chunk.h", "kChunk = 16384;", "CPU: 16,384 elements"),
+        ("csrc/cuda/chunk_table.h", "kChunkElements = 4096;", "CUDA and Triton: 4,096"),
         ("fastlars/backends/triton/table.py", "BLOCK = 4096", "CUDA and Triton: 4,096"),
-        ("csrc/core/trust.h", "sum > 1e-25 && sum < 1e37", "below 1e-25 or above 1e37"),
+        ("csrc/rules/common.h", "sum > 1e-25 && sum < 1e37", "below 1e-25 or above 1e37"),
         ("csrc/core/random.h", "Philox4x32-10", "Philox4x32-10"),
     ],
 )

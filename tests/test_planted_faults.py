@@ -13,7 +13,7 @@ KINDS = {
     "cpu": "csrc/cpu/",
     "cuda": "csrc/cuda/",
     "triton": "fastlars/backends/triton/",
-    "trust": "csrc/core/trust.h",
+    "trust": "csrc/rules/common.h",
     "layout": "csrc/layout.h",
     "state dict": "fastlars/optim/checkpoint.py",
     "conventions": "fastlars/conventions.py",
