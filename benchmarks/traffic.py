@@ -1,7 +1,8 @@
 """Bytes that a step of fastlars moves on a GPU, counted from what its kernels read and write.
 
-Counted by design, from the chunks of csrc/cuda/plan.h; nothing here is measured. What reaches the
-memory lies between the two figures: what a second pass finds in the cache costs no traffic.
+Counted by design, from the chunks of csrc/cuda/chunk_table.h; nothing here is measured. What
+reaches the memory lies between the two figures: what a second pass finds in the cache costs no
+traffic.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import math
 from dataclasses import dataclass
 
 CHUNK = 4096
-# Of csrc/cuda/plan.h: what says where a chunk and a tensor lie, and where a chunk's sums go.
-ITEM, ROW, SUMS = 16, 56, {"one-launch": 32, "two-launch": 16}
+# Bytes of csrc/cuda/chunk_table.h: of a ChunkEntry, of a TensorEntry, and of a chunk's sums.
+CHUNK_ENTRY, TENSOR_ENTRY, SUMS = 16, 56, {"one-launch": 32, "two-launch": 16}
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,6 @@ def traffic(rule: str, path: str, sizes: list[int], widths: Widths = FLOAT32) ->
     count, total = chunks(sizes), sum(sizes)
     moved = elements(rule, path, widths)
     # A slot is written by its chunk and read by the last chunk of the tensor to arrive.
-    least = count * (ITEM + 2 * SUMS[path]) + len(sizes) * ROW
-    touched = count * (2 * ITEM + 2 * SUMS[path] + 2 * ROW)
+    least = count * (CHUNK_ENTRY + 2 * SUMS[path]) + len(sizes) * TENSOR_ENTRY
+    touched = count * (2 * CHUNK_ENTRY + 2 * SUMS[path] + 2 * TENSOR_ENTRY)
     return Traffic(moved.least + least / total, moved.touched + touched / total)

@@ -246,82 +246,82 @@ void define_cpu_calls(py::module_& m) {
 
 #if FASTLARS_BUILD_CUDA
 
-struct Numbers {
-  Scalars host;
-  cuda::Numbers device;
+// Scalars of a step: by value, and those that are in device memory.
+struct CudaScalars {
+  StepScalars host;
+  cuda::DeviceScalars device;
 };
 
 template <class Rule>
-void define_cuda_measure(py::module_& m) {
-  m.def(
-      "cuda_measure",
-      [](const Rule& rule, TensorList& list, const cuda::Plan& plan, const Numbers& numbers,
-         std::uintptr_t sums, std::uintptr_t stream, int grid) {
-        const cuda::Work work = {plan, list, numbers.device, pointer<void>(stream), grid};
-        cuda::measure(rule, numbers.host, work, pointer<Sums>(sums));
-      },
-      Released(), "rule"_a, "tensors"_a, "plan"_a, "numbers"_a, "sums"_a, "stream"_a, "grid"_a);
-}
-
-template <class Rule>
-void define_cuda_apply(py::module_& m) {
-  m.def(
-      "cuda_apply",
-      [](const Rule& rule, TensorList& list, const cuda::Plan& plan, const Numbers& numbers,
-         std::optional<std::uint64_t> seed, std::uintptr_t sums, std::uintptr_t ratios,
-         std::uintptr_t stream, int grid) {
-        set_seed(list, seed);
-        const cuda::Work work = {plan, list, numbers.device, pointer<void>(stream), grid};
-        cuda::apply(rule, numbers.host, work, pointer<const Sums>(sums), pointer<float>(ratios));
-      },
-      Released(), "rule"_a, "tensors"_a, "plan"_a, "numbers"_a, "seed"_a, "sums"_a, "ratios"_a,
-      "stream"_a, "grid"_a);
-}
-
-template <class Rule>
-void define_cuda_step(py::module_& m) {
-  m.def(
-      "cuda_step",
-      [](const Rule& rule, TensorList& list, const cuda::Plan& plan, const Numbers& numbers,
-         std::uintptr_t ratios, std::uintptr_t stream, int grid, int ring) {
-        const cuda::Work work = {plan, list, numbers.device, pointer<void>(stream), grid, ring};
-        cuda::step(rule, numbers.host, work, pointer<float>(ratios));
-      },
-      Released(), "rule"_a, "tensors"_a, "plan"_a, "numbers"_a, "ratios"_a, "stream"_a, "grid"_a,
-      "ring"_a);
+void define_cuda_calls(py::module_& m) {
+  using cuda::ChunkTable;
+  using Sums = Sums<Rule::sums>;
+  if constexpr (Rule::sums > 0) {
+    m.def(
+        "cuda_measure",
+        [](const Rule& rule, TensorList& list, const ChunkTable& table, const CudaScalars& scalars,
+           std::uintptr_t sums, std::uintptr_t stream, int grid) {
+          cuda::measure(rule, scalars.host,
+                        {table, list, scalars.device, pointer<void>(stream), grid},
+                        pointer<Sums>(sums));
+        },
+        Released(), "rule"_a, "tensors"_a, "table"_a, "scalars"_a, "sums"_a, "stream"_a, "grid"_a);
+  }
+  if constexpr (Rule::states > 0) {
+    m.def(
+        "cuda_apply",
+        [](const Rule& rule, TensorList& list, const ChunkTable& table, const CudaScalars& scalars,
+           std::optional<std::uint64_t> seed, std::uintptr_t sums, std::uintptr_t ratios,
+           std::uintptr_t stream, int grid) {
+          set_seed(list, seed);
+          cuda::apply(rule, scalars.host,
+                      {table, list, scalars.device, pointer<void>(stream), grid},
+                      pointer<const Sums>(sums), pointer<float>(ratios));
+        },
+        Released(), "rule"_a, "tensors"_a, "table"_a, "scalars"_a, "seed"_a, "sums"_a, "ratios"_a,
+        "stream"_a, "grid"_a);
+  }
+  if constexpr (Rule::sums > 0 && Rule::states > 0) {
+    m.def(
+        "cuda_step",
+        [](const Rule& rule, TensorList& list, const ChunkTable& table, const CudaScalars& scalars,
+           std::uintptr_t ratios, std::uintptr_t stream, int grid, int shared_slots) {
+          cuda::step(rule, scalars.host,
+                     {table, list, scalars.device, pointer<void>(stream), grid, shared_slots},
+                     pointer<float>(ratios));
+        },
+        Released(), "rule"_a, "tensors"_a, "table"_a, "scalars"_a, "ratios"_a, "stream"_a, "grid"_a,
+        "shared_slots"_a);
+  }
 }
 
 void define_cuda(py::module_& m) {
-  py::register_exception<cuda::Error>(m, "CudaError", PyExc_RuntimeError);
-  py::class_<Numbers>(m, "CudaNumbers")
-      .def(py::init([](double lr, double gradient_scale, const cuda::Addresses& addresses,
+  using namespace cuda;
+  py::register_exception<Error>(m, "CudaError", PyExc_RuntimeError);
+  py::class_<CudaScalars>(m, "CudaScalars")
+      .def(py::init([](double lr, double gradient_scale, const ScalarAddresses& addresses,
                        double limit) {
-             return Numbers{{lr, gradient_scale}, {addresses, limit, gradient_scale}};
+             return CudaScalars{{lr, gradient_scale}, {addresses, limit, gradient_scale}};
            }),
            "lr"_a, "gradient_scale"_a, "addresses"_a, "limit"_a);
-  py::class_<cuda::Plan> plan(m, "CudaPlan");
-  plan.def(py::init([](const BoundLayout& layout) { return cuda::Plan(layout.numel()); }))
-      .def_property_readonly("tensors", &cuda::Plan::tensors)
-      .def_property_readonly("chunks", &cuda::Plan::chunks)
-      .def_property_readonly("workspace_bytes", &cuda::Plan::workspace_bytes)
-      .def("write_items",
-           [](const cuda::Plan& p, std::uintptr_t at) { p.write_items(pointer<cuda::Item>(at)); })
-      .def("write_rows",
-           [](const cuda::Plan& p, const TensorList& list, std::uintptr_t at) {
-             return p.write_rows(list, pointer<cuda::Row>(at));
+  py::class_<ChunkTable> table(m, "CudaChunkTable");
+  table.def(py::init([](const BoundLayout& layout) { return ChunkTable(layout.numel()); }))
+      .def_property_readonly("tensors", &ChunkTable::tensors)
+      .def_property_readonly("chunks", &ChunkTable::chunks)
+      .def_property_readonly("workspace_bytes", &ChunkTable::workspace_bytes)
+      .def("write_chunk_entries",
+           [](const ChunkTable& t, std::uintptr_t at) {
+             t.write_chunk_entries(pointer<ChunkEntry>(at));
            })
-      .def("place", &cuda::Plan::place, "items"_a, "rows"_a, "workspace"_a);
-  plan.attr("item_bytes") = sizeof(cuda::Item);
-  plan.attr("row_bytes") = sizeof(cuda::Row);
-  define_cuda_measure<GradientNorm>(m);
-  define_cuda_measure<LarsRule>(m);
-  define_cuda_measure<LambRule>(m);
-  define_cuda_apply<LarsRule>(m);
-  define_cuda_apply<LambRule>(m);
-  define_cuda_apply<RmspropWarmupRule>(m);
-  define_cuda_step<LarsRule>(m);
-  define_cuda_step<LambRule>(m);
-  m.def("cuda_why_not", &cuda::why_not);
+      .def("write_tensor_entries",
+           [](const ChunkTable& t, const TensorList& list, std::uintptr_t at) {
+             return t.write_tensor_entries(list, pointer<TensorEntry>(at));
+           })
+      .def("place", &ChunkTable::place, "chunk_entries"_a, "tensor_entries"_a, "workspace"_a);
+  table.attr("chunk_entry_bytes") = sizeof(ChunkEntry);
+  table.attr("tensor_entry_bytes") = sizeof(TensorEntry);
+  Rules::for_each([&](auto rule) { define_cuda_calls<decltype(rule)>(m); });
+  m.def("cuda_why_not", &why_not);
 }
 
 #else

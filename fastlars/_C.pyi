@@ -64,7 +64,7 @@ def build_info() -> dict[str, Any]: ...
 
 # What follows, and CudaError, exists where build_info()["cuda"] says so.
 
-class CudaNumbers:
+class CudaScalars:
     def __init__(
         self,
         lr: float,
@@ -73,9 +73,9 @@ class CudaNumbers:
         limit: float,
     ) -> None: ...
 
-class CudaPlan:
-    item_bytes: ClassVar[int]
-    row_bytes: ClassVar[int]
+class CudaChunkTable:
+    chunk_entry_bytes: ClassVar[int]
+    tensor_entry_bytes: ClassVar[int]
     def __init__(self, layout: Layout) -> None: ...
     @property
     def tensors(self) -> int: ...
@@ -83,15 +83,15 @@ class CudaPlan:
     def chunks(self) -> int: ...
     @property
     def workspace_bytes(self) -> int: ...
-    def write_items(self, address: int) -> None: ...
-    def write_rows(self, tensors: TensorList, address: int) -> bool: ...
-    def place(self, items: int, rows: int, workspace: int) -> None: ...
+    def write_chunk_entries(self, address: int) -> None: ...
+    def write_tensor_entries(self, tensors: TensorList, address: int) -> bool: ...
+    def place(self, chunk_entries: int, tensor_entries: int, workspace: int) -> None: ...
 
 def cuda_measure(
     rule: Any,
     tensors: TensorList,
-    plan: CudaPlan,
-    numbers: CudaNumbers,
+    table: CudaChunkTable,
+    scalars: CudaScalars,
     sums: int,
     stream: int,
     grid: int,
@@ -99,8 +99,8 @@ def cuda_measure(
 def cuda_apply(
     rule: Any,
     tensors: TensorList,
-    plan: CudaPlan,
-    numbers: CudaNumbers,
+    table: CudaChunkTable,
+    scalars: CudaScalars,
     seed: int | None,
     sums: int,
     ratios: int,
@@ -110,11 +110,11 @@ def cuda_apply(
 def cuda_step(
     rule: Any,
     tensors: TensorList,
-    plan: CudaPlan,
-    numbers: CudaNumbers,
+    table: CudaChunkTable,
+    scalars: CudaScalars,
     ratios: int,
     stream: int,
     grid: int,
-    ring: int,
+    shared_slots: int,
 ) -> None: ...
 def cuda_why_not() -> str: ...

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from fastlars import _C
+from fastlars.rules import RULES, GradientNorm
 
 INFO = _C.build_info()
 ARCHITECTURES = re.findall(r"\d+", INFO["cuda_archs"])
@@ -33,32 +34,34 @@ on_sm_90 = pytest.mark.skipif(
 THREADS = {"measure": 256, "apply": 256, "step": 288}
 
 # kernel: blocks that a multiprocessor must hold, 16-byte loads that a thread must have in flight
-# before it computes, 16-byte stores. `Float32` has float32 tensors alone, `Any` every type.
+# before it computes, 16-byte stores. `Float32Only` has float32 tensors alone, `RuntimeDtypes` all.
 KERNELS = {
-    "measure<GradientNorm, Float32>": (4, 4, 0),
-    "measure<GradientNorm, Any>": (4, 4, 0),
-    "measure<LarsRule, Float32>": (4, 8, 0),
-    "measure<LarsRule, Any>": (4, 8, 0),
-    "measure<LambRule, Float32>": (3, 8, 2),
-    "measure<LambRule, Any>": (3, 8, 2),
-    "apply<LarsRule, Float32, memory>": (3, 12, 8),
-    "apply<LarsRule, Any, memory>": (3, 12, 8),
-    "apply<LarsRule, Any, memory, rounds>": (3, 12, 4),
-    "apply<LambRule, Float32, memory>": (3, 12, 4),
-    "apply<LambRule, Any, memory>": (3, 12, 4),
-    "apply<LambRule, Any, memory, rounds>": (3, 12, 0),
-    "apply<LambRule, Float32, unmeasured>": (3, 8, 3),
-    "apply<LambRule, Any, unmeasured>": (2, 8, 3),
-    "apply<LambRule, Any, unmeasured, rounds>": (2, 8, 2),
-    "apply<RmspropWarmupRule, Float32, unmeasured>": (3, 12, 14),
-    "apply<RmspropWarmupRule, Any, unmeasured>": (2, 12, 14),
-    "apply<RmspropWarmupRule, Any, unmeasured, rounds>": (2, 12, 8),
-    "step<LarsRule, Float32>": (3, 8, 4),
-    "step<LarsRule, Any>": (2, 8, 4),
-    "step<LambRule, Float32>": (3, 8, 4),
-    "step<LambRule, Any>": (2, 8, 4),
+    "measure<GradientNorm, Float32Only>": (4, 4, 0),
+    "measure<GradientNorm, RuntimeDtypes>": (4, 4, 0),
+    "measure<LarsRule, Float32Only>": (4, 8, 0),
+    "measure<LarsRule, RuntimeDtypes>": (4, 8, 0),
+    "measure<LambRule, Float32Only>": (3, 8, 2),
+    "measure<LambRule, RuntimeDtypes>": (3, 8, 2),
+    "apply<LarsRule, Float32Only, global>": (3, 12, 8),
+    "apply<LarsRule, RuntimeDtypes, global>": (3, 12, 8),
+    "apply<LarsRule, RuntimeDtypes, global, stochastic>": (3, 12, 4),
+    "apply<LambRule, Float32Only, global>": (3, 12, 4),
+    "apply<LambRule, RuntimeDtypes, global>": (3, 12, 4),
+    "apply<LambRule, RuntimeDtypes, global, stochastic>": (3, 12, 0),
+    "apply<LambRule, Float32Only, fused>": (3, 8, 3),
+    "apply<LambRule, RuntimeDtypes, fused>": (2, 8, 3),
+    "apply<LambRule, RuntimeDtypes, fused, stochastic>": (2, 8, 2),
+    "apply<RmspropWarmupRule, Float32Only, fused>": (3, 12, 14),
+    "apply<RmspropWarmupRule, RuntimeDtypes, fused>": (2, 12, 14),
+    "apply<RmspropWarmupRule, RuntimeDtypes, fused, stochastic>": (2, 12, 8),
+    "step<LarsRule, Float32Only>": (3, 8, 4),
+    "step<LarsRule, RuntimeDtypes>": (2, 8, 4),
+    "step<LambRule, Float32Only>": (3, 8, 4),
+    "step<LambRule, RuntimeDtypes>": (2, 8, 4),
 }
-FROM = ("memory", "held", "forgotten", "unmeasured")
+# As csrc/cuda/block.cuh numbers OperandSource.
+SOURCES = ("global", "shared", "evicted", "fused")
+NAMES = "|".join(rule.__name__ for rule in (GradientNorm, *RULES))
 
 
 def cuobjdump(*options: str) -> str:
@@ -76,15 +79,13 @@ def cuobjdump(*options: str) -> str:
 
 def short(mangled: str) -> str:
     """A kernel's name as in KERNELS."""
-    name = re.search(
-        r"(measure|apply|step)I.*?(GradientNorm|LarsRule|LambRule|RmspropWarmupRule)", mangled
-    )
+    name = re.search(rf"kernels\d(measure|apply|step)I\w*?\d({NAMES})E", mangled)
     if name is None:
         return mangled
-    words = [name[2], "Float32" if "Float32" in mangled else "Any"]
-    how = re.search(r"FromE(\d)ELb([01])", mangled)
+    words = [name[2], "Float32Only" if "Float32Only" in mangled else "RuntimeDtypes"]
+    how = re.search(r"OperandSourceE(\d)ELb([01])", mangled)
     if how is not None:
-        words += [FROM[int(how[1])], *(["rounds"] if how[2] == "1" else [])]
+        words += [SOURCES[int(how[1])], *(["stochastic"] if how[2] == "1" else [])]
     return f"{name[1]}<{', '.join(words)}>"
 
 

@@ -99,6 +99,11 @@ def test_mistakes_of_kernels_are_noticed(mistake: str, code: int, words: str, fo
     assert re.search(words, done.stdout + done.stderr)
 
 
+def test_a_rule_with_three_sums_and_states_has_the_same_bits_on_both_paths(folder: Path) -> None:
+    done = _run(emulated.program(folder, "three"), FASTLARS_EMULATED_SEED="0")
+    assert (done.returncode, done.stdout) == (0, "right\n"), done.stdout + done.stderr
+
+
 @pytest.fixture(scope="session")
 def watched(folder: Path) -> list[str | Path]:
     """How a program is started that ThreadSanitizer watches."""
@@ -126,7 +131,7 @@ def test_races_of_kernels_are_noticed(
 
 def test_a_wait_that_never_ends_ends_the_launch(watched: list[str | Path], folder: Path) -> None:
     program = emulated.program(folder, "races", sanitize=True)
-    done = _run(*watched, program, "a lost ticket", FASTLARS_EMULATED_LOOKS="1000")
+    done = _run(*watched, program, "a lost ticket", FASTLARS_EMULATED_READS="1000")
     assert done.returncode == -signal.SIGABRT
     assert "a wait between blocks did not end" in done.stderr
 

@@ -1,4 +1,4 @@
-"""The one-launch path ends for any number of blocks, any ring, any speed, and has the same bits.
+"""The one-launch path ends for any number of blocks or slots, any speed, and has the same bits.
 
 It is held against two launches of one block, whose order is fixed. A chunk that is applied twice,
 or never, or with another step's ratio, shows in momentum and moments. Blocks run on a GPU, or, in
@@ -27,15 +27,15 @@ MOST_BLOCKS = 12
 slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
-def _most_held() -> int:
-    """Chunks, 16 KB each, that a block can hold: three on GPUs of compute capability 7.5."""
+def _most_slots() -> int:
+    """Chunks, 16 KB each, that a block can cache: three on GPUs of compute capability 7.5."""
     if not torch.cuda.is_available():
         return 4
     room: int = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
     return min(4, (room - 2048) // 2**14)
 
 
-MOST_HELD = _most_held()
+MOST_SLOTS = _most_slots()
 
 
 def _problem(name: str, sizes: list[int], steps: int) -> Problem:
@@ -63,8 +63,8 @@ def _resnet18() -> list[int]:
 LISTS = {
     "one tensor for all blocks": [40 * CHUNK + 5],
     "a chunk each": [1, CHUNK, 7, CHUNK - 1, 100, 2] * 6,
-    "larger than all rings, then small": [60 * CHUNK, 3, 2 * CHUNK, 3, 3],
-    "small, then larger than all rings": [3, 3, 2 * CHUNK, 3, 60 * CHUNK],
+    "larger than all slots, then small": [60 * CHUNK, 3, 2 * CHUNK, 3, 3],
+    "small, then larger than all slots": [3, 3, 2 * CHUNK, 3, 60 * CHUNK],
     "growing": [i * CHUNK + i for i in range(9)],
     "empty between": [0, CHUNK, 0, 0, 2 * CHUNK + 1, 0],
     "all empty": [0, 0],
@@ -90,12 +90,12 @@ class Scheduled(Twin):
 
 
 def _compare(tested: Scheduled, choose: Callable[[int], tuple[int, int]]) -> None:
-    """Steps with the blocks and ring of each step's choice."""
+    """Steps with the blocks and shared slots of each step's choice."""
     row, problem = tested.row, tested.problem
     expected = Scheduled(row, problem, "two-launch", tested.tensors.kinds)
     for step in range(problem.steps):
-        tested.cuda.grid, tested.cuda.ring = choose(step)
-        what = f"step {step}, {tested.cuda.grid} blocks, ring of {tested.cuda.ring}"
+        tested.cuda.grid, tested.cuda.shared_slots = choose(step)
+        what = f"step {step}, {tested.cuda.grid} blocks, {tested.cuda.shared_slots} shared slots"
         ratios = expected.advance(step)
         assert_same_bits(f"ratios, {what}", tested.advance(step).cpu(), ratios.cpu())
         assert_same_runs(what, tested, expected)
@@ -110,8 +110,8 @@ def _speeds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("row", ADAPTING, ids=lambda row: row.name)
 @pytest.mark.parametrize("grid", [1, 2, 5, *(slow(grid) for grid in (3, 4, *range(6, 13)))])
-def test_every_grid_and_ring(grid: int, row: Row) -> None:
-    tested = Scheduled(row, _problem("mixed", MIXED, MOST_HELD), "one-launch")
+def test_every_grid_and_number_of_slots(grid: int, row: Row) -> None:
+    tested = Scheduled(row, _problem("mixed", MIXED, MOST_SLOTS), "one-launch")
     _compare(tested, lambda step: (grid, step + 1))
 
 
@@ -120,15 +120,15 @@ def test_every_grid_and_ring(grid: int, row: Row) -> None:
 def test_awkward_lists(name: str, row: Row) -> None:
     draw = random.Random(name)
     tested = Scheduled(row, _problem(name, LISTS[name], 6), "one-launch")
-    _compare(tested, lambda _: (draw.randint(1, MOST_BLOCKS), draw.randint(1, MOST_HELD)))
+    _compare(tested, lambda _: (draw.randint(1, MOST_BLOCKS), draw.randint(1, MOST_SLOTS)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ADAPTING, ids=lambda row: row.name)
 def test_resnet18(row: Row) -> None:
-    choices = [(1, 1), (12, 2), (5, MOST_HELD)]
+    choices = [(1, 1), (12, 2), (5, MOST_SLOTS)]
     tested = Scheduled(row, _problem("ResNet-18", _resnet18(), len(choices)), "one-launch")
-    assert tested.layout.plan.tensors == 62
+    assert tested.layout.table.tensors == 62
     _compare(tested, choices.__getitem__)
 
 
@@ -136,7 +136,7 @@ def test_resnet18(row: Row) -> None:
 @pytest.mark.parametrize("row", ADAPTING, ids=lambda row: row.name)
 def test_types(row: Row, kinds: Kinds) -> None:
     tested = Scheduled(row, _problem("mixed", MIXED, 4), "one-launch", kinds)
-    _compare(tested, lambda step: (3 * step + 1, step % MOST_HELD + 1))
+    _compare(tested, lambda step: (3 * step + 1, step % MOST_SLOTS + 1))
 
 
 @pytest.mark.parametrize("row", DEFAULTS, ids=lambda row: row.name)

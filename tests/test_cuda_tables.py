@@ -17,19 +17,19 @@ from fastlars.backends.sending import Sender, Sent
 from fastlars.rules import GradientNorm, LambRule, LarsRule, RmspropWarmupRule, Rule
 
 
-class Plan:
-    """Stands in for fastlars._C.CudaPlan."""
+class Table:
+    """Stands in for fastlars._C.CudaChunkTable."""
 
-    item_bytes, row_bytes, chunks, tensors, workspace_bytes = 16, 48, 3, 2, 100
+    chunk_entry_bytes, tensor_entry_bytes, chunks, tensors, workspace_bytes = 16, 48, 3, 2, 100
 
     def __init__(self, layout: object = None) -> None:
         self.changed = True
         self.places: list[tuple[int, ...]] = []
 
-    def write_items(self, address: int) -> None:
+    def write_chunk_entries(self, address: int) -> None:
         pass
 
-    def write_rows(self, tensors: object, address: int) -> bool:
+    def write_tensor_entries(self, tensors: object, address: int) -> bool:
         changed, self.changed = self.changed, False
         return changed
 
@@ -38,32 +38,32 @@ class Plan:
 
 
 def test_tables_are_sent_when_something_moved() -> None:
-    plan = Plan()
-    tables = Tables(plan, [torch.ones(3)])
-    fixed, rows = first = tables.placed(None)
-    assert [x.numel() for x in (*fixed.tensors, *rows.tensors)] == [48, 100, 96]
+    table = Table()
+    tables = Tables(table, [torch.ones(3)])
+    fixed, entries = first = tables.placed(None)
+    assert [x.numel() for x in (*fixed.tensors, *entries.tensors)] == [48, 100, 96]
     assert int(fixed.tensors[1].sum()) == 0
     assert tables.placed(None) is first
-    plan.changed = True
+    table.changed = True
     other = tables.placed(None)
     assert other[0] is fixed
-    assert other[1] is not rows
+    assert other[1] is not entries
 
 
 def test_tables_are_written_on_the_host_whatever_the_default_device() -> None:
     """Their host's side is filled through addresses."""
     weights = [torch.ones(3)]
     with torch.device("meta"):
-        tables = Tables(Plan(), weights)
+        tables = Tables(Table(), weights)
         sent = [x for each in tables.placed(None) for x in each.tensors]
     assert [x.device.type for x in (tables._host, *sent)] == ["cpu"] * 4
 
 
 def test_a_table_that_could_not_be_sent_is_sent_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = Plan()
-    tables = Tables(plan, [torch.ones(3)])
+    table = Table()
+    tables = Tables(table, [torch.ones(3)])
     tables.placed(None)
-    plan.changed = True
+    table.changed = True
 
     def fails(values: Tensor) -> Tensor:
         raise torch.OutOfMemoryError
@@ -79,7 +79,7 @@ def test_what_a_recording_sends_is_for_that_recording_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     weight = torch.ones(3)
-    tables = Tables(Plan(), [weight])
+    tables = Tables(Table(), [weight])
     with monkeypatch.context() as context:
         context.setattr(cuda, "is_capturing", lambda device: True)
         recorded = tables.placed(None)
@@ -96,20 +96,20 @@ def test_pinned_memory_lies_ready_for_a_recording(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(module, "is_capturing", lambda device: recording[0])
     real = Sender.pinned
     monkeypatch.setattr(Sender, "pinned", lambda *a: pinned.append(a) or real(*a))
-    plan = Plan()
-    tables = Tables(plan, [torch.ones(3)])
+    table = Table()
+    tables = Tables(table, [torch.ones(3)])
     for _ in range(2):
         recording[0] = False
         tables.placed(None)
         pinned.clear()
         # Weights may have moved.
-        recording[0] = plan.changed = True
+        recording[0] = table.changed = True
         tables.placed(None)
         assert pinned == []
-        plan.changed = True
-    # Where the plan itself is of the recording: for items, and for rows.
-    plan = Plan()
-    tables = Tables(plan, [torch.ones(3)])
+        table.changed = True
+    # A table that is made within a recording pins memory for both kinds of entries.
+    table = Table()
+    tables = Tables(table, [torch.ones(3)])
     assert tables.placed(None)[1].tensors[0].numel() == 96
     assert len(pinned) == 2
 
@@ -188,8 +188,8 @@ def test_launches(
 
     for name in ("measure", "apply", "step"):
         monkeypatch.setattr(_C, f"cuda_{name}", takes_notes(name), raising=False)
-    monkeypatch.setattr(_C, "CudaPlan", Plan, raising=False)
-    monkeypatch.setattr(_C, "CudaNumbers", lambda *numbers: numbers, raising=False)
+    monkeypatch.setattr(_C, "CudaChunkTable", Table, raising=False)
+    monkeypatch.setattr(_C, "CudaScalars", lambda *scalars: scalars, raising=False)
     monkeypatch.setattr(cuda, "serves", lambda: "cpu")
     backend = Cuda()
     backend.path = path
@@ -203,5 +203,5 @@ def test_launches(
     assert made == calls
     assert (ratios.shape, ratios.dtype) == ((2,), torch.float32)
     sums = backend.measure(GradientNorm(), backend.bind(tensors, layout), Scalars(0.1))
-    assert (sums.shape, sums.dtype) == ((2, 2), torch.float64)
-    assert len(layout.plan.places) == 1
+    assert (sums.shape, sums.dtype) == ((2, 1), torch.float64)
+    assert len(layout.table.places) == 1

@@ -22,11 +22,23 @@ T* at(const Addresses& base, const Chunk& chunk) {
   return reinterpret_cast<T*>(base[chunk.tensor]) + chunk.begin;
 }
 
-// Calls f with a value of the C++ type of the states, which are float32 or bfloat16.
+// Each of these calls f with pointers to the chunk's elements, of the type that the list has.
+
 template <class F>
-void with_state_type(const TensorList& list, F&& f) {
-  if (list.state_dtype == Dtype::bfloat16) return f(bfloat16{});
-  f(float{});
+void with_weights_to_read(const TensorList& list, const Chunk& chunk, F&& f) {
+  visit(list.weight_dtype, [&](auto w) { f(at<const decltype(w)>(list.weight, chunk)); });
+}
+
+template <class F>
+void with_grads(const TensorList& list, const Chunk& chunk, F&& f) {
+  visit(list.grad_dtype, [&](auto g) { f(at<const decltype(g)>(list.grad, chunk)); });
+}
+
+// The states by number: with_states<0, 1>. They are float32 or bfloat16.
+template <int... which, class F>
+void with_states(const TensorList& list, const Chunk& chunk, F&& f) {
+  if (list.state_dtype == Dtype::bfloat16) return f(at<bfloat16>(list.state[which], chunk)...);
+  f(at<float>(list.state[which], chunk)...);
 }
 
 }  // namespace fastlars::cpu

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/dtype.h"
+#include "cpu/isa.h"
 
 namespace fastlars::cpu {
 
@@ -29,14 +30,16 @@ FASTLARS_HD void prefetch(const T* strip) {
 
 // each(i) for every element; `arrays` are those that it reads.
 template <class Each, class... T>
-FASTLARS_HD void for_each(int size, const Each& each, const T*... arrays) {
-  const bool ahead = prefetches();
-  for (int begin = 0; begin < size; begin += kStrip) {
-    if (ahead) (prefetch(arrays + begin), ...);
-    const int end = begin + kStrip < size ? begin + kStrip : size;
+void for_each(int size, const Each& each, const T*... arrays) {
+  run([=]() __attribute__((always_inline)) {
+    const bool ahead = prefetches();
+    for (int begin = 0; begin < size; begin += kStrip) {
+      if (ahead) (prefetch(arrays + begin), ...);
+      const int end = begin + kStrip < size ? begin + kStrip : size;
 #pragma GCC ivdep
-    for (int i = begin; i < end; ++i) each(i);
-  }
+      for (int i = begin; i < end; ++i) each(i);
+    }
+  });
 }
 
 }  // namespace fastlars::cpu

@@ -11,13 +11,6 @@ namespace fastlars::cpu {
 constexpr int kLanes = 32;
 static_assert(kStrip % kLanes == 0, "a strip begins where lanes begin");
 
-template <int N>
-FASTLARS_HD bool needs_double(const Sums<N>& sums) {
-  bool needed = false;
-  for (const double sum : sums.of) needed = needed || leaves_float_range(sum);
-  return needed;
-}
-
 // each(i, x) yields the N values of an element whose squares are summed; `arrays` are those that it
 // reads.
 template <int N, class Sum, class Each, class... T>
@@ -41,6 +34,21 @@ FASTLARS_HD Sums<N> sum_squares(int size, const Each& each, const T*... arrays) 
   for (int n = 0; n < N; ++n) {
     for (int lane = 0; lane < kLanes; ++lane) sums.of[n] += partial[n][lane];
   }
+  return sums;
+}
+
+// The sums of a chunk: in float32, or where they leave its range in double, for which `again`
+// yields the same values a second time.
+template <int N, class Each, class Again, class... T>
+Sums<N> sum_squares(int size, const Each& each, const Again& again, const T*... arrays) {
+  Sums<N> sums;
+  Sums<N>* const found = &sums;
+  run([=]() __attribute__((always_inline)) {
+    *found = sum_squares<N, float>(size, each, arrays...);
+    bool in_range = true;
+    for (const double sum : found->of) in_range = in_range && !leaves_float_range(sum);
+    if (!in_range) *found = sum_squares<N, double>(size, again, arrays...);
+  });
   return sums;
 }
 

@@ -20,8 +20,8 @@ int attribute(cudaDeviceAttr which, const char* kernel) {
   return value;
 }
 
-// What a user can do about an error; empty where only CUDA's own words help.
-std::string cure(cudaError_t code) {
+// What a user can do about an error; empty where CUDA's own message must do.
+std::string advice_on(cudaError_t code) {
   int driver = 0, runtime = 0;
   cudaDriverGetVersion(&driver);
   cudaRuntimeGetVersion(&runtime);
@@ -53,8 +53,8 @@ std::string cure(cudaError_t code) {
 
 void check(cudaError_t code, const char* kernel) {
   if (code == cudaSuccess) return;
-  cudaGetLastError();  // else the next call would report it again
-  const std::string advice = cure(code);
+  cudaGetLastError();  // clears the error, which the next call would report again otherwise
+  const std::string advice = advice_on(code);
   throw Error(std::string("fastlars kernel ") + kernel + ": " + cudaGetErrorName(code) + ", " +
               cudaGetErrorString(code) + (advice.empty() ? "" : "; " + advice));
 }
@@ -69,7 +69,7 @@ int blocks_at_once(const void* kernel, int threads, int shared_bytes, const char
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
   if (shared_bytes > 0) {
-    // All that there is: a smaller limit would hold for the next launch with a larger ring, too.
+    // Raise the limit to all that there is: a later launch may have more slots.
     cudaFuncAttributes of_kernel;
     check(cudaFuncGetAttributes(&of_kernel, kernel), name);
     const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, name) -
@@ -83,8 +83,8 @@ int blocks_at_once(const void* kernel, int threads, int shared_bytes, const char
   return blocks;
 }
 
-int ring_of_device(int blocks, int bytes, int most) {
-  constexpr int reserved = 8192;  // static shared memory, and what the driver takes of every block
+int slots_that_fit(int blocks, int bytes, int most) {
+  constexpr int reserved = 8192;  // static shared memory of a block, and the driver's share
   const int all = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, "step");
   const int one = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, "step");
   const int room = std::min(all / blocks, one) - reserved;
@@ -96,7 +96,7 @@ std::string why_not() {
   const cudaError_t code = cudaFuncGetAttributes(&attributes, probe);
   if (code == cudaSuccess) return "";
   cudaGetLastError();
-  const std::string advice = cure(code);
+  const std::string advice = advice_on(code);
   return std::string(cudaGetErrorName(code)) + (advice.empty() ? "" : ": " + advice);
 }
 

@@ -1,83 +1,86 @@
-// From a list to launches: fills in their parameters, and turns every error of CUDA into one of
-// ours that says what to do.
+// Host side of a launch: kernel arguments from a list, and CUDA's errors as exceptions that say
+// what to do.
 #pragma once
 
 #include <algorithm>
 #include <string>
 
 #include "cuda/api.h"
-#include "cuda/call.h"
 #include "cuda/intrinsics.cuh"
+#include "cuda/kernel_args.h"
 
 namespace fastlars::cuda {
 
-// Throws where CUDA reports an error.
+// Throws Error where CUDA reports one.
 void check(cudaError_t code, const char* kernel);
 
-// How many blocks of a kernel the current device holds at once.
+// How many blocks of a kernel the current device holds at once. Raises the kernel's limit of
+// dynamic shared memory, too.
 int blocks_at_once(const void* kernel, int threads, int shared_bytes, const char* name);
 
-// How many chunks of `bytes` each of `blocks` blocks of a multiprocessor can hold in shared memory:
-// from 1 to `most`.
-int ring_of_device(int blocks, int bytes, int most);
+// How many slots of `bytes` fit in the shared memory of each of `blocks` blocks on a
+// multiprocessor: from 1 to `most`.
+int slots_that_fit(int blocks, int bytes, int most);
 
 inline bool is_float32(const TensorList& list) {
   return list.weight_dtype == Dtype::float32 && list.grad_dtype == Dtype::float32 &&
-         (list.state[0].empty() || list.state_dtype == Dtype::float32) && list.copy.empty();
+         (!list.has_state() || list.state_dtype == Dtype::float32) && list.copy.empty();
 }
 
 inline bool rounds_stochastically(const TensorList& list) {
   return list.stochastic_rounding && list.weight_dtype == Dtype::bfloat16 && list.copy.empty();
 }
 
-// Calls f(call) for as many tensors at a time as a launch takes.
+// Calls f(args) for as many tensors at a time as one launch takes.
 template <class Rule, class F>
-void for_each_launch(const Rule& rule, const Scalars& now, const Work& work, F&& f) {
-  const TensorList& list = work.list;
-  Call<Rule> call;
-  call.rule = rule;
-  call.numbers = work.device.with(now);
-  call.tables = work.plan.tables();
-  call.sums = nullptr;
-  call.ratios = nullptr;
-  call.seed = list.seed;
-  call.runs = call.share = call.longer = call.ring = 0;
-  call.weight_dtype = list.weight_dtype;
-  call.copy_dtype = list.copy_dtype;
-  call.grad_dtype = list.grad_dtype;
-  call.state_dtype = list.state_dtype;
-  for (int begin = 0; begin < list.count(); begin += kTensors) {
-    const int end = std::min(begin + kTensors, list.count());
-    call.tensor = begin;
-    call.tensors = end - begin;
-    call.chunk = work.plan.first(begin);
-    call.chunks = work.plan.first(end) - call.chunk;
-    std::copy(list.grad.begin() + begin, list.grad.begin() + end, call.grad);
-    f(call);
+void for_each_launch(const Rule& rule, const StepScalars& scalars, const LaunchTarget& target,
+                     F&& f) {
+  const TensorList& list = target.list;
+  KernelArgs<Rule> args;
+  args.rule = rule;
+  args.scalars = target.device.with(scalars);
+  args.tables = target.table.tables();
+  args.sums = nullptr;
+  args.ratios = nullptr;
+  args.seed = list.seed;
+  args.runs = args.chunks_per_run = args.longer_runs = args.shared_slots = 0;
+  args.weight_dtype = list.weight_dtype;
+  args.copy_dtype = list.copy_dtype;
+  args.grad_dtype = list.grad_dtype;
+  args.state_dtype = list.state_dtype;
+  for (int begin = 0; begin < list.count(); begin += kTensorsPerLaunch) {
+    const int end = std::min(begin + kTensorsPerLaunch, list.count());
+    args.first_tensor = begin;
+    args.tensors = end - begin;
+    args.first_chunk = target.table.first_chunk(begin);
+    args.chunks = target.table.first_chunk(end) - args.first_chunk;
+    std::copy(list.grad.begin() + begin, list.grad.begin() + end, args.grad);
+    f(args);
   }
 }
 
-// Runs of neighbouring chunks that a block of measure or apply takes, one after the other. More
-// would end with more of the list's end in the cache, but every run costs some microseconds.
-constexpr int kRounds = 2;
+// Runs of neighbouring chunks that a block of measure or apply takes, one after the other. With
+// more runs, more of the list's end would stay in the cache, but every run costs some microseconds.
+constexpr int kRunsPerBlock = 2;
 
 template <class Rule>
-void launch(const char* name, void (*kernel)(Call<Rule>), Call<Rule>& call, const Work& work,
-            int shared_bytes, int threads = kThreads) {
-  // Asked for any grid: on the way it lets the kernel have its shared memory.
+void launch(const char* name, void (*kernel)(KernelArgs<Rule>), KernelArgs<Rule>& args,
+            const LaunchTarget& target, int shared_bytes = 0, int threads = kThreads) {
+  static_assert(sizeof(KernelArgs<Rule>) <= kParameterBytes, "more than a launch may take");
+  // Called even for a fixed grid, because it also raises the limit of dynamic shared memory.
   const int at_once =
       blocks_at_once(reinterpret_cast<const void*>(kernel), threads, shared_bytes, name);
-  const int most = work.grid > 0 ? work.grid : at_once;
-  const int grid = std::max(1, std::min(most, call.chunks));
-  call.runs = grid * kRounds;
-  call.share = call.chunks / call.runs;
-  call.longer = call.chunks % call.runs;
+  const int most = target.grid > 0 ? target.grid : at_once;
+  const int grid = std::max(1, std::min(most, args.chunks));
+  args.runs = grid * kRunsPerBlock;
+  args.chunks_per_run = args.chunks / args.runs;
+  args.longer_runs = args.chunks % args.runs;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(grid);
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
-  config.stream = static_cast<cudaStream_t>(work.stream);
-  check(cudaLaunchKernelEx(&config, kernel, call), name);
+  config.stream = static_cast<cudaStream_t>(target.stream);
+  check(cudaLaunchKernelEx(&config, kernel, args), name);
 }
 
 }  // namespace fastlars::cuda

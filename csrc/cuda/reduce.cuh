@@ -4,89 +4,110 @@
 
 #include <cfloat>
 
+#include "cuda/chunk_table.h"
 #include "cuda/intrinsics.cuh"
-#include "cuda/plan.h"
 
 namespace fastlars::cuda {
 
-// Two sums as a thread keeps them.
-template <class T>
-struct Pair {
-  T weight, update;
-  std::uint32_t bits;  // of every y that was noted: 0 where each was 0
-  __device__ void add(float x, float y) {
-    weight += static_cast<T>(x) * x;
-    update += static_cast<T>(y) * y;
+// The sums of a rule as one thread accumulates them. The last one is that of the update.
+template <class T, int N>
+struct PartialSums {
+  T of[N];
+  std::uint32_t bits;  // all updates that were noted, or-ed together: 0 where each of them was 0
+
+  // Adds the square of each value to its sum.
+  template <class... Values>
+  __device__ void add(Values... values) {
+    static_assert(sizeof...(Values) == N, "a value for each sum");
+    int i = 0;
+    ((of[i] += static_cast<T>(values) * values, ++i), ...);
   }
-  __device__ void note(float y) { bits |= bits_of(y) << 1; }  // without the sign
+  __device__ void note(float update) { bits |= bits_of(update) << 1; }  // without the sign
+
+  __device__ Sums<N> in_double() const {
+    Sums<N> sums;
+#pragma unroll
+    for (int i = 0; i < N; ++i) sums.of[i] = of[i];
+    return sums;
+  }
 };
 
-// Whether a sum of updates is to be taken again in double. 0 is right: see leave().
-__device__ __forceinline__ bool update_out_of_range(const Pair<float>& sum) {
-  return sum.update != 0.0f && leaves_float_range(sum.update);
+// Whether the sums must be taken again in double. A sum of updates of exactly 0 is right: see
+// store_warp_sums().
+template <int N>
+__device__ __forceinline__ bool out_of_range(const PartialSums<float, N>& sums) {
+  bool found = false;
+#pragma unroll
+  for (int i = 0; i < N - 1; ++i) found = found || leaves_float_range(sums.of[i]);
+  return found || (sums.of[N - 1] != 0.0f && leaves_float_range(sums.of[N - 1]));
 }
 
-// Where warps leave their sums.
+// Shared memory for the sums of each warp.
+template <int N>
 struct Scratch {
-  double weight[kWarps], update[kWarps];
+  double of[N][kWarps];
 };
 
-// Leaves the sums of a warp.
-template <class T>
-__device__ __forceinline__ void leave(Pair<T> mine, Scratch& scratch) {
-  mine.weight = warp_sum(mine.weight);
-  mine.update = warp_sum(mine.update);
+template <class T, int N>
+__device__ __forceinline__ void store_warp_sums(PartialSums<T, N> mine, Scratch<N>& scratch) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) mine.of[i] = warp_sum(mine.of[i]);
   if constexpr (std::is_same_v<T, float>) {
-    // Squares too small for a float32 give 0, too. Gradients of rows that nobody looked up in an
-    // embedding are really 0: to take their sums again would read them twice at every step.
-    if (mine.update == 0.0f && warp_sum(mine.bits == 0 ? 0 : 1) != 0) mine.update = FLT_MIN;
+    // Squares too small for float32 also sum to 0: mark such a sum as out of range. Where all
+    // updates are exactly 0, as in unused rows of an embedding, 0 is right, and taking the sum
+    // again would read the rows twice at every step.
+    T& update = mine.of[N - 1];
+    if (update == 0.0f && warp_sum(mine.bits == 0 ? 0 : 1) != 0) update = FLT_MIN;
   }
   if (thread() % kLanes == 0) {
-    scratch.weight[thread() / kLanes] = mine.weight;
-    scratch.update[thread() / kLanes] = mine.update;
+#pragma unroll
+    for (int i = 0; i < N; ++i) scratch.of[i][thread() / kLanes] = mine.of[i];
   }
 }
 
-// The sum of what all warps have left.
-template <class T>
-__device__ __forceinline__ Pair<T> sum_of_warps(const Scratch& scratch) {
-  Pair<T> sum = {};
+// The sum over all warps of a block.
+template <class T, int N>
+__device__ __forceinline__ PartialSums<T, N> sum_of_warps(const Scratch<N>& scratch) {
+  PartialSums<T, N> sum = {};
 #pragma unroll
   for (int warp = 0; warp < kWarps; ++warp) {
-    sum.weight += static_cast<T>(scratch.weight[warp]);
-    sum.update += static_cast<T>(scratch.update[warp]);
+#pragma unroll
+    for (int i = 0; i < N; ++i) sum.of[i] += static_cast<T>(scratch.of[i][warp]);
   }
   return sum;
 }
 
-// The same sums for all threads. Some may still read the scratch when others go on: it is free
-// behind the next barrier.
-template <class T>
-__device__ __forceinline__ Pair<T> block_sum(const Pair<T>& mine, Scratch& scratch) {
-  leave(mine, scratch);
+// Gives all threads the same sums. Some threads may still read the scratch memory when others
+// return: it can be written again after the next barrier.
+template <class T, int N>
+__device__ __forceinline__ PartialSums<T, N> block_sum(const PartialSums<T, N>& mine,
+                                                       Scratch<N>& scratch) {
+  store_warp_sums(mine, scratch);
   barrier();
   return sum_of_warps<T>(scratch);
 }
 
-// Of a tensor whose chunks have all been measured.
-__device__ __forceinline__ Sums total(const Tables& tables, const Row& row, Scratch& scratch) {
-  Pair<double> mine = {};
-  for (int i = thread(); i < row.chunks; i += kThreads) {
-    mine.weight += tables.slots[row.first + i].weight;
-    mine.update += tables.slots[row.first + i].update;
+// Sums of a tensor whose chunks have all been measured.
+template <int N>
+__device__ __forceinline__ Sums<N> tensor_sums(const Tables& tables, const TensorEntry& tensor,
+                                               Scratch<N>& scratch) {
+  const auto* chunk_sums = reinterpret_cast<const Sums<N>*>(tables.sums);
+  PartialSums<double, N> mine = {};
+  for (int chunk = thread(); chunk < tensor.chunks; chunk += kThreads) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) mine.of[i] += chunk_sums[tensor.first_chunk + chunk].of[i];
   }
-  const Pair<double> sum = block_sum(mine, scratch);
-  return {sum.weight, sum.update};
+  return block_sum(mine, scratch).in_double();
 }
 
-// Says that `chunks` of a tensor are measured, once their sums are in their slots. Whether these
-// were the last; the slots of all of them can then be read. For one thread of a block.
-__device__ __forceinline__ bool arrive(const Tables& tables, int tensor, const Row& row,
+// Counts `chunks` of a tensor as measured; call it after their sums are in the table, from one
+// thread of the block. Returns whether they were the tensor's last: then all its sums can be read.
+__device__ __forceinline__ bool arrive(const Tables& tables, int number, const TensorEntry& tensor,
                                        int chunks) {
-  if (chunks == row.chunks) return true;
-  const std::uint32_t before = add_acq_rel(&tables.arrived[tensor], chunks);
-  const bool last = before + chunks == static_cast<std::uint32_t>(row.chunks);
-  if (last) tables.arrived[tensor] = 0;
+  if (chunks == tensor.chunks) return true;
+  const std::uint32_t before = add_acq_rel(&tables.arrived[number], chunks);
+  const bool last = before + chunks == static_cast<std::uint32_t>(tensor.chunks);
+  if (last) tables.arrived[number] = 0;
   return last;
 }
 

@@ -1,4 +1,4 @@
-"""The CUDA back end: csrc/cuda through fastlars._C, on the current stream, without a wait."""
+"""The CUDA back end: csrc/cuda through fastlars._C, on the current stream, without waiting."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastlars.backends.cpu import native
 from fastlars.backends.sending import Resender, Sender, Sent, current, is_capturing
 from fastlars.rules import GradientNorm, Rule
 
-# How a step that adapts is launched; the first is what nobody has to ask for.
+# Launch strategies of adaptive rules; the first is the default.
 PATHS = ("one-launch", "two-launch")
 
 
@@ -31,7 +31,7 @@ def demanded_path() -> str:
 
 
 def serves() -> str:
-    """The type of device that the kernels of this build run on."""
+    """The device type that this build's kernels run on."""
     served: str = _C.build_info().get("cuda_serves", "cuda")
     return served
 
@@ -52,49 +52,52 @@ def why_not(device: torch.device) -> str:
 
 
 class Tables:
-    """A layout's tables on its device. Rows are sent again when weights or states have moved,
-    which after the first step is rare; gradients, which do move, are not in them."""
+    """A layout's tables on its device.
 
-    def __init__(self, plan: _C.CudaPlan, weights: list[Tensor]) -> None:
+    Tensor entries are sent again when weights or states have moved, which is rare after the first
+    step. Gradients do move, so their addresses are not in the tables but arguments of each launch.
+    """
+
+    def __init__(self, table: _C.CudaChunkTable, weights: list[Tensor]) -> None:
         self.device = weights[0].device
-        self._plan = plan
+        self._table = table
         self._sender = Sender(weights)
-        size = plan.tensors * plan.row_bytes
+        size = table.tensors * table.tensor_entry_bytes
         self._host = torch.zeros(size, dtype=torch.uint8, device="cpu")
-        self._rows = Resender(self._sender, self._host)
+        self._entries = Resender(self._sender, self._host)
         self._fixed: Sent | None = None
         self._placed: tuple[Sent, Sent] | None = None
 
     def placed(self, tensors: _C.TensorList) -> tuple[Sent, Sent]:
-        """What never changes, and where the bound tensors lie."""
-        if self._plan.write_rows(tensors, self._host.data_ptr()):
+        """What never changes, and the addresses of the bound tensors."""
+        if self._table.write_tensor_entries(tensors, self._host.data_ptr()):
             self._placed = None
         if self._placed is not None:
             return self._placed
         fixed = self._fixed or self._send_fixed()
-        placed = fixed, Sent(self._sender, self._rows.send())
+        placed = fixed, Sent(self._sender, self._entries.send())
         if not is_capturing(self.device):
-            # What a recording sends arrives only when it is replayed.
+            # What is sent while a graph is captured arrives only when the graph is replayed.
             self._fixed, self._placed = fixed, placed
         return placed
 
     def _send_fixed(self) -> Sent:
-        size = self._plan.chunks * self._plan.item_bytes
-        items = torch.empty(size, dtype=torch.uint8, device="cpu")
-        self._plan.write_items(items.data_ptr())
-        # Kernels put back to 0 what the next launch needs so.
-        workspace = torch.zeros(self._plan.workspace_bytes, dtype=torch.uint8, device=self.device)
-        return Sent(self._sender, self._sender.send(self._sender.pinned(items)), workspace)
+        size = self._table.chunks * self._table.chunk_entry_bytes
+        entries = torch.empty(size, dtype=torch.uint8, device="cpu")
+        self._table.write_chunk_entries(entries.data_ptr())
+        # Every launch needs zeros in some places; kernels restore them for the next launch.
+        workspace = torch.zeros(self._table.workspace_bytes, dtype=torch.uint8, device=self.device)
+        return Sent(self._sender, self._sender.send(self._sender.pinned(entries)), workspace)
 
 
 @dataclass
 class Layout:
-    """What weights of given shapes need for every step; it outlives the tensors of the day."""
+    """What weights of given shapes need for every step. It outlives the tensors of one step."""
 
     checked: _C.Layout
-    plan: _C.CudaPlan
+    table: _C.CudaChunkTable
     tables: Tables
-    placed: tuple[Sent, Sent] | None = None  # what the plan has the addresses of
+    placed: tuple[Sent, Sent] | None = None  # what `table` has the addresses of
 
 
 @dataclass(frozen=True)
@@ -117,10 +120,9 @@ class Bound:
         """The current stream, ready for a launch over these tables."""
         layout, placed = self.layout, self.placed
         if layout.placed is not placed:
-            fixed, rows = placed
-            items, workspace = fixed.tensors
-            places = (items, rows.tensors[0], workspace)
-            layout.plan.place(*(place.data_ptr() for place in places))
+            (chunk_entries, workspace), (tensor_entries,) = (sent.tensors for sent in placed)
+            addressed = (chunk_entries, tensor_entries, workspace)
+            layout.table.place(*(tensor.data_ptr() for tensor in addressed))
             layout.placed = placed
         if self.device.type == "cpu":
             return 0
@@ -129,19 +131,19 @@ class Bound:
             sent.precede(stream)
         return stream.cuda_stream
 
-    def numbers(self, now: Scalars) -> _C.CudaNumbers:
-        """By value, or where the device finds them."""
-        there = now.device
-        if there is None:
-            return _C.CudaNumbers(now.lr, now.gradient_scale, [(0, False)] * 4, math.inf)
-        addresses = [self._address(x) for x in (there.lr, there.grad_scale, there.found_inf)]
-        addresses.append(self._address(there.square_norm, torch.float64))
-        return _C.CudaNumbers(now.lr, now.gradient_scale, addresses, there.limit)
+    def scalars(self, scalars: Scalars) -> _C.CudaScalars:
+        """A step's scalars, by value or as device addresses."""
+        device = scalars.device
+        if device is None:
+            return _C.CudaScalars(scalars.lr, scalars.gradient_scale, [(0, False)] * 4, math.inf)
+        addresses = [self._address(x) for x in (device.lr, device.grad_scale, device.found_inf)]
+        addresses.append(self._address(device.square_norm, torch.float64))
+        return _C.CudaScalars(scalars.lr, scalars.gradient_scale, addresses, device.limit)
 
     def _address(
         self, value: Tensor | None, other: torch.dtype = torch.float32
     ) -> tuple[int, bool]:
-        """Of one float or double. A wrong one would end the process's use of the device."""
+        """Of one float or double. A bad address would poison the CUDA context."""
         if value is None:
             return 0, False
         address, is_double = value.data_ptr(), value.dtype == torch.float64
@@ -164,7 +166,8 @@ class Cuda:
     Attributes:
         path: "one-launch" or "two-launch".
         grid: blocks of a launch; 0 for as many as the device holds at once.
-        ring: chunks that a block holds in shared memory on the one-launch path; 0 for what fits.
+        shared_slots: chunks that a block caches in shared memory on the one-launch path; 0 for what
+            fits.
     """
 
     name = "cuda"
@@ -173,7 +176,7 @@ class Cuda:
     def __init__(self) -> None:
         self.path = demanded_path()
         self.grid = 0
-        self.ring = 0
+        self.shared_slots = 0
         self._checks = cpu.Cpu()
 
     def layout(self, weights: list[Tensor]) -> Layout:
@@ -181,8 +184,8 @@ class Cuda:
         if device.type != serves() or any(weight.device != device for weight in weights):
             raise ValueError(f"the cuda back end needs weights on one {serves()} device")
         checked = self._checks.layout(weights)
-        plan = _C.CudaPlan(checked)
-        return Layout(checked, plan, Tables(plan, weights))
+        table = _C.CudaChunkTable(checked)
+        return Layout(checked, table, Tables(table, weights))
 
     def bind(self, tensors: Tensors, layout: Layout) -> Bound:
         found = self._checks.bind(tensors, layout.checked).native
@@ -193,40 +196,42 @@ class Cuda:
         call: Callable[..., None],
         rule: Rule | GradientNorm,
         bound: Bound,
-        now: Scalars,
+        scalars: Scalars,
         *arguments: int | None,
         last: tuple[int, ...] = (),
     ) -> None:
         """Call into the extension on the current stream; ``arguments`` are the call's own."""
-        plan, numbers = bound.layout.plan, bound.numbers(now)
+        table, device_scalars = bound.layout.table, bound.scalars(scalars)
         with current(bound.device):
             where = (bound.stream(), self.grid)
-            call(native(rule), bound.native, plan, numbers, *arguments, *where, *last)
+            call(native(rule), bound.native, table, device_scalars, *arguments, *where, *last)
 
-    def measure(self, rule: Rule | GradientNorm, bound: Bound, now: Scalars) -> Tensor:
-        sums = bound.empty(bound.layout.plan.tensors, 2, dtype=torch.float64)
-        self._launch(_C.cuda_measure, rule, bound, now, sums.data_ptr())
+    def measure(self, rule: Rule | GradientNorm, bound: Bound, scalars: Scalars) -> Tensor:
+        sums = bound.empty(bound.layout.table.tensors, rule.sums, dtype=torch.float64)
+        self._launch(_C.cuda_measure, rule, bound, scalars, sums.data_ptr())
         return sums
 
-    def apply(self, rule: Rule, bound: Bound, now: Scalars, sums: Tensor | None) -> Tensor:
-        shape = (bound.layout.plan.tensors, 2)
+    def apply(self, rule: Rule, bound: Bound, scalars: Scalars, sums: Tensor | None) -> Tensor:
+        shape = (bound.layout.table.tensors, rule.sums)
         ratios = bound.empty(shape[0], dtype=torch.float32)
         address = 0
         if rule.adapt:
             if sums is None or sums.shape != shape or sums.dtype != torch.float64:
-                raise ValueError(f"apply needs float64 sums of shape [{shape[0]}, 2]")
+                raise ValueError(f"apply needs float64 sums of shape {list(shape)}")
             if sums.device != bound.device:
                 raise ValueError(f"apply needs sums on {bound.device}, got some on {sums.device}")
             sums = sums.contiguous()
             address = sums.data_ptr()
-        self._launch(_C.cuda_apply, rule, bound, now, now.seed, address, ratios.data_ptr())
+        self._launch(_C.cuda_apply, rule, bound, scalars, scalars.seed, address, ratios.data_ptr())
         return ratios
 
-    def step(self, rule: Rule, bound: Bound, now: Scalars) -> Tensor:
+    def step(self, rule: Rule, bound: Bound, scalars: Scalars) -> Tensor:
         if not rule.adapt:
-            return self.apply(rule, bound, now, None)
-        if self.path == "two-launch" or now.seed is not None:
-            return self.apply(rule, bound, now, self.measure(rule, bound, now))
-        ratios = bound.empty(bound.layout.plan.tensors, dtype=torch.float32)
-        self._launch(_C.cuda_step, rule, bound, now, ratios.data_ptr(), last=(self.ring,))
+            return self.apply(rule, bound, scalars, None)
+        if self.path == "two-launch" or scalars.seed is not None:
+            return self.apply(rule, bound, scalars, self.measure(rule, bound, scalars))
+        ratios = bound.empty(bound.layout.table.tensors, dtype=torch.float32)
+        self._launch(
+            _C.cuda_step, rule, bound, scalars, ratios.data_ptr(), last=(self.shared_slots,)
+        )
         return ratios

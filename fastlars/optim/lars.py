@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlars.optim.base import FusedOptimizer, Params
 from fastlars.optim.checkpoint import Source
-from fastlars.optim.options import from_arguments
+from fastlars.optim.options import documented, from_arguments
 from fastlars.optim.skipping import SkipIf
 from fastlars.rules import LarsRule, Rule, adapts, flag, real
 
@@ -30,6 +30,7 @@ def _sgd_obstacle(group: dict[str, Any]) -> str:
     )
 
 
+@documented
 class LARS(FusedOptimizer):
     r"""LARS: every layer takes a step in proportion to the norm of its weights.
 
@@ -66,34 +67,7 @@ class LARS(FusedOptimizer):
         trust_clip: LARC: :math:`q = \min(q / \gamma, 1)`, so that no layer exceeds the global rate.
         adapt: False sets q = 1: stochastic gradient descent with momentum.
         always_adapt: False sets q = 1 in groups without weight decay, as timm does.
-        maximize: ascend.
-        max_grad_norm: clip the norm of all gradients together to this, positive, or None. Those
-            are the gradients of this optimizer, and of DTensors all shards: see ``norm_group``.
-            ``math.inf`` clips nothing, and has the norm measured for ``grad_norm``.
-        master_weights: keep a float32 master of float16 and bfloat16 parameters in the state, step
-            that, and write its rounding in the same pass.
-        stochastic_rounding: round bfloat16 parameters up or down at random, without bias; seeded
-            by ``torch.manual_seed``. Not with ``master_weights``.
-        state_dtype: of the momentum buffer, ``torch.float32`` or ``torch.bfloat16``.
-        capturable: read ``lr`` on the device, so that a step can stand in a CUDA graph. Needs a
-            back end for such a device.
-        fused_unscale: True lets the step take the scale and the verdict of a ``GradScaler``, as
-            ``fused=True`` does in torch: no pass unscales the gradients, and on a GPU nothing waits
-            for the verdict. Lightning then refuses ``gradient_clip_val``, and Accelerate's
-            schedulers do not see a skipped step. None: only with float16 parameters or
-            ``capturable``, where a ``GradScaler`` cannot do it. Counts where all groups have it.
-        norm_group: process group or :class:`~torch.distributed.device_mesh.DeviceMesh` over which
-            the squares of the norm are summed, for ``max_grad_norm`` and ``skip_if``: the stages of
-            a pipeline, or the processes of a ``ZeroRedundancyOptimizer``, each of which has other
-            parameters. All its processes must step together. It is not part of ``state_dict()``.
-        skip_if: skip steps by the norm of all gradients, before the clip. A number: those whose
-            norm is above it or not finite; ``math.inf``: those that are not finite alone. A
-            callable: those for which it returns true, a bool or a tensor of one element, when it is
-            given the norm, a 0-dim float64 tensor, on the GPU where a step reads its numbers there;
-            nothing waits as long as the callable does not. A skipped step changes nothing, but a
-            first one makes states; ``skipped_steps`` counts it, and ``grad_norm`` is its norm. Also
-            an attribute, which may be changed at any time; a recorded CUDA graph keeps what it was
-            recorded with. Not part of ``state_dict()``.
+        {shared options}
 
     Raises:
         ValueError, TypeError: a value is out of range, parameters share memory, or a tensor cannot

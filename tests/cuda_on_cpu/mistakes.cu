@@ -32,7 +32,7 @@ constexpr const char* kNames[] = {"none",
                                   "off its boundary",
                                   "beyond shared memory"};
 
-struct Call {
+struct Args {
   Mistake mistake;
   int size;
   const float* values;
@@ -42,16 +42,16 @@ struct Call {
   double* sum;
 };
 
-__global__ void __launch_bounds__(kThreads, 3) add_up(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(kThreads, 3) add_up(const __grid_constant__ Args args) {
   __shared__ double by_warp[kWarps];
   __shared__ bool last;
-  const Mistake mistake = call.mistake;
+  const Mistake mistake = args.mistake;
   double mine = 0.0;
-  for (int i = block() * kThreads + thread(); i < call.size; i += blocks() * kThreads) {
-    mine += read<true>(call.values + i);
+  for (int i = block() * kThreads + thread(); i < args.size; i += blocks() * kThreads) {
+    mine += read<true>(args.values + i);
   }
   if (mistake == off_its_boundary) {
-    mine += read<true>(reinterpret_cast<const float4*>(call.values + 1)).x;
+    mine += read<true>(reinterpret_cast<const float4*>(args.values + 1)).x;
   }
   if (mistake == beyond_shared_memory) dynamic_shared()[kThreads + thread()].x = 1.0f;
   if (mistake == another_warp_sum && thread() == 5) {
@@ -66,23 +66,23 @@ __global__ void __launch_bounds__(kThreads, 3) add_up(const __grid_constant__ Ca
   } else if (mistake != no_barrier) {
     barrier();
   }
-  for (Patience patience; mistake == no_end && thread() == 0 && load_relaxed(call.never) == 0;) {
-    patience.pause();
+  for (Backoff backoff; mistake == no_end && thread() == 0 && load_relaxed(args.never) == 0;) {
+    backoff.pause();
   }
   if (thread() == 0) {
     double sum = 0.0;
     for (int warp = 0; warp < kWarps; ++warp) sum += by_warp[warp];
-    call.slots[block()] = sum;
-    const std::uint32_t before = mistake == no_order_between_blocks ? add_relaxed(call.arrived, 1)
-                                                                    : add_acq_rel(call.arrived, 1);
+    args.slots[block()] = sum;
+    const std::uint32_t before = mistake == no_order_between_blocks ? add_relaxed(args.arrived, 1)
+                                                                    : add_acq_rel(args.arrived, 1);
     last = before + 1 == static_cast<std::uint32_t>(blocks());
-    if (last) *call.arrived = 0;
+    if (last) *args.arrived = 0;
   }
   barrier();
   if (last && thread() == 0) {
     double sum = 0.0;
-    for (int i = 0; i < blocks(); ++i) sum += call.slots[i];
-    *call.sum = sum;
+    for (int i = 0; i < blocks(); ++i) sum += args.slots[i];
+    *args.sum = sum;
   }
 }
 
@@ -95,7 +95,7 @@ int main(int count, char** arguments) {
   std::uint32_t arrived = 0;
   const std::uint64_t never = 0;
   double sum = 0.0;
-  const Call call = {
+  const Args args = {
       static_cast<Mistake>(mistake), 10000, values.data(), slots.data(), &arrived, &never, &sum};
   cudaLaunchConfig_t config = {};
   config.blockDim = dim3(kThreads);
@@ -104,7 +104,7 @@ int main(int count, char** arguments) {
     for (int blocks : {1, 4}) {
       sum = 0.0;
       config.gridDim = dim3(blocks);
-      if (cudaLaunchKernelEx(&config, add_up, call) != cudaSuccess || sum != 5000.0) {
+      if (cudaLaunchKernelEx(&config, add_up, args) != cudaSuccess || sum != 5000.0) {
         std::printf("wrong: %g\n", sum);
         return 1;
       }

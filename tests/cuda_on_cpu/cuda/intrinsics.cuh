@@ -1,4 +1,4 @@
-// The functions of csrc/cuda/intrinsics.cuh, on a CPU. Found before it on the include path.
+// The functions of csrc/cuda/intrinsics.cuh on a CPU. The include path finds this file first.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,7 +10,7 @@
 
 namespace fastlars::cuda {
 
-constexpr int kThreads = 256;  // of a block that work on a chunk
+constexpr int kThreads = 256;  // of a block: those that work on a chunk
 constexpr int kLanes = 32;     // of a warp
 constexpr int kWarps = kThreads / kLanes;
 static_assert(kLanes == on_cpu::kLanes, "");
@@ -70,17 +70,17 @@ void store_relaxed(T* place, T value) {
   on_cpu::advanced();
 }
 
-class Patience {
+class Backoff {
  public:
   void pause(on_cpu::Line line = on_cpu::Line::here()) {
     on_cpu::poll(line);
-    static const char* const text = std::getenv("FASTLARS_EMULATED_LOOKS");
+    static const char* const text = std::getenv("FASTLARS_EMULATED_READS");
     static const unsigned most = text != nullptr ? std::atoi(text) : 1u << 24;
-    if (++looks_ == most) on_cpu::give_up("a wait between blocks did not end", line);
+    if (++reads_ == most) on_cpu::give_up("a wait between blocks did not end", line);
   }
 
  private:
-  unsigned looks_ = 0;
+  unsigned reads_ = 0;
 };
 
 inline int load_shared(const int* place) { return __atomic_load_n(place, __ATOMIC_RELAXED); }
@@ -98,13 +98,13 @@ void check_boundary(const V* place, on_cpu::Line line) {
   }
 }
 
-template <bool Last, class V>
+template <bool Streaming, class V>
 V read(const V* place, on_cpu::Line line = on_cpu::Line::here()) {
   check_boundary(place, line);
   return *place;
 }
 
-template <bool Last, class V>
+template <bool Streaming, class V>
 void write(V* place, V value, on_cpu::Line line = on_cpu::Line::here()) {
   check_boundary(place, line);
   *place = value;

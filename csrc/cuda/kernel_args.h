@@ -1,0 +1,32 @@
+// Arguments of one kernel launch: rule, scalars, device tables, and gradient addresses.
+#pragma once
+
+#include "cuda/chunk_table.h"
+#include "cuda/scalars.h"
+
+namespace fastlars::cuda {
+
+// Every driver and device takes 4 KB of kernel parameters (newer ones take 32 KB). 480 tensors are
+// more than ResNet-50 or BERT-large have; longer lists need several launches.
+constexpr int kParameterBytes = 4096;
+constexpr int kTensorsPerLaunch = 480;
+
+template <class Rule>
+struct KernelArgs {
+  Rule rule;
+  DeviceScalars scalars;
+  Tables tables;
+  Sums<Rule::sums>* sums;  // by tensor of the list: measure writes them, apply reads them
+  float* ratios;           // by tensor of the list
+  std::uint64_t seed;
+  int first_tensor, tensors;  // of this launch
+  int first_chunk, chunks;    // of this launch
+  // A block of measure or apply takes a run of neighbouring chunks at a time.
+  int runs;
+  int chunks_per_run, longer_runs;  // the first `longer_runs` have one chunk more
+  int shared_slots;                 // chunks that a block of step can cache in shared memory
+  Dtype weight_dtype, copy_dtype, grad_dtype, state_dtype;
+  std::uintptr_t grad[kTensorsPerLaunch];
+};
+
+}  // namespace fastlars::cuda
