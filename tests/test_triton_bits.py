@@ -5,6 +5,7 @@ On a GPU, or, in the process that test_triton.py starts, in Triton's interpreter
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from backend_cases import BF16, DEFAULTS, F16, F32, F64
 from device_bits import Bits
 from device_cases import DEVICES, Twin, marks
 from device_streams import Streams
+from fastlars.rules import LambRule
 from problems import Entry, Problem
 
 triton = pytest.importorskip("triton")
@@ -23,7 +25,7 @@ import triton.language as tl  # noqa: E402
 from fastlars.backends.base import Kinds  # noqa: E402
 from fastlars.backends.triton import sums  # noqa: E402
 from fastlars.backends.triton.backend import LANES  # noqa: E402
-from fastlars.backends.triton.common import step_scalars  # noqa: E402
+from fastlars.backends.triton.common import argument, number, step_scalars  # noqa: E402
 from fastlars.backends.triton.memory import BLOCK, locate  # noqa: E402
 
 DEVICE = DEVICES["triton"]
@@ -49,6 +51,20 @@ def test_sums_of_many_chunks(count: int) -> None:
     kernel[(len(counts), count)](None, first, slots.to(DEVICE), found, None, 0.0, **options)
     expected = torch.stack([part.sum(0) for part in slots.split(counts)])
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-14, atol=0.0)
+
+
+@triton.jit
+def _numbers(rule, out):  # type: ignore[no-untyped-def]
+    tl.store(out, number(rule.lower))
+    tl.store(out + 1, number(rule.upper))
+    tl.store(out + 2, number(rule.ratio_eps))
+
+
+@pytest.mark.parametrize("value", [0.0, 5e-324, 0.1, 1.0, 1e308])
+def test_numbers_arrive_with_all_their_bits(value: float) -> None:
+    out = torch.zeros(3, dtype=F64, device=DEVICE)
+    _numbers[(1,)](argument(LambRule(lower=value, ratio_eps=value)), out)
+    assert out.tolist() == [value, math.inf, value]
 
 
 @triton.jit

@@ -136,7 +136,8 @@ def test_hyper_parameters_compile_nothing_anew(name: str, notes: Notes) -> None:
 def test_options_compile_anew(notes: Notes) -> None:
     run, rule = _run("LAMB of the paper")
     assert _launches(notes, run, rule, Scalars(0.1))[0] > 0
-    changed = replace(rule, decay="decoupled")
+    options: dict[str, Any] = {"decay": "decoupled"}
+    changed = replace(rule, **options)
     assert _launches(notes, run, changed, Scalars(0.1))[0] == 2  # measure and apply
 
 
