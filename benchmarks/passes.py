@@ -20,7 +20,7 @@ from torch import Tensor
 
 import cases
 from cases import CHECK_ERROR, CHECK_LR, DECAY, LR, RULES
-from fastlars.backends.base import Backend, Kinds, Scalars, Tensors
+from fastlars.backends.base import Backend, Kinds, StepScalars, Tensors
 from fastlars.backends.cpu import Cpu
 from fastlars.backends.reference import Reference
 from fastlars.rules import LambRule, LarsRule
@@ -56,10 +56,10 @@ class Listed:
         tensors = Tensors([weight], [grad], tuple([z] for z in zeros), counters, None, kinds)
         self.bound = backend.bind(tensors, backend.layout([weight]))
 
-    def measure(self, now: Scalars) -> Tensor:
+    def measure(self, now: StepScalars) -> Tensor:
         return self.backend.measure(self.rule, self.bound, now)
 
-    def apply(self, now: Scalars, sums: Tensor) -> Tensor:
+    def apply(self, now: StepScalars, sums: Tensor) -> Tensor:
         return self.backend.apply(self.rule, self.bound, now, sums)
 
 
@@ -70,7 +70,7 @@ def check(name: str) -> None:
         cases.check(contender, ours, name)
     (param,) = cases.parameters([(CHECK_SIZE,)])
     (grad,) = cases.gradients([param])
-    now, moved = Scalars(CHECK_LR[name]), []
+    now, moved = StepScalars(CHECK_LR[name]), []
     for backend in (Cpu(), Reference()):
         weight = param.detach().clone()
         listed = Listed(name, backend, weight, grad)
@@ -98,7 +98,7 @@ def passes(name: str, size: int) -> dict[str, Pass]:
     """The rule's passes, its whole step, and torch's step without a trust ratio."""
     (param,) = cases.parameters([(size,)])
     (grad,) = cases.gradients([param])
-    listed, now = Listed(name, Cpu(), param.detach(), grad), Scalars(LR)
+    listed, now = Listed(name, Cpu(), param.detach(), grad), StepScalars(LR)
     sums = listed.measure(now)
     steps = [RULES[name][who].build([param]).step for who in ("fastlars", TORCH[name])]
     # read, written: LARS measures w, g; applies w, g, m to w, m. LAMB measures w, g, m, v and

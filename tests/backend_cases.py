@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import emulated
-from fastlars.backends.base import Backend, Kinds, Scalars, Tensors
+from fastlars.backends.base import Backend, Kinds, StepScalars, Tensors
 from fastlars.backends.choose import instance
 from fastlars.rules import RULES, LambRule, LarsRule, RmspropWarmupRule, Rule
 from problems import ORDINARY, Problem, place
@@ -37,8 +37,8 @@ class Row:
     rates: tuple[float, ...] = RATES
     gradient_scale: float = 1.0
 
-    def now(self, step: int, seed: int | None = None) -> Scalars:
-        return Scalars(self.rates[step % len(self.rates)], self.gradient_scale, seed)
+    def now(self, step: int, seed: int | None = None) -> StepScalars:
+        return StepScalars(self.rates[step % len(self.rates)], self.gradient_scale, seed)
 
 
 # Options have values that show: an eps of 1e-6 that is forgotten would hide in the rounding.

@@ -34,7 +34,7 @@ from device_cases import (
     optimizer,
     set_gradients,
 )
-from fastlars.backends.base import OnDevice, Scalars
+from fastlars.backends.base import OnDevice, StepScalars
 from fastlars.rules import GradientNorm
 from problems import ORDINARY, Problem
 from tolerances import assert_close, assert_same_bits
@@ -123,7 +123,7 @@ class Bits:
             now = row.now(step)
             values = (now.lr, 1.0 / abs(now.gradient_scale), 0.0)  # scales are powers of 2
             there = OnDevice(*(torch.tensor(x, dtype=F64, device=self.device) for x in values))
-            given = Scalars(9.0, math.copysign(1.0, now.gradient_scale), None, there)
+            given = StepScalars(9.0, math.copysign(1.0, now.gradient_scale), None, there)
             for run, numbers in ((by_value, now), (on_device, given)):
                 run.take_gradients(step)
                 run.backend.step(row.rule, run.bind(), numbers)
@@ -131,7 +131,7 @@ class Bits:
         before = [x.clone() for _, x in on_device.written()]
         assert there.found_inf is not None
         there.found_inf.fill_(1.0)
-        given = Scalars(9.0, 1.0, None, there)
+        given = StepScalars(9.0, 1.0, None, there)
         on_device.backend.step(row.rule, on_device.bind(), given)
         for (name, x), was in zip(on_device.written(), before, strict=True):
             assert_same_bits(f"skipped: {name}", x.cpu(), was.cpu())

@@ -34,7 +34,7 @@ from backend_cases import (
     is_tested,
     label,
 )
-from fastlars.backends.base import Kinds, Mismatch, Scalars, Tensors
+from fastlars.backends.base import Kinds, Mismatch, StepScalars, Tensors
 from fastlars.backends.choose import instance
 from fastlars.backends.reference import equations
 from fastlars.rules import GradientNorm, LambRule, LarsRule, Rule
@@ -85,7 +85,7 @@ def _largest(*values: torch.Tensor) -> float:
     return max((float(x.max()) for x in finite if x.numel()), default=0.0)
 
 
-def _condition(rule: Rule, tensors: Tensors, now: Scalars) -> list[float]:
+def _condition(rule: Rule, tensors: Tensors, now: StepScalars) -> list[float]:
     """How much larger a relative error is in a sum with the decay than in its two terms.
 
     Where gradient and decay nearly cancel, as they may in a tensor of one element, all that is left
@@ -100,7 +100,7 @@ def _condition(rule: Rule, tensors: Tensors, now: Scalars) -> list[float]:
 
 
 def _from_stored_moments(
-    rule: Rule, stored: Tensors, before: Tensors, now: Scalars
+    rule: Rule, stored: Tensors, before: Tensors, now: StepScalars
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Ratios and weights in float64, from the moments that a step stored.
 
@@ -126,7 +126,7 @@ def _compare(
     expected: Tensors,
     ratios: torch.Tensor,
     q: torch.Tensor,
-    now: Scalars,
+    now: StepScalars,
 ) -> None:
     tested, rule = run.tensors, run.row.rule
     condition = _condition(rule, before, now)
@@ -204,7 +204,9 @@ def test_equals_reference_in_float64(
 def test_gradient_norm(backend: str, dtype: torch.dtype, problem: Problem) -> None:
     run = Run(backend, DEFAULTS[0], Kinds(F32, dtype, F32), problem)
     run.take_gradients(0)
-    sums = run.backend.measure(GradientNorm(), run.bind(), Scalars(lr=0.0, gradient_scale=-0.25))
+    sums = run.backend.measure(
+        GradientNorm(), run.bind(), StepScalars(lr=0.0, gradient_scale=-0.25)
+    )
     expected = torch.tensor(
         [float((0.25 * g.double()).square().sum()) for g in run.tensors.grads], dtype=F64
     )
@@ -218,7 +220,7 @@ def test_gradient_norm(backend: str, dtype: torch.dtype, problem: Problem) -> No
 def test_sums_of_squares(backend: str, rule: LarsRule, problem: Problem) -> None:
     run = Run(backend, Row("", rule), PLAIN, problem)
     run.take_gradients(0)
-    sums = run.backend.measure(rule, run.bind(), Scalars(lr=1.0))
+    sums = run.backend.measure(rule, run.bind(), StepScalars(lr=1.0))
     for i, (w, g) in enumerate(zip(run.tensors.weights, run.tensors.grads, strict=True)):
         w, g = w.double(), g.double()
         update = g + rule.weight_decay * w if rule.ratio == "combined" else g
@@ -240,7 +242,7 @@ def test_lars_by_hand(backend: str) -> None:
         tensors = Tensors([w.clone()], [g], ([torch.zeros(2)],), None, None, PLAIN)
         chosen = instance(backend)
         bound = chosen.bind(tensors, chosen.layout(tensors.weights))
-        assert chosen.step(rule, bound, Scalars(lr=0.1)).tolist() == pytest.approx([1.0])
+        assert chosen.step(rule, bound, StepScalars(lr=0.1)).tolist() == pytest.approx([1.0])
         assert tensors.weights[0].tolist() == pytest.approx(weight, rel=1e-6)
         assert tensors.states[0][0].tolist() == pytest.approx(state, rel=1e-6)
 
@@ -255,7 +257,9 @@ def test_lamb_by_hand(backend: str) -> None:
     )
     rule = LambRule(eps=0.0, weight_decay=0.5)
     chosen = instance(backend)
-    ratio = chosen.step(rule, chosen.bind(tensors, chosen.layout(tensors.weights)), Scalars(lr=0.1))
+    ratio = chosen.step(
+        rule, chosen.bind(tensors, chosen.layout(tensors.weights)), StepScalars(lr=0.1)
+    )
     q = 1.0 / math.sqrt(2.05)
     assert ratio.tolist() == pytest.approx([q], rel=1e-5)
     step = [0.6 - 0.1 * q * 1.3, -0.8 - 0.1 * q * 0.6]
@@ -325,4 +329,4 @@ def test_apply_refuses_sums_of_another_list() -> None:
     bound = run.bind()
     for sums in (None, torch.zeros(3, 2, dtype=F64), torch.zeros(4, 2)):
         with pytest.raises(ValueError, match=r"float64 sums of shape \[4, 2\]"):
-            run.backend.apply(run.row.rule, bound, Scalars(lr=0.1), sums)
+            run.backend.apply(run.row.rule, bound, StepScalars(lr=0.1), sums)

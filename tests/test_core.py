@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backend_cases import BF16, F16, F32, F64, NAMES
 from core_library import core as core
-from fastlars.backends.base import Kinds, Scalars, Tensors
+from fastlars.backends.base import Kinds, StepScalars, Tensors
 from fastlars.backends.choose import instance
 from fastlars.rules import LarsRule
 from tolerances import assert_same_bits
@@ -72,7 +72,7 @@ def test_a_step_of_rate_0_changes_no_half(backend: str, dtype: torch.dtype) -> N
     tensors = Tensors([weight], [grad], (), None, None, Kinds(dtype, F32, F32))
     chosen = instance(backend)
     rule = LarsRule(momentum=0.0, adapt=False)
-    chosen.step(rule, chosen.bind(tensors, chosen.layout([weight])), Scalars(lr=0.0))
+    chosen.step(rule, chosen.bind(tensors, chosen.layout([weight])), StepScalars(lr=0.0))
     assert_same_bits("weights", weight, halves)
 
 
@@ -85,7 +85,7 @@ def test_copies_of_masters_are_rounded_as_torch_rounds(backend: str, dtype: torc
     tensors = Tensors([master], [grad], (), None, [copy], Kinds(F32, F32, F32, copy=dtype))
     chosen = instance(backend)
     rule = LarsRule(momentum=0.0, adapt=False)
-    chosen.step(rule, chosen.bind(tensors, chosen.layout([master])), Scalars(lr=0.0))
+    chosen.step(rule, chosen.bind(tensors, chosen.layout([master])), StepScalars(lr=0.0))
     assert_same_bits("copies", copy, master.to(dtype))
 
 

@@ -30,7 +30,7 @@ from backend_cases import (
 from device_bits import Bits
 from device_cases import DEVICES, LAYOUTS, SIZES, Twin, assert_same_runs, marks, moved
 from fastlars import _C
-from fastlars.backends.base import Scalars
+from fastlars.backends.base import StepScalars
 from fastlars.backends.choose import instance
 from fastlars.backends.cuda import PATHS, Cuda
 from fastlars.rules import GradientNorm, LarsRule
@@ -207,9 +207,9 @@ def test_more_than_2_to_31_elements(path: str) -> None:
     run = Twin("cuda", Row("", rule), Kinds(BF16, BF16, F32), NAMED["all empty"])
     run.tensors.weights, run.tensors.grads = [weight], [grad]
     bound = backend.bind(run.tensors, backend.layout([weight]))
-    ratio = backend.step(rule, bound, Scalars(lr=0.5))
+    ratio = backend.step(rule, bound, StepScalars(lr=0.5))
     assert ratio.tolist() == pytest.approx([0.5], rel=1e-6)
-    norms = backend.measure(GradientNorm(), bound, Scalars(lr=0.0))
+    norms = backend.measure(GradientNorm(), bound, StepScalars(lr=0.0))
     assert norms.item() == (2**31 + 4 * 4099) / 4
     # w - 0.5 q g, whose ratio may be off by a rounding that bfloat16 does not see.
     assert bool((weight[: 2**31] == 0.875).all())
@@ -229,10 +229,10 @@ def test_addresses_of_other_devices_never_reach_a_kernel() -> None:
     n = len(twin.entries)
     for sums in (None, torch.zeros(n - 1, 2, dtype=F64), torch.zeros(n, 2)):
         with pytest.raises(ValueError, match=rf"float64 sums of shape \[{n}, 2\]"):
-            backend.apply(rule, bound, Scalars(lr=0.1), sums)
+            backend.apply(rule, bound, StepScalars(lr=0.1), sums)
     elsewhere = torch.zeros(n, 2, dtype=F64, device="meta")
     with pytest.raises(ValueError, match=f"needs sums on {twin.device}(:0)?, got some on meta"):
-        backend.apply(rule, bound, Scalars(lr=0.1), elsewhere)
+        backend.apply(rule, bound, StepScalars(lr=0.1), elsewhere)
     with pytest.raises(ValueError, match="needs weights on one"):
         backend.layout([*twin.tensors.weights, torch.zeros(3, device="meta")])
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from backend_cases import F16, F32, F64, PLAIN, USUAL, Row
 from device_cases import CLASSES, DEVICES, Twin, assert_same_runs, marks, optimizer, set_gradients
-from fastlars.backends.base import OnDevice, Scalars
+from fastlars.backends.base import OnDevice, StepScalars
 from fastlars.backends.choose import instance
 from fastlars.backends.cuda import PATHS
 from problems import ORDINARY
@@ -58,13 +58,13 @@ GIVEN: dict[str, tuple[float, Callable[[], OnDevice]]] = {
 @pytest.mark.parametrize("given", GIVEN)
 def test_bits_are_those_of_torchs_arithmetic(row: Row, given: str) -> None:
     sign, there = GIVEN[given]
-    numbers = Scalars(0.6, sign, None, there())
+    numbers = StepScalars(0.6, sign, None, there())
     assert numbers.doubles is not None
     lr, scale, skip = numbers.doubles.tolist()
     assert skip == 0.0
     taken, by_value = (Twin("cuda", row, PLAIN, ORDINARY) for _ in range(2))
     for step in range(2):
-        for run, now in ((taken, numbers), (by_value, Scalars(lr, scale))):
+        for run, now in ((taken, numbers), (by_value, StepScalars(lr, scale))):
             run.take_gradients(step)
             run.backend.step(row.rule, run.bind(), now)
         assert_same_runs(f"step {step}", taken, by_value)
@@ -79,7 +79,7 @@ def test_a_verdict_skips_the_step(row: Row, dtype: torch.dtype) -> None:
     before = [x.clone() for _, x in run.written()]
     for verdict in (1.0, float("nan")):
         there = OnDevice(found_inf=_number(verdict, dtype))
-        run.backend.step(row.rule, run.bind(), Scalars(0.5, 1.0, None, there))
+        run.backend.step(row.rule, run.bind(), StepScalars(0.5, 1.0, None, there))
     for (name, x), was in zip(run.written(), before, strict=True):
         assert_same_bits(name, x, was)
 
@@ -95,10 +95,10 @@ def test_wrong_numbers_never_reach_a_kernel() -> None:
     ):
         for there in (OnDevice(lr=wrong), OnDevice(grad_scale=wrong), OnDevice(found_inf=wrong)):
             with pytest.raises(ValueError, match="needs its numbers there: one float32 or"):
-                run.backend.step(run.row.rule, run.bind(), Scalars(0.1, device=there))
+                run.backend.step(run.row.rule, run.bind(), StepScalars(0.1, device=there))
     there = OnDevice(square_norm=_number(1.0, F32))
     with pytest.raises(ValueError, match="and a norm's square as float64"):
-        run.backend.step(run.row.rule, run.bind(), Scalars(0.1, device=there))
+        run.backend.step(run.row.rule, run.bind(), StepScalars(0.1, device=there))
 
 
 class Kernels(TorchDispatchMode):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlars import _C
 from fastlars.backends import cuda, sending
-from fastlars.backends.base import Kinds, Scalars, Tensors
+from fastlars.backends.base import Kinds, StepScalars, Tensors
 from fastlars.backends.cuda import Cuda, Tables
 from fastlars.backends.sending import Sender, Sent
 from fastlars.rules import GradientNorm, LambRule, LarsRule, RmspropWarmupRule, Rule
@@ -199,9 +199,9 @@ def test_launches(
     kinds = Kinds(*[torch.float32] * 3)
     tensors = Tensors(weights, [w.clone() for w in weights], states, counters, None, kinds)
     layout = backend.layout(weights)
-    ratios = backend.step(rule, backend.bind(tensors, layout), Scalars(0.1, seed=seed))
+    ratios = backend.step(rule, backend.bind(tensors, layout), StepScalars(0.1, seed=seed))
     assert made == calls
     assert (ratios.shape, ratios.dtype) == ((2,), torch.float32)
-    sums = backend.measure(GradientNorm(), backend.bind(tensors, layout), Scalars(0.1))
+    sums = backend.measure(GradientNorm(), backend.bind(tensors, layout), StepScalars(0.1))
     assert (sums.shape, sums.dtype) == ((2, 1), torch.float64)
     assert len(layout.table.places) == 1

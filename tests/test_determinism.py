@@ -27,7 +27,7 @@ from backend_cases import (
     Run,
     label,
 )
-from fastlars.backends.base import Scalars, Tensors
+from fastlars.backends.base import StepScalars, Tensors
 from fastlars.backends.choose import instance
 from fastlars.rules import GradientNorm, LarsRule
 from problems import PROBLEMS, Entry, Problem, place
@@ -162,7 +162,7 @@ def _rounded(value: float, count: int, seed: int, backend: str = "cpu", tensors:
     chosen = instance(backend)
     lists = Tensors(weights, grads, (), None, None, Kinds(BF16, F32, F32))
     bound = chosen.bind(lists, chosen.layout(weights))
-    chosen.step(LarsRule(momentum=0.0, adapt=False), bound, Scalars(lr=1.0, seed=seed))
+    chosen.step(LarsRule(momentum=0.0, adapt=False), bound, StepScalars(lr=1.0, seed=seed))
     return torch.stack(weights).double()
 
 

@@ -36,7 +36,11 @@ def test_lines_have_the_bits_of_the_cpu_back_end(monkeypatch: pytest.MonkeyPatch
     [
         ("csrc/cpu/chunk.h", "kChunk = 16384;", "CPU: 16,384 elements"),
         ("csrc/cuda/chunk_table.h", "kChunkElements = 4096;", "CUDA and Triton: 4,096"),
-        ("fastlars/backends/triton/memory.py", "BLOCK = tl.constexpr(4096)", "CUDA and Triton: 4,096"),
+        (
+            "fastlars/backends/triton/memory.py",
+            "BLOCK = tl.constexpr(4096)",
+            "CUDA and Triton: 4,096",
+        ),
         ("csrc/rules/common.h", "sum > 1e-25 && sum < 1e37", "below 1e-25 or above 1e37"),
         ("csrc/core/random.h", "Philox4x32-10", "Philox4x32-10"),
     ],

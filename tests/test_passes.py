@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import passes
-from fastlars.backends.base import Scalars
+from fastlars.backends.base import StepScalars
 from fastlars.backends.cpu import Cpu
 from sources import ROOT
 from traffic import FLOAT32, elements
@@ -49,8 +49,10 @@ def test_wrong_passes_have_no_time(name: str, monkeypatch: pytest.MonkeyPatch) -
     passes.check(name)
     right = Cpu.apply
 
-    def doubled(self: Cpu, rule: Any, bound: Any, now: Scalars, sums: torch.Tensor) -> torch.Tensor:
-        return right(self, rule, bound, Scalars(2.0 * now.lr), sums)
+    def doubled(
+        self: Cpu, rule: Any, bound: Any, now: StepScalars, sums: torch.Tensor
+    ) -> torch.Tensor:
+        return right(self, rule, bound, StepScalars(2.0 * now.lr), sums)
 
     monkeypatch.setattr(Cpu, "apply", doubled)
     with pytest.raises(AssertionError, match="off by"):

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from backend_cases import BF16, F32, PLAIN, ROWS, Run
-from fastlars.backends.base import Kinds, OnDevice, Scalars
+from fastlars.backends.base import Kinds, OnDevice, StepScalars
 from fastlars.rules import GradientNorm, Rule
 from problems import ORDINARY
 
@@ -75,11 +75,11 @@ def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Notes:
     return found
 
 
-def _on_device(rate: float, seed: int | None) -> Scalars:
-    return Scalars(0.0, 1.0, seed, OnDevice(torch.tensor(rate, dtype=torch.float64)))
+def _on_device(rate: float, seed: int | None) -> StepScalars:
+    return StepScalars(0.0, 1.0, seed, OnDevice(torch.tensor(rate, dtype=torch.float64)))
 
 
-def _launches(notes: Notes, run: Run, rule: Rule, scalars: Scalars) -> tuple[int, int]:
+def _launches(notes: Notes, run: Run, rule: Rule, scalars: StepScalars) -> tuple[int, int]:
     """Kernels loaded and launched in one step, and for one global norm."""
     before = len(notes.loaded), len(notes.launched)
     bound = run.bind()
@@ -102,7 +102,7 @@ def test_rates_and_seeds_compile_nothing_anew(name: str, kinds: Kinds, notes: No
     seeds = SEEDS if kinds.weight == BF16 else (None,) * 3
     pairs = list(zip(RATES, seeds, strict=True))
     for numbers in (
-        [Scalars(rate, 1.0, seed) for rate, seed in pairs],
+        [StepScalars(rate, 1.0, seed) for rate, seed in pairs],
         [_on_device(rate, seed) for rate, seed in pairs],
     ):
         loaded, launched = zip(*(_launches(notes, run, rule, x) for x in numbers), strict=True)
@@ -120,7 +120,7 @@ VALUES = (0.0, -0.0, 5e-324, 2.0**-1022, 0.1, 0.5, 0.999, 1.0, 16.0, 1e308, math
 @pytest.mark.parametrize("name", NAMES)
 def test_hyper_parameters_compile_nothing_anew(name: str, notes: Notes) -> None:
     run, rule = _run(name)
-    _launches(notes, run, rule, Scalars(0.1))
+    _launches(notes, run, rule, StepScalars(0.1))
     tried = 0
     for field, value in product(fields(rule), VALUES):
         if field.metadata and not field.metadata["off"]:
@@ -128,17 +128,17 @@ def test_hyper_parameters_compile_nothing_anew(name: str, notes: Notes) -> None:
                 changed = replace(rule, **{field.name: value})
             except ValueError:  # out of its range
                 continue
-            assert _launches(notes, run, changed, Scalars(0.1))[0] == 0, (field.name, value)
+            assert _launches(notes, run, changed, StepScalars(0.1))[0] == 0, (field.name, value)
             tried += 1
     assert tried > 10
 
 
 def test_options_compile_anew(notes: Notes) -> None:
     run, rule = _run("LAMB of the paper")
-    assert _launches(notes, run, rule, Scalars(0.1))[0] > 0
+    assert _launches(notes, run, rule, StepScalars(0.1))[0] > 0
     options: dict[str, Any] = {"decay": "decoupled"}
     changed = replace(rule, **options)
-    assert _launches(notes, run, changed, Scalars(0.1))[0] == 2  # measure and apply
+    assert _launches(notes, run, changed, StepScalars(0.1))[0] == 2  # measure and apply
 
 
 @pytest.mark.parametrize("value", VALUES)

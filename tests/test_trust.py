@@ -10,7 +10,7 @@ import torch
 
 from backend_cases import F32, NAMES
 from core_library import core as core
-from fastlars.backends.base import Kinds, Scalars, Tensors
+from fastlars.backends.base import Kinds, StepScalars, Tensors
 from fastlars.backends.choose import instance
 from fastlars.rules import LambRule, LarsRule
 
@@ -83,7 +83,7 @@ def test_back_ends_guard_ratios_alike(backend: str, row: tuple[float, ...]) -> N
     )
     chosen = instance(backend)
     sums = torch.tensor([[w, u]], dtype=torch.float64)
-    found = chosen.apply(rule, chosen.bind(tensors, chosen.layout(one)), Scalars(lr=0.1), sums)
+    found = chosen.apply(rule, chosen.bind(tensors, chosen.layout(one)), StepScalars(lr=0.1), sums)
     assert found.item() == pytest.approx(expected, rel=1e-6)
 
 
@@ -95,7 +95,7 @@ def test_vanishing_gradients_take_finite_steps(backend: str, buffer: str) -> Non
     rule = LarsRule(trust_coefficient=1.0, buffer=buffer)  # type: ignore[arg-type]
     tensors = Tensors([weight], [grad], ([torch.zeros(4)],), None, None, Kinds(F32, F32, F32))
     chosen = instance(backend)
-    ratio = chosen.step(rule, chosen.bind(tensors, chosen.layout([weight])), Scalars(lr=30.0))
+    ratio = chosen.step(rule, chosen.bind(tensors, chosen.layout([weight])), StepScalars(lr=30.0))
     assert ratio.item() == pytest.approx(torch.finfo(F32).max)
     assert bool(weight.isfinite().all())
     assert bool((weight < 1.0).all())
@@ -109,7 +109,7 @@ def test_trust_clip_at_rate_0_changes_nothing(backend: str) -> None:
         tensors = Tensors([weight], [grad], (), None, None, Kinds(F32, F32, F32))
         chosen = instance(backend)
         bound = chosen.bind(tensors, chosen.layout([weight]))
-        assert chosen.step(rule, bound, Scalars(lr=0.0)).item() == 1.0
+        assert chosen.step(rule, bound, StepScalars(lr=0.0)).item() == 1.0
         assert weight.tolist() == [1.0] * 4
 
 

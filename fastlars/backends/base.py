@@ -52,7 +52,7 @@ class OnDevice:
 
     Attributes:
         lr: learning rate.
-        grad_scale: of a GradScaler: divides ``Scalars.gradient_scale``, which is 1 or -1.
+        grad_scale: of a GradScaler: divides ``StepScalars.gradient_scale``, which is 1 or -1.
         found_inf: its verdict: where it is not 0, nothing is changed.
         square_norm: float64, the square of the global norm, which is clipped to ``limit``.
     """
@@ -71,7 +71,7 @@ class OnDevice:
 
 
 @dataclass(frozen=True)
-class Scalars:
+class StepScalars:
     """What changes from step to step.
 
     Attributes:
@@ -144,7 +144,7 @@ class Backend(Protocol):
 
     name: str
     reads_device: bool
-    """Whether ``Scalars.device`` is read; a step then needs no number that the device has."""
+    """Whether ``StepScalars.device`` is read; a step then needs no number that the device has."""
 
     def layout(self, weights: list[Tensor]) -> Any:
         """Shapes, strides and devices that every list is held against."""
@@ -154,7 +154,7 @@ class Backend(Protocol):
         """Checked tensors, ready for the calls below."""
         ...
 
-    def measure(self, rule: Rule | GradientNorm, bound: Any, scalars: Scalars) -> Tensor:
+    def measure(self, rule: Rule | GradientNorm, bound: Any, scalars: StepScalars) -> Tensor:
         """Sums of squares, float64 [tensors, rule.sums]; the last one is of what updates the
         weights. For rules that may adapt.
 
@@ -163,13 +163,13 @@ class Backend(Protocol):
         """
         ...
 
-    def apply(self, rule: Rule, bound: Any, scalars: Scalars, sums: Tensor | None) -> Tensor:
+    def apply(self, rule: Rule, bound: Any, scalars: StepScalars, sums: Tensor | None) -> Tensor:
         """Write the weights; return the trust ratios, float32 [tensors].
 
         ``sums`` is None where the rule does not adapt; all states are then advanced here.
         """
         ...
 
-    def step(self, rule: Rule, bound: Any, scalars: Scalars) -> Tensor:
+    def step(self, rule: Rule, bound: Any, scalars: StepScalars) -> Tensor:
         """``apply`` of what ``measure`` gives, in whatever order is fastest."""
         ...

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlars import _C
-from fastlars.backends.base import Mismatch, Scalars, Tensors, checked_sums
+from fastlars.backends.base import Mismatch, StepScalars, Tensors, checked_sums
 from fastlars.rules import GradientNorm, Rule
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -81,7 +81,7 @@ class Cpu:
             DTYPES[kinds.copy] if kinds.copy is not None else 0,
         )
 
-    def measure(self, rule: Rule | GradientNorm, bound: Bound, scalars: Scalars) -> Tensor:
+    def measure(self, rule: Rule | GradientNorm, bound: Bound, scalars: StepScalars) -> Tensor:
         shape = len(bound.tensors.weights), rule.sums
         sums = torch.empty(shape, dtype=torch.float64, device="cpu")
         _C.cpu_measure(
@@ -89,7 +89,7 @@ class Cpu:
         )
         return sums
 
-    def apply(self, rule: Rule, bound: Bound, scalars: Scalars, sums: Tensor | None) -> Tensor:
+    def apply(self, rule: Rule, bound: Bound, scalars: StepScalars, sums: Tensor | None) -> Tensor:
         ratios = torch.empty(len(bound.tensors.weights), dtype=torch.float32, device="cpu")
         sums = checked_sums(rule, sums, len(ratios), ratios.device)
         _C.cpu_apply(
@@ -103,7 +103,7 @@ class Cpu:
         )
         return ratios
 
-    def step(self, rule: Rule, bound: Bound, scalars: Scalars) -> Tensor:
+    def step(self, rule: Rule, bound: Bound, scalars: StepScalars) -> Tensor:
         ratios = torch.empty(len(bound.tensors.weights), dtype=torch.float32, device="cpu")
         _C.cpu_step(
             native(rule),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastlars import _C
 from fastlars.backends import cpu
-from fastlars.backends.base import Scalars, Tensors, checked_sums
+from fastlars.backends.base import StepScalars, Tensors, checked_sums
 from fastlars.backends.cpu import native
 from fastlars.backends.sending import Resender, Sender, Sent, current, is_capturing
 from fastlars.rules import GradientNorm, Rule
@@ -131,7 +131,7 @@ class Bound:
             sent.precede(stream)
         return stream.cuda_stream
 
-    def scalars(self, scalars: Scalars) -> _C.CudaScalars:
+    def scalars(self, scalars: StepScalars) -> _C.CudaScalars:
         """A step's scalars, by value or as device addresses."""
         device = scalars.device
         if device is None:
@@ -196,7 +196,7 @@ class Cuda:
         call: Callable[..., None],
         rule: Rule | GradientNorm,
         bound: Bound,
-        scalars: Scalars,
+        scalars: StepScalars,
         *arguments: int | None,
         last: tuple[int, ...] = (),
     ) -> None:
@@ -206,19 +206,19 @@ class Cuda:
             where = (bound.stream(), self.grid)
             call(native(rule), bound.native, table, device_scalars, *arguments, *where, *last)
 
-    def measure(self, rule: Rule | GradientNorm, bound: Bound, scalars: Scalars) -> Tensor:
+    def measure(self, rule: Rule | GradientNorm, bound: Bound, scalars: StepScalars) -> Tensor:
         sums = bound.empty(bound.layout.table.tensors, rule.sums, dtype=torch.float64)
         self._launch(_C.cuda_measure, rule, bound, scalars, sums.data_ptr())
         return sums
 
-    def apply(self, rule: Rule, bound: Bound, scalars: Scalars, sums: Tensor | None) -> Tensor:
+    def apply(self, rule: Rule, bound: Bound, scalars: StepScalars, sums: Tensor | None) -> Tensor:
         ratios = bound.empty(bound.layout.table.tensors, dtype=torch.float32)
         sums = checked_sums(rule, sums, len(ratios), ratios.device)
         address = 0 if sums is None else sums.data_ptr()
         self._launch(_C.cuda_apply, rule, bound, scalars, scalars.seed, address, ratios.data_ptr())
         return ratios
 
-    def step(self, rule: Rule, bound: Bound, scalars: Scalars) -> Tensor:
+    def step(self, rule: Rule, bound: Bound, scalars: StepScalars) -> Tensor:
         if not rule.adapt:
             return self.apply(rule, bound, scalars, None)
         if self.path == "two-launch" or scalars.seed is not None:

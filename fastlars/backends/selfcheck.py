@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastlars import forks
-from fastlars.backends.base import Backend, Kinds, Scalars, Tensors
+from fastlars.backends.base import Backend, Kinds, StepScalars, Tensors
 from fastlars.backends.reference import Reference
 from fastlars.backends.sending import is_capturing
 from fastlars.rules import GradientNorm, Rule
@@ -30,7 +30,7 @@ SIZES = (16_401, 4_096, 257, 1)
 OFF_BOUNDARY = 257
 # A step's learning rate, gradient scale, and seed of stochastic rounding: the first step is one
 # call, the second is `measure` and `apply`, as for sharded parameters.
-STEPS = (Scalars(0.5, 1.0, 11), Scalars(0.25, 0.5, 12))
+STEPS = (StepScalars(0.5, 1.0, 11), StepScalars(0.25, 0.5, 12))
 # Relative to a value and its tensor's root mean square. Sums in another order differ by 1e-6; where
 # a type has fewer bits, a value next to the middle of two numbers goes up here and down there, in
 # the weight, its copy and the states, in either step: 4 such roundings.
@@ -139,7 +139,7 @@ def _step(backend: Backend, family: Family, tensors: Tensors) -> list[tuple[str,
     """Everything that the steps give or write, by name."""
     rule = family.rule
     bound = backend.bind(tensors, backend.layout(tensors.weights))
-    named = [("square norm", backend.measure(GradientNorm(), bound, Scalars(0.0))[:, -1])]
+    named = [("square norm", backend.measure(GradientNorm(), bound, StepScalars(0.0))[:, -1])]
     if isinstance(rule, GradientNorm):  # which steps nothing
         return named
     for number, each in enumerate(STEPS):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 
-from fastlars.backends.base import Mismatch, Scalars
+from fastlars.backends.base import Mismatch, StepScalars
 from fastlars.backends.choose import is_dense
 from fastlars.distributed.average import Future
 from fastlars.optim.base import FusedOptimizer
@@ -131,7 +131,7 @@ class Started:
     """A bucket under way: its works with the numbers they were started with, and what came out."""
 
     works: list[Work]
-    scalars: list[Scalars]
+    scalars: list[StepScalars]
     future: Future[list[Tensor]] | None = None
     results: list[Tensor | None] = field(default_factory=list)
 

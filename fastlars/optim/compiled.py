@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlars.backends.base import Backend, Kinds, Mismatch, Scalars, Tensors
+from fastlars.backends.base import Backend, Kinds, Mismatch, StepScalars, Tensors
 from fastlars.backends.choose import Chooser
 from fastlars.backends.sending import is_capturing
 from fastlars.optim.checks import check_lr
@@ -154,7 +154,7 @@ def _square_norm(weights: list[Tensor], grads: list[Tensor], sizes: list[int]) -
         begin = end
     on_device = all(backend.reads_device for backend, _ in lists)
     sums = [
-        backend.measure(GradientNorm(), _bind("", backend, tensors), Scalars(0.0))
+        backend.measure(GradientNorm(), _bind("", backend, tensors), StepScalars(0.0))
         for backend, tensors in lists
     ]
     return square(sums, on_device).to(grads[0].device)

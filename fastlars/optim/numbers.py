@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlars.backends.base import OnDevice, Scalars
+from fastlars.backends.base import OnDevice, StepScalars
 from fastlars.rules import real
 
 
@@ -25,9 +25,9 @@ class HostNumbers:
         self._unscale = 1.0 if grad_scale is None or self.skip else 1.0 / float(grad_scale)
         self._norm = 0.0
 
-    def unclipped(self, sign: float, device: torch.device) -> Scalars:
+    def unclipped(self, sign: float, device: torch.device) -> StepScalars:
         """For measuring gradients: they are not stepped yet."""
-        return Scalars(lr=0.0, gradient_scale=sign * self._unscale)
+        return StepScalars(lr=0.0, gradient_scale=sign * self._unscale)
 
     def square(self, sums: list[Tensor]) -> Tensor:
         """The square of the global norm, from every list's sums of squares."""
@@ -51,12 +51,12 @@ class HostNumbers:
 
     def scalars(
         self, lr: Any, sign: float, limit: float | None, seed: int | None, device: torch.device
-    ) -> Scalars:
+    ) -> StepScalars:
         """For one list, clipped where its group asks for it."""
         scale = sign * self._unscale
         if limit is not None and self._norm > limit:
             scale *= real("max_grad_norm", limit) / self._norm
-        return Scalars(_rate(lr), scale, seed)
+        return StepScalars(_rate(lr), scale, seed)
 
 
 class DeviceNumbers:
@@ -70,10 +70,10 @@ class DeviceNumbers:
         self._verdict: Tensor | None = None
         self._square: Tensor | None = None
 
-    def unclipped(self, sign: float, device: torch.device) -> Scalars:
+    def unclipped(self, sign: float, device: torch.device) -> StepScalars:
         """For measuring gradients: they are not stepped yet."""
         scale = _there(self._grad_scale, device)
-        return Scalars(0.0, sign, None, None if scale is None else OnDevice(grad_scale=scale))
+        return StepScalars(0.0, sign, None, None if scale is None else OnDevice(grad_scale=scale))
 
     def square(self, sums: list[Tensor]) -> Tensor:
         """The square of the global norm, from every list's sums of squares."""
@@ -109,7 +109,7 @@ class DeviceNumbers:
 
     def scalars(
         self, lr: Any, sign: float, limit: float | None, seed: int | None, device: torch.device
-    ) -> Scalars:
+    ) -> StepScalars:
         """For one list, clipped where its group asks for it."""
         rate = lr if isinstance(lr, Tensor) and lr.device.type == device.type else None
         there = OnDevice(
@@ -120,7 +120,7 @@ class DeviceNumbers:
             math.inf if limit is None else real("max_grad_norm", limit),
         )
         known = _rate(lr) if rate is None else 0.0
-        return Scalars(known, sign, seed, there if there.given else None)
+        return StepScalars(known, sign, seed, there if there.given else None)
 
 
 def square(sums: list[Tensor], on_device: bool) -> Tensor:

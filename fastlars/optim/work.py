@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fastlars.backends.base import Backend, Scalars
+from fastlars.backends.base import Backend, StepScalars
 from fastlars.backends.sending import keep
 from fastlars.optim.numbers import Numbers
 from fastlars.optim.plan import State, Sublist, lacks_states
@@ -45,7 +45,7 @@ class Work:
         scalars = now.unclipped(self.sign, self.device)
         return self.backend.measure(GradientNorm(), self.bound, scalars)
 
-    def scalars(self, now: Numbers) -> Scalars:
+    def scalars(self, now: Numbers) -> StepScalars:
         """What the back end needs to know of this step."""
         seed = None
         if self.group["stochastic_rounding"] and self.sublist.kinds.weight == torch.bfloat16:
@@ -104,7 +104,7 @@ def mark_written(works: list[Work]) -> None:
             torch.autograd.graph.increment_version(written)
 
 
-def _sharded_sums(works: list[Work], each: list[Scalars]) -> dict[int, Tensor]:
+def _sharded_sums(works: list[Work], each: list[StepScalars]) -> dict[int, Tensor]:
     """Sums of squares over all shards, by the place of the list; of adapted lists alone."""
     places = [i for i, w in enumerate(works) if w.sublist.shards is not None and w.rule.adapt]
     if not places:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlars.backends.base import Mismatch, Scalars, Tensors
+from fastlars.backends.base import Mismatch, StepScalars, Tensors
 from fastlars.rules import GradientNorm, Rule
 
 
@@ -87,7 +87,7 @@ class Reference:
         return tensors
 
     def _each(
-        self, tensors: Tensors, scalars: Scalars
+        self, tensors: Tensors, scalars: StepScalars
     ) -> Iterator[tuple[Tensor, Tensor, list[Tensor], Tensor | None]]:
         """Of each parameter: w, g, states and counter."""
         dtype = _arithmetic(tensors.kinds.weight)
@@ -109,7 +109,7 @@ class Reference:
         if rule.measure_writes:
             equations(rule.name).advance(rule, w, g, states)
 
-    def measure(self, rule: Rule | GradientNorm, bound: Tensors, scalars: Scalars) -> Tensor:
+    def measure(self, rule: Rule | GradientNorm, bound: Tensors, scalars: StepScalars) -> Tensor:
         sums = []
         for each in self._each(bound, scalars):
             if rule.measure_writes:
@@ -118,7 +118,9 @@ class Reference:
             sums.append([_sum_of_squares(x) for x in measured])
         return torch.tensor(sums, dtype=torch.float64, device="cpu").reshape(len(sums), rule.sums)
 
-    def apply(self, rule: Rule, bound: Tensors, scalars: Scalars, sums: Tensor | None) -> Tensor:
+    def apply(
+        self, rule: Rule, bound: Tensors, scalars: StepScalars, sums: Tensor | None
+    ) -> Tensor:
         lr, ratios = scalars.lr, []
         for i, (w, g, states, counter) in enumerate(self._each(bound, scalars)):
             q = 1.0
@@ -142,6 +144,6 @@ class Reference:
         if bound.copies is not None:
             bound.copies[i].copy_(new)
 
-    def step(self, rule: Rule, bound: Tensors, scalars: Scalars) -> Tensor:
+    def step(self, rule: Rule, bound: Tensors, scalars: StepScalars) -> Tensor:
         sums = self.measure(rule, bound, scalars) if rule.adapt else None
         return self.apply(rule, bound, scalars, sums)

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from fastlars.backends import cpu
-from fastlars.backends.base import Kinds, Scalars, Tensors, checked_sums
+from fastlars.backends.base import Kinds, StepScalars, Tensors, checked_sums
 from fastlars.backends.sending import Sender, current, is_capturing
 from fastlars.backends.triton import sums
 from fastlars.backends.triton.common import argument
@@ -81,7 +81,7 @@ class Bound:
         return torch.empty(shape, dtype=dtype, device=self.chunks.device)
 
     def arguments(
-        self, rule: Rule | GradientNorm, scalars: Scalars, rounds: bool
+        self, rule: Rule | GradientNorm, scalars: StepScalars, rounds: bool
     ) -> dict[str, Any]:
         """What ``measure`` and ``apply`` of every rule take."""
         return {
@@ -121,7 +121,7 @@ class Triton:
             layout.sender.recorded.append(layout.chunks)
         return Bound(layout.chunks, layout.addresses.table(checked.native), tensors)
 
-    def measure(self, rule: Rule | GradientNorm, bound: Bound, scalars: Scalars) -> Tensor:
+    def measure(self, rule: Rule | GradientNorm, bound: Bound, scalars: StepScalars) -> Tensor:
         chunks = bound.chunks
         module, options = kernels(rule.name)
         found = bound.empty(chunks.tensors, rule.sums, dtype=torch.float64)
@@ -145,7 +145,7 @@ class Triton:
             )
         return found
 
-    def apply(self, rule: Rule, bound: Bound, scalars: Scalars, sums: Tensor | None) -> Tensor:
+    def apply(self, rule: Rule, bound: Bound, scalars: StepScalars, sums: Tensor | None) -> Tensor:
         chunks = bound.chunks
         module, options = kernels(rule.name)
         ratios = bound.empty(chunks.tensors, dtype=torch.float32)
@@ -162,13 +162,13 @@ class Triton:
                 _advance(rule, bound, scalars)
         return ratios
 
-    def step(self, rule: Rule, bound: Bound, scalars: Scalars) -> Tensor:
+    def step(self, rule: Rule, bound: Bound, scalars: StepScalars) -> Tensor:
         return self.apply(
             rule, bound, scalars, self.measure(rule, bound, scalars) if rule.adapt else None
         )
 
 
-def _advance(rule: Rule, bound: Bound, scalars: Scalars) -> None:
+def _advance(rule: Rule, bound: Bound, scalars: StepScalars) -> None:
     """In a launch of its own: programs of the last one may still read the counters."""
     tensors = bound.chunks.tensors
     sums.advance[((tensors + LANES - 1) // LANES,)](
