@@ -36,9 +36,8 @@ def test_defaults_and_words_are_those_of_the_rule(row: Row) -> None:
     defaults = {name: parameter.default for name, parameter in given.items()}
     assert row.kind.rule_of(defaults | needed) == row.kind.rule(**needed)
     for name in known.keys() & given.keys():
-        if (
-            given[name].default == known[name].default
-        ):  # LAMB's bias_correction has words of its own
+        # LAMB's bias_correction has words of its own.
+        if given[name].default == known[name].default:
             assert given[name].annotation == known[name].type, name
 
 
