@@ -42,7 +42,7 @@ def _argument_type(rule: str, names: tuple[str, ...]) -> Any:
 
 @lru_cache(maxsize=1024)  # a schedule of momentum or weight decay makes a new rule every step
 def argument(rule: Rule | GradientNorm) -> Any:
-    """The rule's ``numbers`` as one argument of a kernel.
+    """The rule's ``numbers`` as one argument of a kernel, which annotates it with the rule's type.
 
     Numbers are encoded. Words and flags are known at compile time, and words stay words.
     """

@@ -8,6 +8,7 @@ import triton.language as tl
 from fastlars.backends.triton.common import single, step_scalars
 from fastlars.backends.triton.memory import GRAD, Types, address, locate, read
 from fastlars.backends.triton.sums import store_sums
+from fastlars.rules import GradientNorm
 
 
 @triton.jit
@@ -19,7 +20,7 @@ def measure(
     device_scalars: tl.tensor,
     lr: tl.float64,
     gradient_scale: tl.float64,
-    rule: tl.tuple,
+    rule: GradientNorm,
     types: Types,
 ) -> None:
     """The sum of squares of the scaled gradient."""
