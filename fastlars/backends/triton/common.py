@@ -42,9 +42,11 @@ def _argument_type(rule: str, names: tuple[str, ...]) -> Any:
 
 @lru_cache(maxsize=1024)  # a schedule of momentum or weight decay makes a new rule every step
 def argument(rule: Rule | GradientNorm) -> Any:
-    """The rule's ``numbers`` as one argument of a kernel, which annotates it with the rule's type.
+    """The rule's ``numbers`` as one argument of a kernel.
 
-    Numbers are encoded. Words and flags are known at compile time, and words stay words.
+    Numbers are encoded. Words and flags are known at compile time, and words stay words. Kernels
+    annotate it as ``rules.LarsRule`` etc., so that mypy knows its fields and words; Triton takes
+    no class there that was imported by its own name.
     """
     values = [
         tl.constexpr(getattr(rule, name))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from fastlars import rules
 from fastlars.backends.triton.common import (
     StepScalars,
     coefficient,
@@ -33,7 +34,6 @@ from fastlars.backends.triton.memory import (
     write_weight,
 )
 from fastlars.backends.triton.sums import load_sums, store_sums
-from fastlars.rules import LambRule
 
 
 class LambCoefficients(NamedTuple):
@@ -54,7 +54,7 @@ class LambCoefficients(NamedTuple):
 
 
 @triton.jit
-def shrink_of(rule: LambRule, scalars: StepScalars) -> tl.tensor:
+def shrink_of(rule: rules.LambRule, scalars: StepScalars) -> tl.tensor:
     shrink = double(1.0)
     if rule.decay == "decoupled":
         shrink = 1.0 - scalars.lr * number(rule.weight_decay)
@@ -63,7 +63,7 @@ def shrink_of(rule: LambRule, scalars: StepScalars) -> tl.tensor:
 
 @triton.jit
 def trust_ratio(
-    rule: LambRule, scalars: StepScalars, weight: tl.tensor, update: tl.tensor
+    rule: rules.LambRule, scalars: StepScalars, weight: tl.tensor, update: tl.tensor
 ) -> tl.tensor:
     """phi(|w|) / (|u| + eps), phi(z) = min(max(z, lower), upper)."""
     shrink = shrink_of(rule, scalars)
@@ -80,7 +80,7 @@ def trust_ratio(
 
 @triton.jit
 def coefficients(
-    rule: LambRule, scalars: StepScalars, step: tl.tensor, ratio: tl.tensor
+    rule: rules.LambRule, scalars: StepScalars, step: tl.tensor, ratio: tl.tensor
 ) -> LambCoefficients:
     """``step`` counts from 1."""
     beta1, beta2 = number(rule.beta1), number(rule.beta2)
@@ -174,7 +174,7 @@ def _measure(
 def _apply(
     chunk: Chunk,
     seed: tl.tensor,
-    rule: LambRule,
+    rule: rules.LambRule,
     c: LambCoefficients,
     types: Types,
     ALIGNED: tl.constexpr,
@@ -198,7 +198,7 @@ def measure(
     device_scalars: tl.tensor,
     lr: tl.float64,
     gradient_scale: tl.float64,
-    rule: LambRule,
+    rule: rules.LambRule,
     types: Types,
 ) -> None:
     """Advances the moments; the sums of squares of w and of u."""
@@ -222,7 +222,7 @@ def apply(
     lr: tl.float64,
     gradient_scale: tl.float64,
     seed: tl.int64,
-    rule: LambRule,
+    rule: rules.LambRule,
     types: Types,
 ) -> None:
     """Writes weights and ratios, and the moments of a rule that does not adapt."""

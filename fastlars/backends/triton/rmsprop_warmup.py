@@ -8,6 +8,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from fastlars import rules
 from fastlars.backends.triton.common import (
     StepScalars,
     coefficient,
@@ -30,7 +31,6 @@ from fastlars.backends.triton.memory import (
     write,
     write_weight,
 )
-from fastlars.rules import RmspropWarmupRule
 
 # With 8 warps, four arrays and a division would take 180 registers of each of their 256 threads.
 OPTIONS = {"num_warps": 16}
@@ -52,7 +52,7 @@ class RmspropWarmupCoefficients(NamedTuple):
 
 
 @triton.jit
-def sgd_share(rule: RmspropWarmupRule, steps: tl.tensor) -> tl.tensor:
+def sgd_share(rule: rules.RmspropWarmupRule, steps: tl.tensor) -> tl.tensor:
     """The share of SGD after ``steps`` steps."""
     center_steps = number(rule.center_steps)
     left = tl.maximum(center_steps - steps, double(0.0))
@@ -64,7 +64,7 @@ def sgd_share(rule: RmspropWarmupRule, steps: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def coefficients(
-    rule: RmspropWarmupRule, scalars: StepScalars, step: tl.tensor
+    rule: rules.RmspropWarmupRule, scalars: StepScalars, step: tl.tensor
 ) -> RmspropWarmupCoefficients:
     """``step`` counts from 1."""
     share = sgd_share(rule, step.to(tl.float64) - 1.0)
@@ -131,7 +131,7 @@ def apply(
     lr: tl.float64,
     gradient_scale: tl.float64,
     seed: tl.int64,
-    rule: RmspropWarmupRule,
+    rule: rules.RmspropWarmupRule,
     types: Types,
 ) -> None:
     """Writes weights and states; there are no sums, and every ratio is 1."""
