@@ -44,7 +44,9 @@ def _argument_type(rule: str, names: tuple[str, ...]) -> Any:
 def argument(rule: Rule | GradientNorm) -> Any:
     """The rule's ``numbers`` as one argument of a kernel.
 
-    Numbers are encoded. Words and flags are known at compile time, and words stay words.
+    Numbers are encoded. Words and flags are known at compile time, and words stay words. Kernels
+    annotate it as ``rules.LarsRule`` etc., so that mypy knows its fields and words; Triton takes
+    no class there that was imported by its own name.
     """
     values = [
         tl.constexpr(getattr(rule, name))

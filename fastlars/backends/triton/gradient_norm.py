@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastlars import rules
 from fastlars.backends.triton.common import single, step_scalars
 from fastlars.backends.triton.memory import GRAD, Types, address, locate, read
 from fastlars.backends.triton.sums import store_sums
@@ -19,7 +20,7 @@ def measure(
     device_scalars: tl.tensor,
     lr: tl.float64,
     gradient_scale: tl.float64,
-    rule: tl.tuple,
+    rule: rules.GradientNorm,
     types: Types,
 ) -> None:
     """The sum of squares of the scaled gradient."""

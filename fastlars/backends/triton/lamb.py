@@ -7,6 +7,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from fastlars import rules
 from fastlars.backends.triton.common import (
     StepScalars,
     coefficient,
@@ -53,7 +54,7 @@ class LambCoefficients(NamedTuple):
 
 
 @triton.jit
-def shrink_of(rule: tl.tuple, scalars: StepScalars) -> tl.tensor:
+def shrink_of(rule: rules.LambRule, scalars: StepScalars) -> tl.tensor:
     shrink = double(1.0)
     if rule.decay == "decoupled":
         shrink = 1.0 - scalars.lr * number(rule.weight_decay)
@@ -62,7 +63,7 @@ def shrink_of(rule: tl.tuple, scalars: StepScalars) -> tl.tensor:
 
 @triton.jit
 def trust_ratio(
-    rule: tl.tuple, scalars: StepScalars, weight: tl.tensor, update: tl.tensor
+    rule: rules.LambRule, scalars: StepScalars, weight: tl.tensor, update: tl.tensor
 ) -> tl.tensor:
     """phi(|w|) / (|u| + eps), phi(z) = min(max(z, lower), upper)."""
     shrink = shrink_of(rule, scalars)
@@ -79,7 +80,7 @@ def trust_ratio(
 
 @triton.jit
 def coefficients(
-    rule: tl.tuple, scalars: StepScalars, step: tl.tensor, ratio: tl.tensor
+    rule: rules.LambRule, scalars: StepScalars, step: tl.tensor, ratio: tl.tensor
 ) -> LambCoefficients:
     """``step`` counts from 1."""
     beta1, beta2 = number(rule.beta1), number(rule.beta2)
@@ -173,7 +174,7 @@ def _measure(
 def _apply(
     chunk: Chunk,
     seed: tl.tensor,
-    rule: tl.tuple,
+    rule: rules.LambRule,
     c: LambCoefficients,
     types: Types,
     ALIGNED: tl.constexpr,
@@ -197,7 +198,7 @@ def measure(
     device_scalars: tl.tensor,
     lr: tl.float64,
     gradient_scale: tl.float64,
-    rule: tl.tuple,
+    rule: rules.LambRule,
     types: Types,
 ) -> None:
     """Advances the moments; the sums of squares of w and of u."""
@@ -221,7 +222,7 @@ def apply(
     lr: tl.float64,
     gradient_scale: tl.float64,
     seed: tl.int64,
-    rule: tl.tuple,
+    rule: rules.LambRule,
     types: Types,
 ) -> None:
     """Writes weights and ratios, and the moments of a rule that does not adapt."""

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from fastlars import rules
 from fastlars.backends.triton.common import (
     StepScalars,
     coefficient,
@@ -31,9 +32,8 @@ from fastlars.backends.triton.memory import (
     write_weight,
 )
 from fastlars.backends.triton.sums import load_sums, store_sums
-from fastlars.rules import LarsRule
 
-NEVER_STEPPED = tl.constexpr(LarsRule.NEVER_STEPPED)
+NEVER_STEPPED = tl.constexpr(rules.LarsRule.NEVER_STEPPED)
 
 
 class LarsCoefficients(NamedTuple):
@@ -50,7 +50,7 @@ class LarsCoefficients(NamedTuple):
 
 @triton.jit
 def trust_ratio(
-    rule: tl.tuple, scalars: StepScalars, weight: tl.tensor, update: tl.tensor
+    rule: rules.LarsRule, scalars: StepScalars, weight: tl.tensor, update: tl.tensor
 ) -> tl.tensor:
     """separate: h |w| / (|g| + wd |w| + eps); combined: h |w| / (|g + wd w| + eps)."""
     weight_norm = tl.sqrt(weight)
@@ -69,7 +69,7 @@ def trust_ratio(
 
 @triton.jit
 def coefficients(
-    rule: tl.tuple, scalars: StepScalars, last_lr: tl.tensor, ratio: tl.tensor
+    rule: rules.LarsRule, scalars: StepScalars, last_lr: tl.tensor, ratio: tl.tensor
 ) -> LarsCoefficients:
     # Goyal et al., remark 2: a buffer that holds lr times a gradient is rescaled when lr changes.
     stepped_before = last_lr != NEVER_STEPPED
@@ -101,7 +101,7 @@ def coefficients(
 
 
 @triton.jit
-def measured(rule: tl.tuple, c: LarsCoefficients, w: tl.tensor, g: tl.tensor) -> tl.tensor:
+def measured(rule: rules.LarsRule, c: LarsCoefficients, w: tl.tensor, g: tl.tensor) -> tl.tensor:
     """The second norm is that of this value: g, or g + wd w."""
     scaled = c.gradient_scale * g
     if rule.ratio == "combined":
@@ -111,7 +111,7 @@ def measured(rule: tl.tuple, c: LarsCoefficients, w: tl.tensor, g: tl.tensor) ->
 
 @triton.jit
 def update_with_momentum(
-    rule: tl.tuple, c: LarsCoefficients, w: tl.tensor, g: tl.tensor, buffer: tl.tensor
+    rule: rules.LarsRule, c: LarsCoefficients, w: tl.tensor, g: tl.tensor, buffer: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor]:
     """The new weight, and the advanced buffer."""
     d = c.gradient_scale * g + c.weight_decay * w
@@ -133,7 +133,7 @@ def update_without_momentum(c: LarsCoefficients, w: tl.tensor, g: tl.tensor) -> 
 def _measure(
     chunk: Chunk,
     slots: tl.tensor,
-    rule: tl.tuple,
+    rule: rules.LarsRule,
     c: LarsCoefficients,
     types: Types,
     ALIGNED: tl.constexpr,
@@ -147,7 +147,7 @@ def _measure(
 def _apply(
     chunk: Chunk,
     seed: tl.tensor,
-    rule: tl.tuple,
+    rule: rules.LarsRule,
     c: LarsCoefficients,
     types: Types,
     ALIGNED: tl.constexpr,
@@ -173,7 +173,7 @@ def measure(
     device_scalars: tl.tensor,
     lr: tl.float64,
     gradient_scale: tl.float64,
-    rule: tl.tuple,
+    rule: rules.LarsRule,
     types: Types,
 ) -> None:
     """The sums of squares of w, and of g or g + wd w."""
@@ -197,7 +197,7 @@ def apply(
     lr: tl.float64,
     gradient_scale: tl.float64,
     seed: tl.int64,
-    rule: tl.tuple,
+    rule: rules.LarsRule,
     types: Types,
 ) -> None:
     """Writes buffers, weights and ratios."""

@@ -35,7 +35,7 @@ class Types(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """What one program works on."""
+    """The elements that one program works on."""
 
     tensor: tl.tensor
     begin: tl.tensor

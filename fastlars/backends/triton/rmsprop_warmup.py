@@ -8,6 +8,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from fastlars import rules
 from fastlars.backends.triton.common import (
     StepScalars,
     coefficient,
@@ -51,18 +52,19 @@ class RmspropWarmupCoefficients(NamedTuple):
 
 
 @triton.jit
-def sgd_share(rule: tl.tuple, steps: tl.tensor) -> tl.tensor:
+def sgd_share(rule: rules.RmspropWarmupRule, steps: tl.tensor) -> tl.tensor:
     """The share of SGD after ``steps`` steps."""
     center_steps = number(rule.center_steps)
     left = tl.maximum(center_steps - steps, double(0.0))
     share = tl.minimum(0.5 + (steps - center_steps) / number(rule.rise), double(1.0))
-    before = number(rule.below) * power(number(rule.shrink), left)
+    # These two are in the rule's numbers alone.
+    before = number(rule.below) * power(number(rule.shrink), left)  # type: ignore[attr-defined]
     return tl.where(steps < center_steps, before, share)
 
 
 @triton.jit
 def coefficients(
-    rule: tl.tuple, scalars: StepScalars, step: tl.tensor
+    rule: rules.RmspropWarmupRule, scalars: StepScalars, step: tl.tensor
 ) -> RmspropWarmupCoefficients:
     """``step`` counts from 1."""
     share = sgd_share(rule, step.to(tl.float64) - 1.0)
@@ -129,7 +131,7 @@ def apply(
     lr: tl.float64,
     gradient_scale: tl.float64,
     seed: tl.int64,
-    rule: tl.tuple,
+    rule: rules.RmspropWarmupRule,
     types: Types,
 ) -> None:
     """Writes weights and states; there are no sums, and every ratio is 1."""
