@@ -197,14 +197,19 @@ template <class Rule>
 void define_rule(py::module_& m) {
   py::class_<Rule>(m, Rule::name).def(py::init([](const py::kwargs& given) {
     Rule rule = {};
-    std::size_t known = 0;
+    std::size_t fields = 0, found = 0;
     Rule::fields([&](const char* name, auto member) {
       using Value = std::decay_t<decltype(rule.*member)>;
       using Number = std::conditional_t<std::is_enum_v<Value>, int, Value>;
+      ++fields;
+      if (!given.contains(name)) return;
+      ++found;
       rule.*member = static_cast<Value>(given[name].template cast<Number>());
-      ++known;
     });
-    if (given.size() != known) throw py::type_error(std::string(Rule::name) + ": unknown field");
+    if (found != fields || found != given.size()) {
+      throw py::type_error(std::string(Rule::name) +
+                           " has other fields in fastlars.rules than in the compiled extension");
+    }
     return rule;
   }));
 }

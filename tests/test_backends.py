@@ -34,10 +34,11 @@ from backend_cases import (
     is_tested,
     label,
 )
+from fastlars import _C
 from fastlars.backends.base import Kinds, Mismatch, StepScalars, Tensors
 from fastlars.backends.choose import instance
 from fastlars.backends.reference import equations
-from fastlars.rules import GradientNorm, LambRule, LarsRule, Rule
+from fastlars.rules import RULES, GradientNorm, LambRule, LarsRule, Rule
 from problems import LARGE, ORDINARY, SMALL, Problem, place
 from tolerances import assert_close, assert_same_bits
 
@@ -330,3 +331,11 @@ def test_apply_refuses_sums_of_another_list() -> None:
     for sums in (None, torch.zeros(3, 2, dtype=F64), torch.zeros(4, 2)):
         with pytest.raises(ValueError, match=r"float64 sums of shape \[4, 2\]"):
             run.backend.apply(run.row.rule, bound, StepScalars(lr=0.1), sums)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_an_extension_of_other_sources_is_refused(rule: type[Rule]) -> None:
+    numbers = rule.usual().numbers
+    for given in ({**numbers, "other": 1.0}, {k: v for k, v in numbers.items() if k != "eps"}):
+        with pytest.raises(TypeError, match=f"{rule.__name__} has other fields in fastlars.rules"):
+            getattr(_C, rule.__name__)(**given)

@@ -53,12 +53,12 @@ def in_python(path: str) -> Iterator[str]:
 
 
 def in_cxx(path: str) -> Iterator[str]:
-    """What throw statements say, and what `cure` returns."""
+    """What throw statements say, and what `advice_on` returns."""
     text = (ROOT / path).read_text()
-    start = text.find("std::string cure(")
-    cure = text[start : text.index("\n}\n", start)] if start >= 0 else ""
+    start = text.find("std::string advice_on(")
+    advice = text[start : text.index("\n}\n", start)] if start >= 0 else ""
     statements = re.findall(r"throw (?!Mismatch)[\w:]+\((.*?)\);\n", text, re.DOTALL)
-    for statement in statements + re.findall(r"return ([^;]*);", cure):
+    for statement in statements + re.findall(r"return ([^;]*);", advice):
         # The one that is put together from CUDA's own words.
         kernel = "fastlars kernel" in statement
         yield from ["fastlars kernel …: …, …"] if kernel else branches(statement)

@@ -191,9 +191,9 @@ def wrapped_otherwise() -> None:
     class Wrapper:
         optimizer = torch.optim.SGD(ddp.parameters(), lr=1.0)
 
-    with pytest.raises(TypeError, match=r"fastlars optimizer .* got SGD"):
+    with pytest.raises(TypeError, match="an optimizer of fastlars, got SGD"):
         overlap(ddp, Wrapper())  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"fastlars optimizer .* got ZeroRedundancyOptimizer"):
+    with pytest.raises(TypeError, match="an optimizer of fastlars, got ZeroRedundancyOptimizer"):
         overlap(
             ddp,
             ZeroRedundancyOptimizer(ddp.parameters(), fastlars.LARS, lr=0.1),

@@ -26,7 +26,7 @@ def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(run / "tensorboard"), {"scalars": 0})
     events.Reload()
     tags = events.Tags()["scalars"]
-    return {tag: [(e.step, e.value) for e in events.StepScalars(tag)] for tag in tags}
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
 
 
 def close(curve: list[tuple[int, float]], points: list[tuple[int, float]]) -> None:
