@@ -5,7 +5,9 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/api.h"
@@ -227,7 +229,7 @@ void define_cpu_calls(py::module_& m) {
         },
         Released(), "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "sums"_a);
   }
-  if constexpr (Rule::states > 0) {
+  if constexpr (Rule::steps) {
     m.def(
         "cpu_apply",
         [](const Rule& rule, TensorList& list, double lr, double gradient_scale,
@@ -272,7 +274,7 @@ void define_cuda_calls(py::module_& m) {
         },
         Released(), "rule"_a, "tensors"_a, "table"_a, "scalars"_a, "sums"_a, "stream"_a, "grid"_a);
   }
-  if constexpr (Rule::states > 0) {
+  if constexpr (Rule::steps) {
     m.def(
         "cuda_apply",
         [](const Rule& rule, TensorList& list, const ChunkTable& table, const CudaScalars& scalars,
@@ -286,7 +288,7 @@ void define_cuda_calls(py::module_& m) {
         Released(), "rule"_a, "tensors"_a, "table"_a, "scalars"_a, "seed"_a, "sums"_a, "ratios"_a,
         "stream"_a, "grid"_a);
   }
-  if constexpr (Rule::sums > 0 && Rule::states > 0) {
+  if constexpr (Rule::sums > 0 && Rule::steps) {
     m.def(
         "cuda_step",
         [](const Rule& rule, TensorList& list, const ChunkTable& table, const CudaScalars& scalars,

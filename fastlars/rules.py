@@ -1,7 +1,7 @@
 """The rules' hyper-parameters: this module alone knows their words, ranges and defaults.
 
 What changes from step to step is not here. Everything else derives from the fields: the structs of
-the compiled kernels and Triton's constants (:attr:`_Rule.numbers`), the rule of a parameter group
+the compiled kernels and Triton's constants (:attr:`_Rule.constants`), the rule of a parameter group
 (``rule_of`` of the optimizers), the values of the check at first use (:meth:`_Rule.probe`).
 """
 
@@ -84,7 +84,7 @@ def one_of(name: str, value: Any, words: tuple[str, ...]) -> str:
     """``value``, which is one of ``words``."""
     if value not in words:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, words))}, got {value!r}")
-    return str(value)
+    return words[words.index(value)]
 
 
 def flag(name: str, value: Any) -> bool:
@@ -131,9 +131,11 @@ class _Rule:
     measure_writes: ClassVar[bool] = False
     """Whether ``measure`` advances the states, and the counter with them."""
     STATES: ClassVar[frozenset[str]] = frozenset()
-    """Names of the states with a tensor per parameter that any options ask for."""
+    """Names of all states with a tensor per parameter that some choice of options needs."""
     COUNTER: ClassVar[str | None] = None
-    """Name of the state with one number per parameter: "step", or "last_lr"."""
+    """Name of the state with one number per parameter that some choice of options needs."""
+    counts_steps: ClassVar[bool] = False
+    """Whether the counter is the number of steps taken; else it is the last learning rate."""
     NEVER_STEPPED: ClassVar[float] = 0.0
     """The counter of a parameter that was never stepped."""
     CHOICES: ClassVar[dict[str, tuple[str, ...]]]
@@ -157,11 +159,11 @@ class _Rule:
         """Raise where values do not go together."""
 
     @cached_property
-    def numbers(self) -> dict[str, float | int | bool]:
+    def constants(self) -> dict[str, float | int | bool]:
         """The rule's constants as compiled kernels take them, by name."""
-        return self._numbers()
+        return self._constants()
 
-    def _numbers(self) -> dict[str, float | int | bool]:
+    def _constants(self) -> dict[str, float | int | bool]:
         """The fields; of a word its place."""
         words = self.CHOICES
         values = {each.name: getattr(self, each.name) for each in fields(self)}
@@ -264,6 +266,7 @@ class LambRule(_Rule):
     STATES: ClassVar[frozenset[str]] = frozenset(states)
     counter: ClassVar[str] = "step"
     COUNTER: ClassVar[str] = counter
+    counts_steps: ClassVar[bool] = True
 
     def _check_together(self) -> None:
         if not 0.0 <= self.lower <= self.upper or self.upper == 0.0:
@@ -300,6 +303,7 @@ class RmspropWarmupRule(_Rule):
     STATES: ClassVar[frozenset[str]] = frozenset(states)
     counter: ClassVar[str] = "step"
     COUNTER: ClassVar[str] = counter
+    counts_steps: ClassVar[bool] = True
     # Adding 1 changes no float32 from here on.
     MOST_STEPS: ClassVar[float] = 2.0**24
 
@@ -310,7 +314,7 @@ class RmspropWarmupRule(_Rule):
                 f"how far a float32 counts, got {self.center_steps} and {self.period_steps}"
             )
 
-    def _numbers(self) -> dict[str, float | int | bool]:
+    def _constants(self) -> dict[str, float | int | bool]:
         """The fields, but for those of the transition.
 
         Kernels take the exponential as below * shrink^n, a power of whole numbers, because the last
@@ -323,7 +327,7 @@ class RmspropWarmupRule(_Rule):
             "shrink": math.exp(-2.0 / self.period_steps),
         }
         replaced = ("period_steps", "transition")
-        return {k: v for k, v in super()._numbers().items() if k not in replaced} | derived
+        return {k: v for k, v in super()._constants().items() if k not in replaced} | derived
 
     @property
     def rise(self) -> float:

@@ -71,8 +71,8 @@ FAULTS = {
     "trust": Fault(
         "a norm that is no number passes the guard against zeros",
         "csrc/rules/common.h",
-        "if (!(sums.of[0] > 0.0 && sums.of[1] > 0.0)) return 1.0;",
-        "if (sums.of[0] == 0.0 || sums.of[1] == 0.0) return 1.0;",
+        "if (!(weight > 0.0 && update > 0.0)) return 1.0;",
+        "if (weight == 0.0 || update == 0.0) return 1.0;",
     ),
     "layout": Fault(
         "the stride of the last dimension is not compared",

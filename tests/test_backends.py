@@ -335,7 +335,7 @@ def test_apply_refuses_sums_of_another_list() -> None:
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_an_extension_of_other_sources_is_refused(rule: type[Rule]) -> None:
-    numbers = rule.usual().numbers
+    numbers = rule.usual().constants
     for given in ({**numbers, "other": 1.0}, {k: v for k, v in numbers.items() if k != "eps"}):
         with pytest.raises(TypeError, match=f"{rule.__name__} has other fields in fastlars.rules"):
             getattr(_C, rule.__name__)(**given)

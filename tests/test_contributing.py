@@ -57,10 +57,9 @@ def test_the_list_is_no_longer_than_promised() -> None:
 def test_every_listed_file_is_there_and_has_the_rule(rule: type[Rule]) -> None:
     wanted = {rule.__name__, optimizer_of(rule), rule.name}
     for path in paths(rule):
-        assert rule.name in path or wanted & names_in(path, strings=True), (
-            f"{path} does not name {rule.title}"
-        )
         assert (ROOT / path).is_file(), path
+        if rule.name not in path:
+            assert wanted & names_in(path, strings=True), f"{path} does not name {rule.title}"
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)

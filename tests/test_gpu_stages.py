@@ -101,7 +101,7 @@ def test_grid_of_cuda(tmp_path: Path) -> None:
     assert len(table) == 2 * (1 + len(LAUNCHES))
     assert {row["path"] for row in table} == {"torch fused", "two-launch", "one-launch"}
     assert {row["over torch fused"] for row in table} == {"1.000"}  # this clock stands still
-    assert (tmp_path / "grid.md").read_text().startswith("| case | path | blocks | ring |")
+    assert (tmp_path / "grid.md").read_text().startswith("| case | path | blocks | shared_slots |")
 
 
 @needs_kernels
@@ -117,7 +117,7 @@ def test_grid_of_cuda_goes_on_after_a_launch_that_fails(
 
     monkeypatch.setattr(Cuda, "step", step)
     assert grid.measure(FakeDevice(), LAUNCHES, tmp_path, [LARS], limit_s=0.0) == 1
-    assert "one-launch, 2 blocks, ring 13: too much shared memory" in capsys.readouterr().out
+    assert "one-launch, 2 blocks, 13 slots: too much shared memory" in capsys.readouterr().out
     assert len(_csv(tmp_path / "grid.csv")) == len(LAUNCHES)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import fastlars
+from fastlars.optim.options import from_arguments
+from fastlars.rules import LarsRule
 from input_cases import Case, each_class, values
 from optimizers import SIMPLE, Row, parameters, train
 from optimizers import one_thread as one_thread
@@ -154,3 +158,24 @@ def test_unknown_keys_of_a_group_are_kept(row: Row) -> None:
     optimizer = row.make([{"params": parameters(), "note": "mine"}])
     train(optimizer, optimizer.param_groups[0]["params"], [0])
     assert optimizer.state_dict()["param_groups"][0]["note"] == "mine"
+
+
+class Word(str, Enum):
+    SCALED = "scaled"
+
+
+@pytest.mark.parametrize("word", [Word.SCALED, np.str_("scaled")])
+def test_words_may_be_of_a_subclass_of_str(word: str) -> None:
+    rule = LarsRule(buffer=word)  # type: ignore[arg-type]
+    assert type(rule.buffer) is str
+    assert rule == LarsRule(buffer="scaled")
+
+
+def test_locals_that_are_no_arguments_are_no_options() -> None:
+    # An import hook that checks types puts a local of its own into every function.
+    def init(self: Any, params: Any, lr: float = 1.0, *, eps: float = 0.0) -> dict[str, Any]:
+        memo = params
+        del params
+        return from_arguments({**locals(), "params": memo})
+
+    assert init(None, []) == {"lr": 1.0, "eps": 0.0}

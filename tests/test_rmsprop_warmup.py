@@ -81,7 +81,7 @@ def test_kernels_have_the_same_share_of_sgd(
 ) -> None:
     made = rule(center, period, transition)
     names = ("center_steps", "rise", "below", "shrink")
-    numbers = [ctypes.c_double(made.numbers[name]) for name in names]
+    numbers = [ctypes.c_double(made.constants[name]) for name in names]
     near = [max(0.0, math.floor(center) + k) for k in range(-3, 4)]
     for step in [0.0, 1.0, 57.0, 399.0, *near, center + period, 2.0**24]:
         found = core.share(*numbers, ctypes.c_double(math.floor(step)))

@@ -25,7 +25,7 @@ import triton.language as tl  # noqa: E402
 from fastlars.backends.base import Kinds  # noqa: E402
 from fastlars.backends.triton import sums  # noqa: E402
 from fastlars.backends.triton.backend import LANES  # noqa: E402
-from fastlars.backends.triton.common import argument, number, step_scalars  # noqa: E402
+from fastlars.backends.triton.common import argument, decoded, step_scalars  # noqa: E402
 from fastlars.backends.triton.memory import BLOCK, locate  # noqa: E402
 
 DEVICE = DEVICES["triton"]
@@ -55,9 +55,9 @@ def test_sums_of_many_chunks(count: int) -> None:
 
 @triton.jit
 def _numbers(rule, out):  # type: ignore[no-untyped-def]
-    tl.store(out, number(rule.lower))
-    tl.store(out + 1, number(rule.upper))
-    tl.store(out + 2, number(rule.ratio_eps))
+    tl.store(out, decoded(rule.lower))
+    tl.store(out + 1, decoded(rule.upper))
+    tl.store(out + 2, decoded(rule.ratio_eps))
 
 
 @pytest.mark.parametrize("value", [0.0, 5e-324, 0.1, 1.0, 1e308])

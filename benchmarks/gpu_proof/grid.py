@@ -21,9 +21,9 @@ def launches(multiprocessors: int, shared_bytes: int) -> list[tuple[str, int, in
     """Path, blocks, chunks in shared memory as far as they fit; 0 is what the back end chooses."""
     m = multiprocessors
     two = [("two-launch", blocks, 0) for blocks in (0, 2 * m, 3 * m, 4 * m)]
-    rings = ((0, 0), (3 * m, 3), (3 * m, 2), (2 * m, 4), (2 * m, 6), (m, 8), (m, 13))
-    fitting = [(blocks, ring) for blocks, ring in rings if ring * CHUNK_BYTES < shared_bytes]
-    return two + [("one-launch", blocks, ring) for blocks, ring in fitting]
+    settings = ((0, 0), (3 * m, 3), (3 * m, 2), (2 * m, 4), (2 * m, 6), (m, 8), (m, 13))
+    fitting = [(blocks, slots) for blocks, slots in settings if slots * CHUNK_BYTES < shared_bytes]
+    return two + [("one-launch", blocks, slots) for blocks, slots in fitting]
 
 
 def measure(
@@ -42,11 +42,11 @@ def measure(
         calls: dict[tuple[str, int, int], Callable[[], object]] = {
             ("torch fused", 0, 0): fused.step
         }
-        for path, blocks, ring in tried:
+        for path, blocks, slots in tried:
             try:
-                calls[path, blocks, ring] = _step(case, params, path, blocks, ring)
+                calls[path, blocks, slots] = _step(case, params, path, blocks, slots)
             except Exception as error:
-                print(f"{case}: {path}, {blocks} blocks, ring {ring}: {error}", flush=True)
+                print(f"{case}: {path}, {blocks} blocks, {slots} slots: {error}", flush=True)
                 status = 1
         machine.wait()
         named = {str(key): call for key, call in calls.items()}
@@ -55,10 +55,11 @@ def measure(
         leads = {name: timing.lead(host) for name, host in hosts.items()}
         found = timing.interleave_device(named, 31, machine, leads=leads, limit_s=limit_s)
         base = found[str(("torch fused", 0, 0))].median
-        for path, blocks, ring in calls:
-            median = found[str((path, blocks, ring))].median
+        for path, blocks, slots in calls:
+            median = found[str((path, blocks, slots))].median
             figures = {"us": f"{median * 1e6:.1f}", "over torch fused": f"{median / base:.3f}"}
-            rows.append({"case": case, "path": path, "blocks": blocks, "ring": ring, **figures})
+            place = {"case": case, "path": path, "blocks": blocks, "shared_slots": slots}
+            rows.append(place | figures)
         write_csv(out / "grid.csv", rows)
         write_text(out / "grid.md", table(rows))
         del calls, named, fused, params
@@ -69,12 +70,12 @@ def measure(
 
 
 def _step(
-    case: Case, params: list[torch.nn.Parameter], path: str, blocks: int, ring: int
+    case: Case, params: list[torch.nn.Parameter], path: str, blocks: int, slots: int
 ) -> Callable[[], object]:
     optimizer = contenders(case)[f"fastlars cuda {path}"].started(params)
     # Each contender has a back end of its own.
     backend = optimizer._plans[0].sublists[0].backend
-    backend.grid, backend.shared_slots = blocks, ring
+    backend.grid, backend.shared_slots = blocks, slots
     optimizer.step()
     return optimizer.step
 

@@ -10,7 +10,8 @@ namespace fastlars::cpu {
 // Elements of a chunk. 64 KB of float32: three such arrays fit a core's second-level cache.
 constexpr std::int64_t kChunk = 16384;
 
-// Specialised in the file of each rule, with two static functions. `c` are the rule's coefficients:
+// Specialised in the file of each rule, with `measure` where the rule has sums and `apply` where it
+// steps. `c` are the rule's coefficients:
 //   Sums<Rule::sums> measure(const TensorList& list, const Chunk& chunk, const Coefficients& c)
 //   void apply(const TensorList& list, const Chunk& chunk, const Coefficients& c, bool measured)
 // `measured`: whether the rule adapts, and so has measured this chunk in this step.

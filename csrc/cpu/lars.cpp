@@ -1,6 +1,8 @@
 // LARS over one chunk.
 #include "rules/lars.h"
 
+#include <type_traits>
+
 #include "cpu/parallel.h"
 #include "cpu/sums.h"
 #include "cpu/weights.h"

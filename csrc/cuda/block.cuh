@@ -11,7 +11,7 @@ namespace fastlars::cuda {
 //   global   global memory; apply is a launch of its own
 //   shared   shared memory, where the block has cached it
 //   evicted  global memory again: chunks measured later have taken its slot of shared memory
-//   fused    nowhere: the chunk was not measured, because the rule does not adapt
+//   fused    nothing to read: the chunk was not measured, because the rule does not adapt
 enum class OperandSource { global, shared, evicted, fused };
 
 // A rule's loops over one chunk, in the file of the rule:
@@ -47,11 +47,11 @@ struct BlockState {
 
 // The counter of a tensor in this step. Steps count from 1; `advances` where no launch has counted
 // this step yet. `Concurrent`: another block may advance the counter at the same time. Where none
-// does, a plain load saves registers. A rule without states has no counter.
+// does, a plain load saves registers. A rule that does not step has no counter.
 template <bool Concurrent = false, class Rule>
 __device__ __forceinline__ float read_counter(const Rule&, const TensorEntry& tensor,
                                               bool advances) {
-  if (Rule::states == 0 || tensor.counter == 0) return 0.0f;
+  if (!Rule::steps || tensor.counter == 0) return 0.0f;
   const float found =
       Concurrent ? float_of(load_relaxed(reinterpret_cast<const std::uint32_t*>(tensor.counter)))
                  : *reinterpret_cast<const float*>(tensor.counter);

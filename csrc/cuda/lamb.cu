@@ -13,9 +13,9 @@ struct ChunkOps<LambRule> {
   static constexpr int kBatch = kVectors / 2;
 
   // Advances the moments of one vector, and calls f(k, w, u) for its elements.
-  template <bool Streaming, class Types, class VectorSlice, class F>
+  template <bool Streaming, class Types, class Slice, class F>
   static __device__ __forceinline__ void advance(const LambCoefficients& c, const Types& types,
-                                                 const Chunk& chunk, VectorSlice slice, int n,
+                                                 const Chunk& chunk, Slice slice, int n,
                                                  const PackedVector& w, const PackedVector& g,
                                                  const PackedVector& m, const PackedVector& v,
                                                  F&& f) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cfloat>
+#include <type_traits>
 
 #include "cuda/chunk_table.h"
 #include "cuda/intrinsics.cuh"

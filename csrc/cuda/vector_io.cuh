@@ -89,11 +89,11 @@ struct VectorSlice {
   }
 };
 
-template <bool Streaming, class VectorSlice, class Bits>
-__device__ __forceinline__ void load_narrow(PackedVector (&packed)[VectorSlice::batch],
-                                            const Bits* base, VectorSlice slice) {
+template <bool Streaming, class Slice, class Bits>
+__device__ __forceinline__ void load_narrow(PackedVector (&packed)[Slice::batch], const Bits* base,
+                                            Slice slice) {
 #pragma unroll
-  for (int n = 0; n < VectorSlice::batch; ++n) {
+  for (int n = 0; n < Slice::batch; ++n) {
     std::uint32_t bits[kVector];
 #pragma unroll
     for (int k = 0; k < kVector; ++k) {
@@ -107,14 +107,14 @@ __device__ __forceinline__ void load_narrow(PackedVector (&packed)[VectorSlice::
 
 // Elements past the end of the chunk are zeros. Both widths in full: as one template, the compiler
 // takes more registers and spills on sm_100 and sm_120.
-template <bool Streaming, class VectorSlice>
-__device__ __forceinline__ void load(PackedVector (&packed)[VectorSlice::batch], Dtype type,
-                                     std::uintptr_t base, VectorSlice slice) {
+template <bool Streaming, class Slice>
+__device__ __forceinline__ void load(PackedVector (&packed)[Slice::batch], Dtype type,
+                                     std::uintptr_t base, Slice slice) {
   if (type == Dtype::float32) {
     const auto* words = reinterpret_cast<const std::uint32_t*>(base);
-    if (VectorSlice::whole && on_boundary(base, 16)) {
+    if (Slice::whole && on_boundary(base, 16)) {
 #pragma unroll
-      for (int n = 0; n < VectorSlice::batch; ++n) {
+      for (int n = 0; n < Slice::batch; ++n) {
         const auto v = read<Streaming>(reinterpret_cast<const uint4*>(words + slice.index(n)));
         packed[n] = {v.x, v.y, v.z, v.w};
       }
@@ -123,9 +123,9 @@ __device__ __forceinline__ void load(PackedVector (&packed)[VectorSlice::batch],
     }
   } else {
     const auto* halves = reinterpret_cast<const std::uint16_t*>(base);
-    if (VectorSlice::whole && on_boundary(base, 8)) {
+    if (Slice::whole && on_boundary(base, 8)) {
 #pragma unroll
-      for (int n = 0; n < VectorSlice::batch; ++n) {
+      for (int n = 0; n < Slice::batch; ++n) {
         const auto v = read<Streaming>(reinterpret_cast<const uint2*>(halves + slice.index(n)));
         packed[n] = {v.x, v.y, 0u, 0u};
       }
@@ -136,11 +136,11 @@ __device__ __forceinline__ void load(PackedVector (&packed)[VectorSlice::batch],
 }
 
 // Stores vector `n` of the slice. Bits: an unsigned integer of 16 or 32 bits.
-template <bool Streaming, class VectorSlice, class Bits>
-__device__ __forceinline__ void store_bits(const Bits (&bits)[kVector], Bits* base,
-                                           VectorSlice slice, int n) {
+template <bool Streaming, class Slice, class Bits>
+__device__ __forceinline__ void store_bits(const Bits (&bits)[kVector], Bits* base, Slice slice,
+                                           int n) {
   Bits* to = base + slice.index(n);
-  if (VectorSlice::whole && on_boundary(reinterpret_cast<std::uintptr_t>(base), 4 * sizeof(Bits))) {
+  if (Slice::whole && on_boundary(reinterpret_cast<std::uintptr_t>(base), 4 * sizeof(Bits))) {
     if constexpr (sizeof(Bits) == 4) {
       write<Streaming>(reinterpret_cast<uint4*>(to),
                        make_uint4(bits[0], bits[1], bits[2], bits[3]));
@@ -157,9 +157,9 @@ __device__ __forceinline__ void store_bits(const Bits (&bits)[kVector], Bits* ba
   }
 }
 
-template <bool Streaming, class VectorSlice>
+template <bool Streaming, class Slice>
 __device__ __forceinline__ void store(const float (&values)[kVector], Dtype type,
-                                      std::uintptr_t base, VectorSlice slice, int n) {
+                                      std::uintptr_t base, Slice slice, int n) {
   if (type == Dtype::float32) {
     std::uint32_t bits[kVector];
 #pragma unroll
@@ -204,9 +204,9 @@ __device__ __forceinline__ void sweep(int size, F&& f) {
 }
 
 // Stores weights, with low-precision copies where there are any, or rounded stochastically.
-template <bool StochasticRounding, class Types, class VectorSlice>
+template <bool StochasticRounding, class Types, class Slice>
 __device__ __forceinline__ void store_weight(const float (&values)[kVector], const Types& types,
-                                             const Chunk& chunk, VectorSlice slice, int n,
+                                             const Chunk& chunk, Slice slice, int n,
                                              std::uint64_t seed) {
   if constexpr (StochasticRounding) {
     const std::uint64_t element = chunk.begin + slice.index(n);

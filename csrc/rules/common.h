@@ -6,6 +6,7 @@
 //   name            of its class in Python
 //   sums            sums of squares that a tensor's ratio is made of; 0 where it has none
 //   states          tensors that go along with a parameter, at most
+//   steps           it updates weights: GradientNorm alone does not
 //   counts_steps    its counter is the number of steps taken; else the last learning rate
 //   measure_writes  measuring advances the states, and the counter with them
 //   fields          its hyper-parameters by name, as rules.py has them; enumerators are numbered in
@@ -39,11 +40,12 @@ struct Sums<0> {};
 // either end is summed again in double: right for every input, at no cost for ordinary ones.
 FASTLARS_HD bool leaves_float_range(double sum) { return !(sum > 1e-25 && sum < 1e37); }
 
-// numerator / denominator, or 1 where either norm is zero: such a tensor (fresh zeros, no gradient)
-// would otherwise never move again. NaN norms compare false and give 1 too; the NaN itself reaches
-// the weights through the gradient, where it can be seen.
-FASTLARS_HD double guarded_ratio(const Sums<2>& sums, double numerator, double denominator) {
-  if (!(sums.of[0] > 0.0 && sums.of[1] > 0.0)) return 1.0;
+// numerator / denominator, or 1 where either sum of squares is zero: such a tensor (fresh zeros, no
+// gradient) would otherwise never move again. NaN norms compare false and give 1 too; the NaN
+// itself reaches the weights through the gradient, where it can be seen.
+FASTLARS_HD double guarded_ratio(double weight, double update, double numerator,
+                                 double denominator) {
+  if (!(weight > 0.0 && update > 0.0)) return 1.0;
   const double ratio = numerator / denominator;
   // Gradients around 1e-40 ask for more than a float holds. The largest float times such a gradient
   // is still a sensible step, infinity times it is not.

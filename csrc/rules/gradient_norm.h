@@ -10,7 +10,7 @@ struct GradientNorm {
   static constexpr const char* name = "GradientNorm";
   static constexpr int sums = 1;  // of g
   static constexpr int states = 0;
-  static constexpr bool counts_steps = false, measure_writes = false;
+  static constexpr bool steps = false, counts_steps = false, measure_writes = false;
 
   template <class Field>
   static void fields(Field&&) {}

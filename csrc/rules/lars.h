@@ -37,7 +37,7 @@ struct LarsRule {
   static constexpr const char* name = "LarsRule";
   static constexpr int sums = 2;    // of w, and of g or g + wd w
   static constexpr int states = 1;  // the momentum buffer; none without momentum
-  static constexpr bool counts_steps = false, measure_writes = false;
+  static constexpr bool steps = true, counts_steps = false, measure_writes = false;
 
   template <class Field>
   static void fields(Field&& field) {
@@ -63,7 +63,7 @@ FASTLARS_HD double trust_ratio(const LarsRule& rule, const StepScalars& scalars,
   if (!rule.adapt) return 1.0;
   const double weight_norm = std::sqrt(sums.of[0]);
   const double decay_norm = rule.ratio == Ratio::combined ? 0.0 : rule.weight_decay * weight_norm;
-  const double q = guarded_ratio(sums, rule.trust_coefficient * weight_norm,
+  const double q = guarded_ratio(sums.of[0], sums.of[1], rule.trust_coefficient * weight_norm,
                                  std::sqrt(sums.of[1]) + decay_norm + rule.eps);
   if (!rule.trust_clip) return q;
   // LARC: the local rate lr q never exceeds lr.

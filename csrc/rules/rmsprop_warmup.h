@@ -27,7 +27,7 @@ struct RmspropWarmupRule {
   static constexpr const char* name = "RmspropWarmupRule";
   static constexpr int sums = 0;
   static constexpr int states = 2;  // b and m
-  static constexpr bool counts_steps = true, measure_writes = false, adapt = false;
+  static constexpr bool steps = true, counts_steps = true, measure_writes = false, adapt = false;
 
   template <class Field>
   static void fields(Field&& field) {

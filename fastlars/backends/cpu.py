@@ -22,7 +22,7 @@ DISPATCH = Tensor.__torch_dispatch__
 @lru_cache(maxsize=1024)  # a schedule of momentum or weight decay makes a new rule every step
 def native(rule: Rule | GradientNorm) -> Any:
     """The rule as the C++ struct of the same name."""
-    return getattr(_C, type(rule).__name__)(**rule.numbers)
+    return getattr(_C, type(rule).__name__)(**rule.constants)
 
 
 @cache

@@ -112,7 +112,7 @@ class FusedOptimizer(TracedStep, torch.optim.Optimizer):
     @property
     def counts_steps(self) -> bool:
         """Whether group["step"] shows the steps taken, where training scripts may read it."""
-        return self.rule.COUNTER == "step"
+        return type(self).rule.counts_steps
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

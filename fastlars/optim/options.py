@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from textwrap import indent
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ OPTIONS: dict[str, Any] = {
     "capturable": False,
     "fused_unscale": None,
 }
-# Their meaning, and that of the two last arguments of every optimizer, as its docstring has it.
+# What docstrings say of them, and of norm_group and skip_if, which all optimizers take, too.
 DESCRIBED = """\
 maximize: step up the gradient instead of down.
 max_grad_norm: clip the norm of all gradients together to this, positive, or None. Those
@@ -62,6 +63,7 @@ def documented(kind: Kind) -> Kind:
     """Put :data:`DESCRIBED` into the docstring of an optimizer, in place of its marker."""
     if kind.__doc__ is not None:  # python -OO
         text = inspect.cleandoc(kind.__doc__)  # from Python 3.13 on, the compiler does that
+        assert "{shared options}" in text, f"{kind.__name__}: no place for the shared options"
         kind.__doc__ = text.replace("    {shared options}\n", indent(DESCRIBED, "    ") + RAISES)
     return kind
 
@@ -69,7 +71,9 @@ def documented(kind: Kind) -> Kind:
 def from_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """The defaults of parameter groups, from ``locals()`` at the top of a subclass's ``__init__``.
 
-    An option is thus named once, in the signature, whose order is that of the groups' keys.
+    An option is thus named once, in the signature. Locals that are no arguments do not count.
     """
-    others = ("self", "__class__", "params", "norm_group", "skip_if")
-    return {name: value for name, value in arguments.items() if name not in others}
+    code = sys._getframe(1).f_code
+    options = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    others = ("self", "params", "norm_group", "skip_if")
+    return {name: arguments[name] for name in options if name not in others}

@@ -9,8 +9,8 @@ tensors, and lr is the learning rate of the step, the module says
 * ``advance(rule, w, g, states)``: writes the states, where ``rule.measure_writes``;
 * ``update(rule, lr, q, w, g, states, counter)``: the new weight; writes all other states.
 
-Counters are kept here: "step" has counted the present step when any of these is called but
-``trust_ratio``; "last_lr" is the rate of the step before.
+Counters are kept here. Where they count steps, they have counted the present one when any of these
+is called; else they hold the learning rate of the step before.
 
 This back end serves float64 and strided tensors, and any device that no other back end serves.
 Arithmetic is float32 for float32 and below, float64 for float64; sums of squares are float64
@@ -104,7 +104,7 @@ class Reference:
         states: list[Tensor],
         counter: Tensor | None,
     ) -> None:
-        if counter is not None and rule.counter == "step":
+        if counter is not None and rule.counts_steps:
             counter += 1.0
         if rule.measure_writes:
             equations(rule.name).advance(rule, w, g, states)
@@ -130,7 +130,7 @@ class Reference:
             if sums is None or not rule.measure_writes:
                 self._advance(rule, w, g, states, counter)
             new = equations(rule.name).update(rule, lr, q, w, g, states, counter)
-            if counter is not None and rule.counter == "last_lr":
+            if counter is not None and not rule.counts_steps:
                 counter.fill_(lr)
             self._store(bound, i, new, scalars.seed)
             ratios.append(q)

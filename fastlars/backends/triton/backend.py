@@ -139,7 +139,7 @@ class Triton:
                 scalars.lr,
                 COUNT=rule.sums,
                 ADVANCES=rule.measure_writes,
-                COUNTS_STEPS=rule.COUNTER == "step",
+                COUNTS_STEPS=rule.counts_steps,
                 LANES=LANES,
                 **SMALL_OPTIONS,
             )
@@ -176,7 +176,7 @@ def _advance(rule: Rule, bound: Bound, scalars: StepScalars) -> None:
         tensors,
         scalars.doubles,
         scalars.lr,
-        COUNTS_STEPS=rule.COUNTER == "step",
+        COUNTS_STEPS=rule.counts_steps,
         LANES=LANES,
         **SMALL_OPTIONS,
     )

@@ -24,7 +24,7 @@ NUMBER_OFFSET = tl.constexpr(2**52 + 1)
 
 
 def encode(value: float) -> int:
-    """A float of at least 0 as an integer, from which :func:`number` makes a float64.
+    """A float of at least 0 as an integer, from which :func:`decoded` makes a float64.
 
     Triton turns floats in a tuple into float32, and compiles a kernel anew for an integer there
     that is 1, a multiple of 16, or fits 32 bits. 2 * bits + 1 + 2^52, wrapped to int64, is none of
@@ -42,7 +42,7 @@ def _argument_type(rule: str, names: tuple[str, ...]) -> Any:
 
 @lru_cache(maxsize=1024)  # a schedule of momentum or weight decay makes a new rule every step
 def argument(rule: Rule | GradientNorm) -> Any:
-    """The rule's ``numbers`` as one argument of a kernel.
+    """The rule's ``constants`` as one argument of a kernel.
 
     Numbers are encoded. Words and flags are known at compile time, and words stay words. Kernels
     annotate it as ``rules.LarsRule`` etc., so that mypy knows its fields and words; Triton takes
@@ -52,9 +52,9 @@ def argument(rule: Rule | GradientNorm) -> Any:
         tl.constexpr(getattr(rule, name))
         if name in rule.CHOICES or isinstance(value, bool)
         else encode(value)
-        for name, value in rule.numbers.items()
+        for name, value in rule.constants.items()
     ]
-    return _argument_type(rule.name, tuple(rule.numbers))(*values)
+    return _argument_type(rule.name, tuple(rule.constants))(*values)
 
 
 class StepScalars(NamedTuple):
@@ -79,7 +79,7 @@ def step_scalars(
 
 
 @triton.jit
-def number(encoded: tl.tensor) -> tl.tensor:
+def decoded(encoded: tl.tensor) -> tl.tensor:
     """The float64 that :func:`encode` was given."""
     return ((encoded.to(tl.uint64) - NUMBER_OFFSET) >> 1).to(tl.float64, bitcast=True)
 

@@ -11,9 +11,9 @@ from fastlars import rules
 from fastlars.backends.triton.common import (
     StepScalars,
     coefficient,
+    decoded,
     double,
     guarded_ratio,
-    number,
     power,
     step_scalars,
 )
@@ -57,7 +57,7 @@ class LambCoefficients(NamedTuple):
 def shrink_of(rule: rules.LambRule, scalars: StepScalars) -> tl.tensor:
     shrink = double(1.0)
     if rule.decay == "decoupled":
-        shrink = 1.0 - scalars.lr * number(rule.weight_decay)
+        shrink = 1.0 - scalars.lr * decoded(rule.weight_decay)
     return shrink
 
 
@@ -69,10 +69,10 @@ def trust_ratio(
     shrink = shrink_of(rule, scalars)
     weight = weight * shrink * shrink
     weight_norm = tl.sqrt(weight)
-    lower, upper = number(rule.lower), number(rule.upper)
+    lower, upper = decoded(rule.lower), decoded(rule.upper)
     raised = tl.where(weight_norm < lower, lower, weight_norm)
     phi = tl.where(raised > upper, upper, raised)
-    q = guarded_ratio(weight, update, phi, tl.sqrt(update) + number(rule.ratio_eps))
+    q = guarded_ratio(weight, update, phi, tl.sqrt(update) + decoded(rule.ratio_eps))
     if rule.trust_clip:
         q = tl.where(q > 1.0, double(1.0), q)
     return q
@@ -83,8 +83,8 @@ def coefficients(
     rule: rules.LambRule, scalars: StepScalars, step: tl.tensor, ratio: tl.tensor
 ) -> LambCoefficients:
     """``step`` counts from 1."""
-    beta1, beta2 = number(rule.beta1), number(rule.beta2)
-    weight_decay = number(rule.weight_decay)
+    beta1, beta2 = decoded(rule.beta1), decoded(rule.beta2)
+    weight_decay = decoded(rule.weight_decay)
     lr = scalars.lr
     correction1 = double(1.0)
     correction2 = double(1.0)
@@ -111,7 +111,7 @@ def coefficients(
         square_weight=(1.0 - beta2).to(tl.float32),
         correction1=correction1.to(tl.float32),
         correction2=correction2.to(tl.float32),
-        eps=number(rule.eps).to(tl.float32),
+        eps=decoded(rule.eps).to(tl.float32),
         update_decay=update_decay.to(tl.float32),
         shrink=shrink_of(rule, scalars).to(tl.float32),
         rate=coefficient(lr * ratio),

@@ -11,9 +11,9 @@ from fastlars import rules
 from fastlars.backends.triton.common import (
     StepScalars,
     coefficient,
+    decoded,
     double,
     guarded_ratio,
-    number,
     single,
     step_scalars,
 )
@@ -56,9 +56,9 @@ def trust_ratio(
     weight_norm = tl.sqrt(weight)
     denominator = tl.sqrt(update)
     if rule.ratio == "separate":
-        denominator += number(rule.weight_decay) * weight_norm
-    numerator = number(rule.trust_coefficient) * weight_norm
-    q = guarded_ratio(weight, update, numerator, denominator + number(rule.eps))
+        denominator += decoded(rule.weight_decay) * weight_norm
+    numerator = decoded(rule.trust_coefficient) * weight_norm
+    q = guarded_ratio(weight, update, numerator, denominator + decoded(rule.eps))
     if rule.trust_clip:
         # LARC: the local rate lr q never exceeds lr.
         positive = scalars.lr > 0.0
@@ -73,7 +73,7 @@ def coefficients(
 ) -> LarsCoefficients:
     # Goyal et al., remark 2: a buffer that holds lr times a gradient is rescaled when lr changes.
     stepped_before = last_lr != NEVER_STEPPED
-    momentum = number(rule.momentum).to(tl.float32)
+    momentum = decoded(rule.momentum).to(tl.float32)
     decay = momentum
     if rule.momentum_correction:
         corrects = stepped_before & (last_lr != 0.0)
@@ -88,10 +88,10 @@ def coefficients(
         outer = scalars.lr
     else:
         outer = scalars.lr * ratio
-    one_minus_dampening = (1.0 - number(rule.dampening)).to(tl.float32)
+    one_minus_dampening = (1.0 - decoded(rule.dampening)).to(tl.float32)
     return LarsCoefficients(
         gradient_scale=scalars.gradient_scale.to(tl.float32),
-        weight_decay=number(rule.weight_decay).to(tl.float32),
+        weight_decay=decoded(rule.weight_decay).to(tl.float32),
         decay=decay,
         one_minus_dampening=tl.where(stepped_before, one_minus_dampening, 1.0),
         inner=coefficient(inner),

@@ -12,8 +12,8 @@ from fastlars import rules
 from fastlars.backends.triton.common import (
     StepScalars,
     coefficient,
+    decoded,
     double,
-    number,
     power,
     step_scalars,
 )
@@ -54,11 +54,11 @@ class RmspropWarmupCoefficients(NamedTuple):
 @triton.jit
 def sgd_share(rule: rules.RmspropWarmupRule, steps: tl.tensor) -> tl.tensor:
     """The share of SGD after ``steps`` steps."""
-    center_steps = number(rule.center_steps)
+    center_steps = decoded(rule.center_steps)
     left = tl.maximum(center_steps - steps, double(0.0))
-    share = tl.minimum(0.5 + (steps - center_steps) / number(rule.rise), double(1.0))
+    share = tl.minimum(0.5 + (steps - center_steps) / decoded(rule.rise), double(1.0))
     # These two are in the rule's numbers alone.
-    before = number(rule.below) * power(number(rule.shrink), left)  # type: ignore[attr-defined]
+    before = decoded(rule.below) * power(decoded(rule.shrink), left)  # type: ignore[attr-defined]
     return tl.where(steps < center_steps, before, share)
 
 
@@ -70,15 +70,15 @@ def coefficients(
     share = sgd_share(rule, step.to(tl.float64) - 1.0)
     positive = scalars.lr > 0.0
     lr = tl.where(positive, scalars.lr, double(1.0))
-    rmsprop = (1.0 - share) * number(rule.lr_rmsprop) / lr
-    square_decay = number(rule.square_decay)
+    rmsprop = (1.0 - share) * decoded(rule.lr_rmsprop) / lr
+    square_decay = decoded(rule.square_decay)
     return RmspropWarmupCoefficients(
         gradient_scale=scalars.gradient_scale.to(tl.float32),
-        weight_decay=number(rule.weight_decay).to(tl.float32),
-        momentum=number(rule.momentum).to(tl.float32),
+        weight_decay=decoded(rule.weight_decay).to(tl.float32),
+        momentum=decoded(rule.momentum).to(tl.float32),
         square_decay=square_decay.to(tl.float32),
         square_weight=(1.0 - square_decay).to(tl.float32),
-        eps=number(rule.eps).to(tl.float32),
+        eps=decoded(rule.eps).to(tl.float32),
         sgd=share.to(tl.float32),
         rmsprop=tl.where(positive, coefficient(rmsprop), 0.0),
         lr=coefficient(scalars.lr),
