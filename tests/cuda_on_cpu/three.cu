@@ -13,7 +13,7 @@ struct RuleOfThree {
     float scale, rate;
   };
   static constexpr int sums = 3, states = 3;
-  static constexpr bool counts_steps = true, measure_writes = false, adapt = true;
+  static constexpr bool steps = true, counts_steps = true, measure_writes = false, adapt = true;
 };
 using RulesOfTest = RuleList<RuleOfThree>;
 
