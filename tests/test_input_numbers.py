@@ -175,7 +175,7 @@ def test_locals_that_are_no_arguments_are_no_options() -> None:
     # An import hook that checks types puts a local of its own into every function.
     def init(self: Any, params: Any, lr: float = 1.0, *, eps: float = 0.0) -> dict[str, Any]:
         memo = params
-        del params
-        return from_arguments({**locals(), "params": memo})
+        assert memo == []
+        return from_arguments()
 
     assert init(None, []) == {"lr": 1.0, "eps": 0.0}

@@ -104,8 +104,7 @@ class LAMB(FusedOptimizer):
         norm_group: ProcessGroup | DeviceMesh | None = None,
         skip_if: SkipIf | None = None,
     ) -> None:
-        # Before any other local: every argument but params and the last two is an option.
-        super().__init__(params, from_arguments(locals()), norm_group, skip_if)
+        super().__init__(params, from_arguments(), norm_group, skip_if)
 
     @classmethod
     def rule_of(cls, group: dict[str, Any]) -> Rule:

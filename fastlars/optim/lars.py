@@ -119,8 +119,7 @@ class LARS(FusedOptimizer):
     ) -> None:
         if flag("nesterov", nesterov):
             LarsRule(momentum=momentum, dampening=dampening, nesterov=True)
-        # Before any other local: every argument but params and the last two is an option.
-        super().__init__(params, from_arguments(locals()), norm_group, skip_if)
+        super().__init__(params, from_arguments(), norm_group, skip_if)
 
     @property
     def optim(self) -> LARS:

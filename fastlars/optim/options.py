@@ -68,12 +68,11 @@ def documented(kind: Kind) -> Kind:
     return kind
 
 
-def from_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The defaults of parameter groups, from ``locals()`` at the top of a subclass's ``__init__``.
+def from_arguments() -> dict[str, Any]:
+    """The defaults of groups: the options among the arguments of the calling ``__init__``.
 
-    An option is thus named once, in the signature. Locals that are no arguments do not count.
+    An option is thus named once, in the signature.
     """
-    code = sys._getframe(1).f_code
-    options = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    given = inspect.getargvalues(sys._getframe(1))
     others = ("self", "params", "norm_group", "skip_if")
-    return {name: arguments[name] for name in options if name not in others}
+    return {name: given.locals[name] for name in given.args if name not in others}

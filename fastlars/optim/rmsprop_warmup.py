@@ -107,5 +107,4 @@ class RMSpropWarmup(FusedOptimizer):
         norm_group: ProcessGroup | DeviceMesh | None = None,
         skip_if: SkipIf | None = None,
     ) -> None:
-        # Before any other local: every argument but params and the last two is an option.
-        super().__init__(params, from_arguments(locals()), norm_group, skip_if)
+        super().__init__(params, from_arguments(), norm_group, skip_if)
