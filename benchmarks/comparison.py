@@ -12,7 +12,7 @@ from torch import nn
 
 from cases import Contender, check, gradients, parameters
 from fastlars.backends import choose
-from fastlars.backends.base import Kinds
+from fastlars.backends.base import Dtypes
 from fastlars.rules import LambRule, LarsRule
 from gpu_cases import Case, contenders
 from machine import COPY_BYTES, Machine
@@ -193,13 +193,13 @@ def backend_of(contender: Contender, case: Case, param: nn.Parameter) -> str:
     if contender.package != "fastlars":
         return ""
     low = None if param.dtype == torch.float32 else param.dtype
-    kinds = Kinds(torch.float32, param.dtype, torch.float32, copy=low)
+    dtypes = Dtypes(torch.float32, param.dtype, torch.float32, copy=low)
     with contender.planning():
         try:
-            backend = choose.choose(param, kinds)
+            backend = choose.choose(param, dtypes)
         except RuntimeError as error:
             raise UnavailableError(str(error)) from None
-        checked = choose.choose(param, kinds, LarsRule() if case.rule == "lars" else LambRule())
+        checked = choose.choose(param, dtypes, LarsRule() if case.rule == "lars" else LambRule())
     if checked is not backend:
         raise RuntimeError(f"{backend.name} fails its check, and {checked.name} would serve")
     path = getattr(backend, "path", "")

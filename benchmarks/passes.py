@@ -20,7 +20,7 @@ from torch import Tensor
 
 import cases
 from cases import CHECK_ERROR, CHECK_LR, DECAY, LR, RULES
-from fastlars.backends.base import Backend, Kinds, StepScalars, Tensors
+from fastlars.backends.base import Backend, Dtypes, StepScalars, Tensors
 from fastlars.backends.cpu import Cpu
 from fastlars.backends.reference import Reference
 from fastlars.rules import LambRule, LarsRule
@@ -52,8 +52,8 @@ class Listed:
         self.rule, self.backend = RULE[name], backend
         zeros = [torch.zeros_like(weight) for _ in self.rule.states]
         counters = [torch.zeros(())] if self.rule.counter else None
-        kinds = Kinds(weight.dtype, grad.dtype, weight.dtype)
-        tensors = Tensors([weight], [grad], tuple([z] for z in zeros), counters, None, kinds)
+        dtypes = Dtypes(weight.dtype, grad.dtype, weight.dtype)
+        tensors = Tensors([weight], [grad], tuple([z] for z in zeros), counters, None, dtypes)
         self.bound = backend.bind(tensors, backend.layout([weight]))
 
     def measure(self, now: StepScalars) -> Tensor:

@@ -20,10 +20,10 @@ from torch import Tensor
 import fastlars
 from fastlars import _C, check
 from fastlars.backends import choose, cuda
-from fastlars.backends.base import Kinds
+from fastlars.backends.base import Dtypes
 from fastlars.rules import RULES
 
-FLOAT32 = Kinds(torch.float32, torch.float32, torch.float32)
+FLOAT32 = Dtypes(torch.float32, torch.float32, torch.float32)
 
 
 def build_lines() -> list[str]:
@@ -75,7 +75,7 @@ def why(name: str, weight: Tensor) -> str:
     if choose.forced() == name:
         reasons.append("FASTLARS_BACKEND asks for it")
     else:
-        refused = choose.told(choose.refusals(weight, FLOAT32, RULES[0].usual())[1])
+        refused = choose.format_reasons(choose.refusals(weight, FLOAT32, RULES[0].usual())[1])
         reasons += [refused] if refused else []
     if name == "cpu":
         reasons.append(f"{_C.instruction_set()}, {torch.get_num_threads()} threads")

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from fastlars.backends import choose, cuda
-from fastlars.backends.base import Kinds
+from fastlars.backends.base import Dtypes
 from fastlars.backends.selfcheck import Family, difference, family
 from fastlars.rules import RULES, Rule
 
@@ -35,17 +35,17 @@ CHECKED: dict[str, tuple[Rule, ...]] = {
     rule.title: (rule, replace(rule, adapt=False)) if rule.adapt else (rule,) for rule in USUAL
 }
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-KINDS = (
-    *(Kinds(w, g, s) for w, g, s in product((F32, BF16, F16), (F32, BF16, F16), (F32, BF16))),
-    *(Kinds(F32, g, s, copy=c) for g, s, c in product((F32, BF16, F16), (F32, BF16), (BF16, F16))),
+TYPE_MIXES = (
+    *(Dtypes(w, g, s) for w, g, s in product((F32, BF16, F16), (F32, BF16, F16), (F32, BF16))),
+    *(Dtypes(F32, g, s, copy=c) for g, s, c in product((F32, BF16, F16), (F32, BF16), (BF16, F16))),
 )
 # Each type in each place. Triton compiles every list of types anew, all of them for a minute.
-SOME_KINDS = (
-    Kinds(F32, F32, F32),
-    Kinds(BF16, BF16, F32),
-    Kinds(F16, F16, BF16),
-    Kinds(F32, BF16, F32, copy=BF16),
-    Kinds(F32, F16, BF16, copy=F16),
+SOME_TYPE_MIXES = (
+    Dtypes(F32, F32, F32),
+    Dtypes(BF16, BF16, F32),
+    Dtypes(F16, F16, BF16),
+    Dtypes(F32, BF16, F32, copy=BF16),
+    Dtypes(F32, F16, BF16, copy=F16),
 )
 
 
@@ -53,13 +53,13 @@ def families(backend: str) -> list[tuple[str, Family]]:
     """What is checked of a back end, by the rule's name."""
     found = []
     for name, rules in CHECKED.items():
-        pairs = [*product(rules, KINDS)]
+        pairs = [*product(rules, TYPE_MIXES)]
         if backend == "triton":
-            pairs = [*product(rules[:1], SOME_KINDS), *product(rules[1:], SOME_KINDS[:1])]
-        for rule, kinds in pairs:
-            found.append((name, family(rule, kinds)))
-            if kinds.weight == BF16:
-                found.append((name, family(rule, kinds, rounds=True)))
+            pairs = [*product(rules[:1], SOME_TYPE_MIXES), *product(rules[1:], SOME_TYPE_MIXES[:1])]
+        for rule, dtypes in pairs:
+            found.append((name, family(rule, dtypes)))
+            if dtypes.weight == BF16:
+                found.append((name, family(rule, dtypes, rounds=True)))
     return found
 
 
@@ -120,7 +120,7 @@ def trials() -> list[Trial]:
     for device in devices():
         weight = torch.empty(1, device=device)
         for backend in choose.COMPILED.get(device.type, ("triton",)):
-            absent = choose.why_not(backend, weight, KINDS[0])
+            absent = choose.why_not(backend, weight, TYPE_MIXES[0])
             for path in cuda.PATHS if backend == "cuda" and not absent else ("",):
                 found.append(Trial(backend, path, device, absent))
     return found

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import emulated
-from fastlars.backends.base import Backend, Kinds, StepScalars, Tensors
+from fastlars.backends.base import Backend, Dtypes, StepScalars, Tensors
 from fastlars.backends.choose import instance
 from fastlars.rules import RULES, LambRule, LarsRule, RmspropWarmupRule, Rule
 from problems import ORDINARY, Problem, place
@@ -140,47 +140,47 @@ OPTIONS = (
 )
 ROWS = DEFAULTS + OPTIONS
 
-PLAIN = Kinds(F32, F32, F32)
-KINDS = (
-    *(Kinds(w, g, s) for w in (F32, BF16, F16) for g in (F32, BF16, F16) for s in (F32, BF16)),
-    *(Kinds(F32, g, s, copy=c) for c in (BF16, F16) for g in (F32, BF16, F16) for s in (F32, BF16)),
+PLAIN = Dtypes(F32, F32, F32)
+TYPE_MIXES = (
+    *(Dtypes(w, g, s) for w in (F32, BF16, F16) for g in (F32, BF16, F16) for s in (F32, BF16)),
+    *(Dtypes(F32, g, s, copy=c) for c in (BF16, F16) for g in (F32, BF16, F16) for s in (F32, BF16)),
 )
 
 
 # What test_backends.py crosses only in part, and why, stands there.
-SOME_KINDS = (
-    Kinds(BF16, F16, F32),
-    Kinds(F16, BF16, BF16),
-    Kinds(F32, BF16, F32, copy=BF16),
-    Kinds(F32, F32, BF16, copy=F16),
+SOME_TYPE_MIXES = (
+    Dtypes(BF16, F16, F32),
+    Dtypes(F16, BF16, BF16),
+    Dtypes(F32, BF16, F32, copy=BF16),
+    Dtypes(F32, F32, BF16, copy=F16),
 )
 TYPED = {"zeros", "empty", "layouts", "ends of float16", "NaN gradient", "infinite weight"}
 INSTANCES = (*DEFAULTS, *(row for row in OPTIONS if "momentum" in row.name and "out" in row.name))
 
 
-def label(kinds: Kinds) -> str:
+def label(dtypes: Dtypes) -> str:
     short = {F32: "f32", BF16: "bf16", F16: "f16", F64: "f64", None: ""}
-    text = f"w {short[kinds.weight]}, g {short[kinds.grad]}, s {short[kinds.state]}"
-    return text + (f", copy {short[kinds.copy]}" if kinds.copy else "")
+    text = f"w {short[dtypes.weight]}, g {short[dtypes.grad]}, s {short[dtypes.state]}"
+    return text + (f", copy {short[dtypes.copy]}" if dtypes.copy else "")
 
 
-def fits(problem: Problem, kinds: Kinds, rule: Rule) -> bool:
+def fits(problem: Problem, dtypes: Dtypes, rule: Rule) -> bool:
     """Whether a problem's values can be told apart in these types."""
     if not isinstance(rule, LarsRule) and not problem.squares_fit:
         return False
-    return problem.half_range or F16 not in (kinds.weight, kinds.grad, kinds.copy)
+    return problem.half_range or F16 not in (dtypes.weight, dtypes.grad, dtypes.copy)
 
 
-def is_tested(backend: str, row: Row, kinds: Kinds, problem: Problem) -> bool:
+def is_tested(backend: str, row: Row, dtypes: Dtypes, problem: Problem) -> bool:
     """Whether a back end that is slow here has a case; each keeps the pairs that concern it."""
     if backend == "reference":  # one code for all types, and loops in Python
-        typed = kinds == PLAIN or (row in DEFAULTS and problem is ORDINARY)
+        typed = dtypes == PLAIN or (row in DEFAULTS and problem is ORDINARY)
         return typed and problem.name in {"ordinary", "zeros", "tiny", "NaN gradient"}
     if backend == "triton":  # interpreted, at 10 ms and more a chunk
-        usual, some = row in USUAL, kinds in SOME_KINDS
+        usual, some = row in USUAL, dtypes in SOME_TYPE_MIXES
         if problem is ORDINARY:
-            return kinds == PLAIN or usual or (some and row in INSTANCES)
-        typed = kinds == PLAIN or (some and problem.name in TYPED)
+            return dtypes == PLAIN or usual or (some and row in INSTANCES)
+        typed = dtypes == PLAIN or (some and problem.name in TYPED)
         return usual and typed and not problem.large
     return True
 
@@ -188,29 +188,29 @@ def is_tested(backend: str, row: Row, kinds: Kinds, problem: Problem) -> bool:
 class Run:
     """A problem's tensors in the given types, stepped by one back end."""
 
-    def __init__(self, backend: str, row: Row, kinds: Kinds, problem: Problem) -> None:
+    def __init__(self, backend: str, row: Row, dtypes: Dtypes, problem: Problem) -> None:
         self.backend: Backend = instance(backend)
         self.row, self.problem = row, problem
         self.entries = problem.entries()
         weights, copies = [], None
         for entry in self.entries:
-            weights.append(place(entry.weight, kinds.weight, entry.layout))
-        if kinds.copy is not None:
+            weights.append(place(entry.weight, dtypes.weight, entry.layout))
+        if dtypes.copy is not None:
             copies = [
-                place(w, kinds.copy, entry.layout)
+                place(w, dtypes.copy, entry.layout)
                 for w, entry in zip(weights, self.entries, strict=True)
             ]
         states = tuple(
-            [place(torch.zeros_like(e.weight), kinds.state, e.layout) for e in self.entries]
+            [place(torch.zeros_like(e.weight), dtypes.state, e.layout) for e in self.entries]
             for _ in row.rule.states
         )
         counters = None
         if row.rule.counter is not None:
             counters = [torch.tensor(row.rule.NEVER_STEPPED) for _ in weights]
-        self.tensors = Tensors(weights, [], states, counters, copies, kinds)
+        self.tensors = Tensors(weights, [], states, counters, copies, dtypes)
 
     def take_gradients(self, step: int) -> None:
-        kind = self.tensors.kinds.grad
+        kind = self.tensors.dtypes.grad
         self.tensors.grads = [place(e.grads[step], kind, e.layout) for e in self.entries]
 
     def bind(self) -> Any:
@@ -236,13 +236,13 @@ class Run:
 
 def in_float64(tensors: Tensors) -> Tensors:
     """The same values for the reference in float64; bfloat16 states stay, for they round."""
-    kinds = tensors.kinds
-    state = F64 if kinds.state == F32 else kinds.state
+    dtypes = tensors.dtypes
+    state = F64 if dtypes.state == F32 else dtypes.state
     return Tensors(
         weights=[w.double() for w in tensors.weights],
         grads=[g.double() for g in tensors.grads],
         states=tuple([x.to(state, copy=True) for x in xs] for xs in tensors.states),
         counters=None if tensors.counters is None else [c.clone() for c in tensors.counters],
         copies=None,
-        kinds=Kinds(F64, F64, state),
+        dtypes=Dtypes(F64, F64, state),
     )

@@ -17,7 +17,7 @@ from backend_cases import (
     OPTIONS,
     PLAIN,
     USUAL,
-    Kinds,
+    Dtypes,
     Row,
     Run,
     label,
@@ -39,10 +39,10 @@ from fastlars.rules import GradientNorm
 from problems import ORDINARY, Problem
 from tolerances import assert_close, assert_same_bits
 
-KINDS = (Kinds(BF16, F16, BF16), Kinds(F16, BF16, F32), Kinds(F32, BF16, F32, copy=F16))
+TYPE_MIXES = (Dtypes(BF16, F16, BF16), Dtypes(F16, BF16, F32), Dtypes(F32, BF16, F32, copy=F16))
 CASES = (
     *((row, PLAIN, ORDINARY) for row in SOME_ROWS),
-    *((row, kinds, ORDINARY) for row in DEFAULTS for kinds in KINDS),
+    *((row, dtypes, ORDINARY) for row in DEFAULTS for dtypes in TYPE_MIXES),
     *((row, PLAIN, problem) for row in USUAL for problem in (LAYOUTS, SIZES)),
 )
 CORRECTIONS = [*DEFAULTS, *(row for row in OPTIONS if "correction" in row.name)][:8]
@@ -57,21 +57,21 @@ class Bits:
     def device(self) -> str:
         return DEVICES[self.backend]
 
-    def twin(self, row: Row, kinds: Kinds, problem: Problem) -> Twin:
-        return Twin(self.backend, row, kinds, problem)
+    def twin(self, row: Row, dtypes: Dtypes, problem: Problem) -> Twin:
+        return Twin(self.backend, row, dtypes, problem)
 
     @pytest.mark.parametrize(
-        ("row", "kinds", "problem"),
+        ("row", "dtypes", "problem"),
         CASES,
-        ids=lambda x: label(x) if isinstance(x, Kinds) else getattr(x, "name", None),
+        ids=lambda x: label(x) if isinstance(x, Dtypes) else getattr(x, "name", None),
     )
     def test_apply_equals_cpu_for_equal_sums(
-        self, row: Row, kinds: Kinds, problem: Problem
+        self, row: Row, dtypes: Dtypes, problem: Problem
     ) -> None:
-        self.assert_apply_equals_cpu(row, kinds, problem)
+        self.assert_apply_equals_cpu(row, dtypes, problem)
 
-    def assert_apply_equals_cpu(self, row: Row, kinds: Kinds, problem: Problem) -> None:
-        run, twin = Run("cpu", row, kinds, problem), self.twin(row, kinds, problem)
+    def assert_apply_equals_cpu(self, row: Row, dtypes: Dtypes, problem: Problem) -> None:
+        run, twin = Run("cpu", row, dtypes, problem), self.twin(row, dtypes, problem)
         for step in range(2):
             run.take_gradients(step)
             twin.take_gradients(step)
@@ -90,8 +90,8 @@ class Bits:
 
     @pytest.mark.parametrize("row", DEFAULTS, ids=lambda row: row.name)
     def test_stochastic_rounding_draws_the_same_bits_as_cpu(self, row: Row) -> None:
-        kinds = Kinds(BF16, F32, F32)
-        run, twin = Run("cpu", row, kinds, SIZES), self.twin(row, kinds, SIZES)
+        dtypes = Dtypes(BF16, F32, F32)
+        run, twin = Run("cpu", row, dtypes, SIZES), self.twin(row, dtypes, SIZES)
         for step, seed in enumerate((3, 2**61 + 12345)):
             for each in (run, twin):
                 each.take_gradients(step)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fastlars
-from backend_cases import DEFAULTS, OPTIONS, Kinds, Row, Run
+from backend_cases import DEFAULTS, OPTIONS, Dtypes, Row, Run
 from fastlars import _C
 from fastlars.backends import cuda
 from fastlars.backends.base import Tensors
@@ -65,15 +65,15 @@ def moved(tensors: Tensors, device: str) -> Tensors:
         tuple(there(state, device) for state in tensors.states),
         None if tensors.counters is None else there(tensors.counters, device),
         None if tensors.copies is None else there(tensors.copies, device),
-        tensors.kinds,
+        tensors.dtypes,
     )
 
 
 class Twin(Run):
     """A run of a back end for GPUs, its tensors on the device."""
 
-    def __init__(self, backend: str, row: Row, kinds: Kinds, problem: Problem) -> None:
-        super().__init__(backend, row, kinds, problem)
+    def __init__(self, backend: str, row: Row, dtypes: Dtypes, problem: Problem) -> None:
+        super().__init__(backend, row, dtypes, problem)
         self.device = DEVICES[backend]
         self.tensors = moved(self.tensors, self.device)
 

@@ -19,12 +19,12 @@ from backend_cases import (
     F32,
     F64,
     INSTANCES,
-    KINDS,
+    TYPE_MIXES,
     NAMES,
     OPTIONS,
     PLAIN,
     ROWS,
-    SOME_KINDS,
+    SOME_TYPE_MIXES,
     TYPED,
     USUAL,
     Row,
@@ -35,7 +35,7 @@ from backend_cases import (
     label,
 )
 from fastlars import _C
-from fastlars.backends.base import Kinds, Mismatch, StepScalars, Tensors
+from fastlars.backends.base import Dtypes, Mismatch, StepScalars, Tensors
 from fastlars.backends.choose import instance
 from fastlars.backends.reference import equations
 from fastlars.rules import RULES, GradientNorm, LambRule, LarsRule, Rule
@@ -46,29 +46,29 @@ from tolerances import assert_close, assert_same_bits
 # stores, a problem changes sizes and sums: pairs of them interplay, triples do not. So every two
 # axes are crossed with the third at its usual value; and where options meet types, every template
 # instance (the four default rows and those without momentum) meets all types, every other option
-# four kinds of them that hold each type in each place.
+# four mixes of them that hold each type in each place.
 CASES = [
     *((row, PLAIN, problem) for row in ROWS for problem in SMALL),
-    *((row, kinds, ORDINARY) for row in INSTANCES for kinds in KINDS[1:]),
-    *((row, kinds, ORDINARY) for row in OPTIONS if row not in INSTANCES for kinds in SOME_KINDS),
-    *((row, k, p) for row in USUAL for k in KINDS[1:] for p in SMALL if p.name in TYPED),
-    *((row, kinds, problem) for row in USUAL for kinds in KINDS[::20] for problem in LARGE),
+    *((row, dtypes, ORDINARY) for row in INSTANCES for dtypes in TYPE_MIXES[1:]),
+    *((row, dtypes, ORDINARY) for row in OPTIONS if row not in INSTANCES for dtypes in SOME_TYPE_MIXES),
+    *((row, k, p) for row in USUAL for k in TYPE_MIXES[1:] for p in SMALL if p.name in TYPED),
+    *((row, dtypes, problem) for row in USUAL for dtypes in TYPE_MIXES[::20] for problem in LARGE),
 ]
 
 CASES = [
-    (backend, row, kinds, problem)
-    for row, kinds, problem in CASES
+    (backend, row, dtypes, problem)
+    for row, dtypes, problem in CASES
     for backend in NAMES
-    if fits(problem, kinds, row.rule) and is_tested(backend, row, kinds, problem)
+    if fits(problem, dtypes, row.rule) and is_tested(backend, row, dtypes, problem)
 ]
 
 
-def is_slow(backend: str, row: Row, kinds: Kinds, problem: Problem) -> bool:
+def is_slow(backend: str, row: Row, dtypes: Dtypes, problem: Problem) -> bool:
     """Whether a case is left to `make test-all`; the others hold each option and problem once."""
-    if kinds == PLAIN:
+    if dtypes == PLAIN:
         long = backend == "triton" and problem.name == "around the cut"  # 10 s and more
         return long or (problem is not ORDINARY and row not in USUAL)
-    return row not in DEFAULTS or kinds not in SOME_KINDS or problem is not ORDINARY
+    return row not in DEFAULTS or dtypes not in SOME_TYPE_MIXES or problem is not ORDINARY
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +156,7 @@ def _compare(
 
 
 @pytest.mark.parametrize(
-    ("backend", "row", "kinds", "problem"),
+    ("backend", "row", "dtypes", "problem"),
     [
         pytest.param(
             *case,
@@ -167,13 +167,13 @@ def _compare(
     ],
 )
 def test_equals_reference_in_float64(
-    backend: str, row: Row, kinds: Kinds, problem: Problem
+    backend: str, row: Row, dtypes: Dtypes, problem: Problem
 ) -> None:
     reference = instance("reference")
-    run = Run(backend, row, kinds, problem)
-    twin = Run(backend, row, kinds, problem)
+    run = Run(backend, row, dtypes, problem)
+    twin = Run(backend, row, dtypes, problem)
     # Triton's step is these two calls, and interpreted, slow.
-    separately = backend != "triton" or (row in DEFAULTS and kinds == PLAIN)
+    separately = backend != "triton" or (row in DEFAULTS and dtypes == PLAIN)
     for step in range(problem.steps):
         run.take_gradients(step)
         twin.take_gradients(step)
@@ -182,7 +182,7 @@ def test_equals_reference_in_float64(
         q = reference.step(row.rule, bound, row.now(step))
         ratios = run.step(step)
         assert ratios.dtype == F32
-        if row.rule.measure_writes and kinds.state == BF16:
+        if row.rule.measure_writes and dtypes.state == BF16:
             q, expected.weights[:] = _from_stored_moments(
                 row.rule, run.tensors, before, row.now(step)
             )
@@ -193,17 +193,17 @@ def test_equals_reference_in_float64(
             for (name, a), (_, b) in zip(twin.written(), run.written(), strict=True):
                 assert_same_bits(f"measure and apply against step: {name}", a, b)
         for grad, entry in zip(run.tensors.grads, run.entries, strict=True):
-            given = place(entry.grads[step], kinds.grad, entry.layout)
+            given = place(entry.grads[step], dtypes.grad, entry.layout)
             assert_same_bits("gradient, which is never written", grad, given)
 
 
 @pytest.mark.parametrize("backend", NAMES)
 @pytest.mark.parametrize(
     ("dtype", "problem"),
-    [(d, p) for d in (F32, BF16, F16) for p in SMALL if fits(p, Kinds(F32, d, F32), LarsRule())],
+    [(d, p) for d in (F32, BF16, F16) for p in SMALL if fits(p, Dtypes(F32, d, F32), LarsRule())],
 )
 def test_gradient_norm(backend: str, dtype: torch.dtype, problem: Problem) -> None:
-    run = Run(backend, DEFAULTS[0], Kinds(F32, dtype, F32), problem)
+    run = Run(backend, DEFAULTS[0], Dtypes(F32, dtype, F32), problem)
     run.take_gradients(0)
     sums = run.backend.measure(
         GradientNorm(), run.bind(), StepScalars(lr=0.0, gradient_scale=-0.25)
@@ -272,7 +272,7 @@ def test_lamb_by_hand(backend: str) -> None:
 
 
 def _pair() -> Run:
-    run = Run("cpu", DEFAULTS[2], Kinds(F32, BF16, F32, copy=BF16), ORDINARY)
+    run = Run("cpu", DEFAULTS[2], Dtypes(F32, BF16, F32, copy=BF16), ORDINARY)
     run.take_gradients(0)
     return run
 

@@ -23,9 +23,9 @@ from cases import LR, RULES, Contender, check
 from comparison import Comparison, Effort, UnavailableError
 from fake_device import FakeDevice
 from fastlars.backends import choose, selfcheck
-from fastlars.backends.base import Kinds
+from fastlars.backends.base import Dtypes
 from fastlars.backends.cpu import Cpu
-from fastlars.backends.sending import Sender
+from fastlars.backends.upload import Sender
 from gpu_cases import CASES, Case, contenders
 from sources import ROOT
 from timing import interleave, interleave_device
@@ -130,7 +130,7 @@ def test_a_contender_is_planned_for_its_back_end_and_leaves_no_trace() -> None:
 
     def chosen() -> tuple[str, str]:
         cuda: Any = choose.instance("cuda")
-        return choose.choose(weight, Kinds(*3 * [weight.dtype])).name, cuda.path
+        return choose.choose(weight, Dtypes(*3 * [weight.dtype])).name, cuda.path
 
     before = chosen()
     named = Contender(_idle, "torch", backend="reference", path="two-launch")

@@ -192,14 +192,14 @@ def test_back_ends_that_are_not_here_say_why(monkeypatch: pytest.MonkeyPatch) ->
 def test_families_cover_each_type_in_each_place() -> None:
     for backend in ("cpu", "cuda", "triton"):
         every = [checked for _, checked in check.families(backend)]
-        kinds = {checked.kinds for checked in every}
+        dtypes = {checked.dtypes for checked in every}
         for place in ("weight", "grad"):
-            assert {getattr(k, place) for k in kinds} == {
+            assert {getattr(k, place) for k in dtypes} == {
                 torch.float32,
                 torch.bfloat16,
                 torch.float16,
             }
-        assert {k.copy for k in kinds} == {None, torch.bfloat16, torch.float16}
-        assert {k.state for k in kinds} == {torch.float32, torch.bfloat16}
+        assert {k.copy for k in dtypes} == {None, torch.bfloat16, torch.float16}
+        assert {k.state for k in dtypes} == {torch.float32, torch.bfloat16}
         assert {checked.rounds for checked in every} == {False, True}
         assert len(set(every)) == len(every)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backend_cases import BF16, F16, F32, F64, NAMES
 from core_library import core as core
-from fastlars.backends.base import Kinds, StepScalars, Tensors
+from fastlars.backends.base import Dtypes, StepScalars, Tensors
 from fastlars.backends.choose import instance
 from fastlars.rules import LarsRule
 from tolerances import assert_same_bits
@@ -69,7 +69,7 @@ def test_a_step_of_rate_0_changes_no_half(backend: str, dtype: torch.dtype) -> N
     halves = _all_patterns(dtype)
     halves = halves[halves.isfinite()]
     weight, grad = halves.clone(), torch.ones(len(halves))
-    tensors = Tensors([weight], [grad], (), None, None, Kinds(dtype, F32, F32))
+    tensors = Tensors([weight], [grad], (), None, None, Dtypes(dtype, F32, F32))
     chosen = instance(backend)
     rule = LarsRule(momentum=0.0, adapt=False)
     chosen.step(rule, chosen.bind(tensors, chosen.layout([weight])), StepScalars(lr=0.0))
@@ -82,7 +82,7 @@ def test_copies_of_masters_are_rounded_as_torch_rounds(backend: str, dtype: torc
     master = _floats()
     master = master[master.isfinite()].clone()
     copy, grad = torch.zeros(len(master), dtype=dtype), torch.ones(len(master))
-    tensors = Tensors([master], [grad], (), None, [copy], Kinds(F32, F32, F32, copy=dtype))
+    tensors = Tensors([master], [grad], (), None, [copy], Dtypes(F32, F32, F32, copy=dtype))
     chosen = instance(backend)
     rule = LarsRule(momentum=0.0, adapt=False)
     chosen.step(rule, chosen.bind(tensors, chosen.layout([master])), StepScalars(lr=0.0))

@@ -22,7 +22,7 @@ from backend_cases import (
     PLAIN,
     ROWS,
     USUAL,
-    Kinds,
+    Dtypes,
     Row,
     in_float64,
     label,
@@ -40,7 +40,7 @@ from tolerances import assert_same_bits
 
 DEVICE = DEVICES["cuda"]
 pytestmark = marks("cuda")
-KINDS = (PLAIN, Kinds(BF16, F16, BF16), Kinds(F16, BF16, F32), Kinds(F32, BF16, F32, copy=F16))
+TYPE_MIXES = (PLAIN, Dtypes(BF16, F16, BF16), Dtypes(F16, BF16, F32), Dtypes(F32, BF16, F32, copy=F16))
 NAMED = {problem.name: problem for problem in PROBLEMS}
 # How a step may be launched: path, grid, shared slots. All must equal the first.
 LAUNCHES = (
@@ -70,23 +70,23 @@ def _launched(path: str, grid: int, shared_slots: int) -> Cuda:
 
 @pytest.mark.parametrize("row", USUAL, ids=lambda row: row.name)
 @pytest.mark.parametrize(
-    ("kinds", "problem"),
+    ("dtypes", "problem"),
     [
-        *((kinds, SIZES) for kinds in KINDS),
+        *((dtypes, SIZES) for dtypes in TYPE_MIXES),
         *(
             (PLAIN, problem)
             for problem in (LAYOUTS, *map(NAMED.get, ("zeros", "tiny", "all empty")))
         ),
         (PLAIN, NAMED["thousands"]),  # more than one launch takes
     ],
-    ids=lambda x: label(x) if isinstance(x, Kinds) else x.name,
+    ids=lambda x: label(x) if isinstance(x, Dtypes) else x.name,
 )
 def test_any_path_grid_and_number_of_slots_have_the_same_bits(
-    row: Row, kinds: Kinds, problem: Problem
+    row: Row, dtypes: Dtypes, problem: Problem
 ) -> None:
     expected: tuple[Twin, list[Tensor]] | None = None
     for launch in LAUNCHES:
-        twin, ratios = Twin("cuda", row, kinds, problem), []
+        twin, ratios = Twin("cuda", row, dtypes, problem), []
         twin.backend = _launched(*launch)
         for step in range(2 if problem.steps > 1 else 1):
             twin.take_gradients(step)
@@ -96,7 +96,7 @@ def test_any_path_grid_and_number_of_slots_have_the_same_bits(
         assert_same_runs(str(launch), twin, expected[0])
 
 
-def _by_types() -> Iterator[tuple[Row, Kinds, list[Problem]]]:
+def _by_types() -> Iterator[tuple[Row, Dtypes, list[Problem]]]:
     """What test_backends.py asks of the CPU."""
     cases = sorted(
         (case[1:] for case in CASES if case[0] == "cpu"),
@@ -109,14 +109,14 @@ def _by_types() -> Iterator[tuple[Row, Kinds, list[Problem]]]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("row", "kinds", "problems"),
+    ("row", "dtypes", "problems"),
     list(_by_types()),
-    ids=lambda x: label(x) if isinstance(x, Kinds) else getattr(x, "name", ""),
+    ids=lambda x: label(x) if isinstance(x, Dtypes) else getattr(x, "name", ""),
 )
-def test_equals_reference_in_float64(row: Row, kinds: Kinds, problems: list[Problem]) -> None:
+def test_equals_reference_in_float64(row: Row, dtypes: Dtypes, problems: list[Problem]) -> None:
     reference = instance("reference")
     for problem in problems:
-        twin, other = (Twin("cuda", row, kinds, problem) for _ in range(2))
+        twin, other = (Twin("cuda", row, dtypes, problem) for _ in range(2))
         twin.backend, other.backend = (_launched(path, 0, 0) for path in PATHS)
         for step in range(problem.steps):
             twin.take_gradients(step)
@@ -135,14 +135,14 @@ def test_equals_reference_in_float64(row: Row, kinds: Kinds, problems: list[Prob
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
-    ("name", "kinds"),
+    ("name", "dtypes"),
     [
-        *((name, kinds) for name in ("weights", "grads", "states") for kinds in KINDS),
-        ("copies", KINDS[-1]),
+        *((name, dtypes) for name in ("weights", "grads", "states") for dtypes in TYPE_MIXES),
+        ("copies", TYPE_MIXES[-1]),
     ],
-    ids=lambda x: label(x) if isinstance(x, Kinds) else x,
+    ids=lambda x: label(x) if isinstance(x, Dtypes) else x,
 )
-def test_alignment_does_not_show(name: str, kinds: Kinds, path: str) -> None:
+def test_alignment_does_not_show(name: str, dtypes: Dtypes, path: str) -> None:
     """One array at a time is off its boundary; a chunk and a half, so that both loops run."""
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(6145, generator=generator) for _ in range(3)]
@@ -150,10 +150,10 @@ def test_alignment_does_not_show(name: str, kinds: Kinds, path: str) -> None:
     def trained(layout: str) -> Twin:
         problem = Problem(layout, lambda _: [Entry(values[0], tuple(values[1:]), layout)])
         other = dataclasses.replace(problem, make=lambda _: [Entry(values[0], tuple(values[1:]))])
-        twin = Twin("cuda", DEFAULTS[2], kinds, other)
+        twin = Twin("cuda", DEFAULTS[2], dtypes, other)
         twin.backend = _launched(path, 2, 0)
         for step in range(2):
-            off = Twin("cuda", DEFAULTS[2], kinds, problem)
+            off = Twin("cuda", DEFAULTS[2], dtypes, problem)
             off.take_gradients(step)
             twin.take_gradients(step)
             chosen = getattr(off.tensors, name)
@@ -204,7 +204,7 @@ def test_more_than_2_to_31_elements(path: str) -> None:
     weight[far], grad[far] = 2.0, -1.0
     # |w|^2 = 2^31 + 4 * 4099, |g|^2 = (2^31 + 4 * 4099) / 4: q = 2 h, whatever the size.
     rule = LarsRule(momentum=0.0, weight_decay=0.0, trust_coefficient=0.25)
-    run = Twin("cuda", Row("", rule), Kinds(BF16, BF16, F32), NAMED["all empty"])
+    run = Twin("cuda", Row("", rule), Dtypes(BF16, BF16, F32), NAMED["all empty"])
     run.tensors.weights, run.tensors.grads = [weight], [grad]
     bound = backend.bind(run.tensors, backend.layout([weight]))
     ratio = backend.step(rule, bound, StepScalars(lr=0.5))

@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 
 from fastlars import _C
 from fastlars.backends import choose, cuda
-from fastlars.backends.base import Kinds
+from fastlars.backends.base import Dtypes
 from fastlars.backends.cuda import PATHS, Cuda
 from sources import ROOT
 
@@ -54,8 +54,8 @@ def _answers(
     monkeypatch.setattr(choose, "why_no_triton", lambda device: triton)
 
 
-def _kinds(weight: Tensor) -> Kinds:
-    return Kinds(weight.dtype, weight.dtype, torch.float32)
+def _kinds(weight: Tensor) -> Dtypes:
+    return Dtypes(weight.dtype, weight.dtype, torch.float32)
 
 
 def _chosen(weight: Tensor) -> str:

@@ -45,15 +45,15 @@ for row in USUAL:
 # Whole chunks, ragged ones, tensors off every boundary, all types; both paths.
 SANITIZED = """
 import torch
-from backend_cases import BF16, DEFAULTS, F16, F32, PLAIN, Kinds
+from backend_cases import BF16, DEFAULTS, F16, F32, PLAIN, Dtypes
 from device_cases import LAYOUTS, SIZES, Twin
 from fastlars.backends.cuda import PATHS
 
 for row in DEFAULTS:
-    for kinds in (PLAIN, Kinds(F32, BF16, BF16, copy=F16)):
+    for dtypes in (PLAIN, Dtypes(F32, BF16, BF16, copy=F16)):
         for problem in (SIZES, LAYOUTS):
             for path in PATHS:
-                twin = Twin("cuda", row, kinds, problem)
+                twin = Twin("cuda", row, dtypes, problem)
                 twin.backend.path = path
                 for step in range(2):
                     twin.take_gradients(step)

@@ -14,7 +14,7 @@ from functools import partial
 import pytest
 import torch
 
-from backend_cases import BF16, DEFAULTS, F16, PLAIN, Kinds, Row
+from backend_cases import BF16, DEFAULTS, F16, PLAIN, Dtypes, Row
 from device_cases import Twin, assert_same_runs, marks
 from fastlars.backends.cuda import Cuda, Layout
 from problems import Entry, Problem
@@ -76,8 +76,8 @@ MIXED = [3 * CHUNK, 1, 17 * CHUNK + 3, 0, CHUNK, 2 * CHUNK - 1, 9, 7 * CHUNK, 5]
 class Scheduled(Twin):
     """A run whose tables outlive a step, and with them what a launch leaves for the next."""
 
-    def __init__(self, row: Row, problem: Problem, path: str, kinds: Kinds = PLAIN) -> None:
-        super().__init__("cuda", row, kinds, problem)
+    def __init__(self, row: Row, problem: Problem, path: str, dtypes: Dtypes = PLAIN) -> None:
+        super().__init__("cuda", row, dtypes, problem)
         self.cuda = Cuda()
         self.cuda.path, self.cuda.grid = path, 1
         self.backend = self.cuda
@@ -92,7 +92,7 @@ class Scheduled(Twin):
 def _compare(tested: Scheduled, choose: Callable[[int], tuple[int, int]]) -> None:
     """Steps with the blocks and shared slots of each step's choice."""
     row, problem = tested.row, tested.problem
-    expected = Scheduled(row, problem, "two-launch", tested.tensors.kinds)
+    expected = Scheduled(row, problem, "two-launch", tested.tensors.dtypes)
     for step in range(problem.steps):
         tested.cuda.grid, tested.cuda.shared_slots = choose(step)
         what = f"step {step}, {tested.cuda.grid} blocks, {tested.cuda.shared_slots} shared slots"
@@ -132,10 +132,10 @@ def test_resnet18(row: Row) -> None:
     _compare(tested, choices.__getitem__)
 
 
-@pytest.mark.parametrize("kinds", [Kinds(BF16, F16, BF16), Kinds(torch.float32, BF16, BF16, F16)])
+@pytest.mark.parametrize("dtypes", [Dtypes(BF16, F16, BF16), Dtypes(torch.float32, BF16, BF16, F16)])
 @pytest.mark.parametrize("row", ADAPTING, ids=lambda row: row.name)
-def test_types(row: Row, kinds: Kinds) -> None:
-    tested = Scheduled(row, _problem("mixed", MIXED, 4), "one-launch", kinds)
+def test_types(row: Row, dtypes: Dtypes) -> None:
+    tested = Scheduled(row, _problem("mixed", MIXED, 4), "one-launch", dtypes)
     _compare(tested, lambda step: (3 * step + 1, step % MOST_SLOTS + 1))
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fastlars import _C
-from fastlars.backends import cuda, sending
-from fastlars.backends.base import Kinds, StepScalars, Tensors
+from fastlars.backends import cuda, upload
+from fastlars.backends.base import Dtypes, StepScalars, Tensors
 from fastlars.backends.cuda import Cuda, Tables
-from fastlars.backends.sending import Sender, Sent
+from fastlars.backends.upload import Sender, Sent
 from fastlars.rules import GradientNorm, LambRule, LarsRule, RmspropWarmupRule, Rule
 
 
@@ -92,7 +92,7 @@ def test_what_a_recording_sends_is_for_that_recording_alone(
 
 def test_pinned_memory_lies_ready_for_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:
     recording, pinned = [False], []
-    for module in (cuda, sending):
+    for module in (cuda, upload):
         monkeypatch.setattr(module, "is_capturing", lambda device: recording[0])
     real = Sender.pinned
     monkeypatch.setattr(Sender, "pinned", lambda *a: pinned.append(a) or real(*a))
@@ -135,7 +135,7 @@ class Stream:
 def capturing(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether launches are recorded; a test may change its one element."""
     now = [False]
-    monkeypatch.setattr(sending, "is_capturing", lambda device: now[0])
+    monkeypatch.setattr(upload, "is_capturing", lambda device: now[0])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now[0])
     return now
 
@@ -196,8 +196,8 @@ def test_launches(
     weights = [torch.ones(2), torch.ones(3)]
     states = tuple([torch.zeros_like(w) for w in weights] for _ in rule.states)
     counters = [torch.zeros(()) for _ in weights] if rule.counter else None
-    kinds = Kinds(*[torch.float32] * 3)
-    tensors = Tensors(weights, [w.clone() for w in weights], states, counters, None, kinds)
+    dtypes = Dtypes(*[torch.float32] * 3)
+    tensors = Tensors(weights, [w.clone() for w in weights], states, counters, None, dtypes)
     layout = backend.layout(weights)
     ratios = backend.step(rule, backend.bind(tensors, layout), StepScalars(0.1, seed=seed))
     assert made == calls

@@ -19,10 +19,10 @@ from backend_cases import (
     DEFAULTS,
     F16,
     F32,
-    KINDS,
+    TYPE_MIXES,
     OPTIONS,
     PLAIN,
-    Kinds,
+    Dtypes,
     Row,
     Run,
     label,
@@ -43,11 +43,11 @@ def _sizes(generator: torch.Generator) -> list[Entry]:
 
 SIZES = Problem("sizes", _sizes)
 ROWS = (*DEFAULTS, *(row for row in OPTIONS if "combined, nesterov" in row.name))
-TYPES = (PLAIN, Kinds(BF16, BF16, BF16), Kinds(F16, F32, F32), Kinds(F32, BF16, F32, copy=BF16))
+TYPES = (PLAIN, Dtypes(BF16, BF16, BF16), Dtypes(F16, F32, F32), Dtypes(F32, BF16, F32, copy=BF16))
 
 
-def _trained(row: Row, kinds: Kinds, problem: Problem, seed: int | None = None) -> Run:
-    run = Run("cpu", row, kinds, problem)
+def _trained(row: Row, dtypes: Dtypes, problem: Problem, seed: int | None = None) -> Run:
+    run = Run("cpu", row, dtypes, problem)
     for step in range(2):
         run.take_gradients(step)
         run.step(step, seed)
@@ -60,14 +60,14 @@ def _assert_same(what: str, a: Run, b: Run) -> None:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-@pytest.mark.parametrize("kinds", TYPES, ids=label)
-def test_any_number_of_threads(row: Row, kinds: Kinds) -> None:
+@pytest.mark.parametrize("dtypes", TYPES, ids=label)
+def test_any_number_of_threads(row: Row, dtypes: Dtypes) -> None:
     torch.set_num_threads(1)
-    expected = _trained(row, kinds, SIZES)
+    expected = _trained(row, dtypes, SIZES)
     for threads in (2, 3, 4):
         torch.set_num_threads(threads)
-        _assert_same(f"{threads} threads", _trained(row, kinds, SIZES), expected)
-    _assert_same("a second run", _trained(row, kinds, SIZES), expected)
+        _assert_same(f"{threads} threads", _trained(row, dtypes, SIZES), expected)
+    _assert_same("a second run", _trained(row, dtypes, SIZES), expected)
 
 
 @pytest.mark.parametrize("row", ADAPTED, ids=lambda row: row.name)
@@ -126,12 +126,12 @@ def everything() -> dict[str, Tensor]:
     written = {}
     for problem in (p for p in PROBLEMS if p.name in names):
         for row in ROWS:
-            for kinds in KINDS:
-                if problem.half_range or F16 not in (kinds.weight, kinds.grad, kinds.copy):
-                    run = _trained(row, kinds, problem)
+            for dtypes in TYPE_MIXES:
+                if problem.half_range or F16 not in (dtypes.weight, dtypes.grad, dtypes.copy):
+                    run = _trained(row, dtypes, problem)
                     for name, x in run.written():
-                        written[f"{row.name}; {label(kinds)}; {name}"] = x
-    rounded = _trained(DEFAULTS[0], Kinds(BF16, F32, F32), problem, seed=5)
+                        written[f"{row.name}; {label(dtypes)}; {name}"] = x
+    rounded = _trained(DEFAULTS[0], Dtypes(BF16, F32, F32), problem, seed=5)
     return written | {f"stochastic {name}": x for name, x in rounded.written()}
 
 
@@ -160,7 +160,7 @@ def _rounded(value: float, count: int, seed: int, backend: str = "cpu", tensors:
     weights = [torch.zeros(count, dtype=BF16) for _ in range(tensors)]
     grads = [torch.full((count,), -value) for _ in range(tensors)]
     chosen = instance(backend)
-    lists = Tensors(weights, grads, (), None, None, Kinds(BF16, F32, F32))
+    lists = Tensors(weights, grads, (), None, None, Dtypes(BF16, F32, F32))
     bound = chosen.bind(lists, chosen.layout(weights))
     chosen.step(LarsRule(momentum=0.0, adapt=False), bound, StepScalars(lr=1.0, seed=seed))
     return torch.stack(weights).double()

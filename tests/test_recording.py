@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlars
-from fastlars.backends import sending
+from fastlars.backends import upload
 from fastlars.optim import base, compiled, plan
 from fastlars.optim.numbers import DeviceNumbers
 from fastlars.optim.plan import Plan, lacks_states
@@ -104,10 +104,10 @@ def test_numbers_on_the_device_live_as_long_as_their_graph(
     numbers = DeviceNumbers(torch.ones(()), torch.zeros(()))
     numbers.take_square(torch.ones((), dtype=torch.float64))
     for recording in (False, True):
-        monkeypatch.setattr(sending, "is_capturing", lambda device, now=recording: now)
+        monkeypatch.setattr(upload, "is_capturing", lambda device, now=recording: now)
         given = work.scalars(numbers).device
         assert given is not None
-        kept = sending._recorded.get(params[0], [])
+        kept = upload._recorded.get(params[0], [])
         expected = [given.lr, given.grad_scale, given.found_inf] if recording else []
         assert list(map(id, kept)) == list(map(id, expected))
 

@@ -17,13 +17,13 @@ from backend_cases import (
     BF16,
     DEFAULTS,
     F32,
-    KINDS,
+    TYPE_MIXES,
     NAMES,
     PLAIN,
     ROWS,
-    SOME_KINDS,
+    SOME_TYPE_MIXES,
     USUAL,
-    Kinds,
+    Dtypes,
     Row,
     label,
 )
@@ -54,8 +54,8 @@ def _nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         known.update(old)  # type: ignore[arg-type]
 
 
-def _differs(name: str, row: Row, kinds: Kinds, rounds: bool = False) -> str:
-    family = selfcheck.family(row.rule, kinds, rounds)
+def _differs(name: str, row: Row, dtypes: Dtypes, rounds: bool = False) -> str:
+    family = selfcheck.family(row.rule, dtypes, rounds)
     return selfcheck.difference(choose.instance(name), family, CPU)
 
 
@@ -66,12 +66,12 @@ def test_every_rule_agrees(name: str, row: Row) -> None:
 
 
 @each_backend
-@pytest.mark.parametrize("kinds", SOME_KINDS if INTERPRETED else KINDS, ids=label)
+@pytest.mark.parametrize("dtypes", SOME_TYPE_MIXES if INTERPRETED else TYPE_MIXES, ids=label)
 @pytest.mark.parametrize("row", USUAL, ids=lambda row: row.name)
-def test_every_type_agrees(name: str, row: Row, kinds: Kinds) -> None:
-    assert _differs(name, row, kinds) == ""
-    if kinds.weight == BF16:
-        assert _differs(name, row, kinds, rounds=True) == ""
+def test_every_type_agrees(name: str, row: Row, dtypes: Dtypes) -> None:
+    assert _differs(name, row, dtypes) == ""
+    if dtypes.weight == BF16:
+        assert _differs(name, row, dtypes, rounds=True) == ""
 
 
 @each_backend

@@ -17,14 +17,14 @@ import torch
 from backend_cases import BF16, F16, F32, PLAIN
 from child import passing, python
 from fastlars.backends import choose, selfcheck
-from fastlars.backends.base import Kinds
+from fastlars.backends.base import Dtypes
 
 triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fastlars.backends.sending import Sender  # noqa: E402
+from fastlars.backends.upload import Sender  # noqa: E402
 from fastlars.backends.triton import memory, sums  # noqa: E402
 from fastlars.backends.triton.backend import (  # noqa: E402
     LANES,
@@ -181,23 +181,23 @@ KERNELS: dict[str, tuple[Any, str, int, int]] = {
     "RMSprop warm-up apply": (RMSPROP, "apply", 4, 3),
 }
 
-# Kernels that are compiled for all of KINDS.
+# Kernels that are compiled for all of TYPE_MIXES.
 TYPED = ["LARS measure", "LARS apply", "LAMB measure", "LAMB apply", "RMSprop warm-up apply"]
-KINDS = {
-    "bf16": Kinds(BF16, BF16, BF16),
-    "f16": Kinds(F16, F16, F32),
-    "copy": Kinds(F32, BF16, F32, copy=F16),
-    "stochastic": Kinds(BF16, F32, F32),
+TYPE_MIXES = {
+    "bf16": Dtypes(BF16, BF16, BF16),
+    "f16": Dtypes(F16, F16, F32),
+    "copy": Dtypes(F32, BF16, F32, copy=F16),
+    "stochastic": Dtypes(BF16, F32, F32),
 }
 
 
-def _compiled(name: str, target: Any, kinds: Kinds = PLAIN) -> tuple[Any, int]:
+def _compiled(name: str, target: Any, dtypes: Dtypes = PLAIN) -> tuple[Any, int]:
     """A kernel of KERNELS, and its warps."""
     rule, kernel, *_ = KERNELS[name]
     module, options = kernels(rule.name)
     arguments: dict[str, Any] = {
         "rule": argument(rule),
-        "types": types_of(kinds, bool(rule.states), kinds == KINDS["stochastic"]),
+        "types": types_of(dtypes, bool(rule.states), dtypes == TYPE_MIXES["stochastic"]),
         "device_scalars": None,
     }
     if kernel == "apply" and not rule.adapt:
@@ -253,12 +253,12 @@ def test_sm_90_has_wide_accesses_and_no_spills(name: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize("dtypes", TYPE_MIXES)
 @pytest.mark.parametrize("name", TYPED)
 def test_sm_90_compiles_every_type_without_spills_in_whole_chunks(
-    name: str, kinds: str, tmp_path: Path
+    name: str, dtypes: str, tmp_path: Path
 ) -> None:
-    compiled, _ = _compiled(name, SM_90, KINDS[kinds])
+    compiled, _ = _compiled(name, SM_90, TYPE_MIXES[dtypes])
     _assert_ieee(compiled.asm["ptx"])
     assert re.search(r"ld\.global[\w.]*\.v4\.b32", compiled.asm["ptx"])
     sass = _dump("-sass", compiled.asm["cubin"], tmp_path)
@@ -285,10 +285,10 @@ def test_gfx942_has_wide_accesses_and_no_spills(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize("dtypes", TYPE_MIXES)
 @pytest.mark.parametrize("name", TYPED)
-def test_gfx942_compiles_every_type(name: str, kinds: str) -> None:
-    compiled, _ = _compiled(name, GFX942, KINDS[kinds])
+def test_gfx942_compiles_every_type(name: str, dtypes: str) -> None:
+    compiled, _ = _compiled(name, GFX942, TYPE_MIXES[dtypes])
     assert re.search(r"\.vgpr_spill_count:\s*0\b", compiled.asm["amdgcn"])
 
 

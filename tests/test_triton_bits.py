@@ -22,7 +22,7 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from fastlars.backends.base import Kinds  # noqa: E402
+from fastlars.backends.base import Dtypes  # noqa: E402
 from fastlars.backends.triton import sums  # noqa: E402
 from fastlars.backends.triton.backend import LANES  # noqa: E402
 from fastlars.backends.triton.common import argument, decoded, step_scalars  # noqa: E402
@@ -79,12 +79,12 @@ def test_wide_accesses_need_16_byte_boundaries(name: str | int) -> None:
         value = torch.ones(2 * BLOCK.value + 1)
         return Problem(layout, lambda _: [Entry(value, (value,), layout)])
 
-    kinds = Kinds(F32, BF16, F32, copy=F16)
+    dtypes = Dtypes(F32, BF16, F32, copy=F16)
     found = []
     for layout in ("contiguous", "misaligned"):
-        twin = Twin("triton", DEFAULTS[2], kinds, entries("contiguous"))
+        twin = Twin("triton", DEFAULTS[2], dtypes, entries("contiguous"))
         twin.take_gradients(0)
-        other = Twin("triton", DEFAULTS[2], kinds, entries(layout))
+        other = Twin("triton", DEFAULTS[2], dtypes, entries(layout))
         other.take_gradients(0)
         if isinstance(name, int):
             twin.tensors.states[name][:] = other.tensors.states[name]

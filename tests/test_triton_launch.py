@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from backend_cases import BF16, F32, PLAIN, ROWS, Run
-from fastlars.backends.base import Kinds, OnDevice, StepScalars
+from fastlars.backends.base import Dtypes, OnDevice, StepScalars
 from fastlars.rules import GradientNorm, Rule
 from problems import ORDINARY
 
@@ -88,18 +88,18 @@ def _launches(notes: Notes, run: Run, rule: Rule, scalars: StepScalars) -> tuple
     return len(notes.loaded) - before[0], len(notes.launched) - before[1]
 
 
-def _run(name: str, kinds: Kinds = PLAIN) -> tuple[Run, Rule]:
+def _run(name: str, dtypes: Dtypes = PLAIN) -> tuple[Run, Rule]:
     (row,) = (row for row in ROWS if row.name == name)
-    run = Run("triton", row, kinds, ORDINARY)
+    run = Run("triton", row, dtypes, ORDINARY)
     run.take_gradients(0)
     return run, row.rule
 
 
-@pytest.mark.parametrize("kinds", [PLAIN, Kinds(BF16, F32, F32)], ids=["plain", "stochastic"])
+@pytest.mark.parametrize("dtypes", [PLAIN, Dtypes(BF16, F32, F32)], ids=["plain", "stochastic"])
 @pytest.mark.parametrize("name", NAMES)
-def test_rates_and_seeds_compile_nothing_anew(name: str, kinds: Kinds, notes: Notes) -> None:
-    run, rule = _run(name, kinds)
-    seeds = SEEDS if kinds.weight == BF16 else (None,) * 3
+def test_rates_and_seeds_compile_nothing_anew(name: str, dtypes: Dtypes, notes: Notes) -> None:
+    run, rule = _run(name, dtypes)
+    seeds = SEEDS if dtypes.weight == BF16 else (None,) * 3
     pairs = list(zip(RATES, seeds, strict=True))
     for numbers in (
         [StepScalars(rate, 1.0, seed) for rate, seed in pairs],

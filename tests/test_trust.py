@@ -10,7 +10,7 @@ import torch
 
 from backend_cases import F32, NAMES
 from core_library import core as core
-from fastlars.backends.base import Kinds, StepScalars, Tensors
+from fastlars.backends.base import Dtypes, StepScalars, Tensors
 from fastlars.backends.choose import instance
 from fastlars.rules import LambRule, LarsRule
 
@@ -79,7 +79,7 @@ def test_back_ends_guard_ratios_alike(backend: str, row: tuple[float, ...]) -> N
         tuple([torch.zeros(1)] for _ in rule.states),
         counters,
         None,
-        Kinds(F32, F32, F32),
+        Dtypes(F32, F32, F32),
     )
     chosen = instance(backend)
     sums = torch.tensor([[w, u]], dtype=torch.float64)
@@ -93,7 +93,7 @@ def test_vanishing_gradients_take_finite_steps(backend: str, buffer: str) -> Non
     # |w| / |g| is beyond float32, and the learning rate goes on top of it.
     weight, grad = torch.ones(4), torch.full((4,), 1e-42)
     rule = LarsRule(trust_coefficient=1.0, buffer=buffer)  # type: ignore[arg-type]
-    tensors = Tensors([weight], [grad], ([torch.zeros(4)],), None, None, Kinds(F32, F32, F32))
+    tensors = Tensors([weight], [grad], ([torch.zeros(4)],), None, None, Dtypes(F32, F32, F32))
     chosen = instance(backend)
     ratio = chosen.step(rule, chosen.bind(tensors, chosen.layout([weight])), StepScalars(lr=30.0))
     assert ratio.item() == pytest.approx(torch.finfo(F32).max)
@@ -106,7 +106,7 @@ def test_trust_clip_at_rate_0_changes_nothing(backend: str) -> None:
     for coefficient in (0.0, 1.0):
         weight, grad = torch.ones(4), torch.ones(4)
         rule = LarsRule(momentum=0.0, trust_coefficient=coefficient, trust_clip=True)
-        tensors = Tensors([weight], [grad], (), None, None, Kinds(F32, F32, F32))
+        tensors = Tensors([weight], [grad], (), None, None, Dtypes(F32, F32, F32))
         chosen = instance(backend)
         bound = chosen.bind(tensors, chosen.layout([weight]))
         assert chosen.step(rule, bound, StepScalars(lr=0.0)).item() == 1.0

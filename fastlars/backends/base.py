@@ -15,7 +15,7 @@ from fastlars.rules import GradientNorm, Rule
 
 
 @dataclass(frozen=True)
-class Kinds:
+class Dtypes:
     """The types of a list's tensors, one each for all tensors of the list."""
 
     weight: torch.dtype
@@ -34,7 +34,7 @@ class Tensors:
         states: one list for each name in ``rule.states``.
         counters: one 0-dim float32 tensor each for ``rule.counter``, or None.
         copies: low-precision parameters, written together with their masters, or None.
-        kinds: the types of all of these.
+        dtypes: the types of all of these.
     """
 
     weights: list[Tensor]
@@ -42,7 +42,7 @@ class Tensors:
     states: tuple[list[Tensor], ...]
     counters: list[Tensor] | None
     copies: list[Tensor] | None
-    kinds: Kinds
+    dtypes: Dtypes
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,22 @@ class StepScalars:
 
 def _double(value: Tensor) -> Tensor:
     return value.detach().reshape(()).to(torch.float64)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their memory without gap or overlap, in whatever order."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 0:
+            return True
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def checked_sums(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlars import _C
 from fastlars.backends import cuda, selfcheck
-from fastlars.backends.base import Backend, Kinds
+from fastlars.backends.base import Backend, Dtypes, is_dense
 from fastlars.backends.cpu import DTYPES, STATE_DTYPES, Cpu
 from fastlars.backends.reference import Reference
 from fastlars.rules import GradientNorm, Rule
@@ -45,22 +45,6 @@ def forced() -> str | None:
     return name
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory without gap or overlap, in whatever order."""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size == 0:
-            return True
-        if size == 1:
-            continue
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
 @cache
 def why_no_triton(device_type: str) -> str:
     """Why the Triton back end has no kernels for a type of device; empty where it has."""
@@ -73,13 +57,13 @@ def why_no_triton(device_type: str) -> str:
     return ""
 
 
-def why_not(name: str, weight: Tensor, kinds: Kinds) -> str:
+def why_not(name: str, weight: Tensor, dtypes: Dtypes) -> str:
     """Why the back end of that name has no kernels for a weight; empty where it has."""
-    for what, dtype in (("weights", kinds.copy or kinds.weight), ("gradients", kinds.grad)):
+    for what, dtype in (("weights", dtypes.copy or dtypes.weight), ("gradients", dtypes.grad)):
         if dtype not in DTYPES:
             return f"compiled back ends have no {dtype} {what}"
-    if kinds.state not in STATE_DTYPES:
-        return f"compiled back ends have no {kinds.state} states"
+    if dtypes.state not in STATE_DTYPES:
+        return f"compiled back ends have no {dtypes.state} states"
     if not is_dense(weight):
         return "compiled back ends need weights without gaps in memory"
     if name == "triton":
@@ -92,16 +76,16 @@ def why_not(name: str, weight: Tensor, kinds: Kinds) -> str:
 
 
 def refusals(
-    weight: Tensor, kinds: Kinds, rule: Rule | GradientNorm | None = None, rounds: bool = False
+    weight: Tensor, dtypes: Dtypes, rule: Rule | GradientNorm | None = None, rounds: bool = False
 ) -> tuple[str | None, dict[str, str]]:
     """The compiled back end that serves a weight, if one does, and why none before it does."""
     demanded = forced()
     names = COMPILED.get(weight.device.type, ("triton",)) if demanded is None else (demanded,)
     reasons: dict[str, str] = {}
     for name in names:
-        reason = why_not(name, weight, kinds)
+        reason = why_not(name, weight, dtypes)
         if not reason and rule is not None:
-            reason = selfcheck.why_not(instance(name), weight.device, rule, kinds, rounds)
+            reason = selfcheck.why_not(instance(name), weight.device, rule, dtypes, rounds)
         if not reason:
             return name, reasons
         reasons[name] = reason
@@ -109,13 +93,13 @@ def refusals(
 
 
 def choose(
-    weight: Tensor, kinds: Kinds, rule: Rule | GradientNorm | None = None, rounds: bool = False
+    weight: Tensor, dtypes: Dtypes, rule: Rule | GradientNorm | None = None, rounds: bool = False
 ) -> Backend:
     """The fastest back end that serves a weight and agrees with the reference.
 
     Args:
         weight: the parameter; its device and its strides count.
-        kinds: types of the list that it is stepped in.
+        dtypes: types of the list that it is stepped in.
         rule: of the step; None leaves out the check against the reference.
         rounds: whether the step rounds stochastically.
 
@@ -129,13 +113,13 @@ def choose(
     demanded, device = forced(), weight.device.type
     if demanded == "reference":
         return instance(demanded)
-    name, reasons = refusals(weight, kinds, rule, rounds)
+    name, reasons = refusals(weight, dtypes, rule, rounds)
     if demanded is not None and name is None:
         raise RuntimeError(f"FASTLARS_BACKEND={demanded}, but {reasons[demanded]}")
     if name is None:
         # On a CPU the reference is right for float64 and views with gaps: nothing to warn of.
-        if device != "cpu" or any(not why_not(known, weight, kinds) for known in reasons):
-            _warn_once(device, "plain torch operations", told(reasons))
+        if device != "cpu" or any(not why_not(known, weight, dtypes) for known in reasons):
+            _warn_once(device, "plain torch operations", format_reasons(reasons))
     elif "cuda" in reasons and _C.build_info()["cuda"]:
         _warn_once(device, "Triton", f"its CUDA kernels do not serve here ({reasons['cuda']})")
     return instance(name or "reference")
@@ -147,16 +131,16 @@ class Chooser:
     def __init__(self, rule: Rule | GradientNorm, rounds: bool = False) -> None:
         self._rule = rule
         self._rounds = rounds
-        self._known: dict[tuple[torch.device, Kinds, bool], Backend] = {}
+        self._known: dict[tuple[torch.device, Dtypes, bool], Backend] = {}
 
-    def __call__(self, weight: Tensor, kinds: Kinds) -> Backend:
-        alike = weight.device, kinds, is_dense(weight)
+    def __call__(self, weight: Tensor, dtypes: Dtypes) -> Backend:
+        alike = weight.device, dtypes, is_dense(weight)
         if alike not in self._known:
-            self._known[alike] = choose(weight, kinds, self._rule, self._rounds)
+            self._known[alike] = choose(weight, dtypes, self._rule, self._rounds)
         return self._known[alike]
 
 
-def told(reasons: dict[str, str]) -> str:
+def format_reasons(reasons: dict[str, str]) -> str:
     """Reasons in one line, each once."""
     return "; ".join(dict.fromkeys(reasons.values()))
 

@@ -67,7 +67,7 @@ class Cpu:
         return Bound(self._addresses(tensors, layout), tensors)
 
     def _addresses(self, tensors: Tensors, layout: Any) -> Any:
-        kinds = tensors.kinds
+        dtypes = tensors.dtypes
         return _C.bind(
             layout,
             tensors.weights,
@@ -75,10 +75,10 @@ class Cpu:
             tensors.states,
             tensors.copies,
             tensors.counters,
-            DTYPES[kinds.weight],
-            DTYPES[kinds.grad],
-            DTYPES[kinds.state],
-            DTYPES[kinds.copy] if kinds.copy is not None else 0,
+            DTYPES[dtypes.weight],
+            DTYPES[dtypes.grad],
+            DTYPES[dtypes.state],
+            DTYPES[dtypes.copy] if dtypes.copy is not None else 0,
         )
 
     def measure(self, rule: Rule | GradientNorm, bound: Bound, scalars: StepScalars) -> Tensor:

@@ -15,7 +15,7 @@ from fastlars import _C
 from fastlars.backends import cpu
 from fastlars.backends.base import StepScalars, Tensors, checked_sums
 from fastlars.backends.cpu import native
-from fastlars.backends.sending import Resender, Sender, Sent, current, is_capturing
+from fastlars.backends.upload import Resender, Sender, Sent, current, is_capturing
 from fastlars.rules import GradientNorm, Rule
 
 # Launch strategies of adaptive rules; the first is the default.

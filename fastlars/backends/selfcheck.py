@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from fastlars import forks
-from fastlars.backends.base import Backend, Kinds, StepScalars, Tensors
+from fastlars.backends.base import Backend, Dtypes, StepScalars, Tensors
 from fastlars.backends.reference import Reference
-from fastlars.backends.sending import is_capturing
+from fastlars.backends.upload import is_capturing
 from fastlars.rules import GradientNorm, Rule
 
 F64 = torch.float64
@@ -43,35 +43,35 @@ class Family:
 
     Attributes:
         rule: its options decide which kernels run; its numbers are those of ``rule.probe()``.
-        kinds: types of the list.
+        dtypes: types of the list.
         rounds: whether bfloat16 weights are rounded stochastically.
     """
 
     rule: Rule | GradientNorm
-    kinds: Kinds
+    dtypes: Dtypes
     rounds: bool = False
 
     def __str__(self) -> str:
-        return f"{self.rule.title}, {described(self.kinds, self.rounds)}"
+        return f"{self.rule.title}, {described(self.dtypes, self.rounds)}"
 
 
-def described(kinds: Kinds, rounds: bool = False) -> str:
+def described(dtypes: Dtypes, rounds: bool = False) -> str:
     """The types of a list, in words.
 
     Example:
-        >>> described(Kinds(torch.float32, torch.float16, torch.float32, copy=torch.float16))
+        >>> described(Dtypes(torch.float32, torch.float16, torch.float32, copy=torch.float16))
         'float32 masters of float16 weights, float16 gradients, float32 states'
     """
-    weight, grad, state, copy = (str(dtype).removeprefix("torch.") for dtype in astuple(kinds))
-    weights = f"{weight} weights" if kinds.copy is None else f"{weight} masters of {copy} weights"
+    weight, grad, state, copy = (str(dtype).removeprefix("torch.") for dtype in astuple(dtypes))
+    weights = f"{weight} weights" if dtypes.copy is None else f"{weight} masters of {copy} weights"
     rounding = ", stochastic rounding" if rounds else ""
     return f"{weights}, {grad} gradients, {state} states{rounding}"
 
 
 @lru_cache(maxsize=1024)  # a schedule of momentum or weight decay makes a new rule every step
-def family(rule: Rule | GradientNorm, kinds: Kinds, rounds: bool = False) -> Family:
+def family(rule: Rule | GradientNorm, dtypes: Dtypes, rounds: bool = False) -> Family:
     """The family of a rule under its options."""
-    return Family(rule.probe(), kinds, rounds and kinds.weight == torch.bfloat16)
+    return Family(rule.probe(), dtypes, rounds and dtypes.weight == torch.bfloat16)
 
 
 def difference(backend: Backend, family: Family, device: torch.device) -> str:
@@ -94,7 +94,7 @@ def difference(backend: Backend, family: Family, device: torch.device) -> str:
             # Whatever goes wrong in a compiler, a driver or a kernel: another back end serves.
             lines = str(error).strip().splitlines() or [""]
             return f"{type(error).__name__}: {lines[0]}"
-    types = (family.kinds.weight, family.kinds.state, family.kinds.copy or torch.float32)
+    types = (family.dtypes.weight, family.dtypes.state, family.dtypes.copy or torch.float32)
     # Stochastic rounding errs by up to twice as much as rounding to nearest.
     tolerance = max(AGREES[dtype] for dtype in types) * (2 if family.rounds else 1)
     for (name, ours), (_, theirs) in zip(found, right, strict=True):
@@ -158,31 +158,31 @@ def _step(backend: Backend, family: Family, tensors: Tensors) -> list[tuple[str,
 
 def _tensors(family: Family) -> Tensors:
     """The list on the host."""
-    rule, kinds = family.rule, family.kinds
+    rule, dtypes = family.rule, family.dtypes
 
     def waves(scale: float, pace: float, dtype: torch.dtype) -> list[Tensor]:
         # No random numbers: those of the training that is about to begin stay as they are.
         places = [torch.arange(1, n + 1, dtype=F64, device="cpu") for n in SIZES]
         return [(scale * torch.sin(pace * x)).to(dtype) for x in places]
 
-    weights = waves(0.5, 0.7, kinds.weight)
+    weights = waves(0.5, 0.7, dtypes.weight)
     start = torch.tensor(rule.NEVER_STEPPED, dtype=torch.float32, device="cpu")
     counters = None if rule.counter is None else [start.clone() for _ in weights]
     return Tensors(
         weights=weights,
-        grads=waves(0.1, 1.3, kinds.grad),
-        states=tuple(waves(0.0, 0.0, kinds.state) for _ in rule.states),
+        grads=waves(0.1, 1.3, dtypes.grad),
+        states=tuple(waves(0.0, 0.0, dtypes.state) for _ in rule.states),
         counters=counters,
-        copies=None if kinds.copy is None else [w.to(kinds.copy) for w in weights],
-        kinds=kinds,
+        copies=None if dtypes.copy is None else [w.to(dtypes.copy) for w in weights],
+        dtypes=dtypes,
     )
 
 
 def _in_float64(tensors: Tensors) -> Tensors:
     """The same values for the reference. bfloat16 states stay so: their rounding is part of the
     rule, while that of weights is within what :data:`AGREES` allows."""
-    kinds = tensors.kinds
-    state = F64 if kinds.state == torch.float32 else kinds.state
+    dtypes = tensors.dtypes
+    state = F64 if dtypes.state == torch.float32 else dtypes.state
     copies = tensors.copies
     return Tensors(
         weights=[w.to(F64, copy=True) for w in tensors.weights],
@@ -190,7 +190,7 @@ def _in_float64(tensors: Tensors) -> Tensors:
         states=tuple([x.to(state, copy=True) for x in xs] for xs in tensors.states),
         counters=None if tensors.counters is None else [c.clone() for c in tensors.counters],
         copies=None if copies is None else [c.to(F64, copy=True) for c in copies],
-        kinds=Kinds(F64, F64, state, None if copies is None else F64),
+        dtypes=Dtypes(F64, F64, state, None if copies is None else F64),
     )
 
 
@@ -211,7 +211,7 @@ def _on(tensors: Tensors, device: torch.device) -> Tensors:
         states=tuple(map(placed, tensors.states)),
         counters=None if tensors.counters is None else placed(tensors.counters),
         copies=None if tensors.copies is None else placed(tensors.copies),
-        kinds=tensors.kinds,
+        dtypes=tensors.dtypes,
     )
 
 
@@ -232,7 +232,7 @@ def why_not(
     backend: Backend,
     device: torch.device,
     rule: Rule | GradientNorm,
-    kinds: Kinds,
+    dtypes: Dtypes,
     rounds: bool = False,
 ) -> str:
     """Why a back end is not to be trusted on a device; empty where it agrees with the reference.
@@ -242,7 +242,7 @@ def why_not(
     forked process, or where memory is short.
     """
     where = (backend.name, getattr(backend, "path", ""), device)
-    checked = family(rule, kinds, rounds)
+    checked = family(rule, dtypes, rounds)
     if checked in _agree[where] or not is_on():
         return ""
     if where not in _fault:

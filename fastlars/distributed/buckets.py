@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 
-from fastlars.backends.base import Mismatch, StepScalars
-from fastlars.backends.choose import is_dense
+from fastlars.backends.base import Mismatch, StepScalars, is_dense
 from fastlars.distributed.average import Future
 from fastlars.optim.base import FusedOptimizer
 from fastlars.optim.numbers import Numbers, numbers

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from fastlars.backends.choose import is_dense
+from fastlars.backends.base import is_dense
 from fastlars.optim.sharded import arrived, is_dtensor, local, shard
 from fastlars.optim.wrapped import is_plain
 from fastlars.rules import at_least_zero, flag, real
@@ -114,7 +114,7 @@ def check_rounding(weight: Any, where: str) -> None:
 def _check_alike(weight: Any, other: Any, what: str, where: str) -> None:
     """Raise unless both are DTensors of one mesh, or neither is one."""
     if is_dtensor(weight) != is_dtensor(other):
-        kinds = [f"a {'DTensor' if is_dtensor(t) else 'plain tensor'}" for t in (weight, other)]
+        dtypes = [f"a {'DTensor' if is_dtensor(t) else 'plain tensor'}" for t in (weight, other)]
         raise TypeError(f"{where} is {kinds[0]}, its {what} {kinds[1]}")
     if is_dtensor(weight) and weight.device_mesh != other.device_mesh:
         raise ValueError(f"{where} is on {weight.device_mesh}, its {what} on {other.device_mesh}")

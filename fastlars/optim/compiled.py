@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlars.backends.base import Backend, Kinds, Mismatch, StepScalars, Tensors
+from fastlars.backends.base import Backend, Dtypes, Mismatch, StepScalars, Tensors
 from fastlars.backends.choose import Chooser
-from fastlars.backends.sending import is_capturing
+from fastlars.backends.upload import is_capturing
 from fastlars.optim.checks import check_lr
 from fastlars.optim.norm import check_outside_backward
 from fastlars.optim.numbers import numbers, square
@@ -58,12 +58,12 @@ def _lists(
     for i, (w, g) in enumerate(zip(weights, grads, strict=True)):
         master = next(remaining, None) if w.dtype in LOW_PRECISION else None
         state_dtype = columns[0][i].dtype if columns else torch.float32
-        kinds = Kinds(w.dtype, g.dtype, state_dtype)
+        dtypes = Dtypes(w.dtype, g.dtype, state_dtype)
         if master is not None:
-            kinds = Kinds(master.dtype, g.dtype, state_dtype, copy=w.dtype)
-        by_kind[w.device, kinds, choose(w, kinds)].append((i, master))
+            dtypes = Dtypes(master.dtype, g.dtype, state_dtype, copy=w.dtype)
+        by_kind[w.device, dtypes, choose(w, dtypes)].append((i, master))
     lists = []
-    for (_, kinds, backend), members in by_kind.items():
+    for (_, dtypes, backend), members in by_kind.items():
         chosen = [weights[i] for i, _ in members]
         tensors = Tensors(
             weights=chosen,
@@ -71,9 +71,9 @@ def _lists(
             states=tuple([column[i] for i, _ in members] for column in columns),
             counters=[counters[i] for i, _ in members] if counters else None,
             copies=None,
-            kinds=kinds,
+            dtypes=dtypes,
         )
-        if kinds.copy is not None:
+        if dtypes.copy is not None:
             tensors.weights = [master for _, master in members if master is not None]
             tensors.copies = chosen
         lists.append((backend, tensors))
@@ -89,7 +89,7 @@ _MOST_LAYOUTS = 256
 def _bind(rule: str, backend: Backend, tensors: Tensors) -> Any:
     """Checked tensors, over the layout of the last step of the same weights."""
     weights = tensors.weights
-    key = (rule, backend, tensors.kinds, len(weights), weights[0]._cdata)
+    key = (rule, backend, tensors.dtypes, len(weights), weights[0]._cdata)
     if key in _layouts:
         _layouts.move_to_end(key)
         try:
@@ -133,7 +133,7 @@ def _step(
     for backend, tensors in lists:
         seed = None
         device = tensors.weights[0].device
-        if stochastic_rounding and tensors.kinds.weight == torch.bfloat16:
+        if stochastic_rounding and tensors.dtypes.weight == torch.bfloat16:
             if is_capturing(device):
                 raise RuntimeError(
                     "stochastic_rounding does not go with CUDA graphs, such as those of "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import fastlars._C as _C
-from fastlars.backends.base import Backend, Kinds
+from fastlars.backends.base import Backend, Dtypes
 from fastlars.backends.cpu import viewer
 from fastlars.optim.sharded import Over, shards
 from fastlars.optim.values import same_objects
@@ -25,7 +25,7 @@ class Kind(NamedTuple):
     """What parameters must have alike to be stepped in one call."""
 
     device: torch.device
-    kinds: Kinds
+    dtypes: Dtypes
     backend: Backend
     path: Path  # to the plain tensor of a parameter
     over: Over | None
@@ -56,7 +56,7 @@ class Known:
         self.params = params
         self.rows: dict[int, Row] = rows
         if before is not None and before.is_of(params) and before.lie_as_before():
-            # Kinds are told apart by identity, because to compare them costs 1 us for each tensor.
+            # Dtypes are told apart by identity, because to compare them costs 1 us for each tensor.
             alike = {row.kind: row.kind for row in before.rows.values()}
             new = {i: row._replace(kind=alike.get(row.kind, row.kind)) for i, row in rows.items()}
             self.rows = {**before.rows, **new}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import fastlars._C as _C
-from fastlars.backends.base import Backend, Kinds, Mismatch, Tensors
+from fastlars.backends.base import Backend, Dtypes, Mismatch, Tensors
 from fastlars.backends.choose import Chooser
 from fastlars.optim.checks import (
     check_counter,
@@ -148,7 +148,7 @@ class Sublist:
 
     indices: list[int]
     weights: list[Tensor]
-    kinds: Kinds
+    dtypes: Dtypes
     backend: Backend
     layout: Any
     single: list[int]  # weights of one element
@@ -192,7 +192,7 @@ class Plan:
         self.number = number
         self.places = list(range(len(grads)))
         self.known = known
-        self.kinds = self._sort(grads)
+        self.dtypes = self._sort(grads)
         self.sublists: list[Sublist] = []
         self.whole = False
 
@@ -201,12 +201,12 @@ class Plan:
 
         ``keeps`` what is known for the plans of other gradients.
         """
-        for indices in self.kinds.values():
+        for indices in self.dtypes.values():
             for i in indices:
                 self._make_states(self.params[i], self.group)
         rows = {
             i: Row(self.grad_types[i], kind, self.state[p], shards([p], kind.path)[0].numel() == 1)
-            for kind, indices in self.kinds.items()
+            for kind, indices in self.dtypes.items()
             for i, p in ((i, self.params[i]) for i in indices)
         }
         self.sublists = self._cut(rows)
@@ -225,7 +225,7 @@ class Plan:
         return plan
 
     def _sorted_anew(self, known: Known, types: list[type]) -> Plan | None:
-        kinds: dict[int, tuple[Kind, list[int]]] = {}
+        dtypes: dict[int, tuple[Kind, list[int]]] = {}
         rows, last = known.rows, None
         indices: list[int] = []
         for i, grad_type in enumerate(types):
@@ -235,12 +235,12 @@ class Plan:
             if row is None or row[0] is not grad_type:
                 return None
             if row[1] is not last:
-                last, indices = kinds.setdefault(id(row.kind), (row.kind, []))
+                last, indices = dtypes.setdefault(id(row.kind), (row.kind, []))
             indices.append(i)
         if not known.lie_as_before():
             return None
         plan = copy.copy(self)
-        plan.grad_types, plan.kinds = types, dict(kinds.values())
+        plan.grad_types, plan.dtypes = types, dict(dtypes.values())
         plan.sublists = plan._cut(known.rows)
         return plan
 
@@ -251,7 +251,7 @@ class Plan:
         plan.places = [self.places[i] for i in indices]
         plan.grad_types = list(map(type, grads))
         plan.known = None
-        plan.kinds = plan._sort(list(grads))
+        plan.dtypes = plan._sort(list(grads))
         return plan.ready(keeps=False)
 
     def gradients(self, params: list[Tensor]) -> list[Any] | None:
@@ -314,12 +314,12 @@ class Plan:
                 continue
             place = self._place(i)
             self._check(place, p, g, group)
-            kinds = Kinds(p.dtype, g.dtype, state_dtype(p, group))
+            dtypes = Dtypes(p.dtype, g.dtype, state_dtype(p, group))
             if has_master(p, group):
-                kinds = Kinds(torch.float32, g.dtype, state_dtype(p, group), copy=p.dtype)
+                dtypes = Dtypes(torch.float32, g.dtype, state_dtype(p, group), copy=p.dtype)
             path = path_to(p)
             try:
-                backend = choose(shards([p], path)[0], kinds)
+                backend = choose(shards([p], path)[0], dtypes)
             except RuntimeError as error:
                 raise RuntimeError(f"{place}: {error}") from None
             if group["capturable"] and not backend.reads_device:
@@ -327,13 +327,13 @@ class Plan:
                     f"{place}: capturable=True needs a back end that reads lr and step on the "
                     f"device, but {backend.name} serves it"
                 )
-            by_kind[Kind(p.device, kinds, backend, path, sharded_over(p))].append(i)
+            by_kind[Kind(p.device, dtypes, backend, path, sharded_over(p))].append(i)
         return by_kind
 
     def _cut(self, rows: Mapping[int, Row]) -> list[Sublist]:
         sublists = []
-        found = tables([(kind.over, indices) for kind, indices in self.kinds.items()])
-        for (kind, indices), place in zip(self.kinds.items(), found, strict=True):
+        found = tables([(kind.over, indices) for kind, indices in self.dtypes.items()])
+        for (kind, indices), place in zip(self.dtypes.items(), found, strict=True):
             weights = [self.params[i] for i in indices]
             plain = shards(weights, kind.path)
             layout = kind.backend.layout(plain)
@@ -344,7 +344,7 @@ class Plan:
             if place is not None:
                 table, places = place
                 sharded = Shards(table, places.to(kind.device))
-            lists = (indices, weights, kind.kinds, kind.backend, layout, single, states)
+            lists = (indices, weights, kind.dtypes, kind.backend, layout, single, states)
             wrapped = any(self.grad_types[i] is not Tensor for i in indices)
             sublists.append(Sublist(*lists, kind.path, sharded, wrapped))
         self.whole = [s.indices for s in sublists] == [list(range(len(self.params)))]
@@ -357,7 +357,7 @@ class Plan:
         states = sublist.states
         counter = self.rule.counter
         weights, copies = sublist.weights, None
-        if sublist.kinds.copy is not None:
+        if sublist.dtypes.copy is not None:
             weights, copies = _C.column(states, "master"), weights
         tensors = Tensors(
             weights=weights,
@@ -365,7 +365,7 @@ class Plan:
             states=tuple(_C.column(states, name) for name in self.rule.states),
             counters=_C.column(states, counter) if counter is not None else None,
             copies=copies,
-            kinds=sublist.kinds,
+            dtypes=sublist.dtypes,
         )
         if sublist.path:
             return unwrapped(tensors, sublist.path)

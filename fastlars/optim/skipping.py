@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fastlars.backends.sending import is_capturing
+from fastlars.backends.upload import is_capturing
 from fastlars.optim.norm import Processes
 from fastlars.optim.numbers import Numbers, moved
 from fastlars.optim.sharded import complete, shard

@@ -83,7 +83,7 @@ class TracedStep(SkippingStep):
             states += [s[name] for s in of_params for name in rule.states]
             if rule.counter is not None:
                 counters += [s[rule.counter] for s in of_params]
-            if sublist.kinds.copy is not None:
+            if sublist.dtypes.copy is not None:
                 masters += [s["master"] for s in of_params]
         options = {name: group[name] for name in self.defaults}
         if isinstance(options["lr"], Tensor):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlars.backends.base import Backend, StepScalars
-from fastlars.backends.sending import keep
+from fastlars.backends.upload import keep
 from fastlars.optim.numbers import Numbers
 from fastlars.optim.plan import State, Sublist, lacks_states
 from fastlars.optim.sharded import complete, shards
@@ -48,7 +48,7 @@ class Work:
     def scalars(self, now: Numbers) -> StepScalars:
         """What the back end needs to know of this step."""
         seed = None
-        if self.group["stochastic_rounding"] and self.sublist.kinds.weight == torch.bfloat16:
+        if self.group["stochastic_rounding"] and self.sublist.dtypes.weight == torch.bfloat16:
             # From torch's own generator: torch.manual_seed makes it reproducible, and a saved
             # generator state resumes it.
             seed = int(torch.randint(2**62, (), device="cpu"))

@@ -158,14 +158,14 @@ def halved(name: str) -> list[torch.dtype]:
     ddp = DistributedDataParallel(net)
     optimizer = fastlars.LARS(net.parameters(), lr=0.1)
     fastlars.distributed.overlap(ddp, optimizer, compression=name)
-    kinds = []
+    dtypes = []
     for step in range(3):
         optimizer.zero_grad()
         x, y = images(step, dist.get_rank(), torch.bfloat16)
         nn.functional.cross_entropy(ddp(x), y).backward()
-        kinds += [w.sublist.kinds.grad for s in optimizer._ahead.started for w in s.works]
+        dtypes += [w.sublist.dtypes.grad for s in optimizer._ahead.started for w in s.works]
         optimizer.step()
-    return kinds
+    return dtypes
 
 
 def test_buckets_of_16_bits_stay_as_they_are() -> None:

@@ -68,14 +68,14 @@ class Reference:
         return [(w.shape, w.device) for w in weights]
 
     def bind(self, tensors: Tensors, layout: list[tuple[torch.Size, torch.device]]) -> Tensors:
-        kinds = tensors.kinds
+        dtypes = tensors.dtypes
         lists: list[tuple[str, list[Tensor], Any]] = [
-            ("weights", tensors.weights, kinds.weight),
-            ("grads", tensors.grads, kinds.grad),
-            *(("states", state, kinds.state) for state in tensors.states),
+            ("weights", tensors.weights, dtypes.weight),
+            ("grads", tensors.grads, dtypes.grad),
+            *(("states", state, dtypes.state) for state in tensors.states),
         ]
         if tensors.copies is not None:
-            lists.append(("copies", tensors.copies, kinds.copy))
+            lists.append(("copies", tensors.copies, dtypes.copy))
         for name, values, dtype in lists:
             for i, (value, (shape, device)) in enumerate(zip(values, layout, strict=True)):
                 if value.dtype != dtype:
@@ -90,7 +90,7 @@ class Reference:
         self, tensors: Tensors, scalars: StepScalars
     ) -> Iterator[tuple[Tensor, Tensor, list[Tensor], Tensor | None]]:
         """Of each parameter: w, g, states and counter."""
-        dtype = _arithmetic(tensors.kinds.weight)
+        dtype = _arithmetic(tensors.dtypes.weight)
         for i, (w, g) in enumerate(zip(tensors.weights, tensors.grads, strict=True)):
             states = [each[i] for each in tensors.states]
             counter = None if tensors.counters is None else tensors.counters[i]

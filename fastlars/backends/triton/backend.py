@@ -13,8 +13,8 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from fastlars.backends import cpu
-from fastlars.backends.base import Kinds, StepScalars, Tensors, checked_sums
-from fastlars.backends.sending import Sender, current, is_capturing
+from fastlars.backends.base import Dtypes, StepScalars, Tensors, checked_sums
+from fastlars.backends.upload import Sender, current, is_capturing
 from fastlars.backends.triton import sums
 from fastlars.backends.triton.common import argument
 from fastlars.backends.triton.memory import Types
@@ -41,15 +41,15 @@ def kernels(name: str) -> tuple[Any, dict[str, Any]]:
 
 
 @lru_cache
-def types_of(kinds: Kinds, has_states: bool, rounds: bool) -> Types:
+def types_of(dtypes: Dtypes, has_states: bool, rounds: bool) -> Types:
     """The types as one argument of a kernel. ``rounds``: a seed of stochastic rounding is given."""
     return Types(
-        weight=DTYPES[kinds.weight],
-        grad=DTYPES[kinds.grad],
-        state=DTYPES[kinds.state] if has_states else None,
-        copy=None if kinds.copy is None else DTYPES[kinds.copy],
+        weight=DTYPES[dtypes.weight],
+        grad=DTYPES[dtypes.grad],
+        state=DTYPES[dtypes.state] if has_states else None,
+        copy=None if dtypes.copy is None else DTYPES[dtypes.copy],
         stochastic_rounding=tl.constexpr(
-            rounds and kinds.weight == torch.bfloat16 and kinds.copy is None
+            rounds and dtypes.weight == torch.bfloat16 and dtypes.copy is None
         ),
     )
 
@@ -92,7 +92,7 @@ class Bound:
             "lr": scalars.lr,
             "gradient_scale": scalars.gradient_scale,
             "rule": argument(rule),
-            "types": types_of(self.tensors.kinds, bool(self.tensors.states), rounds),
+            "types": types_of(self.tensors.dtypes, bool(self.tensors.states), rounds),
         }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlars.backends.sending import Resender, Sender, is_capturing
+from fastlars.backends.upload import Resender, Sender, is_capturing
 from fastlars.backends.triton.memory import BLOCK, COLUMNS
 
 
