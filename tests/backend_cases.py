@@ -143,7 +143,12 @@ ROWS = DEFAULTS + OPTIONS
 PLAIN = Dtypes(F32, F32, F32)
 TYPE_MIXES = (
     *(Dtypes(w, g, s) for w in (F32, BF16, F16) for g in (F32, BF16, F16) for s in (F32, BF16)),
-    *(Dtypes(F32, g, s, copy=c) for c in (BF16, F16) for g in (F32, BF16, F16) for s in (F32, BF16)),
+    *(
+        Dtypes(F32, g, s, copy=c)
+        for c in (BF16, F16)
+        for g in (F32, BF16, F16)
+        for s in (F32, BF16)
+    ),
 )
 
 

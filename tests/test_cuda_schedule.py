@@ -132,7 +132,9 @@ def test_resnet18(row: Row) -> None:
     _compare(tested, choices.__getitem__)
 
 
-@pytest.mark.parametrize("dtypes", [Dtypes(BF16, F16, BF16), Dtypes(torch.float32, BF16, BF16, F16)])
+@pytest.mark.parametrize(
+    "dtypes", [Dtypes(BF16, F16, BF16), Dtypes(torch.float32, BF16, BF16, F16)]
+)
 @pytest.mark.parametrize("row", ADAPTING, ids=lambda row: row.name)
 def test_types(row: Row, dtypes: Dtypes) -> None:
     tested = Scheduled(row, _problem("mixed", MIXED, 4), "one-launch", dtypes)

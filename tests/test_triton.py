@@ -24,7 +24,6 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fastlars.backends.upload import Sender  # noqa: E402
 from fastlars.backends.triton import memory, sums  # noqa: E402
 from fastlars.backends.triton.backend import (  # noqa: E402
     LANES,
@@ -36,6 +35,7 @@ from fastlars.backends.triton.backend import (  # noqa: E402
 )
 from fastlars.backends.triton.common import argument  # noqa: E402
 from fastlars.backends.triton.table import Addresses, Chunks  # noqa: E402
+from fastlars.backends.upload import Sender  # noqa: E402
 from fastlars.rules import GradientNorm, LambRule, LarsRule, RmspropWarmupRule  # noqa: E402
 
 BLOCK = memory.BLOCK.value

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from fastlars.distributed.average import COMPRESSIONS, Average
+from fastlars.distributed.averaging import COMPRESSIONS, BucketAverager
 from fastlars.distributed.engine import Engine
-from fastlars.distributed.hook import Slot, reduce_and_step, slot_of
-from fastlars.distributed.refusals import check_ddp, check_join, check_optimizer, inner_optimizer
+from fastlars.distributed.hook import HookState, hook_state_of, reduce_and_step
+from fastlars.distributed.validation import check_ddp, check_join, check_optimizer, inner_optimizer
 from fastlars.optim.base import FusedOptimizer
 
 MODES = ("step", "norms")
@@ -122,9 +122,9 @@ def overlap(
     check_ddp(ddp)
     optimizer = inner_optimizer(optimizer)
     check_optimizer(optimizer, ddp)
-    slot = _slot(ddp)
-    assert slot.average is not None
-    engine = Engine(ddp, optimizer, slot.average, COMPRESSIONS[compression], mode, debug)
+    state = _registered_state(ddp)
+    assert state.averager is not None
+    engine = Engine(ddp, optimizer, state.averager, COMPRESSIONS[compression], mode, debug)
     for kept in (ddp._forward_pre_hooks, ddp._forward_hooks):  # of a copied module
         for key in [key for key, hook in kept.items() if hook in (_before_forward, _after_forward)]:
             del kept[key]
@@ -132,15 +132,15 @@ def overlap(
         ddp.register_forward_pre_hook(_before_forward),
         ddp.register_forward_hook(_after_forward),
     )
-    slot.engine = engine
-    optimizer._ahead = engine
+    state.engine = engine
+    optimizer.overlap_hook = engine
 
     def release() -> None:
         for hook in hooks:
             hook.remove()
-        if slot.engine is engine:
-            slot.engine = None
-            optimizer._ahead = None
+        if state.engine is engine:
+            state.engine = None
+            optimizer.overlap_hook = None
         engine.close()
 
     engine.release = release
@@ -161,33 +161,33 @@ def _after_forward(ddp: torch.nn.Module, _: Any, outputs: Any) -> None:
 
 def _engine_of(ddp: torch.nn.Module) -> Engine | None:
     """None of a copied module, which keeps these hooks, and is not overlapped."""
-    slot = slot_of(ddp)
-    return slot.engine if slot is not None else None
+    state = hook_state_of(ddp)
+    return state.engine if state is not None else None
 
 
-def _slot(ddp: DistributedDataParallel) -> Slot:
+def _registered_state(ddp: DistributedDataParallel) -> HookState:
     """The state of overlap's hook on ``ddp``; registers the hook where there is none."""
     hooks = ddp._comm_hooks
-    slot = slot_of(ddp)
-    if slot is not None and slot.engine is not None:
+    state = hook_state_of(ddp)
+    if state is not None and state.engine is not None:
         raise RuntimeError("this DDP module is overlapped already: remove() its handle first")
-    if slot is not None:
-        return slot
-    hooks[:] = [pair for pair in hooks if not isinstance(pair[1], Slot)]  # of a copied module
+    if state is not None:
+        return state
+    hooks[:] = [pair for pair in hooks if not isinstance(pair[1], HookState)]  # of a copied module
     if hooks:
         raise RuntimeError(
             "overlap does not go with another communication hook: DDP takes one alone, and has "
             f"{getattr(hooks[0][0], '__qualname__', hooks[0][0])}"
         )
-    average = Average(ddp)
-    slot = Slot(average)
+    averager = BucketAverager(ddp)
+    state = HookState(averager)
     try:
-        ddp.register_comm_hook(slot, reduce_and_step)
+        ddp.register_comm_hook(state, reduce_and_step)
     except RuntimeError as error:
         hooks.clear()  # DDP notes the hook before its reducer refuses it
-        average.close()
+        averager.close()
         raise RuntimeError(
             "overlap does not go with another communication hook: DDP takes one alone, and has one "
             "that it built itself"
         ) from error
-    return slot
+    return state

@@ -17,10 +17,11 @@ from fastlars.conventions import Convention
 from fastlars.migrate.formats import FORMATS
 from fastlars.migrate.reading import States, from_dict, from_tree
 from fastlars.optim.base import FusedOptimizer
+from fastlars.optim.checks import location
 from fastlars.optim.lamb import LAMB
 from fastlars.optim.lars import LARS
 from fastlars.optim.meaning import why_not_the_same
-from fastlars.optim.plan import has_master, location
+from fastlars.optim.states import has_master
 
 __all__ = ["FORMATS", "load"]
 

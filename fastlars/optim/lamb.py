@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastlars.optim.base import FusedOptimizer, Params
-from fastlars.optim.checkpoint import Source
+from fastlars.optim.checkpoint import ForeignOptimizer
 from fastlars.optim.options import documented, from_arguments
-from fastlars.optim.skipping import SkipIf
+from fastlars.optim.stepper import SkipIf
 from fastlars.rules import LambRule, Rule, pair
 
 if TYPE_CHECKING:
@@ -69,9 +69,9 @@ class LAMB(FusedOptimizer):
     """
 
     rule = LambRule
-    marks = frozenset({"phi", "ratio_eps"})
+    own_options = frozenset({"phi", "ratio_eps"})
     loads_from = (
-        Source(
+        ForeignOptimizer(
             keys=frozenset({"betas", "amsgrad", "differentiable"}),
             states=("exp_avg", "exp_avg_sq", "step"),
             refused=("max_exp_avg_sq",),

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastlars.optim.base import FusedOptimizer, Params
-from fastlars.optim.checkpoint import Source
+from fastlars.optim.checkpoint import ForeignOptimizer
 from fastlars.optim.options import documented, from_arguments
-from fastlars.optim.skipping import SkipIf
+from fastlars.optim.stepper import SkipIf
 from fastlars.rules import LarsRule, Rule, adapts, flag, real
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def _sgd_obstacle(group: dict[str, Any]) -> str:
+def _sgd_incompatibility(group: dict[str, Any]) -> str:
     exact = group["buffer"] == "gradient" or (group["buffer"] == "scaled" and not adapts(group))
     if exact:
         return ""
@@ -80,13 +80,13 @@ class LARS(FusedOptimizer):
     """
 
     rule = LarsRule
-    marks = frozenset({"buffer", "ratio"})
+    own_options = frozenset({"buffer", "ratio"})
     loads_from = (
-        Source(
+        ForeignOptimizer(
             keys=frozenset({"momentum", "dampening", "nesterov", "differentiable"}),
             states=("momentum_buffer",),
             refused=(),
-            obstacle=_sgd_obstacle,
+            incompatibility=_sgd_incompatibility,
         ),
     )
 

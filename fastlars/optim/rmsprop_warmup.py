@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlars.optim.base import FusedOptimizer, Params
 from fastlars.optim.options import documented, from_arguments
-from fastlars.optim.skipping import SkipIf
+from fastlars.optim.stepper import SkipIf
 from fastlars.rules import RmspropWarmupRule
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class RMSpropWarmup(FusedOptimizer):
     """
 
     rule = RmspropWarmupRule
-    marks = frozenset({"center_steps", "period_steps", "lr_rmsprop"})
+    own_options = frozenset({"center_steps", "period_steps", "lr_rmsprop"})
 
     def __init__(
         self,

@@ -14,11 +14,11 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from fastlars.backends import cpu
 from fastlars.backends.base import Dtypes, StepScalars, Tensors, checked_sums
-from fastlars.backends.upload import Sender, current, is_capturing
 from fastlars.backends.triton import sums
 from fastlars.backends.triton.common import argument
 from fastlars.backends.triton.memory import Types
 from fastlars.backends.triton.table import Addresses, Chunks
+from fastlars.backends.upload import Sender, current, is_capturing
 from fastlars.rules import GradientNorm, Rule
 
 LANES = 128

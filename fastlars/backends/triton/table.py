@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlars.backends.upload import Resender, Sender, is_capturing
 from fastlars.backends.triton.memory import BLOCK, COLUMNS
+from fastlars.backends.upload import Resender, Sender, is_capturing
 
 
 class Chunks:
