@@ -18,7 +18,7 @@ MODES = ("step", "norms")
 
 
 class Handle:
-    """What :func:`overlap` returns, to end the overlap. A copied or unpickled handle ends none."""
+    """What ``overlap()`` returns, to end the overlap. A copied or unpickled handle ends none."""
 
     def __init__(self, engine: Engine | None) -> None:
         self._engine = engine
@@ -74,7 +74,7 @@ def overlap(
         compression: type in which gradients travel. ``"fp16"`` and ``"bf16"`` divide them by the
             number of processes, round them to that type and add them up in it, which halves the
             traffic of float32 gradients; buckets of 16 bits stay as they are. Default None, no
-            rounding. Set it where the network limits the step; ``"bf16"`` cannot overflow,
+            rounding. Set it where the network limits the step; ``"bf16"`` has the range of float32,
             ``"fp16"`` rounds less. The step reads the sums, and not ``p.grad``: of parameters that
             were stepped during backward, that holds this process's own gradient.
         mode: ``"step"`` (default) steps buckets during backward. ``"norms"`` changes weights and
@@ -89,7 +89,7 @@ def overlap(
             Set it where results with and without overlap differ.
 
     Returns:
-        A :class:`Handle`, whose ``remove()`` goes back to ordinary steps.
+        A handle, whose ``remove()`` goes back to ordinary steps.
 
     Raises:
         TypeError: ``ddp`` is not a DDP module, or ``optimizer`` not one of fastlars.

@@ -50,9 +50,9 @@ class LARS(FusedOptimizer):
             which biases and norms have neither decay nor ratio.
         lr: :math:`\mathrm{lr}`, the learning rate, a number or a 1-element tensor, at least 0. It
             is large, since q is small: 5 to 30 is usual with the default ``trust_coefficient``.
-            Default None, for groups that all have an ``lr``; one without it is a TypeError.
-        momentum: :math:`\mu`, the share of b that a step keeps, in [0, 1), default 0.9. MLPerf
-            takes up to 0.95 for batches of 32K and more. With 0 there is no buffer.
+            Default None, where every group has an ``lr``; a group without one is a TypeError.
+        momentum: :math:`\mu`, the share of b that a step keeps, in [0, 1), default 0.9. MLPerf has
+            about 0.95 for batches of 32K and more. With 0 there is no buffer.
         dampening: :math:`\tau`, in [0, 1], default 0: from the second step on, what enters b is
             multiplied by :math:`1 - \tau`, as in :class:`torch.optim.SGD`. Leave it at 0 unless a
             run to be reproduced has it.
@@ -61,8 +61,8 @@ class LARS(FusedOptimizer):
         nesterov: True steps along :math:`\mathrm{lr} \, q d + \mu b` instead of b, where
             :math:`d = g + \mathrm{wd} \, w`. Default False. Needs a momentum and no dampening.
         trust_coefficient: :math:`\eta`, how long a step is relative to the weights at lr 1, at
-            least 0, default 1e-3. Adapted layers depend on :math:`\mathrm{lr} \, \eta` alone: leave
-            it at the default, and tune ``lr``.
+            least 0, default 1e-3. Without ``trust_clip``, adapted layers depend only on
+            :math:`\mathrm{lr} \, \eta`: leave it at the default, and tune ``lr``.
         eps: :math:`\epsilon`, in the denominator of q, at least 0, default 0. Raise it (1e-8 is
             usual) to bound q where gradients vanish.
         ratio: ``"separate"`` (default) as above, or ``"combined"``, whose denominator is
