@@ -139,8 +139,9 @@ class LARS(FusedOptimizer):
 
     @property
     def optim(self) -> LARS:
-        """The optimizer itself: scripts for apex's LARC and torchlars read ``optim.param_groups``
-        of the optimizer that those wrap.
+        """The optimizer itself, for scripts that read ``optimizer.optim.param_groups``.
+
+        apex's LARC and torchlars keep the optimizer that they wrap under this name.
         """
         return self
 
