@@ -1,8 +1,8 @@
 """The rules in plain torch: the specification that every other back end is tested against.
 
-A rule's equations are in the module of its name: ``rule.name``. Of one parameter, where w and g are
-the weight and the scaled gradient in the type of the arithmetic, states and counter are stored
-tensors, and lr is the learning rate of the step, the module says
+A rule's equations are in the module of its name: ``rule.name``. Symbols are those of
+docs/numerics.md, "Notation". For one parameter, where w and g are the weight and the scaled
+gradient in the type of the arithmetic, and states and counter are stored tensors, the module has
 
 * ``measured(rule, w, g, states, counter)``: the ``rule.sums`` tensors whose norms are taken;
 * ``trust_ratio(rule, lr, *norms)``: the ratio q;
