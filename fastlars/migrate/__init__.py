@@ -20,7 +20,7 @@ from fastlars.optim.base import FusedOptimizer
 from fastlars.optim.checks import location
 from fastlars.optim.lamb import LAMB
 from fastlars.optim.lars import LARS
-from fastlars.optim.meaning import why_not_the_same
+from fastlars.optim.meaning import why_states_differ
 from fastlars.optim.states import has_master
 
 __all__ = ["FORMATS", "load"]
@@ -152,7 +152,7 @@ def _install(
             theirs = given[p]
             if not any(each in theirs for each in rule.states):
                 continue
-            obstacle = why_not_the_same(group, theirs)
+            obstacle = why_states_differ(group, theirs)
             if obstacle:
                 raise ValueError(f"group {number}: {name}: {obstacle}")
             if rule.counter is not None and theirs.get(rule.counter) is None:

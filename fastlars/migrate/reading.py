@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlars.migrate.formats import Format
-from fastlars.optim.meaning import COUPLING, DEFAULTS
+from fastlars.optim.meaning import DECAY_OPTIONS, STATE_OPTIONS
 
 States = dict[str, Any]  # of one parameter, by fastlars' names
 
@@ -31,7 +31,7 @@ def from_dict(
             if group.get(option, value) != value:
                 raise ValueError(f"group {number}: {name} states with {option} mean something else")
         shared: States = {"last_lr": group["lr"] if lr is None else lr}
-        shared |= {key: group[key] for key in (*DEFAULTS, *COUPLING) if key in group}
+        shared |= {key: group[key] for key in (*STATE_OPTIONS, *DECAY_OPTIONS) if key in group}
         if form.step == "group":
             shared["step"] = group.get("step")
         for index in group["params"]:

@@ -1,8 +1,8 @@
-"""Loading optimizer states: their types, their layouts, and states of torch's own optimizers.
+"""Loading optimizer states, also those of torch's own optimizers.
 
-torch casts every state to the type of its parameter, keeps whatever strides the checkpoint had, and
-loads shapes that do not fit without a word. Here a state keeps its own type, takes its parameter's
-strides, and a dict that does not fit is refused before anything is loaded.
+torch's load_state_dict casts every state to the type of its parameter, keeps the strides of the
+checkpoint, and silently loads mismatched shapes. Here a state keeps its own type and takes the
+strides of its parameter, and a state_dict that does not fit is refused before anything is loaded.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch.nn.parameter import is_lazy
 
 from fastlars.optim.checks import check_counter, checked_rule, location
 from fastlars.optim.dtensor import is_dtensor, mesh_of, redistribute_like
-from fastlars.optim.meaning import why_not_the_same
-from fastlars.optim.shown import show_steps
+from fastlars.optim.group_entries import ensure_step_count
+from fastlars.optim.meaning import why_states_differ
 from fastlars.optim.states import (
     DROPPED_IF_UNUSED,
     copy_with_layout,
@@ -40,11 +40,11 @@ class ForeignOptimizer:
     """A torch optimizer whose state may be loaded.
 
     Attributes:
-        keys: what its parameter groups have, and those of no relative of it.
-        states: the names of its states that are taken over, which mean the same here.
-        refused: states that have no counterpart.
-        incompatibility: why a group of the loading optimizer cannot take the states exactly; empty
-            where it can.
+        keys: keys of its parameter groups that together identify it.
+        states: names of its states that are loaded; they mean the same here.
+        refused: names of its states that have no counterpart.
+        incompatibility: returns why a group of the loading optimizer cannot continue from exactly
+            these states; empty if it can.
     """
 
     keys: frozenset[str]
@@ -56,14 +56,17 @@ class ForeignOptimizer:
         return self.keys <= group.keys()
 
 
-def portable(_: Any, state_dict: Dict) -> Dict:
-    """``state_dict`` with types by their names: torch.distributed.checkpoint gathers no others."""
+def dtypes_to_names(_: Any, state_dict: Dict) -> Dict:
+    """``state_dict`` with dtypes replaced by their names.
+
+    torch.distributed.checkpoint cannot gather a dtype among the options of a group.
+    """
     groups = [{**g, "state_dtype": str(g["state_dtype"])} for g in state_dict["param_groups"]]
     return {**state_dict, "param_groups": groups}
 
 
-def take_types(group: Dict) -> bool:
-    """Put types in the place of their names, in a group; whether there was one."""
+def names_to_dtypes(group: Dict) -> bool:
+    """Replace the name of a dtype in a group by the dtype; return whether the group had one."""
     name = group.get("state_dtype")
     if not (isinstance(name, str) and name.startswith("torch.")):
         return False
@@ -72,37 +75,39 @@ def take_types(group: Dict) -> bool:
 
 
 def load(optimizer: FusedOptimizer, load_base: Callable[[Dict], None], state_dict: Dict) -> None:
-    """Load through ``load_base``, torch's method, and mend what it does to the states."""
+    """Load the groups by ``load_base``, torch's method, and the states of parameters here."""
     loaded: Dict = {}
     states: dict[Tensor, Dict] = {}
 
-    def check(_: Any, incoming: Dict) -> Dict:
-        loaded.update(_translated(optimizer, incoming))
+    def prepare(_: Any, incoming: Dict) -> Dict:
+        loaded.update(_to_own_format(optimizer, incoming))
         loaded["param_groups"] = [dict(group) for group in loaded["param_groups"]]
-        for ours, theirs in zip(optimizer.param_groups, loaded["param_groups"], strict=False):
-            # What a hook left out, and what a version before did not have, stays as it is.
-            for name in optimizer.defaults.keys() & ours.keys() - theirs.keys():
-                theirs[name] = ours[name]
-            take_types(theirs)
-        if _fits(optimizer, loaded):
-            states.update(
-                {p: _state_of(optimizer, p, *of) for p, *of in _members(optimizer, loaded)}
-            )
-        # torch's own copies would share memory with the checkpoint, and make generators of texts.
+        for group, saved in zip(optimizer.param_groups, loaded["param_groups"], strict=False):
+            # An option that is not in the dict keeps its value: a hook has removed it, or an
+            # earlier version saved the dict.
+            for name in optimizer.defaults.keys() & group.keys() - saved.keys():
+                saved[name] = group[name]
+            names_to_dtypes(saved)
+        if _check_loaded(optimizer, loaded):
+            for p, group, state in _params_with_state(optimizer, loaded):
+                states[p] = _state_of(optimizer, p, group, state)
+        # Copied here: torch's own copies would share memory with the checkpoint, and turn strings
+        # into generators.
         indices = {index for group in loaded["param_groups"] for index in group["params"]}
         rest = {k: {} if k in indices else _copied(v) for k, v in loaded["state"].items()}
         return {**loaded, "state": rest}
 
-    def mend(_: Any) -> None:
+    def install_states(_: Any) -> None:
         optimizer.state.update(states)
-        for ours, theirs in zip(optimizer.param_groups, loaded["param_groups"], strict=True):
-            if optimizer.counts_steps and "step" not in theirs:
-                del ours["step"]  # which was taken from states that were not there yet
-                show_steps(ours, optimizer.state)
+        for group, saved in zip(optimizer.param_groups, loaded["param_groups"], strict=True):
+            if optimizer.counts_steps and "step" not in saved:
+                del group["step"]  # computed by __setstate__, before the states were installed
+                ensure_step_count(group, optimizer.state)
 
-    # The user's own hooks come first before loading and last after it, and so see what counts.
-    before = optimizer.register_load_state_dict_pre_hook(check)
-    after = optimizer.register_load_state_dict_post_hook(mend, prepend=True)
+    # These hooks run next to the load itself: the user's pre-hooks run before them, and may still
+    # edit the dict; the user's post-hooks run after them, and find the states installed.
+    before = optimizer.register_load_state_dict_pre_hook(prepare)
+    after = optimizer.register_load_state_dict_post_hook(install_states, prepend=True)
     try:
         load_base(state_dict)
     finally:
@@ -110,17 +115,20 @@ def load(optimizer: FusedOptimizer, load_base: Callable[[Dict], None], state_dic
         after.remove()
 
 
-def _members(optimizer: FusedOptimizer, loaded: Dict) -> Iterator[tuple[Tensor, Dict, Dict]]:
-    """Parameters with a state in the dict, their loaded group, that state."""
-    for ours, theirs in zip(optimizer.param_groups, loaded["param_groups"], strict=True):
-        for p, index in zip(ours["params"], theirs["params"], strict=True):
+def _params_with_state(
+    optimizer: FusedOptimizer, loaded: Dict
+) -> Iterator[tuple[Tensor, Dict, Dict]]:
+    """Each parameter that has a state in the dict, with the options it will have and that state."""
+    for group, saved in zip(optimizer.param_groups, loaded["param_groups"], strict=True):
+        for p, index in zip(group["params"], saved["params"], strict=True):
             if index in loaded["state"]:
-                yield p, {**ours, **theirs}, loaded["state"][index]
+                yield p, {**group, **saved}, loaded["state"][index]
 
 
 def _state_of(optimizer: FusedOptimizer, p: Tensor, group: Dict, state: Dict) -> Dict:
     rule = optimizer.rule_of(group)
-    # Also those that the rule does without today, such as the buffer of a momentum of 0.
+    # STATES includes those that the rule does not use with these options, such as the buffer with a
+    # momentum of 0.
     types = dict.fromkeys(rule.STATES, state_dtype(p, group)) | state_dtypes(p, rule, group)
     out: Dict = {}
     for name, value in state.items():
@@ -138,8 +146,11 @@ def _state_of(optimizer: FusedOptimizer, p: Tensor, group: Dict, state: Dict) ->
 
 
 def _copied(value: Any, p: Tensor | None = None, name: Any = None) -> Any:
-    """A copy of what a wrapper keeps in a state. With a parameter, it is moved and cast as torch
-    does it: to the parameter's device and, but for what is called step, to its type."""
+    """A copy of a value that a wrapper keeps in a state.
+
+    With a parameter ``p``, tensors are moved to its device and cast to its type, as torch does;
+    those named ``step`` are only copied.
+    """
     if isinstance(value, Tensor):
         if p is None or name == "step":
             return value.detach().clone()
@@ -153,8 +164,9 @@ def _copied(value: Any, p: Tensor | None = None, name: Any = None) -> Any:
     return copy.deepcopy(value)
 
 
-def _translated(optimizer: FusedOptimizer, incoming: Dict) -> Dict:
-    """The dict itself, or what another optimizer's dict comes to with our hyper-parameters."""
+def _to_own_format(optimizer: FusedOptimizer, incoming: Dict) -> Dict:
+    """The dict itself if it is of the optimizer's class; the states of another optimizer's dict are
+    put into a new one, with the hyper-parameters that the optimizer has."""
     kind = type(optimizer).__name__
     groups = incoming["param_groups"]
     if all(group.keys() & optimizer.own_options for group in groups):
@@ -173,44 +185,46 @@ def _translated(optimizer: FusedOptimizer, incoming: Dict) -> Dict:
             "parameter"
         )
     source = sources[0]
-    translated: Dict = {"state": {}, "param_groups": []}
-    for number, (ours, theirs) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
-        reason = source.incompatibility(ours) or why_not_the_same(ours, theirs)
+    converted: Dict = {"state": {}, "param_groups": []}
+    for number, (group, saved) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
+        reason = source.incompatibility(group) or why_states_differ(group, saved)
         if reason:
             raise ValueError(f"group {number}: {reason}")
-        kept = {k: v for k, v in ours.items() if k not in ("params", "param_names", "step")}
-        translated["param_groups"].append({**kept, "params": theirs["params"]})
-        for i, index in enumerate(theirs["params"]):
+        options = {k: v for k, v in group.items() if k not in ("params", "param_names", "step")}
+        converted["param_groups"].append({**options, "params": saved["params"]})
+        for i, index in enumerate(saved["params"]):
             state = incoming["state"].get(index, {})
             bad = [name for name in source.refused if state.get(name) is not None]
             if bad:
                 raise ValueError(f"{location(number, i)}: {kind} has no use for its {bad[0]}")
-            taken = {k: v for k, v in state.items() if k in source.states and v is not None}
-            if taken:
-                if optimizer.rule_of(ours).counter == "last_lr":
-                    taken["last_lr"] = theirs["lr"]
-                translated["state"][index] = taken
-    return translated
+            loaded = {k: v for k, v in state.items() if k in source.states and v is not None}
+            if loaded:
+                if optimizer.rule_of(group).counter == "last_lr":
+                    loaded["last_lr"] = saved["lr"]
+                converted["state"][index] = loaded
+    return converted
 
 
-def _fits(optimizer: FusedOptimizer, loaded: Dict) -> bool:
-    """Raise where something in the dict does not fit; False where groups have other sizes."""
+def _check_loaded(optimizer: FusedOptimizer, loaded: Dict) -> bool:
+    """Raise if an option or a state in the dict does not fit. False, without a check, if the sizes
+    of the groups differ: torch's method then raises its own error."""
     sizes = [len(group["params"]) for group in loaded["param_groups"]]
     if sizes != [len(group["params"]) for group in optimizer.param_groups]:
-        return False  # torch's own check follows, with its own message
-    for number, (ours, theirs) in enumerate(
+        return False
+    for number, (own, saved) in enumerate(
         zip(optimizer.param_groups, loaded["param_groups"], strict=True)
     ):
-        group = {**ours, **theirs}
+        group = {**own, **saved}
         try:
             rule = checked_rule(optimizer.rule_of, group)
             if optimizer.counts_steps and group.get("step") is not None:
                 at_least_zero("step", group["step"])
         except (TypeError, ValueError) as error:
             raise ValueError(f"state_dict, group {number}: {error}") from None
-        for i, (p, index) in enumerate(zip(ours["params"], theirs["params"], strict=True)):
+        for i, (p, index) in enumerate(zip(own["params"], saved["params"], strict=True)):
             state = loaded["state"].get(index, {})
-            if any(name in state for name in rule.states):  # a wrapper may have begun before us
+            # Before the first step of a parameter, its state may hold a wrapper's entries alone.
+            if any(name in state for name in rule.states):
                 _check_state(p, state, rule, group, f"state_dict, {location(number, i)}")
     return True
 
@@ -220,9 +234,9 @@ def _check_state(p: Tensor, state: Dict, rule: Rule, group: Dict, where: str) ->
     for name in [*names, rule.counter] if rule.counter is not None else names:
         value = state.get(name)
         if name not in state and name in DROPPED_IF_UNUSED:
-            continue  # its option was switched on after the last step: the next step makes it
+            continue  # its option was turned on after the last step; the next step makes the state
         if value is None and name in state and name in rule.states:
-            continue  # a state that was reset starts anew, here as in torch's SGD
+            continue  # as in torch's SGD, None is a state that was reset; the next step makes it
         if value is None:
             raise ValueError(f"{where}: no {name}")
         if name == rule.counter:
@@ -232,7 +246,7 @@ def _check_state(p: Tensor, state: Dict, rule: Rule, group: Dict, where: str) ->
                 raise ValueError(f"{error}") from None
             continue
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_complex():
-            raise ValueError(f"{where}: {name} is no tensor of real numbers that fits")
+            raise ValueError(f"{where}: {name} is not a dense tensor of real numbers")
         if is_dtensor(value) and mesh_of(value) != mesh_of(p):
             raise ValueError(
                 f"{where}: {name} is a DTensor on {mesh_of(value)}, the parameter on {mesh_of(p)}: "
@@ -242,3 +256,7 @@ def _check_state(p: Tensor, state: Dict, rule: Rule, group: Dict, where: str) ->
             raise ValueError(
                 f"{where}: {name} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}"
             )
+
+
+portable = dtypes_to_names  # old name
+take_types = names_to_dtypes  # old name

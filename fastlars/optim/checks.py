@@ -1,4 +1,4 @@
-"""What an optimizer refuses, with the place: every message names the group and the parameter."""
+"""Checks of options, parameters, gradients and states: messages name the group and parameter."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def check_lr(lr: Any) -> None:
         if lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
         if lr.device.type != "cpu":
-            return  # its value is the device's business: looking would wait for the device
+            return  # to read the value, the host would have to wait for the device
     at_least_zero("lr", lr)
 
 
 def check_options(group: dict[str, Any]) -> None:
-    """Raise unless a group's options beside its rule are in range."""
+    """Raise unless the options of a group that its rule does not check are in range."""
     norm = group["max_grad_norm"]
     if norm is not None and not real("max_grad_norm", norm) > 0.0:
         raise ValueError(f"max_grad_norm must be positive, or None for no clip, got {norm}")
@@ -63,14 +63,14 @@ def check_options(group: dict[str, Any]) -> None:
 
 
 def checked_rule(rule_of: Callable[[dict[str, Any]], Rule], group: dict[str, Any]) -> Rule:
-    """The rule that a group's options make; raises where one of them is out of range."""
+    """The rule made of a group's options; raises if an option is out of range."""
     check_lr(group["lr"])
     check_options(group)
     return rule_of(group)
 
 
 @contextmanager
-def named(place: str) -> Iterator[None]:
+def errors_at(place: str) -> Iterator[None]:
     """Put ``place`` in front of the message of a ValueError or TypeError."""
     try:
         yield
@@ -79,12 +79,12 @@ def named(place: str) -> Iterator[None]:
 
 
 def location(group: int, index: int, name: str | None = None) -> str:
-    """What messages call a parameter."""
+    """The name of a parameter in messages."""
     return f"group {group}, parameter {index}" + (f" ({name})" if name else "")
 
 
 def check_parameter(weight: Tensor, where: str) -> None:
-    """Raise unless ``weight`` is a floating-point tensor with memory of its own, or a shard."""
+    """Raise unless ``weight`` is a floating-point tensor with its own memory, or a shard of one."""
     if getattr(weight, "_fsdp_flattened", False):
         raise TypeError(
             f"{where} is a flat parameter of FSDP1, which does not know its layers: shard the "
@@ -93,7 +93,6 @@ def check_parameter(weight: Tensor, where: str) -> None:
     if is_dtensor(weight):
         _check_placement(weight, where)
     weight = plain_shard(weight)
-    kind = type(weight).__name__
     if weight.is_complex():
         raise TypeError(f"{where} is complex: step torch.view_as_real of it instead")
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
@@ -106,15 +105,16 @@ def check_parameter(weight: Tensor, where: str) -> None:
         raise TypeError(f"{where} is on the meta device, which has no memory to write")
     if not is_plain(weight):
         raise TypeError(
-            f"{where} is a {kind}: subclasses are stepped where AdamW(fused=True) would write one "
-            "plain tensor of the same shape, strides and type, which is an attribute of theirs"
+            f"{where} is a {type(weight).__name__}: a subclass is stepped only if "
+            "AdamW(fused=True) would write one plain tensor, of the same shape, strides and type, "
+            "that is an attribute of the subclass"
         )
     if weight.is_neg():
         raise TypeError(f"{where} is a lazily negated view: step a resolve_neg() of it instead")
     if weight.numel() > 0 and any(
         size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True)
     ):
-        raise ValueError(f"{where} is expanded: several of its elements share one memory cell")
+        raise ValueError(f"{where} is expanded: several of its elements share the same memory")
 
 
 def _check_placement(weight: Any, where: str) -> None:
@@ -125,7 +125,7 @@ def _check_placement(weight: Any, where: str) -> None:
 
 
 def check_rounding(weight: Any, where: str) -> None:
-    """Raise if ``weight`` has replicas that random numbers would drive apart."""
+    """Raise if ``weight`` has replicas, which would be rounded by different random numbers."""
     if is_dtensor(weight) and weight.dtype == torch.bfloat16:
         sizes = zip(weight.placements, weight.device_mesh.shape, strict=True)
         if any(placement.is_replicate() and size > 1 for placement, size in sizes):
@@ -135,8 +135,8 @@ def check_rounding(weight: Any, where: str) -> None:
             )
 
 
-def _check_alike(weight: Any, other: Any, what: str, where: str) -> None:
-    """Raise unless both are DTensors of one mesh, or neither is one."""
+def _check_same_mesh(weight: Any, other: Any, what: str, where: str) -> None:
+    """Raise unless both are DTensors on the same mesh, or both are plain tensors."""
     if is_dtensor(weight) != is_dtensor(other):
         kinds = [f"a {'DTensor' if is_dtensor(t) else 'plain tensor'}" for t in (weight, other)]
         raise TypeError(f"{where} is {kinds[0]}, its {what} {kinds[1]}")
@@ -145,15 +145,15 @@ def _check_alike(weight: Any, other: Any, what: str, where: str) -> None:
 
 
 def check_gradient(weight: Tensor, grad: Tensor, where: str) -> None:
-    """Raise unless ``grad`` can be held against ``weight`` element by element."""
-    _check_alike(weight, grad, "gradient", where)
+    """Raise unless ``grad`` has an element for each element of ``weight``, on the same device."""
+    _check_same_mesh(weight, grad, "gradient", where)
     if grad.layout != torch.strided:
         raise TypeError(f"{where} has a sparse gradient ({grad.layout}): only dense ones are taken")
     if not grad.is_floating_point():
         raise TypeError(f"{where} has a gradient of {grad.dtype}")
-    given = plain_gradients([local_tensor(grad)])[0]
-    if not is_plain(given):
-        raise TypeError(f"{where} has a gradient of type {type(given).__name__}")
+    plain = plain_gradients([local_tensor(grad)])[0]
+    if not is_plain(plain):
+        raise TypeError(f"{where} has a gradient of type {type(plain).__name__}")
     if grad.shape != weight.shape:
         raise ValueError(
             f"{where} has shape {tuple(weight.shape)}, its gradient {tuple(grad.shape)}"
@@ -163,12 +163,12 @@ def check_gradient(weight: Tensor, grad: Tensor, where: str) -> None:
 
 
 def check_state(weight: Tensor, name: str, value: Any, dtype: torch.dtype, where: str) -> None:
-    """Raise unless a state tensor belongs to ``weight`` as it is now."""
+    """Raise unless a state has ``dtype``, and the present shape and device of ``weight``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}: its {name} is a {type(value).__name__}, not a tensor")
     if value.layout != torch.strided:
         raise TypeError(f"{where}: its {name} is a sparse tensor ({value.layout})")
-    _check_alike(weight, value, name, where)
+    _check_same_mesh(weight, value, name, where)
     placements = [getattr(t, "placements", None) for t in (weight, value)]
     if placements[0] != placements[1]:
         raise ValueError(
@@ -193,7 +193,7 @@ def check_state(weight: Tensor, name: str, value: Any, dtype: torch.dtype, where
 
 
 def check_counter(name: str, value: Any, where: str) -> None:
-    """Raise unless a counter is one number, or a tensor of one."""
+    """Raise unless a counter is a real number, or a tensor of one element."""
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex():
             raise ValueError(
@@ -214,15 +214,15 @@ def _byte_range(tensor: Tensor) -> tuple[int, int]:
     return begin, begin + (last + 1) * tensor.itemsize
 
 
-def check_overlap(parameters: list[tuple[Tensor, str]]) -> None:
-    """Raise if two parameters share memory, or one shares it with itself.
+def check_shared_memory(parameters: list[tuple[Tensor, str]]) -> None:
+    """Raise if two parameters share memory, or two elements of one parameter do.
 
-    Stepped one after the other they would take two steps; stepped in one launch, an undefined one.
+    The shared memory would be stepped twice, or by two threads at once, with an undefined result.
     """
     by_storage: dict[int, list[tuple[Tensor, str]]] = defaultdict(list)
     for whole, where in parameters:
         if is_lazy(whole):
-            continue  # without memory before the first forward pass
+            continue  # it has no memory before the first forward pass
         parameter = plain_shard(whole)
         if parameter.layout == torch.strided and not parameter.is_meta and parameter.numel() > 0:
             by_storage[parameter.untyped_storage()._cdata].append((parameter, where))
@@ -236,7 +236,7 @@ def check_overlap(parameters: list[tuple[Tensor, str]]) -> None:
 
 
 def _check_elements(sharers: list[tuple[Tensor, str]]) -> None:
-    """The slow, exact answer for strided views: mark every byte's first owner."""
+    """The exact check, for strided views. It is slow: it marks the first byte of each element."""
     nbytes = sharers[0][0].untyped_storage().nbytes()
     owner = torch.full((nbytes,), -1, dtype=torch.int32, device="cpu")
     for i, (parameter, where) in enumerate(sharers):
@@ -244,9 +244,13 @@ def _check_elements(sharers: list[tuple[Tensor, str]]) -> None:
         strides = [stride * width for stride in parameter.stride()]
         offset = parameter.storage_offset() * width
         mine = owner.as_strided(parameter.shape, strides, offset)
-        others = mine[mine >= 0]
-        if others.numel() > 0:
-            raise ValueError(f"{where} shares memory with {sharers[int(others[0])][1]}")
+        taken = mine[mine >= 0]
+        if taken.numel() > 0:
+            raise ValueError(f"{where} shares memory with {sharers[int(taken[0])][1]}")
         mine.fill_(i)
         if int((owner == i).sum()) != parameter.numel():
             raise ValueError(f"{where} is a view whose elements overlap in memory")
+
+
+named = errors_at  # old name
+check_overlap = check_shared_memory  # old name

@@ -1,8 +1,9 @@
-"""The global norm: over which processes it is summed, and who would take a part of it for all."""
+"""The global norm: its sum over processes, and checks that it covers all gradients."""
 
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,11 +19,17 @@ if TYPE_CHECKING:
     NormGroup = ProcessGroup | DeviceMesh
 
 
-def owner_of_this() -> str | None:
-    """Whose part an optimizer is that is being made; None where nobody is known to own it."""
+def owner_from_stack() -> str | None:
+    """The wrapper that gives an optimizer only a part of the parameters; None without one.
+
+    An optimizer calls this while it is constructed. ZeroRedundancyOptimizer does not identify
+    itself to the optimizers that it constructs, so this looks for its frame on the stack.
+    """
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-    frame = sys._getframe(1) if module is not None else None
-    while module is not None and frame is not None:
+    if module is None:
+        return None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
         if isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):
             return "ZeroRedundancyOptimizer"
         frame = frame.f_back
@@ -30,11 +37,17 @@ def owner_of_this() -> str | None:
 
 
 def check_norm(what: str, owner: str | None, norm_group: Any) -> None:
-    """Raise where ``what`` needs the global norm, and would get that of a part of the gradients."""
+    """Raise if ``what``, an argument that needs the global norm, would get only a part of it.
+
+    Args:
+        what: the argument, such as ``max_grad_norm``.
+        owner: the result of :func:`owner_from_stack`.
+        norm_group: the processes over which the norm is summed, or None.
+    """
     if owner is not None and norm_group is None:
         raise RuntimeError(
             f"{what} under {owner}, which gives each process an optimizer of a part of the "
-            "parameters, would go by the norm of that part: sum it over the processes, with "
+            "parameters, would use the norm of that part: sum it over the processes, with "
             "optimizer_class=functools.partial(fastlars.LAMB, norm_group=process_group), or leave "
             f"{what} out and call torch.nn.utils.clip_grad_norm_, which returns the norm, before "
             "the step"
@@ -43,19 +56,19 @@ def check_norm(what: str, owner: str | None, norm_group: Any) -> None:
 
 
 def check_outside_backward(what: str = "max_grad_norm") -> None:
-    """Raise where a norm is taken while gradients are still to come."""
+    """Raise inside backward, where some gradients are still missing from the norm."""
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             f"{what} in a step inside backward, such as that of one optimizer for each "
-            f"parameter, would go by the norm of a part of the gradients: leave {what} out, or "
+            f"parameter, would use the norm of a part of the gradients: leave {what} out, or "
             "step after backward"
         )
 
 
-class Processes:
-    """The processes over which the squares of the norm are summed.
+class NormReducer:
+    """Sums the square of the norm over the processes of ``norm_group``.
 
-    A copy of the optimizer in the same process has the same; it cannot be sent to another.
+    Copies of an optimizer share it. It cannot be pickled, because process groups cannot.
     """
 
     def __init__(self, group: NormGroup) -> None:
@@ -66,7 +79,7 @@ class Processes:
             )
         self.group: Any = group
 
-    def __deepcopy__(self, memo: Any) -> Processes:
+    def __deepcopy__(self, memo: Any) -> NormReducer:
         return self
 
     def __reduce__(self) -> Any:
@@ -76,18 +89,24 @@ class Processes:
         )
 
     def sum(self, square: Tensor, device: torch.device) -> Tensor:
-        """The square of the norm, over all processes, which all come here at every step.
+        """The square of the norm over all processes. All must call this at every step.
 
         Args:
-            square: float64, of this process.
-            device: of the parameters, for groups that do not say which they reduce on.
+            square: the square of this process's norm, float64.
+            device: where to reduce if the group is a process group: the parameters' device. A mesh
+                reduces on its own device.
         """
         group = self.group
         if hasattr(group, "get_group"):
-            # Parameters that FSDP2 keeps on the CPU have a mesh of GPUs.
-            kind = group.device_type
-            device = device if device.type == kind else torch.device(kind)
+            # Not always the parameters' device: FSDP2 can keep parameters on the CPU while their
+            # mesh is of GPUs.
+            mesh_type = group.device_type
+            device = device if device.type == mesh_type else torch.device(mesh_type)
             group = process_group_of(group)
         total = square.to(device, copy=True)
         dist.all_reduce(total, group=group)
         return total.to(square.device)
+
+
+Processes = NormReducer  # old name
+owner_of_this = owner_from_stack  # old name

@@ -1,8 +1,9 @@
-"""Tensor subclasses that keep their numbers in a plain tensor: where that one is.
+"""Tensor subclasses that wrap a plain tensor: finding that tensor.
 
 FSDP2 lets a subclass decide what is gathered (``fsdp_pre_all_gather``, as torchao's float8 weights
-do), and keeps shards that are such subclasses. torch's optimizers write to them through
-``__torch_dispatch__``. A step here writes, without it, the tensor that AdamW(fused=True) would.
+do), and its shards then are of that subclass. torch's optimizers write such a shard through its
+``__torch_dispatch__``. A step here instead writes directly to the plain tensor that
+AdamW(fused=True) would write.
 """
 
 from __future__ import annotations
@@ -19,47 +20,50 @@ Path = tuple[str, ...]
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor's numbers lie in its own memory: its class leaves the dispatcher alone."""
+    """Whether a tensor has its numbers in its own memory: its class overrides no dispatch."""
     return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def path_inside(tensor: Tensor) -> Path:
-    """The attributes that lead to the plain tensor with the numbers of a subclass.
+    """The attributes that lead from a subclass tensor to the plain tensor with its numbers.
 
-    Empty for a plain tensor; and where no single plain tensor of the same shape, type, device and
-    strides has the numbers, as in quantized ones.
+    Empty for a plain tensor, and for a subclass without a plain tensor of the same shape, type,
+    device and strides, such as a quantized one.
     """
     if is_plain(tensor):
         return ()
-    known = _known.get(tensor)
-    if known is not None and _leads_to_plain(tensor, known):
+    known = _known_paths.get(tensor)
+    if known is not None and _is_valid(known, tensor):
         return known
-    plain = inside([tensor])
-    if len(plain) != 1 or _lies(plain[0]) != _lies(tensor):
+    plain = unwrap([tensor])
+    if len(plain) != 1 or _layout(plain[0]) != _layout(tensor):
         return ()
-    _known[tensor] = path = _path(tensor, plain[0])
+    _known_paths[tensor] = path = _find_path(tensor, plain[0])
     return path
 
 
-# By subclass tensor, because to look inside one takes 300 us.
-_known = WeakIdKeyDictionary()
+# By subclass tensor, because to unwrap one takes 300 us.
+_known_paths = WeakIdKeyDictionary()
 
 
-def _leads_to_plain(tensor: Tensor, path: Path) -> bool:
+def _is_valid(path: Path, tensor: Tensor) -> bool:
     try:
         plain = attrgetter(".".join(path))(tensor)
     except AttributeError:
         return False
-    return isinstance(plain, Tensor) and is_plain(plain) and _lies(plain) == _lies(tensor)
+    return isinstance(plain, Tensor) and is_plain(plain) and _layout(plain) == _layout(tensor)
 
 
-# Subclasses inside each other that are looked through. Without a limit, a class that never unwraps
+# Levels of nested subclasses that are unwrapped. Without a limit, a class that never unwraps itself
 # would overflow the stack where torch.compile has raised Python's recursion limit.
-DEEPEST = 8
+MAX_DEPTH = 8
 
 
-class _Arrivals(TorchDispatchMode):
-    """Notes the parameters of a fused AdamW when all subclasses are unwrapped, and runs nothing."""
+class _RecordFusedAdamW(TorchDispatchMode):
+    """Records the parameters with which fused AdamW is called once all subclasses are unwrapped.
+
+    AdamW itself is not run.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,23 +73,23 @@ class _Arrivals(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if types:
             self._unwrapped += 1
-            if self._unwrapped > DEEPEST:
-                raise TypeError  # the class calls with itself again, without an end
-            return NotImplemented  # the subclass unwraps its tensors, and calls again
+            if self._unwrapped > MAX_DEPTH:
+                raise TypeError  # the class passes itself on instead of unwrapping
+            return NotImplemented  # the subclass unwraps its tensors, and calls the operator again
         if func is torch.ops.aten._fused_adamw_.default:
             self.params += args[0]
             return None
         if func._schema.is_mutable:
-            raise TypeError  # nothing may be written by looking; the class is not taken
+            raise TypeError  # unwrapping must write nothing: refuse the class
         return func(*args, **(kwargs or {}))
 
 
-def inside(tensors: list[Tensor]) -> list[Tensor]:
-    """The plain tensors that a fused AdamW writes when it is given ``tensors``."""
+def unwrap(tensors: list[Tensor]) -> list[Tensor]:
+    """The plain tensors that fused AdamW would write for ``tensors``; empty if it refuses them."""
     one = torch.ones((), device=tensors[0].device)
     try:
-        with torch.no_grad(), _Arrivals() as arrivals:
-            # With found_inf nothing is written either, should a class get past the mode.
+        with torch.no_grad(), _RecordFusedAdamW() as recorded:
+            # found_inf makes AdamW write nothing, in case a class bypasses the mode.
             torch._fused_adamw_(
                 tensors,
                 tensors,
@@ -103,21 +107,24 @@ def inside(tensors: list[Tensor]) -> list[Tensor]:
                 found_inf=one,
             )
     except Exception:
-        return []  # the class has no fused AdamW, whatever it says
-    return arrivals.params
+        return []  # the class does not implement fused AdamW; it may raise any error to say so
+    return recorded.params
 
 
-def _lies(tensor: Tensor) -> tuple[Any, ...]:
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.layout
 
 
-def _path(tensor: Tensor, plain: Tensor) -> Path:
-    """The attributes from a subclass, through others inside it, to ``plain``; empty without any."""
+def _find_path(tensor: Tensor, plain: Tensor) -> Path:
+    """The attributes that lead from a subclass tensor to ``plain``; empty if none do."""
     slots = (name for kind in type(tensor).__mro__ for name in getattr(kind, "__slots__", ()))
     for name in (*vars(tensor), *slots):
         value = getattr(tensor, name, None)
         if value is plain:
             return (name,)
-        if isinstance(value, Tensor) and not is_plain(value) and (rest := _path(value, plain)):
+        if isinstance(value, Tensor) and not is_plain(value) and (rest := _find_path(value, plain)):
             return (name, *rest)
     return ()
+
+
+inside = unwrap  # old name

@@ -231,7 +231,9 @@ def refused() -> None:
         set_gradients(params, 0)
         optimizer = fastlars.LARS([{"params": params[1:2]}, {"params": [params[0]]}], **LARS)
         before = params[1].detach().clone()
-        with pytest.raises(TypeError, match=f"group 1, parameter 0 is a {kind.__name__}: subclass"):
+        with pytest.raises(
+            TypeError, match=f"group 1, parameter 0 is a {kind.__name__}: a subclass"
+        ):
             optimizer.step()
         assert_same_bits("the other parameter", params[1].detach(), before)
         assert not optimizer.state[params[1]]
@@ -249,22 +251,22 @@ def test_a_subclass_that_shares_memory_is_refused() -> None:
         fastlars.LARS([nn.Parameter(inner), nn.Parameter(Bare(inner))], **LARS)
 
 
-def test_looking_inside_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_parameter_is_unwrapped_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the number of groups, each of which is held against all others."""
-    looks = []
+    calls = []
 
-    def inside(tensors: list[Tensor]) -> list[Tensor]:
-        looks.append(tensors)
-        return looked(tensors)
+    def counted(tensors: list[Tensor]) -> list[Tensor]:
+        calls.append(tensors)
+        return unwrap(tensors)
 
-    looked = wrapped_module.inside
-    monkeypatch.setattr(wrapped_module, "inside", inside)
+    unwrap = wrapped_module.unwrap
+    monkeypatch.setattr(wrapped_module, "unwrap", counted)
     params = [nn.Parameter(KINDS["bare"](torch.ones(4))) for _ in range(10)]
     optimizer = fastlars.LARS([{"params": [p]} for p in params], lr=0.1)
     for p in params:
         p.grad = torch.ones(4)
     optimizer.step()
-    assert len(looks) == 10
+    assert len(calls) == 10
 
 
 @pytest.mark.parametrize("row", ["LARS", "LAMB"])

@@ -1,8 +1,9 @@
 """The step as one opaque operator, for torch.compile.
 
-Addresses cannot be traced. Inside a compiled region an optimizer therefore calls
-``torch.ops.fastlars.step``, which mutates what its schema says; outside it calls the back end
-directly, because the dispatcher costs several times what the addresses do.
+torch.compile cannot trace code that takes the addresses of tensors. Inside a compiled region an
+optimizer therefore calls ``torch.ops.fastlars.step``, whose schema names the tensors that it
+writes. Outside, it calls the back end directly: torch's dispatcher costs several times as much as
+taking the addresses.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _RULES = {kind.__name__: kind for kind in RULES}
 
 
 def encode(rule: Rule) -> str:
-    """A rule as a constant that a graph can hold."""
+    """A rule as text, which a graph can hold as a constant."""
     return json.dumps([type(rule).__name__, dataclasses.asdict(rule)])
 
 
@@ -41,7 +42,7 @@ def decode(text: str) -> Rule:
     return _RULES[name](**values)
 
 
-def _lists(
+def _batches(
     weights: list[Tensor],
     grads: list[Tensor],
     states: list[Tensor],
@@ -50,21 +51,24 @@ def _lists(
     rule: Rule | GradientNorm,
     rounds: bool = False,
 ) -> list[tuple[Backend, Tensors]]:
-    """The operator's flat lists, cut as a plan cuts a group. States are listed parameter by
-    parameter; there is a master for each weight of low precision, in their order."""
+    """Sort the operator's flat lists into batches, as a plan sorts the parameters of a group.
+
+    ``states`` has all states of the first parameter, then those of the second, and so on.
+    ``masters`` is empty, or has one for each float16 and bfloat16 weight.
+    """
     choose = Chooser(rule, rounds)
     columns = [states[k :: len(rule.states)] for k in range(len(rule.states))]
     remaining = iter(masters)
-    by_kind: dict[Any, list[tuple[int, Tensor | None]]] = defaultdict(list)
+    members_by_key: dict[Any, list[tuple[int, Tensor | None]]] = defaultdict(list)
     for i, (w, g) in enumerate(zip(weights, grads, strict=True)):
         master = next(remaining, None) if w.dtype in LOW_PRECISION else None
         state_dtype = columns[0][i].dtype if columns else torch.float32
         dtypes = Dtypes(w.dtype, g.dtype, state_dtype)
         if master is not None:
             dtypes = Dtypes(master.dtype, g.dtype, state_dtype, copy=w.dtype)
-        by_kind[w.device, dtypes, choose(w, dtypes)].append((i, master))
-    lists = []
-    for (_, dtypes, backend), members in by_kind.items():
+        members_by_key[w.device, dtypes, choose(w, dtypes)].append((i, master))
+    batches = []
+    for (_, dtypes, backend), members in members_by_key.items():
         chosen = [weights[i] for i, _ in members]
         tensors = Tensors(
             weights=chosen,
@@ -77,18 +81,18 @@ def _lists(
         if dtypes.copy is not None:
             tensors.weights = [master for _, master in members if master is not None]
             tensors.copies = chosen
-        lists.append((backend, tensors))
-    return lists
+        batches.append((backend, tensors))
+    return batches
 
 
-# What a back end keeps for the weights of an operator, which has no place of its own to keep it.
-# Weights that only look like those of before are noticed when they are bound.
+# Layouts of the weights of recent calls: an operator, unlike a plan, has no object to keep them in.
+# Other weights may have the same key; if their layout differs, binding raises Mismatch.
 _layouts: OrderedDict[Any, Any] = OrderedDict()
-_MOST_LAYOUTS = 256
+_MAX_LAYOUTS = 256
 
 
 def _bind_cached(rule: str, backend: Backend, tensors: Tensors) -> Any:
-    """Checked tensors, over the layout of the last step of the same weights."""
+    """Bind a batch, with the layout that the last step of the same weights has cached."""
     weights = tensors.weights
     key = (rule, backend, tensors.dtypes, len(weights), weights[0]._cdata)
     if key in _layouts:
@@ -98,7 +102,7 @@ def _bind_cached(rule: str, backend: Backend, tensors: Tensors) -> Any:
         except Mismatch:
             pass
     _layouts[key] = backend.layout(weights)
-    if len(_layouts) > _MOST_LAYOUTS:
+    if len(_layouts) > _MAX_LAYOUTS:
         _layouts.popitem(last=False)
     try:
         return bind_copying_gradients(backend, tensors, _layouts[key])
@@ -126,12 +130,12 @@ def _step(
 ) -> None:
     rate = lr if lr_tensor is None else lr_tensor
     check_lr(rate)
-    stepped = decode(rule)
-    lists = _lists(weights, grads, states, counters, masters, stepped, stochastic_rounding)
-    scalars = scalars_for(backend for backend, _ in lists)
+    decoded = decode(rule)
+    batches = _batches(weights, grads, states, counters, masters, decoded, stochastic_rounding)
+    scalars = scalars_for(backend for backend, _ in batches)
     if square_norm is not None:
         scalars.set_square(square_norm)
-    for backend, tensors in lists:
+    for backend, tensors in batches:
         seed = None
         device = tensors.weights[0].device
         if stochastic_rounding and tensors.dtypes.weight == torch.bfloat16:
@@ -142,22 +146,23 @@ def _step(
                 )
             seed = int(torch.randint(2**62, (), device="cpu"))
         bound = _bind_cached(rule, backend, tensors)
-        given = scalars.of_batch(rate, scale, max_grad_norm, seed, device)
-        backend.step(stepped, bound, given)
+        of_batch = scalars.of_batch(rate, scale, max_grad_norm, seed, device)
+        backend.step(decoded, bound, of_batch)
 
 
 def _square_norm(weights: list[Tensor], grads: list[Tensor], sizes: list[int]) -> Tensor:
     check_outside_backward()
-    # Group by group, laid out as the weights: the eager step's order, and so its bits.
-    lists, begin = [], 0
+    # Group by group, with the layouts of the weights, as the eager step does: another order of
+    # addition would give other bits.
+    batches, begin = [], 0
     for size in sizes:
         end = begin + size
-        lists += _lists(weights[begin:end], grads[begin:end], [], [], [], GradientNorm())
+        batches += _batches(weights[begin:end], grads[begin:end], [], [], [], GradientNorm())
         begin = end
-    on_device = all(backend.reads_device for backend, _ in lists)
+    on_device = all(backend.reads_device for backend, _ in batches)
     sums = [
         backend.measure(GradientNorm(), _bind_cached("", backend, tensors), StepScalars(0.0))
-        for backend, tensors in lists
+        for backend, tensors in batches
     ]
     return square_of_norm(sums, on_device).to(grads[0].device)
 
@@ -169,7 +174,7 @@ _library.define(
     "Tensor? square_norm, float? max_grad_norm, bool stochastic_rounding) -> ()"
 )
 _library.define("square_norm(Tensor[] weights, Tensor[] grads, int[] sizes) -> Tensor")
-# define and impl, not custom_op, which costs three times as much host time a call.
+# Not torch.library.custom_op, which costs three times as much host time a call.
 _library.impl("step", _step, "CompositeExplicitAutograd")
 _library.impl("square_norm", _square_norm, "CompositeExplicitAutograd")
 torch.library.register_fake("fastlars::step", lambda *args: None, lib=_library)

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 import fastlars
 from fastlars import conventions, migrate
+from fastlars.optim.group_entries import count_step
 from input_cases import through_file
 from optimizers import SIMPLE, Row, parameters, set_gradients, train
 from optimizers import one_thread as one_thread
@@ -92,7 +93,7 @@ def test_where_the_device_decides_its_own_counter_is_shown(row: Row) -> None:
     optimizer = row.make([w])
     w.grad = torch.ones(4)
     optimizer.step()
-    optimizer._count_steps(host_knows=False)
+    count_step(optimizer.param_groups[0], optimizer.state, host_knows=False)
     assert optimizer.param_groups[0]["step"] is optimizer.state[w]["step"]
     optimizer.step()
     assert int(optimizer.param_groups[0]["step"]) == 2
