@@ -1,4 +1,4 @@
-"""The average of a bucket over all processes, rounded as DDP rounds it, or in half precision."""
+"""Averaging a bucket over all processes: rounded exactly as DDP does, or in half precision."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ Future = torch.futures.Future
 
 
 def first_value(future: Future[list[Tensor]]) -> Tensor:
-    """What a reduction of one tensor gave; raises where it failed."""
+    """The result of a finished reduction of one tensor; raises if the reduction failed."""
     return future.value()[0]
 
 
 def compress(gradients: Tensor, size: int, into: Tensor) -> Tensor:
     """Divide by the number of processes, then round to the type of ``into``.
 
-    In this order, gradients that fit a float16 still fit it when they are added up over any number
-    of processes. Akiba, Suzuki, Fukuda 2017 (`arXiv:1711.04325 <https://arxiv.org/abs/1711.04325>`_)
-    send half precision too.
+    Because the division comes first, the sum of any number of gradients that fit float16 also fits
+    float16. Akiba, Suzuki, Fukuda 2017 (`arXiv:1711.04325 <https://arxiv.org/abs/1711.04325>`_)
+    also send gradients in half precision.
 
     Args:
-        gradients: this process's own, of any shape.
+        gradients: this process's gradients, of any shape.
         size: number of processes.
-        into: as long as ``gradients``; it is written, and returned.
+        into: a tensor of that shape; it is written, and returned.
     """
     return torch.mul(gradients, 1.0 / size, out=into)
 
 
 class BucketAverager:
-    """Scales buckets before their sum, to the bit as DDP does where it has no hook.
+    """Scales buckets before they are summed, with the same bits as DDP without a hook.
 
-    DDP multiplies by 1/size while it copies a gradient into its bucket, but divides by the size
-    where the gradient already lies there, or where it copies many at once. For sizes that are no
-    powers of two these differ.
+    DDP multiplies a gradient by 1/size when it copies the gradient into its bucket, but divides by
+    the size if the gradient is already in the bucket, or if it copies many gradients at once. The
+    results differ unless the size is a power of two.
     """
 
     def __init__(self, ddp: DistributedDataParallel) -> None:
@@ -47,44 +47,45 @@ class BucketAverager:
         self.size: int = dist.get_world_size(self.group)
         exact = self.size & (self.size - 1) == 0
         self._divides = bool(getattr(ddp, "batched_grad_copy", False))
-        self._kept: dict[Tensor, int] = {}
+        # By parameter: the storage that its gradient had before DDP moved it into the bucket.
+        self._grad_storages: dict[Tensor, int] = {}
         self._hooks: list[Any] = []
         if ddp.gradient_as_bucket_view and not exact and not self._divides:
             self._hooks = [
-                p.register_post_accumulate_grad_hook(self._note)
+                p.register_post_accumulate_grad_hook(self._note_storage)
                 for p in ddp.parameters()
                 if p.requires_grad
             ]
 
-    def _note(self, p: Tensor) -> None:
-        # Before DDP makes the gradient a view of the bucket, if it was none already.
+    def _note_storage(self, p: Tensor) -> None:
+        # This hook runs before DDP makes the gradient a view of the bucket.
         assert p.grad is not None
-        self._kept[p] = p.grad.untyped_storage()._cdata
+        self._grad_storages[p] = p.grad.untyped_storage()._cdata
 
     def scale(self, buffer: Tensor, bucket: GradBucket) -> Tensor:
-        """``buffer``, which is the bucket's, over the number of processes, in place."""
+        """Divide the bucket's ``buffer`` by the number of processes, in place."""
         if self._divides or buffer.layout != torch.strided:
             return buffer.div_(self.size)
         if not self._hooks:
             return buffer.mul_(1.0 / self.size)
-        own = buffer.untyped_storage()._cdata
-        kept = [self._kept.pop(p, None) == own for p in bucket.parameters()]
-        if not any(kept):
+        storage = buffer.untyped_storage()._cdata
+        in_bucket = [self._grad_storages.pop(p, None) == storage for p in bucket.parameters()]
+        if not any(in_bucket):
             return buffer.mul_(1.0 / self.size)
-        for inside, gradient in zip(kept, bucket.gradients(), strict=True):
-            if inside:
+        for was_in_bucket, gradient in zip(in_bucket, bucket.gradients(), strict=True):
+            if was_in_bucket:
                 gradient.div_(self.size)
             else:
                 gradient.mul_(1.0 / self.size)
         return buffer
 
     def start(self, tensor: Tensor) -> Future[list[Tensor]]:
-        """Begin to add up ``tensor`` over all processes, in place."""
+        """Start to sum ``tensor`` over all processes, in place."""
         work = dist.all_reduce(tensor, group=self.group, async_op=True)
         assert work is not None
         return work.get_future()
 
     def close(self) -> None:
-        """Leave the parameters alone."""
+        """Remove the hooks from the parameters."""
         for hook in self._hooks:
             hook.remove()

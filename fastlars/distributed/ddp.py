@@ -1,4 +1,4 @@
-"""overlap(): the optimizer's step during the backward pass of a DDP module."""
+"""overlap(): step an optimizer during the backward pass of a DDP module."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MODES = ("step", "norms")
 
 
 class Handle:
-    """What ``overlap()`` returns, to end the overlap. A copied or unpickled handle ends none."""
+    """Returned by ``overlap()``; ends the overlap. A copied or unpickled handle does nothing."""
 
     def __init__(self, engine: Engine | None) -> None:
         self._engine = engine
@@ -40,8 +40,8 @@ class Handle:
         if engine.is_under_way():
             engine.leaving = True
             return
-        with suppress(Exception):  # backward itself has said what went wrong
-            engine.wait()  # else buckets of a backward pass that failed were stepped afterwards
+        with suppress(Exception):  # backward itself has raised the error
+            engine.wait()  # else buckets of a failed backward pass could be stepped later
         engine.release()
 
 
@@ -137,9 +137,11 @@ def overlap(
     state = _registered_state(ddp)
     assert state.averager is not None
     engine = Engine(ddp, optimizer, state.averager, COMPRESSIONS[compression], mode, debug)
-    for kept in (ddp._forward_pre_hooks, ddp._forward_hooks):  # of a copied module
-        for key in [key for key, hook in kept.items() if hook in (_before_forward, _after_forward)]:
-            del kept[key]
+    for registered in (ddp._forward_pre_hooks, ddp._forward_hooks):
+        # A copied module has copies of these hooks already.
+        for key, hook in list(registered.items()):
+            if hook in (_before_forward, _after_forward):
+                del registered[key]
     hooks = (
         ddp.register_forward_pre_hook(_before_forward),
         ddp.register_forward_hook(_after_forward),
@@ -172,23 +174,24 @@ def _after_forward(ddp: torch.nn.Module, _: Any, outputs: Any) -> None:
 
 
 def _engine_of(ddp: torch.nn.Module) -> Engine | None:
-    """None of a copied module, which keeps these hooks, and is not overlapped."""
+    """The engine of ``ddp``; None for a copied module, which has these hooks but no overlap."""
     state = hook_state_of(ddp)
     return state.engine if state is not None else None
 
 
 def _registered_state(ddp: DistributedDataParallel) -> HookState:
-    """The state of overlap's hook on ``ddp``; registers the hook where there is none."""
+    """The state of overlap's hook on ``ddp``; registers the hook if there is none."""
     hooks = ddp._comm_hooks
     state = hook_state_of(ddp)
     if state is not None and state.engine is not None:
         raise RuntimeError("this DDP module is overlapped already: remove() its handle first")
     if state is not None:
         return state
-    hooks[:] = [pair for pair in hooks if not isinstance(pair[1], HookState)]  # of a copied module
+    # A copied module lists the hook of the original without having registered it.
+    hooks[:] = [pair for pair in hooks if not isinstance(pair[1], HookState)]
     if hooks:
         raise RuntimeError(
-            "overlap does not go with another communication hook: DDP takes one alone, and has "
+            "overlap does not go with another communication hook: DDP accepts only one, and has "
             f"{getattr(hooks[0][0], '__qualname__', hooks[0][0])}"
         )
     averager = BucketAverager(ddp)
@@ -196,10 +199,10 @@ def _registered_state(ddp: DistributedDataParallel) -> HookState:
     try:
         ddp.register_comm_hook(state, reduce_and_step)
     except RuntimeError as error:
-        hooks.clear()  # DDP notes the hook before its reducer refuses it
+        hooks.clear()  # DDP lists a hook before its reducer refuses it
         averager.close()
         raise RuntimeError(
-            "overlap does not go with another communication hook: DDP takes one alone, and has one "
-            "that it built itself"
+            "overlap does not go with another communication hook: DDP accepts only one, and has a "
+            "built-in hook"
         ) from error
     return state

@@ -1,4 +1,4 @@
-"""What overlap has used during backward, to be compared with what there is in ``step()``."""
+"""Snapshots of what overlap has used during backward, which ``step()`` checks for changes."""
 
 from __future__ import annotations
 
@@ -9,74 +9,74 @@ from torch import Tensor
 
 from fastlars.optim.base import FusedOptimizer
 from fastlars.optim.dtensor import plain_shard
-from fastlars.optim.values import kept, same_objects, unchanged
+from fastlars.optim.values import comparable_copy, same_objects, unchanged
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def checksums(tensors: list[Tensor]) -> list[Tensor]:
-    """For each tensor the sum of its bits, taken for integers."""
+    """For each tensor, the sum of its elements' bits, read as integers."""
     return [
         local.view(_BITS[local.itemsize]).sum(dtype=torch.int64)
         for local in (plain_shard(t.detach()).resolve_neg() for t in tensors)
     ]
 
 
-def _together(sums: list[Tensor]) -> Tensor:
+def _stacked(sums: list[Tensor]) -> Tensor:
     return torch.stack([each.to(sums[0].device) for each in sums])
 
 
-def _marks(tensors: list[Tensor]) -> list[int]:
-    """What changes with every write that autograd sees, and with other memory."""
+def _versions_and_storages(tensors: list[Tensor]) -> list[int]:
+    """Numbers that change if autograd sees a write to a tensor, or if its memory is replaced."""
     return [t._version for t in tensors] + [t.untyped_storage()._cdata for t in tensors]
 
 
-class Snapshot:
-    """Parameters and their gradients at the end of backward."""
+class TensorSnapshot:
+    """Parameters, their gradients and states at the end of backward."""
 
     def __init__(
         self, params: list[Tensor], reduced: list[Tensor] | None, states: list[Tensor], exact: bool
     ) -> None:
         """Args:
-        params: those whose gradients overlap has used, or will use in later steps.
-        reduced: their gradients in DDP's buckets, which are what was used; None where others
-            were, in half precision.
-        states: of the parameters, as far as there are any.
-        exact: also take checksums, which see changes through ``.data``, for a pass over gradients,
-            weights and states.
+        params: parameters whose gradients overlap has used, or will use in later steps.
+        reduced: their gradients in DDP's buckets, if overlap has used those; None if it has used
+            gradients in half precision.
+        states: the states of the parameters.
+        exact: also take checksums, which find changes through ``.data``, at the cost of reading all
+            gradients, weights and states once more.
         """
         self._params = params
         self._grads = [p.grad for p in params]
-        self._given = [g for g in self._grads if g is not None]
+        self._present = [g for g in self._grads if g is not None]
         self._states = states
-        self._grad_marks = _marks(self._given)
-        self._weight_marks = _marks(params)
+        self._grad_versions = _versions_and_storages(self._present)
+        self._weight_versions = _versions_and_storages(params)
         self._sums: list[Tensor] = []
         if exact:
-            used = self._given
+            used = self._present
             if reduced is not None:
                 used = [r for r, g in zip(reduced, self._grads, strict=True) if g is not None]
             self._sums = checksums(used + params + states)
 
     def changed(self) -> str | None:
-        """What was changed since, if anything."""
-        given = self._given
+        """Name the first thing that was changed since, if any."""
+        grads = self._present
         same = same_objects([p.grad for p in self._params], self._grads)
-        if not same or _marks(given) != self._grad_marks:
+        if not same or _versions_and_storages(grads) != self._grad_versions:
             return "gradient"
-        if _marks(self._params) != self._weight_marks:
+        if _versions_and_storages(self._params) != self._weight_versions:
             return "weight"
         if self._sums:
-            now = checksums(given + self._params + self._states)
-            wrong = (_together(self._sums) != _together(now)).nonzero()
-            names = ("gradient",) * len(given) + ("weight",) * len(self._params)
+            current = checksums(grads + self._params + self._states)
+            wrong = (_stacked(self._sums) != _stacked(current)).nonzero()
+            names = ("gradient",) * len(grads) + ("weight",) * len(self._params)
             if len(wrong) > 0:
                 return (*names, *["state"] * len(self._states))[int(wrong[0])]
         return None
 
 
-class Options:
-    """The options and the parameters of all groups, when the first bucket arrives."""
+class OptionsSnapshot:
+    """The options and the parameters of all groups when the first bucket arrives."""
 
     def __init__(self, optimizer: FusedOptimizer) -> None:
         self._values = self._read(optimizer)
@@ -84,24 +84,32 @@ class Options:
 
     @staticmethod
     def _read(optimizer: FusedOptimizer) -> list[Any]:
-        # skip_if is of no group.
-        groups = ([_plain(g[n]) for n in optimizer.defaults] for g in optimizer.param_groups)
+        # needs_norm includes skip_if, which is not an option of groups.
+        groups = ([_comparable(g[n]) for n in optimizer.defaults] for g in optimizer.param_groups)
         return [optimizer.stepper.needs_norm(optimizer.param_groups), *groups]
 
     def changed(self, optimizer: FusedOptimizer) -> str | None:
-        """What was changed since, if anything."""
-        if not same_members(self.members, [group["params"] for group in optimizer.param_groups]):
+        """Name the first thing that was changed since, if any."""
+        if not same_param_lists(
+            self.members, [group["params"] for group in optimizer.param_groups]
+        ):
             return "list of parameters"
         return None if unchanged(self._values, self._read(optimizer)) else "hyper-parameter"
 
 
-def same_members(known: list[list[Tensor]], now: list[list[Tensor]]) -> bool:
-    """Whether lists hold the same parameters, in the same order."""
-    return len(known) == len(now) and all(map(same_objects, known, now))
+def same_param_lists(known: list[list[Tensor]], current: list[list[Tensor]]) -> bool:
+    """Whether the groups hold the same parameters, in the same order."""
+    return len(known) == len(current) and all(map(same_objects, known, current))
 
 
-def _plain(value: Any) -> Any:
-    """A value to compare with later: of a tensor the number, where reading it does not wait."""
+def _comparable(value: Any) -> Any:
+    """A copy of an option to compare with later; of a GPU tensor its identity and version, because
+    to read the tensor the host would have to wait."""
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return id(value), value._version
-    return kept(value)
+    return comparable_copy(value)
+
+
+Snapshot = TensorSnapshot  # old name
+Options = OptionsSnapshot  # old name
+same_members = same_param_lists  # old name

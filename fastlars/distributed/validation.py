@@ -1,4 +1,4 @@
-"""What overlap refuses, by name, before it changes anything."""
+"""Checks of what overlap does not support, made before it changes anything."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastlars.optim.base import FusedOptimizer
 
+# Attributes of an optimizer that GradScaler sets for the time of a step.
+_SET_BY_SCALER = ("grad_scale", "found_inf")
+
 
 def check_ddp(ddp: Any) -> None:
-    """Raise unless ``ddp`` is a DDP module whose gradients pass through overlap's hook alone."""
+    """Raise unless ``ddp`` is a DDP module that reduces all gradients by overlap's hook alone."""
     if not isinstance(ddp, DistributedDataParallel):
         raise TypeError(
             "overlap needs a torch.nn.parallel.DistributedDataParallel module, "
@@ -28,7 +31,7 @@ def check_ddp(ddp: Any) -> None:
         raise RuntimeError(
             "overlap does not go with find_unused_parameters=True: which parameters are unused is "
             "known only after their zeros were averaged. If they are the same at every step, "
-            "static_graph=True goes"
+            "set static_graph=True"
         )
     if any(hasattr(p, "_in_backward_optimizers") for p in ddp.parameters()):
         raise RuntimeError(
@@ -38,7 +41,7 @@ def check_ddp(ddp: Any) -> None:
 
 
 def raise_python_reducer() -> NoReturn:
-    """Where DDP runs without buckets."""
+    """Raise the error for torch.compile's python reducer, which has no buckets."""
     raise RuntimeError(
         "overlap does not go with torch.compile's python reducer, which has no buckets: set "
         'torch._dynamo.config.optimize_ddp = "ddp_optimizer" before DDP is made'
@@ -46,13 +49,13 @@ def raise_python_reducer() -> NoReturn:
 
 
 def inner_optimizer(optimizer: Any) -> Any:
-    """The optimizer that a wrapper steps, as of Lightning, Fabric and Accelerate."""
+    """The optimizer inside the wrappers of Lightning, Fabric and Accelerate."""
     inner = getattr(optimizer, "optimizer", None)
     return inner_optimizer(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
 
 
 def check_optimizer(optimizer: Any, ddp: DistributedDataParallel) -> None:
-    """Raise unless ``optimizer`` is a fastlars optimizer, and steps parameters of ``ddp``."""
+    """Raise unless ``optimizer`` is a fastlars optimizer that steps parameters of ``ddp``."""
     if not isinstance(optimizer, FusedOptimizer):
         raise TypeError(f"overlap needs an optimizer of fastlars, got {type(optimizer).__name__}")
     if optimizer.overlap_hook is not None:
@@ -60,14 +63,14 @@ def check_optimizer(optimizer: Any, ddp: DistributedDataParallel) -> None:
             "this optimizer is overlapped already: remove() its handle first, which after a "
             "backward pass takes effect in optimizer.step()"
         )
-    own = {p for group in optimizer.param_groups for p in group["params"]}
-    if not any(p in own for p in ddp.parameters() if p.requires_grad):
+    stepped = {p for group in optimizer.param_groups for p in group["params"]}
+    if not any(p in stepped for p in ddp.parameters() if p.requires_grad):
         raise ValueError("the optimizer steps none of the DDP module's parameters")
     check_groups(optimizer)
 
 
 def check_groups(optimizer: FusedOptimizer) -> None:
-    """Raise where a group's options do not go with overlap."""
+    """Raise if overlap does not support the options of a group."""
     for number, group in enumerate(optimizer.param_groups):
         if group["capturable"]:
             raise RuntimeError(
@@ -82,28 +85,28 @@ def check_groups(optimizer: FusedOptimizer) -> None:
 
 
 def has_scaler(optimizer: FusedOptimizer) -> bool:
-    """Whether a GradScaler takes the step."""
-    given = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
-    return any(value is not None for value in given)
+    """Whether a GradScaler has passed its scale or its verdict to this step."""
+    return any(getattr(optimizer, name, None) is not None for name in _SET_BY_SCALER)
 
 
 def raise_scaler(optimizer: FusedOptimizer) -> None:
-    """Where buckets are stepped during backward."""
-    for name in ("grad_scale", "found_inf"):
-        vars(optimizer).pop(name, None)  # GradScaler leaves them after an error, to later steps
+    """Raise the error for a GradScaler where buckets are stepped during backward."""
+    for name in _SET_BY_SCALER:
+        # After an error GradScaler does not remove them, and the next step would find them.
+        vars(optimizer).pop(name, None)
     raise RuntimeError(
         "overlap does not go with GradScaler: buckets are stepped before it has seen all "
-        'gradients. mode="norms" and max_grad_norm go with it, because they write nothing before '
+        'gradients. mode="norms" and max_grad_norm work with it, because they write nothing before '
         "optimizer.step(); bfloat16 needs no scaler"
     )
 
 
 def raise_changed(what: str) -> None:
-    """Where something was used during backward that is not what ``step()`` finds."""
+    """Raise the error for a tensor or option that was changed after overlap had used it."""
     advice = {
         "gradient": "For a global clip, or its norm alone (math.inf), set max_grad_norm. "
-        'mode="norms" takes changed gradients',
-        "weight": 'Change it before backward or after optimizer.step(), or take mode="norms"',
+        'mode="norms" allows changed gradients',
+        "weight": 'Change it before backward or after optimizer.step(), or set mode="norms"',
     }.get(what, "Change it before backward, or after optimizer.step()")
     raise RuntimeError(
         f"a {what} was changed between backward and optimizer.step(): overlap has used it already. "
@@ -112,9 +115,9 @@ def raise_changed(what: str) -> None:
 
 
 def check_join(ddp: DistributedDataParallel) -> None:
-    """Raise where DDP averages over those processes only that have inputs left."""
+    """Raise if DDP averages only over the processes that still have inputs."""
     if ddp._join_config.enable and not ddp._divide_by_initial_world_size:
         raise RuntimeError(
             "overlap does not go with join(divide_by_initial_world_size=False): a communication "
-            "hook is not told how many processes are left"
+            "hook cannot know how many processes are left"
         )

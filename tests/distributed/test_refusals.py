@@ -102,7 +102,7 @@ AT_ONCE: dict[str, tuple[Build, str, str]] = {
     "python reducer": (python_reducer, "RuntimeError", "python reducer"),
     "in backward": (in_backward, "RuntimeError", "_apply_optimizer_in_backward"),
     "second hook": (hooked, "RuntimeError", "has fp16_compress_hook"),
-    "built-in hook": (built_in, "RuntimeError", "one that it built itself"),
+    "built-in hook": (built_in, "RuntimeError", "built-in hook"),
     "twice": (twice, "RuntimeError", "optimizer is overlapped already"),
     "twice, by module": (twice_ddp, "RuntimeError", "DDP module is overlapped already"),
     "capturable": (
