@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 
 import pytest
+from torch import nn
 
 from sources import CXX, ROOT, files
 
@@ -66,6 +68,49 @@ def test_packages_import_only_what_lies_below_them(path: str) -> None:
     banned = [names for user, names in FORBIDDEN.items() if within(module_name(path), user)]
     wrong = [n for n in imported(path) for bans in banned for ban in bans if within(n, ban)]
     assert not wrong, f"{path} imports {wrong}"
+
+
+def package_of(path: str) -> str:
+    """``fastlars/optim`` and the like; a module of the top level is a package by itself."""
+    return "/".join(path.split("/")[:2])
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__") and name != "_C"
+
+
+@cache
+def private_names(path: str) -> set[str]:
+    """What a file defines for itself: functions, classes, variables, attributes of ``self``."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names.add(node.attr)
+    return {name for name in names if is_private(name) and not hasattr(nn.Module(), name)}
+
+
+def borrowed_names(path: str) -> list[tuple[int, str]]:
+    """Private names that a file imports, or takes from anything but ``self`` and ``cls``."""
+    found = []
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastlars"):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            found += [] if own else [(node.lineno, node.attr)]
+    return [(line, name) for line, name in found if is_private(name)]
+
+
+@pytest.mark.parametrize("path", [*PYTHON, *files("benchmarks", suffixes=(".py",))])
+def test_private_names_stay_in_their_package(path: str) -> None:
+    own = package_of(path)
+    others = {name for p in PYTHON if package_of(p) != own for name in private_names(p)}
+    wrong = [f"line {line}: {name}" for line, name in borrowed_names(path) if name in others]
+    assert not wrong, f"{path} uses private names of another package: {wrong}"
 
 
 @pytest.mark.parametrize("path", [path for path in PYTHON if not path.startswith(ADDRESSES)])

@@ -137,7 +137,7 @@ class Engine:
         if in_flight is not None:
             # After DDP's own callback, which backward waits for. On CUDA, futures run this on a
             # stream of their own that waits for the reduction.
-            in_flight.future = future.then(partial(self._work_early, in_flight))
+            in_flight.future = future.then(partial(self.work_early, in_flight))
         return result
 
     def _begin(self) -> None:
@@ -199,7 +199,7 @@ class Engine:
         self.in_flight.append(in_flight)
         return in_flight
 
-    def _work_early(self, in_flight: InFlightBucket, future: Future[list[Tensor]]) -> list[Tensor]:
+    def work_early(self, in_flight: InFlightBucket, future: Future[list[Tensor]]) -> list[Tensor]:
         """Runs when a bucket is reduced, in the thread that waited for it. Returns the result
         tensors: on CUDA, to wait for a future only waits for the streams of tensors in its value.
         """

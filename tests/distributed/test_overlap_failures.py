@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fastlars
 from distributed.overlap_cases import Setting, images, make
 from distributed.processes import outcomes, run
-from fastlars.distributed.buckets import Bucket, Started
+from fastlars.distributed.buckets import Bucket, InFlightBucket
 
 SECONDS = 10.0  # timeout of the process group; a busy machine may need 3 for a step
 BROKEN = 2  # step
@@ -44,7 +44,7 @@ def fail(how: str) -> None:
     train(ddp, optimizer, range(BROKEN))
     if dist.get_rank() == 1:
         calls = []
-        original = Bucket.works
+        original = Bucket.bind
 
         def broken(self: Bucket, *arguments: Any) -> Any:
             calls.append(self)
@@ -55,7 +55,7 @@ def fail(how: str) -> None:
                 raise ZeroDivisionError("as asked")
             return original(self, *arguments)
 
-        Bucket.works = broken  # type: ignore[method-assign]
+        Bucket.bind = broken  # type: ignore[method-assign]
     before = {p: p.detach().clone() for p in ddp.parameters()}
     try:
         train(ddp, optimizer, range(BROKEN, BROKEN + 1))
@@ -82,17 +82,17 @@ def fail_in_the_callback(mode: str) -> str:
     """In the thread that waited for the reduction."""
     ddp, optimizer = start(mode)
     train(ddp, optimizer, range(BROKEN))
-    original = Started.take
+    original = InFlightBucket.work_early
 
-    def broken(self: Started, kind: str | None) -> None:
+    def broken(self: InFlightBucket, work: str | None) -> None:
         raise ZeroDivisionError("as asked")
 
-    Started.take = broken  # type: ignore[method-assign]
+    InFlightBucket.work_early = broken  # type: ignore[method-assign]
     with pytest.raises(Exception, match="ZeroDivisionError: as asked"):
         train(ddp, optimizer, range(BROKEN, BROKEN + 1))
     with pytest.raises(Exception, match="ZeroDivisionError: as asked"):
         optimizer.step()  # nor does it pass for a step
-    Started.take = original  # type: ignore[method-assign]
+    InFlightBucket.work_early = original  # type: ignore[method-assign]
     return "said"
 
 
@@ -166,8 +166,8 @@ def peek() -> str:
     fastlars.distributed.overlap(ddp, optimizer)
 
     def wait(_: Any, __: Any) -> None:
-        for started in optimizer.overlap_hook.in_flight:
-            started.future.wait()
+        for in_flight in optimizer.overlap_hook.in_flight:
+            in_flight.future.wait()
 
     # DDP's last buckets, and not yet the race that the step below decides by waiting.
     train(ddp, optimizer, range(BROKEN))
