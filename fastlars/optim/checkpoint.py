@@ -8,7 +8,7 @@ strides of its parameter, and a state_dict that does not fit is refused before a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -89,8 +89,10 @@ def load(optimizer: FusedOptimizer, load_base: Callable[[Dict], None], state_dic
                 saved[name] = group[name]
             names_to_dtypes(saved)
         if _check_loaded(optimizer, loaded):
-            for p, group, state in _params_with_state(optimizer, loaded):
-                states[p] = _state_of(optimizer, p, group, state)
+            for group, saved in zip(optimizer.param_groups, loaded["param_groups"], strict=True):
+                for p, index in zip(group["params"], saved["params"], strict=True):
+                    if index in loaded["state"]:
+                        states[p] = _state_of(optimizer, p, saved, loaded["state"][index])
         # Copied here: torch's own copies would share memory with the checkpoint, and turn strings
         # into generators.
         indices = {index for group in loaded["param_groups"] for index in group["params"]}
@@ -113,16 +115,6 @@ def load(optimizer: FusedOptimizer, load_base: Callable[[Dict], None], state_dic
     finally:
         before.remove()
         after.remove()
-
-
-def _params_with_state(
-    optimizer: FusedOptimizer, loaded: Dict
-) -> Iterator[tuple[Tensor, Dict, Dict]]:
-    """Each parameter that has a state in the dict, with the options it will have and that state."""
-    for group, saved in zip(optimizer.param_groups, loaded["param_groups"], strict=True):
-        for p, index in zip(group["params"], saved["params"], strict=True):
-            if index in loaded["state"]:
-                yield p, {**group, **saved}, loaded["state"][index]
 
 
 def _state_of(optimizer: FusedOptimizer, p: Tensor, group: Dict, state: Dict) -> Dict:
@@ -211,21 +203,19 @@ def _check_loaded(optimizer: FusedOptimizer, loaded: Dict) -> bool:
     sizes = [len(group["params"]) for group in loaded["param_groups"]]
     if sizes != [len(group["params"]) for group in optimizer.param_groups]:
         return False
-    for number, (own, saved) in enumerate(
-        zip(optimizer.param_groups, loaded["param_groups"], strict=True)
-    ):
-        group = {**own, **saved}
+    pairs = zip(optimizer.param_groups, loaded["param_groups"], strict=True)
+    for number, (group, saved) in enumerate(pairs):
         try:
-            rule = checked_rule(optimizer.rule_of, group)
-            if optimizer.counts_steps and group.get("step") is not None:
-                at_least_zero("step", group["step"])
+            rule = checked_rule(optimizer.rule_of, saved)
+            if optimizer.counts_steps and saved.get("step") is not None:
+                at_least_zero("step", saved["step"])
         except (TypeError, ValueError) as error:
             raise ValueError(f"state_dict, group {number}: {error}") from None
-        for i, (p, index) in enumerate(zip(own["params"], saved["params"], strict=True)):
+        for i, (p, index) in enumerate(zip(group["params"], saved["params"], strict=True)):
             state = loaded["state"].get(index, {})
             # Before the first step of a parameter, its state may hold a wrapper's entries alone.
             if any(name in state for name in rule.states):
-                _check_state(p, state, rule, group, f"state_dict, {location(number, i)}")
+                _check_state(p, state, rule, saved, f"state_dict, {location(number, i)}")
     return True
 
 

@@ -39,10 +39,7 @@ def owner_from_stack() -> str | None:
 def check_norm(what: str, owner: str | None, norm_group: Any) -> None:
     """Raise if ``what``, an argument that needs the global norm, would get only a part of it.
 
-    Args:
-        what: the argument, such as ``max_grad_norm``.
-        owner: the result of :func:`owner_from_stack`.
-        norm_group: the processes over which the norm is summed, or None.
+    ``owner`` is the result of :func:`owner_from_stack`.
     """
     if owner is not None and norm_group is None:
         raise RuntimeError(

@@ -109,7 +109,7 @@ class TracedStep:
             rule, numbers = self._init_group(group, *lists)
             # Once a float has changed, torch.compile no longer guards its value, and the rule in
             # the graph would keep the old number. A comparison with a constant makes it guard the
-            # value, and trace anew.
+            # value, and trace again.
             if numbers is None or any(group[name] != value for name, value in numbers):
                 self._step_outside_graph()
                 return
