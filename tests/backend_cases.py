@@ -143,7 +143,12 @@ ROWS = DEFAULTS + OPTIONS
 PLAIN = Dtypes(F32, F32, F32)
 TYPE_MIXES = (
     *(Dtypes(w, g, s) for w in (F32, BF16, F16) for g in (F32, BF16, F16) for s in (F32, BF16)),
-    *(Dtypes(F32, g, s, copy=c) for c in (BF16, F16) for g in (F32, BF16, F16) for s in (F32, BF16)),
+    *(
+        Dtypes(F32, g, s, copy=c)
+        for c in (BF16, F16)
+        for g in (F32, BF16, F16)
+        for s in (F32, BF16)
+    ),
 )
 
 
@@ -210,8 +215,8 @@ class Run:
         self.tensors = Tensors(weights, [], states, counters, copies, dtypes)
 
     def take_gradients(self, step: int) -> None:
-        kind = self.tensors.dtypes.grad
-        self.tensors.grads = [place(e.grads[step], kind, e.layout) for e in self.entries]
+        dtype = self.tensors.dtypes.grad
+        self.tensors.grads = [place(e.grads[step], dtype, e.layout) for e in self.entries]
 
     def bind(self) -> Any:
         return self.backend.bind(self.tensors, self.backend.layout(self.tensors.weights))

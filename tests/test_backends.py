@@ -19,12 +19,12 @@ from backend_cases import (
     F32,
     F64,
     INSTANCES,
-    TYPE_MIXES,
     NAMES,
     OPTIONS,
     PLAIN,
     ROWS,
     SOME_TYPE_MIXES,
+    TYPE_MIXES,
     TYPED,
     USUAL,
     Row,
@@ -50,7 +50,12 @@ from tolerances import assert_close, assert_same_bits
 CASES = [
     *((row, PLAIN, problem) for row in ROWS for problem in SMALL),
     *((row, dtypes, ORDINARY) for row in INSTANCES for dtypes in TYPE_MIXES[1:]),
-    *((row, dtypes, ORDINARY) for row in OPTIONS if row not in INSTANCES for dtypes in SOME_TYPE_MIXES),
+    *(
+        (row, dtypes, ORDINARY)
+        for row in OPTIONS
+        if row not in INSTANCES
+        for dtypes in SOME_TYPE_MIXES
+    ),
     *((row, k, p) for row in USUAL for k in TYPE_MIXES[1:] for p in SMALL if p.name in TYPED),
     *((row, dtypes, problem) for row in USUAL for dtypes in TYPE_MIXES[::20] for problem in LARGE),
 ]

@@ -40,7 +40,12 @@ from tolerances import assert_same_bits
 
 DEVICE = DEVICES["cuda"]
 pytestmark = marks("cuda")
-TYPE_MIXES = (PLAIN, Dtypes(BF16, F16, BF16), Dtypes(F16, BF16, F32), Dtypes(F32, BF16, F32, copy=F16))
+TYPE_MIXES = (
+    PLAIN,
+    Dtypes(BF16, F16, BF16),
+    Dtypes(F16, BF16, F32),
+    Dtypes(F32, BF16, F32, copy=F16),
+)
 NAMED = {problem.name: problem for problem in PROBLEMS}
 # How a step may be launched: path, grid, shared slots. All must equal the first.
 LAUNCHES = (

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fastlars._C as _C
 from fastlars.backends.base import Backend, Dtypes, Mismatch, Tensors
-from fastlars.backends.choose import Chooser
+from fastlars.backends.choose import ChoiceCache
 from fastlars.optim.checks import (
     check_counter,
     check_gradient,
@@ -308,7 +308,7 @@ class Plan:
         """Parameters with gradients, checked, by what one call of a back end needs alike."""
         group = self.group
         by_kind: dict[Kind, list[int]] = defaultdict(list)
-        choose = Chooser(self.rule, group["stochastic_rounding"])
+        choose = ChoiceCache(self.rule, group["stochastic_rounding"])
         for i, (p, g) in enumerate(zip(self.params, grads, strict=True)):
             if g is None:
                 continue

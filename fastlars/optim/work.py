@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlars.backends.base import Backend, StepScalars
-from fastlars.backends.upload import keep
+from fastlars.backends.upload import keep_for_replays
 from fastlars.optim.numbers import Numbers
 from fastlars.optim.plan import State, Sublist, lacks_states
 from fastlars.optim.sharded import complete, shards
@@ -57,7 +57,7 @@ class Work:
         if scalars.device is not None:
             # Not the norm: what a recording has made itself is its own.
             there = replace(scalars.device, square_norm=None)
-            keep(self.sublist.weights[0], there.given)
+            keep_for_replays(self.sublist.weights[0], there.given)
         return scalars
 
 

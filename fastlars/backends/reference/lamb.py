@@ -16,7 +16,7 @@ from fastlars.rules import LambRule
 
 def advance(rule: LambRule, w: Tensor, g: Tensor, states: list[Tensor]) -> None:
     m, v = (x.to(w.dtype) for x in states)
-    # Not + 0 w: an infinite weight would make NaN of moments that it has no part in.
+    # Without decay, not even 0 * w is added: for an infinite weight it would be NaN.
     d = g + rule.weight_decay * w if rule.decay == "gradient" and rule.weight_decay else g
     m = rule.beta1 * m + (1.0 - rule.beta1 if rule.grad_averaging else 1.0) * d
     v = rule.beta2 * v + (1.0 - rule.beta2) * d.square()
@@ -25,7 +25,7 @@ def advance(rule: LambRule, w: Tensor, g: Tensor, states: list[Tensor]) -> None:
 
 
 def direction(rule: LambRule, w: Tensor, states: list[Tensor], step: Tensor) -> Tensor:
-    """u, from the stored moments."""
+    """u, computed from the stored moments."""
     m, v = (x.to(w.dtype) for x in states)
     if rule.bias_correction == "moments":
         m = m / (1.0 - rule.beta1 ** float(step))

@@ -36,7 +36,7 @@ def update(
     states: list[Tensor],
     last_lr: Tensor | None,
 ) -> Tensor:
-    # lr and q enter before the buffer (inner) or after it (outer).
+    # Factors before the buffer (inner) and after it (outer); lr and q each are in one of the two.
     inner = coefficient({"step": lr * q, "scaled": q, "gradient": 1.0}[rule.buffer])
     outer = coefficient({"step": 1.0, "scaled": lr, "gradient": lr * q}[rule.buffer])
     s = inner * (g + rule.weight_decay * w)
@@ -46,7 +46,7 @@ def update(
     if last_lr is not None and (last := float(last_lr)) != rule.NEVER_STEPPED:
         undamped = 1.0 - rule.dampening
         if rule.momentum_correction and last != 0.0:
-            # Rounded as the last one was: a rate that did not change corrects nothing.
+            # lr is rounded to float32 like the stored last_lr: an unchanged lr corrects nothing.
             correction = float(last_lr.new_tensor(lr)) / last
     b = rule.momentum * correction * states[0].to(w.dtype) + undamped * s
     states[0].copy_(b)
