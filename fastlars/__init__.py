@@ -40,7 +40,7 @@ _OBJECTS = {
 }
 # Imported at first use. distributed cannot be imported with every build of torch.
 _MODULES = ("conventions", "distributed", "migrate", "schedules")
-_INNER = ("_C", "backends", "groups", "optim", "rules")  # importing the package did so once
+_INNER = ("_C", "backends", "groups", "optim", "rules")  # `import fastlars` once imported these
 
 
 def __dir__() -> list[str]:

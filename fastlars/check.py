@@ -39,8 +39,8 @@ TYPE_MIXES = (
     *(Dtypes(w, g, s) for w, g, s in product((F32, BF16, F16), (F32, BF16, F16), (F32, BF16))),
     *(Dtypes(F32, g, s, copy=c) for g, s, c in product((F32, BF16, F16), (F32, BF16), (BF16, F16))),
 )
-# Every type in every place. For Triton, which compiles kernels anew for each mix: all mixes would
-# take it a minute.
+# Each type for weights, gradients, states and copies once or more. Triton compiles kernels anew for
+# each mix: all mixes would take it a minute.
 SOME_TYPE_MIXES = (
     Dtypes(F32, F32, F32),
     Dtypes(BF16, BF16, F32),
@@ -51,7 +51,7 @@ SOME_TYPE_MIXES = (
 
 
 def combinations(backend: str) -> list[tuple[str, Combination]]:
-    """What is checked of a back end: titles of rules, and combinations."""
+    """All combinations that are checked of a back end, each with its rule's title."""
     found = []
     for title, rules in CHECKED.items():
         pairs = [*product(rules, TYPE_MIXES)]
@@ -71,7 +71,7 @@ class Trial:
     Attributes:
         path: launch path of the CUDA back end; empty for the others.
         absent: why the back end cannot serve the device; empty if it can.
-        results: for each combination that was reached, what is wrong; empty if nothing is.
+        results: for each combination that was reached, what is wrong with it: "" if nothing is.
     """
 
     backend: str

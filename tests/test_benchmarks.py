@@ -216,8 +216,8 @@ def test_a_back_end_that_fails_its_check_has_no_figures_of_another(
 ) -> None:
     whole = Cpu.step
     monkeypatch.setattr(Cpu, "step", lambda *given: whole(*given).mul_(1.1))
-    monkeypatch.setattr(selfcheck, "_agree", defaultdict(set))
-    monkeypatch.setattr(selfcheck, "_fault", {})
+    monkeypatch.setattr(selfcheck, "_passed", defaultdict(set))
+    monkeypatch.setattr(selfcheck, "_failure", {})
     found = _small(monkeypatch).run()
     assert str(found.errors["fastlars"]) == "cpu fails its check, and reference would serve"
     assert list(found.figures) == ["torch SGD(fused)"]

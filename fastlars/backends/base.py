@@ -84,8 +84,8 @@ class StepScalars:
         lr: learning rate.
         gradient_scale: factor on every gradient: unscaling, global clip, sign of ``maximize``.
         seed: of stochastic rounding; None rounds to nearest.
-        device: scalars that are on the device; they come before the ones above. Only back ends
-            with ``reads_device`` accept it: they read it without making the host wait.
+        device: scalars whose values are on the device; they take precedence over those above. Only
+            back ends with ``reads_device`` can read them, which they do without a wait of the host.
     """
 
     lr: float

@@ -25,7 +25,7 @@ from fastlars.rules import GradientNorm, Rule
 
 F64 = torch.float64
 # Elements of each tensor. 16,401: two chunks of the CPU back end and five of the others, of which
-# the last is not full; 4,096: one full chunk; 257: placed off every 16-byte boundary; 1: the least.
+# the last is not full; 4,096: one full chunk; 257: placed off every 16-byte boundary.
 SIZES = (16_401, 4_096, 257, 1)
 OFF_BOUNDARY = 257
 # Learning rate, gradient scale and seed of stochastic rounding. The first step is one call of

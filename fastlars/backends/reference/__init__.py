@@ -1,8 +1,8 @@
 """The rules in plain torch: the specification against which every other back end is tested.
 
-Each rule has a module named after it (``rule.name``) with its equations for one parameter. There,
-w and g are the weight and the scaled gradient in the type of the arithmetic, ``states`` and
-``counter`` are the stored tensors, and lr is this step's learning rate:
+A rule's equations are in the module of its name: ``rule.name``. Symbols are those of
+docs/numerics.md, "Notation". For one parameter, where w and g are the weight and the scaled
+gradient in the type of the arithmetic, and states and counter are stored tensors, the module has
 
 * ``measured(rule, w, g, states, counter)``: the ``rule.sums`` tensors whose norms are taken;
 * ``trust_ratio(rule, lr, *norms)``: the ratio q;

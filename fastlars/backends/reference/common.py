@@ -1,4 +1,4 @@
-"""Shared by the equations of all rules: keeps coefficients in the range of float32."""
+"""Shared by the equations of all rules: results stay in the range of float32."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ LARGEST_FLOAT = torch.finfo(torch.float32).max
 
 
 def guarded_ratio(w: float, u: float, numerator: float, denominator: float) -> float:
-    """numerator / denominator; 1 if a norm is 0: a ratio of 0 would freeze a tensor of zeros."""
+    """q = numerator / denominator; 1 where either norm is 0: such a tensor, of fresh zeros or
+    without a gradient, would otherwise never move again."""
     q = numerator / denominator if w > 0.0 and u > 0.0 else 1.0
     return LARGEST_FLOAT if q > LARGEST_FLOAT and math.isfinite(numerator) else q
 
 
 def coefficient(value: float) -> float:
-    """``value``, clamped to the largest float32: lr * ratio can overflow even where the ratio does
-    not."""
+    """lr q can overflow float32 even where q does not: it is then the largest float."""
     return LARGEST_FLOAT if LARGEST_FLOAT < value < math.inf else value

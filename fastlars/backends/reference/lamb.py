@@ -1,7 +1,7 @@
 """LAMB. You et al., "Large Batch Optimization for Deep Learning", 2020.
 
 m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2
-u = m' / (sqrt(v') + eps) + weight_decay w      (m', v': corrected for their start at 0)
+r = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps),  u = r + wd w
 q = phi(|w|) / |u|,           phi(z) = min(max(z, lower), upper)
 w = w - lr q u
 """
@@ -16,7 +16,7 @@ from fastlars.rules import LambRule
 
 def advance(rule: LambRule, w: Tensor, g: Tensor, states: list[Tensor]) -> None:
     m, v = (x.to(w.dtype) for x in states)
-    # Without decay, not even 0 * w is added: for an infinite weight it would be NaN.
+    # Not + 0 w: an infinite weight would make NaN of moments that do not depend on it.
     d = g + rule.weight_decay * w if rule.decay == "gradient" and rule.weight_decay else g
     m = rule.beta1 * m + (1.0 - rule.beta1 if rule.grad_averaging else 1.0) * d
     v = rule.beta2 * v + (1.0 - rule.beta2) * d.square()
@@ -25,7 +25,7 @@ def advance(rule: LambRule, w: Tensor, g: Tensor, states: list[Tensor]) -> None:
 
 
 def direction(rule: LambRule, w: Tensor, states: list[Tensor], step: Tensor) -> Tensor:
-    """u, computed from the stored moments."""
+    """u, from the stored moments."""
     m, v = (x.to(w.dtype) for x in states)
     if rule.bias_correction == "moments":
         m = m / (1.0 - rule.beta1 ** float(step))

@@ -1,7 +1,7 @@
 """LARS. You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks", 2017.
 
-q = trust_coefficient |w| / (|g| + weight_decay |w| + eps)
-b = momentum b + lr q (g + weight_decay w)
+q = eta |w| / (|g| + wd |w| + eps)
+b = mu b + lr q (g + wd w)
 w = w - b
 """
 
@@ -36,7 +36,7 @@ def update(
     states: list[Tensor],
     last_lr: Tensor | None,
 ) -> Tensor:
-    # Factors before the buffer (inner) and after it (outer); lr and q each are in one of the two.
+    # lr and q enter before b (inner) or after it (outer).
     inner = coefficient({"step": lr * q, "scaled": q, "gradient": 1.0}[rule.buffer])
     outer = coefficient({"step": 1.0, "scaled": lr, "gradient": lr * q}[rule.buffer])
     s = inner * (g + rule.weight_decay * w)
@@ -46,7 +46,7 @@ def update(
     if last_lr is not None and (last := float(last_lr)) != rule.NEVER_STEPPED:
         undamped = 1.0 - rule.dampening
         if rule.momentum_correction and last != 0.0:
-            # lr is rounded to float32 like the stored last_lr: an unchanged lr corrects nothing.
+            # Rounded as the last one was, so that an unchanged lr corrects nothing.
             correction = float(last_lr.new_tensor(lr)) / last
     b = rule.momentum * correction * states[0].to(w.dtype) + undamped * s
     states[0].copy_(b)

@@ -1,8 +1,8 @@
 """RMSprop warm-up. Akiba, Suzuki, Fukuda, "Extremely Large Minibatch SGD: Training ResNet-50 on
 ImageNet in 15 Minutes", 2017.
 
-d = g + weight_decay w,  m = square_decay m + (1 - square_decay) d^2
-b = momentum b + (a + (1 - a) lr_rmsprop / lr / (sqrt(m) + eps)) d      (a: the share of SGD)
+d = g + wd w,  v = beta2 v + (1 - beta2) d^2
+b = mu b + a d + (1 - a) (lr_rmsprop / lr) d / (sqrt(v) + eps)      (a: the share of SGD)
 w = w - lr b
 """
 
@@ -24,14 +24,14 @@ def update(
     step: Tensor,
 ) -> Tensor:
     share = rule.sgd_share(float(step) - 1.0)
-    b, m = (x.to(w.dtype) for x in states)
+    b, v = (x.to(w.dtype) for x in states)
     d = g + rule.weight_decay * w
     update = share * d
     if share < 1.0:
-        m = rule.square_decay * m + (1.0 - rule.square_decay) * d.square()
-        states[1].copy_(m)
-        r = (1.0 - share) * rule.lr_rmsprop / lr if lr > 0.0 else 0.0
-        update = update + coefficient(r) * (d / (m.sqrt() + rule.eps))
+        v = rule.square_decay * v + (1.0 - rule.square_decay) * d.square()
+        states[1].copy_(v)
+        rmsprop = (1.0 - share) * rule.lr_rmsprop / lr if lr > 0.0 else 0.0
+        update = update + coefficient(rmsprop) * (d / (v.sqrt() + rule.eps))
     b = rule.momentum * b + update
     states[0].copy_(b)
     return w - lr * b
