@@ -99,7 +99,7 @@ def test_wrong_numbers_never_reach_a_kernel() -> None:
             ):
                 run.backend.step(run.row.rule, run.bind(), StepScalars(0.1, device=there))
     there = OnDevice(square_norm=_number(1.0, F32))
-    with pytest.raises(ValueError, match="and a norm's square as float64"):
+    with pytest.raises(ValueError, match="and the squared norm a float64"):
         run.backend.step(run.row.rule, run.bind(), StepScalars(0.1, device=there))
 
 

@@ -21,7 +21,7 @@ from fastlars.backends.triton.table import AddressTable, ChunkTables
 from fastlars.backends.upload import Uploader, device_guard, is_capturing
 from fastlars.rules import GradientNorm, Rule
 
-LANES = 128
+LANES = 128  # numbers that a program of `sums.total` and `sums.advance` works on at once
 # Without fused multiply-add, which rounds once where other back ends round twice.
 OPTIONS: dict[str, Any] = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
 # For kernels that work on a few numbers per tensor and not on its elements.
