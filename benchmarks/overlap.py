@@ -75,15 +75,15 @@ class Contender:
         self.labels = torch.randint(1000, (32,))
 
     def _note_buckets(self) -> None:
-        engine = self.optimizer._ahead
+        engine = self.optimizer.overlap_hook
         assert isinstance(engine, Engine)
-        take = engine._take
+        work = engine._work_early
 
         def noted(*arguments: Any) -> Any:
             self.taking.append(time.perf_counter())
-            return take(*arguments)
+            return work(*arguments)
 
-        engine._take = noted  # type: ignore[method-assign]
+        engine._work_early = noted  # type: ignore[method-assign]
 
     def iterate(self) -> Times:
         """Both hosts begin together."""

@@ -39,16 +39,16 @@ Bar = tuple[str, float, float]  # what, from, for how long: milliseconds
 
 def mark(contender: Contender) -> None:
     """Let the profiler see the steps of buckets. It knows the all-reduces already."""
-    engine: Any = contender.optimizer._ahead
+    engine: Any = contender.optimizer.overlap_hook
     if not isinstance(engine, Engine):
         return
-    take = engine._take
+    work = engine._work_early
 
     def marked(*arguments: Any) -> Any:
         with record_function(BUCKET):
-            return take(*arguments)
+            return work(*arguments)
 
-    engine._take = marked
+    engine._work_early = marked
 
 
 @contextmanager

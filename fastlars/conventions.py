@@ -1,9 +1,9 @@
 """Keyword sets with which LARS and LAMB compute what other libraries compute.
 
 Libraries disagree about what LARS and LAMB are: what stands in the denominator of the trust ratio,
-what the momentum buffer holds, where the weight decay and the bias correction enter, who is left
-out. A convention is a mapping of keywords that settles all of it, and has the other library's
-defaults for the rest. Call it to change some of them.
+what the momentum buffer holds, where the weight decay and the bias correction enter, which
+parameters are excluded. A convention is a mapping of keywords that settles all of it, and has the
+other library's defaults for the rest. Call it to change some of them.
 
 Example:
     >>> import torch, fastlars
@@ -15,8 +15,10 @@ Example:
     >>> dict(conventions.vicreg_lars)
     {'ratio': 'combined', 'buffer': 'scaled', 'momentum': 0.9}
 
-Symbols below: w weight, g gradient, r Adam's direction, l weight decay, h trust coefficient, e eps,
-mu momentum, q trust ratio, b momentum buffer. In all of them q = 1 where a norm is 0.
+The symbols in :attr:`Convention.equation` are those of docs/numerics.md, "Notation": lr, mu
+(momentum), wd (weight decay), eta (trust coefficient), eps, beta1; w weight, g gradient, q trust
+ratio, b momentum buffer, m and v moments, r Adam's direction, u update, t the number of steps. In
+all equations q = 1 where a norm is 0.
 """
 
 from __future__ import annotations
@@ -26,20 +28,22 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 # The two axes on which implementations of LARS differ: the ratio, and what the buffer holds.
-_PAPER_RATIO = "q = h |w| / (|g| + l |w| + e)"
-_RATE_INSIDE = "b = mu b + lr q (g + l w);  w -= b"
-_RATE_OUTSIDE = "b = mu b + q (g + l w);  w -= lr b"
+_PAPER_RATIO = "q = eta |w| / (|g| + wd |w| + eps)"
+_RATE_INSIDE = "b = mu b + lr q (g + wd w);  w -= b"
+_RATE_OUTSIDE = "b = mu b + q (g + wd w);  w -= lr b"
 _PORT = {"ratio": "separate", "buffer": "scaled", "momentum": 0.0, "eps": 1e-8}
 _ADAM = "r = Adam's direction, bias-corrected;"
+_PAPER_UPDATE = "u = r + wd w;  q = |w| / |u|;  w -= lr q u"
 
-_NOBODY = "Nobody: pass model.parameters()."
+_NOTHING = "Nothing: pass model.parameters()."
 _NO_DECAY = (
-    "Groups with l = 0 are not adapted, unless always_adapt=True: parameter_groups(model, l)."
+    "Groups with weight_decay=0 are not adapted, unless always_adapt=True: "
+    "parameter_groups(model, weight_decay)."
 )
-_VECTORS = "Biases and norms: no ratio, no decay. parameter_groups(model, l)."
+_VECTORS = "Biases and norms: no ratio, no decay. parameter_groups(model, weight_decay)."
 _SHARED_STEP = (
-    "It counts the steps of a group, fastlars those of each parameter: they part where a parameter "
-    "has no gradient in some step."
+    "It counts the steps of a group, fastlars those of each parameter: the counts differ once a "
+    "parameter has no gradient in some step."
 )
 
 
@@ -48,22 +52,26 @@ class Convention(Mapping[str, Any]):
     """Keywords for :class:`fastlars.LARS` or :class:`fastlars.LAMB`; ``**`` unpacks them.
 
     Attributes:
-        name: under which it stands in this module.
+        name: its name in this module, a str; :func:`fastlars.migrate.load` takes it as ``source``.
         optimizer: ``"LARS"`` or ``"LAMB"``, the class that the keywords are for.
-        keywords: the form, and the other library's defaults where they are not fastlars' own. The
-            learning rate is never among them.
-        equation: what is computed.
-        excluded: whom the other library leaves out of decay or adaptation, and how to get that.
-        source: the code that it stands for.
-        differences: quirks of that code that are not copied, and what has another name.
+        keywords: keywords of that class, by name: those that make it compute the equation, and the
+            other library's defaults where fastlars has others. The learning rate is never among
+            them: pass it yourself.
+        equation: what one step computes, a str in the symbols of this module's description.
+        excluded: the parameters that the other library leaves out of weight decay or adaptation,
+            and how to make such groups here.
+        source: the library, class or file whose steps are reproduced, with its release where
+            releases differ.
+        differences: quirks of that code that are not copied, and keywords that have another name
+            here, a sentence each. Default none. Read them before you compare two runs.
 
     Example:
         >>> optax_lamb["weight_decay"], optax_lamb(weight_decay=0.1)["weight_decay"]
         (0.0, 0.1)
         >>> print(barlow_twins_lars)  # doctest: +ELLIPSIS
         barlow_twins_lars: LARS(ratio='combined', buffer='scaled', momentum=0.9)
-          Computes: q = h |w| / |g + l w|;  b = mu b + q (g + l w);  w -= lr b
-          Excluded: Biases and norms: no ratio, no decay. parameter_groups(model, l)...
+          Computes: q = eta |w| / |g + wd w|;  b = mu b + q (g + wd w);  w -= lr b
+          Excluded: Biases and norms: no ratio, no decay. parameter_groups(model, weight_decay)...
     """
 
     name: str
@@ -84,7 +92,12 @@ class Convention(Mapping[str, Any]):
         return len(self.keywords)
 
     def __call__(self, **changes: Any) -> Convention:
-        """The same convention with some keywords added or changed."""
+        """The same convention with some keywords added or changed.
+
+        Args:
+            **changes: keywords of the optimizer, which win over those of the convention; pass here
+                what the optimizer's call would otherwise get twice.
+        """
         return replace(self, keywords={**self.keywords, **changes})
 
     def __str__(self) -> str:
@@ -117,14 +130,17 @@ pytorch_optimizer_lars = Convention(
     name="pytorch_optimizer_lars",
     optimizer="LARS",
     keywords={"ratio": "separate", "buffer": "scaled", "momentum": 0.9},
-    equation=f"{_PAPER_RATIO}, e = 0;  {_RATE_OUTSIDE}",
-    excluded="Parameters of at most one dimension: no ratio, no decay. parameter_groups(model, l).",
+    equation=f"{_PAPER_RATIO}, eps = 0;  {_RATE_OUTSIDE}",
+    excluded=(
+        "Parameters of at most one dimension: no ratio, no decay. "
+        "parameter_groups(model, weight_decay)."
+    ),
     differences=(
         "It dampens the first gradient too; fastlars does not, like torch.optim.SGD.",
-        "Where g = 0 but l > 0, its q is h / l; here it is 1, as where w = 0.",
+        "Where g = 0 but wd > 0, its q is eta / wd; here it is 1, as where w = 0.",
         "It overwrites p.grad.",
-        "Releases before 4.0 compute something else: the ratio lacks l, and the first gradient "
-        "enters the buffer without the ratio.",
+        "Releases before 4.0 compute something else: the ratio lacks wd, and the first "
+        "gradient enters the buffer without the ratio.",
     ),
     source="pytorch_optimizer.LARS, release 4",
 )
@@ -133,17 +149,17 @@ optax_lars = Convention(
     name="optax_lars",
     optimizer="LARS",
     keywords={"ratio": "combined", "buffer": "step", "momentum": 0.9},
-    equation=f"q = h |w| / (|g + l w| + e);  {_RATE_INSIDE}",
-    excluded=_NOBODY + " Both masks on vectors: parameter_groups(model, l).",
+    equation=f"q = eta |w| / (|g + wd w| + eps);  {_RATE_INSIDE}",
+    excluded=_NOTHING + " Both masks on vectors: parameter_groups(model, weight_decay).",
     source="optax.lars",
 )
 
 simclr_lars = replace(
     optax_lars,
     name="simclr_lars",
-    equation=f"q = h |w| / |g + l w|;  {_RATE_INSIDE}",
+    equation=f"q = eta |w| / |g + wd w|;  {_RATE_INSIDE}",
     excluded=(
-        "Release 1.0.2: nobody, whatever its lists say. Copies that take param_names: names with "
+        "Release 1.0.2: nothing, whatever its lists say. Copies that take param_names: names with "
         "'bn' or 'bias', by parameter_groups with exclude=."
     ),
     differences=(
@@ -160,8 +176,8 @@ apex_larc = Convention(
     name="apex_larc",
     optimizer="LARS",
     keywords={**_PORT, "trust_coefficient": 0.02, "trust_clip": True},
-    equation=f"{_PAPER_RATIO}, then min(q / lr, 1);  {_RATE_OUTSIDE}",
-    excluded=_NOBODY,
+    equation=f"{_PAPER_RATIO}, then q = min(q / lr, 1);  {_RATE_OUTSIDE}",
+    excluded=_NOTHING,
     differences=(
         "LARC(clip=False), which is LARS, is trust_clip=False here.",
         "Where g = 0 or w = 0 it neither decays nor clips. Here such a tensor decays, and with "
@@ -175,7 +191,7 @@ torchlars = Convention(
     optimizer="LARS",
     keywords=_PORT,
     equation=f"{_PAPER_RATIO};  {_RATE_OUTSIDE}",
-    excluded=_NOBODY,
+    excluded=_NOTHING,
     differences=("trust_coef is trust_coefficient here.",),
     source="torchlars.LARS around torch.optim.SGD",
 )
@@ -183,7 +199,10 @@ torchlars = Convention(
 solo_lars = replace(
     torchlars,
     name="solo_lars",
-    excluded="With exclude_bias_n_norm=True, vectors: neither. parameter_groups(model, l).",
+    excluded=(
+        "With exclude_bias_n_norm=True, vectors: no ratio, no decay. "
+        "parameter_groups(model, weight_decay)."
+    ),
     differences=(
         "eta is trust_coefficient here, clip_lars_lr trust_clip.",
         "Where g = 0 or w = 0 it neither decays nor clips. Here such a tensor decays, and with "
@@ -196,10 +215,10 @@ mlperf_lars = Convention(
     name="mlperf_lars",
     optimizer="LARS",
     keywords={"ratio": "separate", "buffer": "step", "momentum": 0.9, "weight_decay": 1e-4},
-    equation=f"{_PAPER_RATIO}, e = 0;  {_RATE_INSIDE}",
+    equation=f"{_PAPER_RATIO}, eps = 0;  {_RATE_INSIDE}",
     excluded=(
         "Names with 'batch_normalization', 'bn' or 'bias': no ratio, no decay. "
-        "parameter_groups(model, l), or with exclude= for the names."
+        "parameter_groups(model, weight_decay), or with exclude= for the names."
     ),
     differences=("The Keras version silently turns its eps of 0 into 1e-7: eps=1e-7 for that.",),
     source="MLPerf ResNet-50, mlcommons/training, lars_optimizer.py",
@@ -208,9 +227,9 @@ mlperf_lars = Convention(
 mlperf_mxnet_lars = replace(
     mlperf_lars(momentum_correction=True),
     name="mlperf_mxnet_lars",
-    equation=f"{_PAPER_RATIO}, e = 0;  {_RATE_INSIDE}, mu times lr / previous lr",
-    excluded="Names that end in 'gamma', 'beta' or 'bias': parameter_groups(model, l).",
-    differences=("The previous rate of 0, as after a warm-up from 0, corrects nothing here.",),
+    equation=f"{_PAPER_RATIO}, eps = 0;  {_RATE_INSIDE}, mu times lr / previous lr",
+    excluded="Names that end in 'gamma', 'beta' or 'bias': parameter_groups(model, weight_decay).",
+    differences=("A previous lr of 0, as after a warm-up from 0, corrects nothing here.",),
     source="NVIDIA's MLPerf ResNet-50 in MXNet, SGDwFASTLARS",
 )
 
@@ -218,7 +237,7 @@ vicreg_lars = Convention(
     name="vicreg_lars",
     optimizer="LARS",
     keywords={"ratio": "combined", "buffer": "scaled", "momentum": 0.9},
-    equation=f"q = h |w| / |g + l w|;  {_RATE_OUTSIDE}",
+    equation=f"q = eta |w| / |g + wd w|;  {_RATE_OUTSIDE}",
     excluded=_VECTORS,
     differences=("eta is trust_coefficient here.",),
     source="LARS in facebookresearch/vicreg, main_vicreg.py; MAE's and MoCo v3's are the same",
@@ -234,8 +253,11 @@ nus_lars = Convention(
     name="nus_lars",
     optimizer="LARS",
     keywords={"ratio": "separate", "buffer": "gradient", "momentum": 0.0},
-    equation=f"{_PAPER_RATIO}, e = 0;  b = mu b + (g + l w);  w -= lr q b",
-    excluded="Groups with lars=False: adapt=False here, as parameter_groups(model, l) sets it.",
+    equation=f"{_PAPER_RATIO}, eps = 0;  b = mu b + (g + wd w);  w -= lr q b",
+    excluded=(
+        "Groups with lars=False: no ratio. They have adapt=False here, as "
+        "parameter_groups(model, weight_decay) sets it."
+    ),
     differences=("eeta is trust_coefficient here.",),
     source="NUS-HPC-AI-Lab/LARS-ImageNet-PyTorch; also Intel's extension for PyTorch",
 )
@@ -244,8 +266,8 @@ torch_sgd = Convention(
     name="torch_sgd",
     optimizer="LARS",
     keywords={"adapt": False, "buffer": "scaled", "momentum": 0.0},
-    equation="b = mu b + (g + l w);  w -= lr b",
-    excluded=_NOBODY,
+    equation="b = mu b + (g + wd w);  w -= lr b",
+    excluded=_NOTHING,
     source="torch.optim.SGD",
 )
 
@@ -253,12 +275,12 @@ timm_lamb = Convention(
     name="timm_lamb",
     optimizer="LAMB",
     keywords={"decay": "update", "weight_decay": 0.01, "max_grad_norm": 1.0, "always_adapt": False},
-    equation=f"g clipped to global norm 1;  {_ADAM}  u = r + l w;  w -= lr |w| / |u| u",
+    equation=f"g clipped to global norm 1;  {_ADAM}  {_PAPER_UPDATE}",
     excluded=_NO_DECAY,
     differences=(
         'decoupled_decay=True is decay="decoupled" here. There is no caution and no '
         "corrected_weight_decay.",
-        "Of max_grad_norm in a parameter group it takes no notice; fastlars does.",
+        "It ignores max_grad_norm in a parameter group; fastlars does not.",
         _SHARED_STEP,
     ),
     source="timm.optim.Lamb",
@@ -287,14 +309,15 @@ pytorch_optimizer_lamb = Convention(
         "ratio_eps": 1e-6,
     },
     equation=(
-        "w -= lr l w;  u = m / (sqrt(v) + e);  w -= lr / (1 - beta1^t) min(|w|, 10) / (|u| + e) u"
+        "w -= lr wd w;  u = m / (sqrt(v) + eps);  q = min(|w|, 10) / (|u| + eps);  "
+        "w -= lr / (1 - beta1^t) q u"
     ),
-    excluded=_NOBODY,
+    excluded=_NOTHING,
     differences=(
         "Its eps is both eps and ratio_eps here.",
         'weight_decouple=False is decay="update" here, adam=True adapt=False, adam_debias=True '
         "bias_correction=False. There is no fixed_decay, rectify or adanorm.",
-        "pre_norm=True is max_grad_norm=1.0 here, but for its 1e-6 beside the global norm.",
+        "pre_norm=True is max_grad_norm=1.0 here, except that it adds 1e-6 to the global norm.",
         "It overwrites p.grad.",
         _SHARED_STEP,
     ),
@@ -305,8 +328,8 @@ cybertronai_lamb = Convention(
     name="cybertronai_lamb",
     optimizer="LAMB",
     keywords={"decay": "update", "bias_correction": False, "phi": (0.0, 10.0)},
-    equation="u = m / (sqrt(v) + e) + l w;  w -= lr min(|w|, 10) / |u| u",
-    excluded=_NOBODY,
+    equation="u = m / (sqrt(v) + eps) + wd w;  q = min(|w|, 10) / |u|;  w -= lr q u",
+    excluded=_NOTHING,
     differences=(
         "clamp_value=c is phi=(0.0, c) here, adam=True adapt=False. debias=True, which also "
         "scales the decay, has no equal.",
@@ -319,8 +342,10 @@ optax_lamb = Convention(
     name="optax_lamb",
     optimizer="LAMB",
     keywords={"decay": "update", "weight_decay": 0.0},
-    equation=f"{_ADAM}  u = r + l w;  w -= lr |w| / |u| u",
-    excluded=_NOBODY + " Mask on vectors: parameter_groups(model, l, adapt_excluded=True).",
+    equation=f"{_ADAM}  {_PAPER_UPDATE}",
+    excluded=(
+        f"{_NOTHING} Mask on vectors: parameter_groups(model, weight_decay, adapt_excluded=True)."
+    ),
     differences=("b1 and b2 are betas here. There is no eps_root.",),
     source="optax.lamb",
 )
@@ -329,8 +354,8 @@ torch_adamw = Convention(
     name="torch_adamw",
     optimizer="LAMB",
     keywords={"adapt": False, "decay": "decoupled", "eps": 1e-8, "weight_decay": 0.01},
-    equation=f"w -= lr l w;  {_ADAM}  w -= lr r",
-    excluded=_NOBODY,
+    equation=f"w -= lr wd w;  {_ADAM}  w -= lr r",
+    excluded=_NOTHING,
     differences=("There is no amsgrad.",),
     source="torch.optim.AdamW",
 )

@@ -1,4 +1,4 @@
-"""Parameter groups: biases and norms out of weight decay, out of adaptation, or out of both."""
+"""Parameter groups that leave biases and norms out of weight decay, adaptation, or both."""
 
 from __future__ import annotations
 
@@ -27,51 +27,52 @@ def parameter_groups(
     exclude: Rule | None = None,
     adapt_excluded: bool = False,
 ) -> list[dict[str, Any]]:
-    """Matrices and filters, decayed and adapted; biases and norms, by default neither.
+    """Groups in which biases and norms have, by default, neither weight decay nor trust ratio.
 
-    A bias or the gain of a normalisation layer has at most one dimension. Their norms are small or
-    zero at the start, so that a layer-wise ratio stalls them, and every large-batch recipe since
-    Goyal et al. 2017 and Jia et al. 2018 leaves some of them out of weight decay; MLPerf's
-    reference leaves them out of both, LAMB's authors the norms alone.
+    Matrices and filters are decayed and adapted. A bias or the gain of a normalisation layer has at
+    most one dimension. Their norms are small or zero at the start, so that a layer-wise ratio
+    stalls them, and every large-batch recipe since Goyal et al. 2017 and Jia et al. 2018 leaves
+    some of them out of weight decay. MLPerf's reference leaves them out of both, LAMB's authors
+    only the norms.
 
     Args:
         params: a model, or what an optimizer takes: parameters, pairs of name and parameter (as of
             ``model.named_parameters()``), or a list of dicts, each a parameter group. Shared
-            parameters appear once, where they come first; frozen ones are left out.
-
-            Each group is split by itself and keeps what else it holds, such as ``lr``. Its own
-            ``weight_decay`` counts, and not the argument; groups out of ``optimizer.param_groups``
-            always have one, which may be 0. A group with ``weight_decay`` 0 or ``adapt`` False
-            keeps that for all its parameters.
-        weight_decay: of the parameters that are decayed, a float of at least 0, which the optimizer
-            checks.
-        no_decay: parameters without weight decay. ``"norms+biases"``, the default: all of at most
-            one dimension; ``"norms"``: gains and biases of normalisation layers, known by having
-            at most one dimension in a module without any larger parameter of its own, which needs
-            a model; ``"none"``; or a callable: True from ``no_decay(name, parameter)`` leaves a
-            parameter out. (One of the parameter alone: ``lambda name, p: rule(p)``.) Where no names
-            were given the name is None, so that a rule about names fails at once, instead of
-            finding nobody.
-        no_ratio: parameters that are not adapted, likewise.
-        exclude: None, or a callable as above for both, in place of ``no_decay`` and ``no_ratio``.
-        adapt_excluded: False, or True for ``no_ratio="none"``, which adapts also what ``exclude``
-            names.
+            parameters appear once, where they come first; frozen ones are left out. Each group is
+            split by itself and keeps its other keys, such as ``lr``. Its own ``weight_decay``
+            counts, and not the argument; groups out of ``optimizer.param_groups`` always have one,
+            which may be 0. A group with ``weight_decay`` 0 or ``adapt`` False keeps that for all
+            its parameters.
+        weight_decay: wd of the decayed parameters, a float of at least 0, which the optimizer
+            checks. No default: 1e-4 is usual for ResNet-50, 0.01 for BERT.
+        no_decay: which parameters have no weight decay. ``"norms+biases"`` (default): all of at
+            most one dimension. ``"norms"``: gains and biases of normalisation layers, which needs a
+            model; they are known by having at most one dimension in a module without any larger
+            parameter of its own. ``"none"``: all parameters are decayed. A callable: those for
+            which ``no_decay(name, parameter)`` is true; the name is None where no names were given,
+            so that a rule about names fails at once instead of matching nothing.
+        no_ratio: which parameters have no trust ratio (``adapt=False``); same values, same default.
+            Take ``"none"`` to reproduce a library that adapts all, ``"norms"`` for LAMB's authors.
+        exclude: a callable as above for both, in place of ``no_decay`` and ``no_ratio``. Default
+            None. Take it for rules about names, as ``lambda name, p: name.endswith("bias")``.
+        adapt_excluded: True stands for ``no_ratio="none"``, and adapts also what ``exclude`` names.
+            Default False. Take it where only the decay should leave parameters out.
 
     Returns:
-        A list of dicts for an optimizer, up to four for each group given: the decayed and adapted
-        first, then the not adapted, the not decayed, and the neither. ``params`` are pairs of name
-        and parameter, or parameters alone where no names were given; ``weight_decay`` is there
-        always, ``adapt`` where it is False or was given. What they do not say is the optimizer's.
-        A group without parameters is left out. What was given is not changed, but an iterator is
-        used up.
+        A list of dicts for an optimizer, up to four for each group given, in this order: decayed
+        and adapted, only decayed, only adapted, neither. ``params`` are pairs of name and
+        parameter, or parameters alone where no names were given. ``weight_decay`` is always a key,
+        ``adapt`` where it is False or was given; options without a key are the optimizer's. Groups
+        without parameters are left out. The arguments are not changed, but an iterator is used up.
 
     Raises:
         ValueError: there are no trainable parameters; some have names and others not; a group has
-            no ``params``, or more or fewer ``param_names``; arguments are none of their choices or
-            exclude each other; ``"norms"`` without a model; the shape of a lazy module's parameter
-            was asked for before its first forward pass. What a callable raises is passed on.
-        TypeError: ``params`` or something in it is nothing of the above, for example a plain tensor
-            of a ``state_dict``; ``exclude`` is no callable.
+            no ``params``, or another number of ``param_names``; an argument is not one of its
+            choices, or two exclude each other; ``"norms"`` without a model; a callable asked for
+            the shape of a lazy module's parameter before the first forward pass. What a callable
+            raises is passed on.
+        TypeError: ``params`` or something in it is none of the above, for example a plain tensor of
+            a ``state_dict``; ``exclude`` is not a callable.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
@@ -85,13 +86,13 @@ def parameter_groups(
         ['0.weight', '0.bias'] {'weight_decay': 0.0001}
         ['1.weight', '1.bias'] {'weight_decay': 0.0}
 
-        By name, with a rule of one's own:
+        A rule about names:
 
         >>> show(parameter_groups(model, 1e-4, exclude=lambda name, p: name.endswith("bias")))
         ['0.weight', '1.weight'] {'weight_decay': 0.0001}
         ['0.bias', '1.bias'] {'weight_decay': 0.0, 'adapt': False}
 
-        Groups with learning rates of their own:
+        Groups that have learning rates:
 
         >>> linear, norm = model[0].named_parameters("linear"), model[1].named_parameters("norm")
         >>> show(parameter_groups([{"params": linear, "lr": 0.5}, {"params": norm}], 1e-4))
@@ -107,7 +108,7 @@ def parameter_groups(
         no_decay = no_ratio = exclude
     undecayed, unadapted = _rule("no_decay", no_decay, params), _rule("no_ratio", no_ratio, params)
     if adapt_excluded:
-        unadapted = _nobody
+        unadapted = _nothing
     made: list[dict[str, Any]] = []
     for group, entries in _read(params):
         made += _split(group, entries, weight_decay, (undecayed, unadapted))
@@ -117,16 +118,16 @@ def parameter_groups(
 
 
 class _Entry(NamedTuple):
-    """A parameter, and how messages call it. The name is None where none was given."""
+    """A parameter, and its name in messages. ``name`` is None where none was given."""
 
     where: str
-    # Any: what people write as rules takes str and nn.Parameter, as almost all of them are.
+    # Any: users' rules are annotated with str and nn.Parameter, which almost all entries are.
     name: Any
     parameter: Any
 
 
 def _read(params: Params) -> list[tuple[dict[str, Any], list[_Entry]]]:
-    """Groups with their trainable parameters; those of a model or of a flat list are one."""
+    """Groups with their trainable parameters; a model or a flat list is one group."""
     given = params.named_parameters() if isinstance(params, nn.Module) else params
     if not _has_order(given):
         raise TypeError(
@@ -197,7 +198,7 @@ def _entry(item: Any, where: str) -> _Entry:
 def _split(
     group: dict[str, Any], entries: list[_Entry], weight_decay: float, rules: tuple[Rule, Rule]
 ) -> list[dict[str, Any]]:
-    """Up to four groups, with everything that the one held."""
+    """Up to four groups, with all other keys of the given one."""
     kept = {key: value for key, value in group.items() if key not in _OWN}
     decay = kept.get("weight_decay", weight_decay)
     never_decayed = bool(kept.get("weight_decay") == 0)  # an array of numpy answers with an array
@@ -206,7 +207,7 @@ def _split(
     parts: dict[tuple[bool, bool], list[Any]] = {}
     for entry in entries:
         undecayed = _asked(no_decay, entry)
-        # Once, where it is the same: a rule of somebody's own may print or count.
+        # Call a shared rule once: a user's rule may print or count.
         unadapted = undecayed if no_ratio is no_decay else _asked(no_ratio, entry)
         part = parts.setdefault((undecayed or never_decayed, unadapted or never_adapted), [])
         part.append(entry.parameter if entry.name is None else (entry.name, entry.parameter))
@@ -221,7 +222,7 @@ def _rule(keyword: str, which: Excluded, params: Params) -> Rule:
     if callable(which):
         return which
     if which == "none":
-        return _nobody
+        return _nothing
     if which == "norms+biases":
         return _is_small
     if which != "norms":
@@ -234,7 +235,7 @@ def _rule(keyword: str, which: Excluded, params: Params) -> Rule:
     return lambda name, parameter: _is_small(name, parameter) and name in norms
 
 
-def _nobody(name: str, parameter: Tensor) -> bool:
+def _nothing(name: str, parameter: Tensor) -> bool:
     return False
 
 
@@ -255,7 +256,7 @@ def _of_norms(model: nn.Module) -> set[str]:
 
 
 def _asked(rule: Rule, entry: _Entry) -> bool:
-    """What a rule says of a parameter. It cannot where it asks for a shape that is not there."""
+    """A rule's verdict on a parameter; an error where it asks for a shape that is not there yet."""
     lazy = is_lazy(entry.parameter)
     try:
         with _NoShape() if lazy else nullcontext():
@@ -269,8 +270,8 @@ def _asked(rule: Rule, entry: _Entry) -> bool:
 
 
 class _NoShape(TorchFunctionMode):
-    """torch refuses most questions about a lazy parameter, but says that it is a vector without
-    elements where it is asked for ``ndim`` or ``size()``: a weight would pass for a bias."""
+    """Refuses ``ndim`` and ``size()`` of a lazy parameter. torch answers them as for a vector
+    without elements, so that a weight would pass for a bias; most others it refuses itself."""
 
     refused = (Tensor.ndim.__get__, Tensor.size)  # type: ignore[attr-defined]
 

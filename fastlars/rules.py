@@ -1,4 +1,4 @@
-"""The rules' hyper-parameters: this module alone knows their words, ranges and defaults.
+"""The rules' hyper-parameters: only this module has their words, ranges and defaults.
 
 What changes from step to step is not here. Everything else derives from the fields: the structs of
 the compiled kernels and Triton's constants (:attr:`_Rule.constants`), the rule of a parameter group
@@ -28,7 +28,7 @@ def unboxed(value: Any) -> Any:
 def real(name: str, value: Any) -> float:
     """``value`` as a float: a real number of Python, numpy or torch, or an array of one element.
 
-    What is below 0 by no more than a rounding is 0. True and False are no numbers.
+    A value below 0 by no more than a rounding is 0. True and False are refused.
     """
     value = unboxed(value)
     if isinstance(value, bool) or not isinstance(value, (Real, Decimal)):
@@ -38,7 +38,7 @@ def real(name: str, value: Any) -> float:
 
 
 def pair(name: str, value: Any) -> tuple[float, float]:
-    """``value`` as two floats; any sequence of two numbers."""
+    """``value``, any sequence of two numbers, as two floats."""
     try:
         if isinstance(value, (str, Mapping, Set)):
             raise TypeError
@@ -98,7 +98,7 @@ def flag(name: str, value: Any) -> bool:
 
 
 def adapts(group: Mapping[str, Any]) -> bool:
-    """Whether a parameter group has trust ratios: ``always_adapt`` asks for a weight decay."""
+    """Whether a parameter group has trust ratios; without ``always_adapt``, not if wd is 0."""
     always = flag("always_adapt", group["always_adapt"])
     decays = real("weight_decay", group["weight_decay"]) != 0.0
     return flag("adapt", group["adapt"]) and (always or decays)
@@ -110,9 +110,9 @@ def number(
     """A field that holds a real number.
 
     Args:
-        check: its range: one of the functions above.
+        check: the function above that converts it and refuses what is out of range.
         probe: a value whose effect shows in two steps, for the check at first use.
-        default: of the field; without one it must be given.
+        default: the field's default; without one the field must be given.
         off: whether 0 switches a state off, so that a probe must leave it at 0.
     """
     return field(default=default, metadata={"check": check, "probe": probe, "off": off})
@@ -123,9 +123,9 @@ class _Rule:
     """A rule whose fields are checked when it is made, and kept as Python's own numbers."""
 
     name: ClassVar[str]
-    """Of the files that hold its kernels, in every back end."""
+    """The name of the files that hold its kernels, in every back end."""
     title: ClassVar[str]
-    """For messages."""
+    """The name in messages."""
     sums: ClassVar[int]
     """Sums of squares that ``measure`` takes of each tensor; 0 where the rule never adapts."""
     measure_writes: ClassVar[bool] = False
@@ -164,7 +164,7 @@ class _Rule:
         return self._constants()
 
     def _constants(self) -> dict[str, float | int | bool]:
-        """The fields; of a word its place."""
+        """The fields; in place of a word, its number."""
         words = self.CHOICES
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return {k: words[k].index(v) if k in words else v for k, v in values.items()}
@@ -187,7 +187,7 @@ class _Rule:
 
 @dataclass(frozen=True)
 class LarsRule(_Rule):
-    r"""LARS (You, Gitman, Ginsburg 2017). Field by field as in :class:`fastlars.LARS`.
+    r"""LARS (You, Gitman, Ginsburg 2017). The fields are arguments of :class:`fastlars.LARS`.
 
     Example:
         >>> LarsRule(momentum=1.5)
@@ -225,19 +225,20 @@ class LarsRule(_Rule):
 
     @property
     def states(self) -> tuple[str, ...]:
-        """Of STATES, those in use."""
+        """The names in STATES that these options use."""
         return ("momentum_buffer",) if self.momentum else ()
 
     @property
     def counter(self) -> str | None:
-        """COUNTER, where the rule needs it."""
+        """COUNTER, where these options need it."""
         noted = self.momentum and (self.dampening or self.momentum_correction)
         return self.COUNTER if noted else None
 
 
 @dataclass(frozen=True)
 class LambRule(_Rule):
-    r"""LAMB (You et al. 2020). Field by field as in :class:`fastlars.LAMB`.
+    r"""LAMB (You et al. 2020). The fields are arguments of :class:`fastlars.LAMB`, with ``betas``
+    and ``phi`` as two fields each.
 
     Example:
         >>> LambRule(beta1=-0.1)
@@ -278,7 +279,8 @@ class LambRule(_Rule):
 
 @dataclass(frozen=True)
 class RmspropWarmupRule(_Rule):
-    r"""RMSprop warm-up (Akiba et al. 2017). Field by field as in :class:`fastlars.RMSpropWarmup`.
+    r"""RMSprop warm-up (Akiba et al. 2017). The fields are arguments of
+    :class:`fastlars.RMSpropWarmup`.
 
     Example:
         >>> rule = RmspropWarmupRule(center_steps=100.0, period_steps=50.0)
@@ -315,11 +317,11 @@ class RmspropWarmupRule(_Rule):
             )
 
     def _constants(self) -> dict[str, float | int | bool]:
-        """The fields, but for those of the transition.
+        """The fields, with those of the transition as kernels take them.
 
-        Kernels take the exponential as below * shrink^n, a power of whole numbers, because the last
-        bits of exp are not the same on every device: ``below`` is the share of SGD at the center,
-        rounded down to a whole step, and ``shrink`` the factor to that share one step earlier.
+        Kernels take the share a before c as ``below * shrink^n``, n whole steps before floor(c),
+        because the last bits of exp are not the same on every device: ``below`` is a at floor(c),
+        and ``shrink`` the factor from one step to the step before.
         """
         derived = {
             "rise": self.rise,
@@ -331,11 +333,11 @@ class RmspropWarmupRule(_Rule):
 
     @property
     def rise(self) -> float:
-        """Steps that the linear branch would take from 0 to 1."""
+        """Steps that the linear branch of a would take from 0 to 1, p or (printed) p / 2."""
         return self.period_steps / (1.0 if self.transition == "smooth" else 2.0)
 
     def sgd_share(self, step: float) -> float:
-        """The share of SGD in the update of a parameter that has taken ``step`` steps."""
+        """The share a of SGD in the update of a parameter that has taken ``step`` steps, t - 1."""
         if step < self.center_steps:
             return 0.5 * math.exp(2.0 * (step - self.center_steps) / self.period_steps)
         return min(0.5 + (step - self.center_steps) / self.rise, 1.0)

@@ -1,7 +1,8 @@
 """Learning-rate schedules of the large-batch papers, as functions that return torch schedulers.
 
-Every schedule is called once per iteration (``scheduler.step()`` after ``optimizer.step()``), and
-every parameter group's own learning rate is the peak of its schedule.
+Call ``scheduler.step()`` once per iteration, after ``optimizer.step()``. The learning rate that a
+parameter group has when the schedule is made is its peak. Formulas give lr(i), the learning rate of
+iteration i, counted from 0.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ def linear_scaling(base_lr: float, batch_size: int, base_batch_size: int = 256) 
     lr = base_lr * batch_size / base_batch_size (Goyal et al. 2017, arXiv:1706.02677, section 2.1).
 
     Args:
-        base_lr: the learning rate that suits ``base_batch_size``; at least 0.
-        batch_size: the global batch, over all workers and accumulated micro-batches; at least 1.
-        base_batch_size: the batch ``base_lr`` was found for; at least 1, default 256.
+        base_lr: the learning rate that suits ``base_batch_size``; at least 0. 0.1 is usual for SGD.
+        batch_size: images or sequences in one step, over all processes and accumulated
+            micro-batches; at least 1.
+        base_batch_size: the batch for which ``base_lr`` was found; at least 1, default 256. Change
+            it where you tuned ``base_lr`` at another batch.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -53,25 +56,27 @@ def polynomial(
 ) -> LambdaLR:
     """Linear warm-up, then polynomial decay.
 
-    With W = warmup_steps, T = steps and p = power, iteration t runs at
+    With W = warmup_steps and T = steps,
 
-    * t < W:       lr(t) = warmup_from + (peak - warmup_from) * t / W
-    * W <= t <= T: lr(t) = end_lr + (peak - end_lr) * (1 - (t - W) / (T - W))^p
-    * t > T:       lr(t) = end_lr
+    * i < W:       lr(i) = warmup_from + (peak - warmup_from) * i / W
+    * W <= i <= T: lr(i) = end_lr + (peak - end_lr) * (1 - (i - W) / (T - W))^power
+    * i > T:       lr(i) = end_lr
 
     ``power=2`` is LARS's schedule (You et al. 2017, arXiv:1708.03888, Algorithm 1), ``power=1``
     LAMB's (You et al. 2019, arXiv:1904.00962). MLPerf's ResNet reference divides by one iteration
     more, so that its last iteration stays above ``end_lr``: pass ``steps + 1`` for its numbers.
 
     Args:
-        optimizer: each of its groups' learning rate, a number or a tensor, is that group's peak.
-        steps: iterations from the first to the one at which ``end_lr`` is reached, warm-up
-            included; more than ``warmup_steps``.
-        power: exponent of the decay; above 0, default 2.
-        end_lr: the rate at the end; from 0 to the smallest peak, default 0.
-        warmup_steps: iterations of warm-up; at least 0, default 0 (none).
-        warmup_from: the rate at iteration 0, from 0 to the smallest peak. Default 0 (MLPerf); the
-            unscaled base rate for Goyal et al. (2017), section 2.2. Unused without warm-up.
+        optimizer: any optimizer of torch; the ``lr`` of each group, a number or a tensor, is the
+            group's peak.
+        steps: the iteration at which ``end_lr`` is reached, warm-up included; more than
+            ``warmup_steps``. Usually all iterations of the run.
+        power: exponent of the decay; above 0, default 2. Lower it to keep the rate high for longer.
+        end_lr: the rate at the end; from 0 to the smallest peak, default 0. MLPerf has 1e-4.
+        warmup_steps: iterations of warm-up; at least 0, default 0 (none). Raise it where early
+            steps diverge; 5 epochs are usual for large batches.
+        warmup_from: the rate at iteration 0, from 0 to the smallest peak. Default 0, as in MLPerf.
+            Goyal et al. 2017, section 2.2, start at the unscaled base rate. Unused without warm-up.
 
     Raises:
         ValueError: an argument is out of its range, or exceeds a group's peak.
@@ -114,22 +119,25 @@ def step_decay(
 ) -> LambdaLR:
     """Linear warm-up, then a constant rate that is cut at given iterations.
 
-    With W = warmup_steps, iteration t runs at
+    With W = warmup_steps, and k the number of milestones that are at most i,
 
-    * t < W:  lr(t) = warmup_from + (peak - warmup_from) * t / W
-    * t >= W: lr(t) = peak * gamma^k, k the number of milestones that are <= t
+    * i < W:  lr(i) = warmup_from + (peak - warmup_from) * i / W
+    * i >= W: lr(i) = peak * gamma^k
 
-    Goyal et al. 2017 (arXiv:1706.02677): W = 5 epochs, warm-up from the unscaled base rate, and a
-    tenth at epochs 30, 60 and 80 of 90.
+    Goyal et al. 2017 (arXiv:1706.02677) have 5 epochs of warm-up from the unscaled base rate, and
+    gamma = 0.1 at epochs 30, 60 and 80 of 90.
 
     Args:
-        optimizer: each of its groups' learning rate, a number or a tensor, is that group's peak.
-        milestones: iterations at which the rate is multiplied by ``gamma``; increasing, the first
-            not before the warm-up's end. May be empty.
-        gamma: the factor; above 0, at most 1, default 0.1.
-        warmup_steps: iterations of warm-up; at least 0, default 0 (none).
-        warmup_from: the rate at iteration 0, from 0 to the smallest peak. Default 0 (MLPerf); the
-            unscaled base rate for Goyal et al. Unused without warm-up.
+        optimizer: any optimizer of torch; the ``lr`` of each group, a number or a tensor, is the
+            group's peak.
+        milestones: iterations at which the rate is multiplied by ``gamma``; at least 1, increasing,
+            the first not before the end of warm-up. Empty for a constant rate.
+        gamma: factor of the rate at each milestone; above 0, at most 1, default 0.1. Raise it where
+            there are many milestones.
+        warmup_steps: iterations of warm-up; at least 0, default 0 (none). Raise it where early
+            steps diverge; 5 epochs are usual for large batches.
+        warmup_from: the rate at iteration 0, from 0 to the smallest peak. Default 0, as in MLPerf.
+            Goyal et al. start at the unscaled base rate. Unused without warm-up.
 
     Raises:
         ValueError: an argument is out of its range, or exceeds a group's peak.
@@ -172,20 +180,23 @@ def slow_start(
     epochs: Sequence[float] = (40, 70, 85),
     factors: Sequence[float] = (0.5, 0.075, 0.01, 0.001),
 ) -> LambdaLR:
-    """Half the rate for long, then far less: a constant rate that changes at given epochs.
+    """A constant rate that changes at given epochs: half the peak for long, then far less.
 
-    lr(t) = peak * factors[k], k the number of entries of ``epochs`` that are at most
-    t / steps_per_epoch, rounded to an iteration.
+    lr(i) = peak * factors[k], where k is the number of entries of ``epochs`` whose iteration,
+    round(epoch * steps_per_epoch), is at most i.
 
-    Akiba et al. 2017 (arXiv:1711.04325): the defaults, for 90 epochs, around a peak by the linear
-    scaling rule, 0.1 * batch / 256. There is no warm-up; the RMSprop phase of
-    :class:`fastlars.RMSpropWarmup` is in its place.
+    Akiba et al. 2017 (arXiv:1711.04325) have the defaults, for 90 epochs, and for the peak the
+    linear scaling rule, 0.1 * batch / 256. There is no warm-up: the RMSprop phase of
+    :class:`fastlars.RMSpropWarmup` takes its place.
 
     Args:
-        optimizer: each of its groups' learning rate, a number or a tensor, is that group's peak.
-        steps_per_epoch: iterations of an epoch; above 0.
-        epochs: where the next factor begins; above 0 and increasing.
-        factors: one more than ``epochs``, each at least 0.
+        optimizer: any optimizer of torch; the ``lr`` of each group, a number or a tensor, is the
+            group's peak.
+        steps_per_epoch: iterations of an epoch; above 0, and need not be a whole number.
+        epochs: the epochs at which the next factor begins; above 0 and increasing. Default
+            (40, 70, 85). Scale them with the length of a run that does not take 90 epochs.
+        factors: what the peak is multiplied with, one for each stretch between ``epochs``, so one
+            more than those; each at least 0. Default (0.5, 0.075, 0.01, 0.001).
 
     Raises:
         ValueError: an argument is out of its range.
@@ -221,7 +232,7 @@ def slow_start(
 
 @dataclass
 class _Factor:
-    """What LambdaLR multiplies one group's peak with at an iteration."""
+    """The factor of one group's peak at an iteration, for LambdaLR."""
 
     peak: float
     warmup_steps: int
@@ -263,7 +274,7 @@ class _Steps(_Factor):
 def _schedule(
     optimizer: Optimizer, factor: Callable[[float], _Factor], bounds: dict[str, float]
 ) -> LambdaLR:
-    """LambdaLR with one factor a group; `bounds` are rates that no peak may lie below."""
+    """LambdaLR with one factor for each group; no peak may be below a rate of `bounds`."""
     factors: list[Callable[[int], float]] = []
     for index, group in enumerate(optimizer.param_groups):
         # An optimizer whose state was loaded before holds the decayed rate in "lr"; LambdaLR

@@ -83,8 +83,8 @@ FAULTS = {
     "state dict": Fault(
         "a loaded state keeps the type that it has in the file",
         "fastlars/optim/checkpoint.py",
-        "if is_dtensor(p) else value, types[name])",
-        "if is_dtensor(p) else value, value.dtype)",
+        "copy_with_layout(p, whole, types[name])",
+        "copy_with_layout(p, whole, value.dtype)",
     ),
     "conventions": Fault(
         "optax's momentum buffer is thought to hold no learning rate",
@@ -95,12 +95,12 @@ FAULTS = {
     "overlap": Fault(
         "compressed averages are not copied back for a step that clips",
         "fastlars/distributed/engine.py",
-        'if started is not None and self._kind == "step" and kept.covers_all():',
-        "if started is not None and kept.covers_all():",
+        'if in_flight is not None and self._early_work == "step" and kept.steps_all():',
+        "if in_flight is not None and kept.steps_all():",
     ),
     "sharded": Fault(
         "replicas are counted as if they were other shards",
-        "fastlars/optim/sharded.py",
+        "fastlars/optim/dtensor.py",
         "if size > 1 and not place.is_replicate())",
         "if size > 1)",
     ),

@@ -14,7 +14,7 @@ import fastlars
 from backend_cases import BF16, F64
 from fastlars.backends.cpu import Cpu
 from fastlars.optim import plan as plans
-from fastlars.optim.known import MOST_PLANS
+from fastlars.optim.plan_cache import MOST_PLANS
 from optimizers import ROWS, SIMPLE, Row, assert_same, parameters, set_gradients
 from optimizers import one_thread as one_thread
 
@@ -48,7 +48,7 @@ def run_beside_one_that_forgets(
         before(params, step)
         before(others, step)
         optimizer.step()
-        other._forget()
+        other._forget_plans()
         other.step()
         for p, q in zip(params, others, strict=True):
             assert_same(
@@ -127,7 +127,7 @@ def test_what_is_known_is_not_checked_again(row: Row, monkeypatch: pytest.Monkey
     set_gradients(params, 0)
     optimizer.step()
     checked = Count(monkeypatch, plans, "check_parameter")
-    sorted_anew = Count(monkeypatch, plans.Plan, "_sorted_anew")
+    sorted_anew = Count(monkeypatch, plans.GroupPlan, "_from_checked")
     for step in range(1, STEPS):
         drop(params, step)
         optimizer.step()
@@ -150,9 +150,9 @@ def test_a_bounded_number_of_plans_is_kept() -> None:
         for i, p in enumerate(params):
             p.grad = torch.ones(3) if step == 0 or step >> (i % 6) & 1 else None
         optimizer.step()
-    known = optimizer._plans[0].known  # type: ignore[union-attr]
-    assert known is not None
-    assert len(known.plans) == MOST_PLANS
+    cache = optimizer.planner._plans[0].cache  # type: ignore[union-attr]
+    assert cache is not None
+    assert len(cache.plans) == MOST_PLANS
 
 
 @pytest.mark.parametrize("masters", [False, True])

@@ -12,6 +12,7 @@ from torch import nn
 
 import fastlars
 from fastlars.backends.choose import instance
+from fastlars.optim.compile import operator
 from fastlars.rules import LarsRule
 from optimizers import SIMPLE, Snapshot, assert_same, parameters, set_gradients
 
@@ -119,7 +120,7 @@ def test_operator_passes_opcheck() -> None:
     g = [torch.randn(3, 4), torch.randn(5)]
     b = [torch.zeros(3, 4), torch.zeros(5)]
     rule = fastlars.LARS.rule_of(fastlars.LARS([torch.nn.Parameter(w[0])], lr=1.0).param_groups[0])
-    text = fastlars.optim.compiled.encode(rule)
+    text = operator.encode(rule)
     arguments = (text, w, g, b, [], [], 1.0, None, 1.0, None, None, False)
     torch.library.opcheck(torch.ops.fastlars.step.default, arguments)
     torch.library.opcheck(torch.ops.fastlars.square_norm.default, (w, g, [1, 1]))
@@ -133,7 +134,7 @@ def test_operator_keeps_layouts_and_notices_other_weights(monkeypatch: pytest.Mo
     monkeypatch.setattr(
         backend, "layout", lambda self, ws: (made.append(len(ws)), layout(self, ws))[1]
     )
-    rule = fastlars.optim.compiled.encode(LarsRule(momentum=0.0, adapt=False))
+    rule = operator.encode(LarsRule(momentum=0.0, adapt=False))
 
     def step(w: torch.Tensor) -> None:
         torch.ops.fastlars.step(
@@ -154,7 +155,7 @@ def test_operator_keeps_layouts_and_notices_other_weights(monkeypatch: pytest.Mo
 def test_rule_survives_as_text() -> None:
     group = fastlars.LAMB([nn.Parameter(torch.ones(2))], phi=(0.5, float("inf"))).param_groups[0]
     rule = fastlars.LAMB.rule_of(group)
-    assert fastlars.optim.compiled.decode(fastlars.optim.compiled.encode(rule)) == rule
+    assert operator.decode(operator.encode(rule)) == rule
 
 
 @pytest.mark.parametrize("found_inf", [0.0, 1.0])

@@ -58,7 +58,7 @@ def test_pytorch_optimizer_decays_without_a_gradient_at_another_rate() -> None:
     (ours,) = steps_of(
         fastlars.LARS, [3.0, 4.0], [0.0, 0.0], **conventions.pytorch_optimizer_lars(**options)
     )
-    assert theirs == pytest.approx([3e-3, 4e-3])  # q = h / l
+    assert theirs == pytest.approx([3e-3, 4e-3])  # q = eta / wd
     assert ours == pytest.approx([1.5, 2.0])  # q = 1
 
 

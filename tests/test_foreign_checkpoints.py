@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlars
-from fastlars.optim.plan import FOLLOWERS
+from fastlars.optim.states import DROPPED_IF_UNUSED
 from input_cases import through_file
 from optimizers import ROWS, SIMPLE, Row, Snapshot, parameters, set_gradients, train
 from optimizers import one_thread as one_thread
@@ -254,7 +254,7 @@ def test_states_that_are_missing_or_no_tensors(row: Row) -> None:
     for name, value in optimizer.state[params[1]].items():
         bad = copy.deepcopy(optimizer.state_dict())
         del bad["state"][1][name]
-        if bad["state"][1].keys() - FOLLOWERS and name not in FOLLOWERS:
+        if bad["state"][1].keys() - DROPPED_IF_UNUSED and name not in DROPPED_IF_UNUSED:
             with pytest.raises(ValueError, match=f"group 1, parameter 0.*{name}"):
                 optimizer.load_state_dict(bad)
             before.assert_unchanged()

@@ -18,7 +18,7 @@ KINDS = {
     "state dict": "fastlars/optim/checkpoint.py",
     "conventions": "fastlars/conventions.py",
     "overlap": "fastlars/distributed/",
-    "sharded": "fastlars/optim/sharded.py",
+    "sharded": "fastlars/optim/dtensor.py",
     "recipe": "fastlars/trainer/",
     "checkpoint": "fastlars/trainer/",
     "images": "fastlars/trainer/",

@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlars
 from fastlars.backends import upload
-from fastlars.optim import base, compiled, plan
-from fastlars.optim.numbers import DeviceNumbers
-from fastlars.optim.plan import Plan, lacks_states
-from fastlars.optim.work import check_making, check_recording
+from fastlars.optim import plan, planner
+from fastlars.optim.compile import operator
+from fastlars.optim.execute import check_making, check_recording
+from fastlars.optim.scalars import DeviceScalars
+from fastlars.optim.states import lacks_states, make_states
 from fastlars.rules import LarsRule
 from optimizers import SIMPLE, Row, parameters, set_gradients
 
@@ -57,7 +58,7 @@ def test_no_back_end_is_looked_for_in_a_graph(monkeypatch: pytest.MonkeyPatch) -
     def recorded(*arguments: Any) -> None:
         raise RuntimeError("recorded")
 
-    monkeypatch.setattr(base, "check_making", recorded)
+    monkeypatch.setattr(planner, "check_making", recorded)
     monkeypatch.setattr(
         plan, "ChoiceCache", lambda *arguments: pytest.fail("a back end was chosen")
     )
@@ -68,16 +69,16 @@ def test_no_back_end_is_looked_for_in_a_graph(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("capturable", [True, False])
-def test_numbers_of_the_host_are_not_recorded(recording: bool, capturable: bool) -> None:
-    def works(param: SimpleNamespace) -> Any:
+def test_scalars_of_the_host_are_not_recorded(recording: bool, capturable: bool) -> None:
+    def batches(param: SimpleNamespace) -> Any:
         return [SimpleNamespace(device=param.device, group={"capturable": capturable})]
 
-    check_recording(works(CPU))
+    check_recording(batches(CPU))
     if recording and not capturable:
         with pytest.raises(RuntimeError, match="only with capturable=True"):
-            check_recording(works(CUDA))
+            check_recording(batches(CUDA))
     else:
-        check_recording(works(CUDA))
+        check_recording(batches(CUDA))
 
 
 @each_class
@@ -95,19 +96,19 @@ def test_states_are_lacking_until_the_first_step(row: Row) -> None:
     assert not lacks_states(group, optimizer.rule_of(group), optimizer.state)
 
 
-def test_numbers_on_the_device_live_as_long_as_their_graph(
+def test_scalars_on_the_device_live_as_long_as_their_graph(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """But for the norm, which a recording makes itself, in memory that it may use again."""
     params = parameters()
     optimizer = fastlars.LARS(params, lr=torch.ones(()), max_grad_norm=1.0)
     set_gradients(params, 0)
-    (work,) = optimizer._prepare()
-    numbers = DeviceNumbers(torch.ones(()), torch.zeros(()))
-    numbers.take_square(torch.ones((), dtype=torch.float64))
+    (batch,) = optimizer.bind()
+    scalars = DeviceScalars(torch.ones(()), torch.zeros(()))
+    scalars.set_square(torch.ones((), dtype=torch.float64))
     for recording in (False, True):
         monkeypatch.setattr(upload, "is_capturing", lambda device, now=recording: now)
-        given = work.scalars(numbers).device
+        given = batch.step_scalars(scalars).device
         assert given is not None
         kept = upload._read_at_replay.get(params[0], [])
         expected = [given.lr, given.grad_scale, given.found_inf] if recording else []
@@ -134,7 +135,7 @@ def test_states_are_made_where_their_parameter_is(row: Row) -> None:
     with FakeTensorMode(), Copies() as copies:
         param = nn.Parameter(torch.empty(5, 7, dtype=torch.bfloat16, device="cuda"))
         group = {**optimizer.param_groups[0], "params": [param]}
-        Plan(group, 0, optimizer.rule_of(group), optimizer.state)._make_states(param, group)
+        make_states(param, optimizer.rule_of(group), group, optimizer.state[param])
     assert len(optimizer.state[param]) >= 2
     assert copies.found == {("cuda", "cuda")}
 
@@ -143,9 +144,9 @@ def test_states_are_made_where_their_parameter_is(row: Row) -> None:
 def test_a_compiled_step_does_not_record_random_numbers(
     capturing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled, "is_capturing", lambda device: capturing)
+    monkeypatch.setattr(operator, "is_capturing", lambda device: capturing)
     weight, grad = torch.ones(5, dtype=torch.bfloat16), torch.ones(5, dtype=torch.bfloat16)
-    rule = compiled.encode(LarsRule(momentum=0.0))
+    rule = operator.encode(LarsRule(momentum=0.0))
     lists: tuple[list[Tensor], ...] = ([weight], [grad], [], [], [])
 
     def step(rounds: bool) -> None:

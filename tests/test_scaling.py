@@ -106,7 +106,7 @@ def test_who_unscales(row: Row) -> None:
     assert not mixed._step_supports_amp_scaling
     # Under an overlap that writes during backward, which so sees a GradScaler, and refuses it.
     for writes in (True, False):
-        mixed._ahead = SimpleNamespace(may_write=lambda writes=writes: writes)
+        mixed.overlap_hook = SimpleNamespace(may_write=lambda writes=writes: writes)
         assert mixed._step_supports_amp_scaling is writes
 
 

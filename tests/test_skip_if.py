@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import fastlars
-from fastlars.optim import skipping
+from fastlars.optim import stepper
 from input_cases import through_file
 from optimizers import SIMPLE, Row, Snapshot, parameters, set_gradients, train
 from optimizers import one_thread as one_thread
@@ -190,7 +190,7 @@ def test_a_recording_needs_a_decision_of_the_device(monkeypatch: pytest.MonkeyPa
     optimizer = fastlars.LARS(params, lr=0.1, skip_if=lambda norm: bool(norm > THRESHOLD))
     train(optimizer, params, [0])
     before = Snapshot(optimizer)
-    monkeypatch.setattr(skipping, "is_capturing", lambda device: True)
+    monkeypatch.setattr(stepper, "is_capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="skip_if has decided on the host while a CUDA graph is"):
         optimizer.step()
     before.assert_unchanged()
@@ -201,17 +201,17 @@ def test_a_recording_needs_a_decision_of_the_device(monkeypatch: pytest.MonkeyPa
 def test_a_recording_needs_the_count_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("meta")  # in the place of a GPU
     optimizer = fastlars.LARS(parameters(), lr=0.1)
-    monkeypatch.setattr(skipping, "is_capturing", lambda device: device.type != "cpu")
+    monkeypatch.setattr(stepper, "is_capturing", lambda device: device.type != "cpu")
     with pytest.raises(RuntimeError, match="begin to count skipped steps anew at every replay"):
-        optimizer._count_on(device)
+        optimizer.stepper.count_on(device)
     assert optimizer.skipped_steps.device.type == "cpu"
-    monkeypatch.setattr(skipping, "is_capturing", lambda device: False)
-    optimizer._count_on(device)
+    monkeypatch.setattr(stepper, "is_capturing", lambda device: False)
+    optimizer.stepper.count_on(device)
     counted = optimizer.skipped_steps
     assert counted.device == device
-    monkeypatch.setattr(skipping, "is_capturing", lambda device: True)
-    optimizer._count_on(device)
-    optimizer._count_on(torch.device("cpu"))
+    monkeypatch.setattr(stepper, "is_capturing", lambda device: True)
+    optimizer.stepper.count_on(device)
+    optimizer.stepper.count_on(torch.device("cpu"))
     assert optimizer.skipped_steps is counted
 
 

@@ -244,7 +244,7 @@ def test_groups_of_which_a_hook_left_little(row: Row) -> None:
     """Who wants to go on with rates and decays of the new run takes the old ones out."""
     optimizer, params = grouped(row)
     train(optimizer, params, range(2))
-    mark = next(iter(sorted(row.kind.marks)))
+    mark = next(iter(sorted(row.kind.own_options)))
     kept = {"params", mark}
 
     def leave_out(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:

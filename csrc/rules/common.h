@@ -1,11 +1,11 @@
-// What rules share. A rule stands in one file of this folder: its hyper-parameters, the
-// coefficients of one tensor, its trust ratio, and its update of one element. All of it is for host
-// and device: a back end adds the loops, and nothing else.
+// Shared by all rules. Each rule is one file of this folder: its hyper-parameters, the coefficients
+// of one tensor, its trust ratio, and its update of one element. All of it is for host and device;
+// a back end adds only the loops. Symbols: docs/numerics.md, "Notation".
 //
 // A rule's struct says what back ends must know of it:
 //   name            of its class in Python
 //   sums            sums of squares that a tensor's ratio is made of; 0 where it has none
-//   states          tensors that go along with a parameter, at most
+//   states          the most state tensors that a parameter has
 //   steps           it updates weights: GradientNorm alone does not
 //   counts_steps    its counter is the number of steps taken; else the last learning rate
 //   measure_writes  measuring advances the states, and the counter with them
@@ -47,12 +47,12 @@ FASTLARS_HD double guarded_ratio(double weight, double update, double numerator,
                                  double denominator) {
   if (!(weight > 0.0 && update > 0.0)) return 1.0;
   const double ratio = numerator / denominator;
-  // Gradients around 1e-40 ask for more than a float holds. The largest float times such a gradient
-  // is still a sensible step, infinity times it is not.
+  // Gradients around 1e-40 ask for a q beyond float32. The largest float times such a gradient is
+  // still a sensible step, infinity times it is not.
   return (ratio > FLT_MAX && std::isfinite(numerator)) ? FLT_MAX : ratio;
 }
 
-// lr * ratio can overflow float32 even where the ratio does not: it is then the largest float.
+// lr q can overflow float32 even where q does not: it is then the largest float.
 FASTLARS_HD float coefficient(double value) {
   return (value > FLT_MAX && std::isfinite(value)) ? FLT_MAX : static_cast<float>(value);
 }

@@ -1,8 +1,8 @@
 // LAMB. You, Li, Reddi, Hseu, Kumar, Bhojanapalli, Song, Demmel, Keutzer, Hsieh, "Large Batch
 // Optimization for Deep Learning: Training BERT in 76 minutes", 2020:
 //   m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2
-//   r = m' / (sqrt(v') + eps),    u = r + wd w      (m', v': corrected for their start at 0)
-//   w -= lr phi(|w|) / |u| u,     phi(z) = min(max(z, lower), upper)
+//   r = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps),  u = r + wd w
+//   q = phi(|w|) / |u|,  w -= lr q u,  phi(z) = min(max(z, lower), upper)
 #pragma once
 
 #include "rules/common.h"
@@ -75,7 +75,7 @@ FASTLARS_HD double trust_ratio(const LambRule& rule, const StepScalars& scalars,
   return (rule.trust_clip && q > 1.0) ? 1.0 : q;
 }
 
-// The one coefficient that contains the trust ratio.
+// The one coefficient that contains q.
 FASTLARS_HD float ratio_coefficient(const LambRule&, const StepScalars&, const LambCoefficients& c,
                                     double ratio) {
   return coefficient(c.lr * ratio);
@@ -85,7 +85,7 @@ FASTLARS_HD void set_ratio_coefficient(const LambRule&, float value, LambCoeffic
   c.rate = value;
 }
 
-// Coefficients for a trust ratio of 1. `step` counts from 1.
+// Coefficients for q = 1. `step` is t, counted from 1.
 FASTLARS_HD LambCoefficients coefficients(const LambRule& rule, const StepScalars& scalars,
                                           float step) {
   const double correction1 = 1.0 - power(rule.beta1, step);
@@ -110,14 +110,14 @@ FASTLARS_HD LambCoefficients coefficients(const LambRule& rule, const StepScalar
 }
 
 FASTLARS_HD void lamb_moments(const LambCoefficients& c, float w, float g, float& m, float& v) {
-  // Not + 0 w: an infinite weight would make NaN of moments that it has no part in.
+  // Not + 0 w: an infinite weight would make NaN of moments that do not depend on it.
   const float scaled = c.gradient_scale * g;
   const float d = c.gradient_decay != 0.0f ? scaled + c.gradient_decay * w : scaled;
   m = c.beta1 * m + c.gradient_weight * d;
   v = c.beta2 * v + c.square_weight * (d * d);
 }
 
-// u, whose norm the ratio divides by.
+// u, whose norm is the denominator of q.
 FASTLARS_HD float lamb_direction(const LambCoefficients& c, float w, float m, float v) {
   const float r = (c.correction1 * m) / (std::sqrt(c.correction2 * v) + c.eps);
   return c.update_decay != 0.0f ? r + c.update_decay * w : r;

@@ -1,17 +1,17 @@
 // LARS: layer-wise adaptive rate scaling. You, Gitman, Ginsburg, "Large Batch Training of
-// Convolutional Networks", 2017.
+// Convolutional Networks", 2017:  q = eta |w| / (|g| + wd |w| + eps)
 #pragma once
 
 #include "rules/common.h"
 
 namespace fastlars {
 
-// The denominator of the trust ratio:
+// The denominator of q:
 //   separate:  |g| + wd |w| + eps    eq. 6 of the paper
 //   combined:  |g + wd w| + eps
 enum class Ratio : int { separate, combined };
 
-// What the momentum buffer b holds (d is the decayed gradient, q the trust ratio):
+// What the momentum buffer b holds, with d = g + wd w:
 //   step:      b = mu b + lr q d,  w -= b           Algorithm 1 of the paper
 //   scaled:    b = mu b + q d,     w -= lr b        ports over torch.optim.SGD
 //   gradient:  b = mu b + d,       w -= lr q b
@@ -19,10 +19,10 @@ enum class Buffer : int { step, scaled, gradient };
 
 struct LarsCoefficients {
   float gradient_scale, weight_decay;
-  float decay;                // of the buffer: momentum, corrected for a changed learning rate
-  float one_minus_dampening;  // 1 in the first step
-  float inner;                // what d is multiplied with before it enters the buffer
-  float outer;                // what the buffer is multiplied with before it leaves the weight
+  float decay;                // of b: mu, corrected for a changed lr
+  float one_minus_dampening;  // 1 - tau; 1 in the first step
+  float inner;                // factor of d before it enters b
+  float outer;                // factor of b before it is subtracted from w
   float momentum;
   bool nesterov, combined;
 };
@@ -36,7 +36,7 @@ struct LarsRule {
   using Coefficients = LarsCoefficients;
   static constexpr const char* name = "LarsRule";
   static constexpr int sums = 2;    // of w, and of g or g + wd w
-  static constexpr int states = 1;  // the momentum buffer; none without momentum
+  static constexpr int states = 1;  // b; none without momentum
   static constexpr bool steps = true, counts_steps = false, measure_writes = false;
 
   template <class Field>
@@ -66,12 +66,12 @@ FASTLARS_HD double trust_ratio(const LarsRule& rule, const StepScalars& scalars,
   const double q = guarded_ratio(sums.of[0], sums.of[1], rule.trust_coefficient * weight_norm,
                                  std::sqrt(sums.of[1]) + decay_norm + rule.eps);
   if (!rule.trust_clip) return q;
-  // LARC: the local rate lr q never exceeds lr.
+  // LARC: the layer's rate lr q never exceeds lr.
   const double clipped = scalars.lr > 0.0 ? q / scalars.lr : 1.0;
   return clipped > 1.0 ? 1.0 : clipped;
 }
 
-// The one coefficient that contains the trust ratio.
+// The one coefficient that contains q.
 FASTLARS_HD float ratio_coefficient(const LarsRule& rule, const StepScalars& scalars,
                                     const LarsCoefficients&, double ratio) {
   return coefficient((rule.buffer == Buffer::scaled ? 1.0 : scalars.lr) * ratio);
@@ -81,7 +81,7 @@ FASTLARS_HD void set_ratio_coefficient(const LarsRule& rule, float value, LarsCo
   (rule.buffer == Buffer::gradient ? c.outer : c.inner) = value;
 }
 
-// Coefficients for a trust ratio of 1.
+// Coefficients for q = 1.
 FASTLARS_HD LarsCoefficients coefficients(const LarsRule& rule, const StepScalars& scalars,
                                           float last_lr) {
   // Goyal et al., remark 2: a buffer that holds lr times a gradient is rescaled when lr changes.

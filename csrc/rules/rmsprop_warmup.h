@@ -1,7 +1,7 @@
-// RMSprop warm-up. Akiba, Suzuki, Fukuda, "Extremely Large Minibatch SGD", 2017, with d the decayed
-// gradient:
-//   m = mu2 m + (1 - mu2) d^2,  b = mu1 b + a d + r d / (sqrt(m) + eps),  w -= lr b
-// The share a of SGD rises to 1 with a tensor's steps, and r = (1 - a) lr_rmsprop / lr.
+// RMSprop warm-up. Akiba, Suzuki, Fukuda, "Extremely Large Minibatch SGD", 2017:
+//   d = g + wd w,  v = beta2 v + (1 - beta2) d^2
+//   b = mu b + a d + (1 - a) (lr_rmsprop / lr) d / (sqrt(v) + eps),  w -= lr b
+// The share a of SGD rises to 1 with a tensor's steps.
 #pragma once
 
 #include "rules/common.h"
@@ -11,14 +11,14 @@ namespace fastlars {
 struct RmspropWarmupCoefficients {
   float gradient_scale, weight_decay, momentum;
   float square_decay, square_weight, eps;
-  float sgd, rmsprop;  // a and r
+  float sgd, rmsprop;  // a, and (1 - a) lr_rmsprop / lr
   float lr;
-  bool warming;  // false: a is 1 for good, and squares are neither read nor written
+  bool warming;  // false: a is 1 from now on, and v is neither read nor written
 };
 
 struct RmspropWarmupRule {
   double momentum, weight_decay, square_decay, eps, lr_rmsprop;
-  double center_steps;  // there a is 1/2, and from there on it rises linearly
+  double center_steps;  // c: there a is 1/2, and from there on it rises linearly
   double rise;          // steps that it would take from 0 to 1 at that pace
   double below;         // a at the center, rounded down to a whole step
   double shrink;        // by which a is smaller one step earlier than there
@@ -26,7 +26,7 @@ struct RmspropWarmupRule {
   using Coefficients = RmspropWarmupCoefficients;
   static constexpr const char* name = "RmspropWarmupRule";
   static constexpr int sums = 0;
-  static constexpr int states = 2;  // b and m
+  static constexpr int states = 2;  // b and v
   static constexpr bool steps = true, counts_steps = true, measure_writes = false, adapt = false;
 
   template <class Field>
@@ -43,7 +43,7 @@ struct RmspropWarmupRule {
   }
 };
 
-// There is no ratio.
+// There is no trust ratio: q = 1.
 FASTLARS_HD double trust_ratio(const RmspropWarmupRule&, const StepScalars&, const Sums<0>&) {
   return 1.0;
 }
@@ -58,7 +58,7 @@ FASTLARS_HD double sgd_share(const RmspropWarmupRule& rule, double steps) {
   return share < 1.0 ? share : 1.0;
 }
 
-// `step` counts from 1.
+// `step` is t, counted from 1.
 FASTLARS_HD RmspropWarmupCoefficients coefficients(const RmspropWarmupRule& rule,
                                                    const StepScalars& scalars, float step) {
   const double share = sgd_share(rule, static_cast<double>(step) - 1.0);
@@ -77,7 +77,7 @@ FASTLARS_HD RmspropWarmupCoefficients coefficients(const RmspropWarmupRule& rule
   return c;
 }
 
-// Returns the new weight, advances the buffer and the mean of squares.
+// Returns the new weight, advances b and v.
 FASTLARS_HD float rmsprop_warmup_update(const RmspropWarmupCoefficients& c, float w, float g,
                                         float& buffer, float& square) {
   const float d = c.gradient_scale * g + c.weight_decay * w;

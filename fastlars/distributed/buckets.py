@@ -1,68 +1,28 @@
-"""A bucket of DDP as the optimizer sees it: lists of its parameters, ready to be stepped."""
+"""A bucket of DDP as the optimizer sees it: slices of its groups, ready to be stepped."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 
 from fastlars.backends.base import Mismatch, StepScalars, is_dense
-from fastlars.distributed.average import Future
+from fastlars.distributed.averaging import Future
 from fastlars.optim.base import FusedOptimizer
-from fastlars.optim.numbers import Numbers, numbers
-from fastlars.optim.plan import Plan
+from fastlars.optim.execute import BoundBatch, StepResults, mark_written
+from fastlars.optim.planner import GroupSlice, slices_of
+from fastlars.optim.scalars import Scalars, scalars_for
 from fastlars.optim.values import same_objects
-from fastlars.optim.work import Work, mark_written
 from fastlars.rules import GradientNorm
 
-
-@dataclass
-class Part:
-    """Parameters of one group, their gradients, and the plan to step them."""
-
-    number: int
-    indices: list[int]
-    grads: list[Tensor]
-    whole: Plan | None = None
-    plan: Plan | None = None
-
-    def works(self, optimizer: FusedOptimizer) -> list[Work]:
-        """What to do for these parameters, checked and bound.
-
-        Raises:
-            Mismatch: the optimizer's own plan of the group no longer fits.
-            KeyError: a state is gone.
-        """
-        group = optimizer.param_groups[self.number]
-        rule = optimizer._rule(self.number, group)
-        whole = optimizer._plans[self.number]
-        if whole is None:
-            raise KeyError(self.number)
-        if self.plan is None or whole is not self.whole:
-            self.whole, self.plan = whole, whole.part(self.indices, self.grads)
-            optimizer._note_states()  # which the part has made
-        return [Work(group, rule, sublist, bound) for sublist, bound in self.plan.bind(self.grads)]
-
-    def take_plan_of(self, other: Part | None) -> None:
-        """Go on with the plan that an earlier step made for the same parameters."""
-        if other is not None and other.indices == self.indices:
-            self.whole, self.plan = other.whole, other.plan
+# What is done with a bucket before optimizer.step(): see Engine.
+EarlyWork = Literal["step", "measure", "clip"]
 
 
-def parts_of(optimizer: FusedOptimizer, grads: dict[Tensor, Tensor]) -> list[Part]:
-    """Parts for those parameters of the optimizer that have one of these gradients."""
-    parts = []
-    for number, group in enumerate(optimizer.param_groups):
-        indices = [i for i, p in enumerate(group["params"]) if p in grads]
-        if indices:
-            own = [grads[group["params"][i]] for i in indices]
-            parts.append(Part(number, indices, own))
-    return parts
-
-
-def views(params: list[Tensor], bucket: GradBucket, flat: Tensor) -> list[Tensor]:
+def gradient_views(params: list[Tensor], bucket: GradBucket, flat: Tensor) -> list[Tensor]:
     """The gradients in ``flat``, which is laid out as the bucket's buffer."""
     start = bucket.buffer().storage_offset()
     found = []
@@ -79,9 +39,9 @@ class Bucket:
     """What is kept of a bucket from step to step, until DDP builds its buckets anew."""
 
     params: list[Tensor]
-    storage: int
-    reduced: Tensor  # what is added up over the processes: DDP's buffer, or a half-precision one
-    parts: list[Part]
+    storage: int  # identifies the memory of DDP's buffer
+    reduced: Tensor  # what is summed over the processes: DDP's buffer, or a half-precision one
+    slices: list[GroupSlice]
 
     @classmethod
     def of(
@@ -92,7 +52,9 @@ class Bucket:
         left_out: set[Tensor],
     ) -> Bucket:
         """Args:
-        dtype: of the compression; buckets of float16 and bfloat16 are as short as it gets.
+        bucket: DDP's.
+        optimizer: steps some or all of its parameters.
+        dtype: of the compression; buckets of float16 and bfloat16 are not compressed any further.
         left_out: parameters that the bucket must not step.
         """
         buffer = bucket.buffer()
@@ -100,105 +62,105 @@ class Bucket:
         reduced = buffer
         if dtype is not None and buffer.dtype.itemsize > 2:
             reduced = torch.empty_like(buffer, dtype=dtype)
-        grads = zip(params, views(params, bucket, reduced), strict=True)
+        grads = zip(params, gradient_views(params, bucket, reduced), strict=True)
         grads_of = {p: g for p, g in grads if p not in left_out}
         storage = buffer.untyped_storage()._cdata
-        parts = parts_of(optimizer, grads_of)
-        return cls(params, storage, reduced, parts)
+        return cls(params, storage, reduced, slices_of(optimizer.param_groups, grads_of))
 
     def fits(self, bucket: GradBucket) -> bool:
-        """Whether this is still the same memory for the same parameters."""
+        """Whether ``bucket`` still has the same memory for the same parameters."""
         params = bucket.parameters()
         return bucket.buffer().untyped_storage()._cdata == self.storage and same_objects(
             params, self.params
         )
 
-    def covers_all(self) -> bool:
-        """Whether nobody needs the gradients of this bucket but its works."""
-        return sum(len(part.indices) for part in self.parts) == len(self.params)
+    def steps_all(self) -> bool:
+        """Whether the bucket steps all its parameters, so that nothing else reads its gradients."""
+        return sum(len(part.indices) for part in self.slices) == len(self.params)
 
-    def works(self, optimizer: FusedOptimizer) -> list[Work] | None:
-        """What to do once the gradients are there; None where ``optimizer.step()`` has to look."""
+    def bind(self, optimizer: FusedOptimizer) -> list[BoundBatch] | None:
+        """The bucket's batches; None where the whole step is left to ``optimizer.step()``, because
+        something does not fit. ``step()`` then plans anew, or raises what is wrong."""
+        planner, groups, states = optimizer.planner, optimizer.param_groups, optimizer.state
         try:
-            return [work for part in self.parts for work in part.works(optimizer)]
+            return [b for part in self.slices for b in planner.bind_slice(part, groups, states)]
         except (Mismatch, KeyError, TypeError, ValueError, RuntimeError):
-            return None  # step() meets the same, and says what it is
+            return None
 
 
 @dataclass
-class Started:
-    """A bucket under way: its works with the numbers they were started with, and what came out."""
+class InFlightBucket:
+    """A bucket that is being reduced: its batches, their scalars, and what was computed early."""
 
-    works: list[Work]
+    batches: list[BoundBatch]
     scalars: list[StepScalars]
     future: Future[list[Tensor]] | None = None
     results: list[Tensor | None] = field(default_factory=list)
 
     @classmethod
-    def of(cls, works: list[Work], for_norm: bool) -> Started:
-        """Reads the learning rates; not where only the gradients' norm is wanted."""
-        now = numbers(all(work.backend.reads_device for work in works), None, None)
+    def of(cls, batches: list[BoundBatch], for_norm: bool) -> InFlightBucket:
+        """Reads the learning rates, unless only the norm of the gradients is wanted."""
+        scalars = scalars_for(b.backend for b in batches)
         if for_norm:
-            return cls(works, [now.unclipped(work.sign, work.device) for work in works])
-        return cls(works, [work.scalars(now) for work in works])
+            return cls(batches, [scalars.unclipped(b.sign, b.device) for b in batches])
+        return cls(batches, [b.step_scalars(scalars) for b in batches])
 
     def params(self) -> list[Tensor]:
-        """The parameters of all works."""
-        return [p for work in self.works for p in work.sublist.weights]
+        """The parameters of all batches."""
+        return [p for b in self.batches for p in b.batch.weights]
 
-    def take(self, kind: str | None) -> None:
-        """Do what can be done before ``optimizer.step()``: see Engine for the kinds."""
-        if kind == "step":
-            # Before the write: what backward still needs of these weights, it then refuses.
-            mark_written(self.works)
-        for work, scalars in zip(self.works, self.scalars, strict=True):
-            backend = work.backend
-            if kind == "step":
-                self.results.append(backend.step(work.rule, work.bound, scalars))
-            elif kind == "clip":
-                self.results.append(backend.measure(GradientNorm(), work.bound, scalars))
-            elif work.rule.adapt:
-                self.results.append(backend.measure(work.rule, work.bound, scalars))
+    def work_early(self, work: EarlyWork | None) -> None:
+        """Do with the reduced bucket what can be done before ``optimizer.step()``."""
+        if work == "step":
+            # Before the write: autograd then raises where backward still needs these weights.
+            mark_written(self.batches)
+        for b, scalars in zip(self.batches, self.scalars, strict=True):
+            if work == "step":
+                self.results.append(b.backend.step(b.rule, b.bound, scalars))
+            elif work == "clip":
+                self.results.append(b.backend.measure(GradientNorm(), b.bound, scalars))
+            elif b.rule.adapt:
+                self.results.append(b.backend.measure(b.rule, b.bound, scalars))
             else:
                 self.results.append(None)
 
-    def finish(self, kind: str | None) -> list[tuple[list[Tensor], Tensor]]:
-        """Apply what was only measured; parameters and their trust ratios."""
-        taken = []
-        for work, scalars, result in zip(self.works, self.scalars, self.results, strict=True):
-            if kind != "step":
-                result = work.backend.apply(work.rule, work.bound, scalars, result)
+    def finish(self, work: EarlyWork | None) -> StepResults:
+        """Apply what was only measured; return parameters and their trust ratios."""
+        results = []
+        for b, scalars, result in zip(self.batches, self.scalars, self.results, strict=True):
+            if work != "step":
+                result = b.backend.apply(b.rule, b.bound, scalars, result)
             assert result is not None
-            taken.append((work.sublist.weights, result))
-        if kind != "step":
-            mark_written(self.works)
-        return taken
+            results.append((b.batch.weights, result))
+        if work != "step":
+            mark_written(self.batches)
+        return results
 
 
 @dataclass
-class Measured(Work):
-    """A list whose gradients' sums of squares are known already."""
+class PremeasuredBatch(BoundBatch):
+    """A batch whose gradients' sums of squares are known already."""
 
     sums: Tensor
 
-    def square_norms(self, now: Numbers) -> Tensor:
+    def square_norms(self, scalars: Scalars) -> Tensor:
         return self.sums
 
 
-def measured(works: list[Work], started: list[Started]) -> list[Work]:
-    """The works, with the sums that the buckets' own lists gave where they hold all of a list."""
+def with_known_sums(batches: list[BoundBatch], buckets: list[InFlightBucket]) -> list[BoundBatch]:
+    """The batches, with the sums that the buckets have measured for all parameters of a batch."""
     rows: dict[Tensor, tuple[Tensor, int]] = {}
-    for each in started:
-        for work, sums in zip(each.works, each.results, strict=True):
+    for bucket in buckets:
+        for b, sums in zip(bucket.batches, bucket.results, strict=True):
             assert sums is not None
-            rows.update((p, (sums, i)) for i, p in enumerate(work.sublist.weights))
-    return [_with_sums(work, rows) for work in works]
+            rows.update((p, (sums, i)) for i, p in enumerate(b.batch.weights))
+    return [_with_known_sums(b, rows) for b in batches]
 
 
-def _with_sums(work: Work, rows: dict[Tensor, tuple[Tensor, int]]) -> Work:
-    params = work.sublist.weights
+def _with_known_sums(b: BoundBatch, rows: dict[Tensor, tuple[Tensor, int]]) -> BoundBatch:
+    params = b.batch.weights
     if not all(p in rows for p in params):
-        return work
+        return b
     starts: dict[int, int] = {}
     tensors: list[Tensor] = []
     end = 0
@@ -212,4 +174,4 @@ def _with_sums(work: Work, rows: dict[Tensor, tuple[Tensor, int]]) -> Work:
     order = torch.tensor(places, device="cpu")
     every = torch.cat(tensors)
     sums = every[order.to(every.device, non_blocking=True)]
-    return Measured(work.group, work.rule, work.sublist, work.bound, sums)
+    return PremeasuredBatch(b.group, b.rule, b.batch, b.bound, sums)

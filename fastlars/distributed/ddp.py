@@ -8,17 +8,17 @@ from typing import Any, Literal
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from fastlars.distributed.average import COMPRESSIONS, Average
+from fastlars.distributed.averaging import COMPRESSIONS, BucketAverager
 from fastlars.distributed.engine import Engine
-from fastlars.distributed.hook import Slot, reduce_and_step, slot_of
-from fastlars.distributed.refusals import check_ddp, check_join, check_optimizer, inner_optimizer
+from fastlars.distributed.hook import HookState, hook_state_of, reduce_and_step
+from fastlars.distributed.validation import check_ddp, check_join, check_optimizer, inner_optimizer
 from fastlars.optim.base import FusedOptimizer
 
 MODES = ("step", "norms")
 
 
 class Handle:
-    """Ends an overlap. ``remove()`` of a copied or unpickled handle does nothing."""
+    """What ``overlap()`` returns, to end the overlap. A copied or unpickled handle ends none."""
 
     def __init__(self, engine: Engine | None) -> None:
         self._engine = engine
@@ -27,12 +27,12 @@ class Handle:
         return Handle, (None,)
 
     def remove(self) -> None:
-        """Go back to ordinary steps.
+        """Go back to ordinary steps; a second call does nothing.
 
-        Between a backward pass and its ``optimizer.step()``, that step is still overlapped. DDP
-        keeps its hook, which from now on averages as DDP does without one. After a backward pass
-        that ended in an error, it waits for the buckets that are under way: call it before a
-        checkpoint is loaded.
+        Called between a backward pass and its ``optimizer.step()``, it lets that step still be
+        overlapped. DDP keeps overlap's hook, which from then on averages gradients as DDP does
+        without a hook. After a backward pass that ended in an error, the call waits for the buckets
+        that are being reduced: make it before you load a checkpoint.
         """
         engine, self._engine = self._engine, None
         if engine is None:
@@ -56,47 +56,52 @@ def overlap(
     """Step the parameters of a DDP bucket as soon as it is reduced, while backward goes on.
 
     Call it once, before the first backward pass; the training loop stays as it is.
-    ``optimizer.step()`` steps what no bucket held. Without compression, parameters and states have
-    the bits that they have without overlap. The first two steps are not overlapped.
+    ``optimizer.step()`` steps the parameters that were in no bucket. Without compression,
+    parameters and states have the bits that they have without overlap. The first two steps are not
+    overlapped.
 
     Hyper-parameters are read during backward: change them before it or after ``optimizer.step()``,
-    as schedulers do. Parameters are new when backward returns, and change while it runs: after an
+    as schedulers do. Parameters change while backward runs, and are new when it returns: after an
     error in it, some may be a step ahead of others, so go on from a checkpoint. All that overlap
     relies on is in docs/distributed.md, "What overlap relies on".
 
     Args:
-        ddp: module; all of its options work but those listed under Raises. With
-            ``static_graph=True``, parameters may stay unused.
-        optimizer: :class:`fastlars.LARS`, :class:`fastlars.LAMB` or
-            :class:`fastlars.RMSpropWarmup` over parameters of ``ddp``, and others if need be; or a
-            wrapper around one, as of Lightning, Fabric and Accelerate.
-        compression: ``"fp16"`` or ``"bf16"`` divides gradients by the number of processes, rounds
-            them to that type and adds them up in it; buckets of 16 bits already stay as they are.
-            The step reads the sum where it lies. ``p.grad`` is not what was stepped with then: for
-            parameters that were stepped during backward it holds this process's own gradient.
-        mode: ``"step"`` steps buckets during backward. ``"norms"`` writes nothing then: LARS takes
-            its sums of squares, LAMB and RMSpropWarmup take nothing, and weights and states change
-            in ``optimizer.step()``, which sees what was changed after backward. With
-            ``max_grad_norm`` in any group, or ``skip_if``, the gradients' norms are taken during
-            backward, in either mode, and nothing is written.
-        debug: check in every step what is checked in the first ten otherwise: that no weight,
-            gradient or state was changed through ``.data`` between backward and
-            ``optimizer.step()``, and that backward reads no weight after its step.
+        ddp: the DDP module whose gradients are reduced; all of its options work except those listed
+            under Raises. With ``static_graph=True``, parameters may stay unused.
+        optimizer: the :class:`fastlars.LARS`, :class:`fastlars.LAMB` or
+            :class:`fastlars.RMSpropWarmup` that steps parameters of ``ddp``; it may have others as
+            well. Or a wrapper around one, as of Lightning, Fabric and Accelerate.
+        compression: type in which gradients travel. ``"fp16"`` and ``"bf16"`` divide them by the
+            number of processes, round them to that type and add them up in it, which halves the
+            traffic of float32 gradients; buckets of 16 bits stay as they are. Default None, no
+            rounding. Set it where the network limits the step; ``"bf16"`` has the range of float32,
+            ``"fp16"`` rounds less. The step reads the sums, and not ``p.grad``: of parameters that
+            were stepped during backward, that holds this process's own gradient.
+        mode: ``"step"`` (default) steps buckets during backward. ``"norms"`` changes weights and
+            states only in ``optimizer.step()``, which sees what was changed after backward: during
+            it LARS takes its sums of squares, LAMB and RMSpropWarmup nothing. Set it where
+            something, a ``GradScaler`` for example, must run between backward and step. With
+            ``max_grad_norm`` in any group, or ``skip_if``, both modes take the norms of gradients
+            during backward, and write nothing then.
+        debug: True makes in every step the checks that are otherwise made in the first ten: that no
+            weight, gradient or state was changed through ``.data`` between backward and
+            ``optimizer.step()``, and that backward reads no weight after its step. Default False.
+            Set it where results with and without overlap differ.
 
     Returns:
-        A handle whose ``remove()`` goes back to ordinary steps.
+        A handle, whose ``remove()`` goes back to ordinary steps.
 
     Raises:
-        TypeError: not a DDP module, or not an optimizer of this package.
+        TypeError: ``ddp`` is not a DDP module, or ``optimizer`` not one of fastlars.
         ValueError: an unknown ``compression`` or ``mode``, or no parameter in common.
-        RuntimeError: what does not go with it: ``find_unused_parameters`` without
+        RuntimeError: something that overlap does not support: ``find_unused_parameters`` without
             ``static_graph``, DDP's ``mixed_precision``, another communication hook,
             ``torch.compile``'s python reducer, an optimizer in backward, ``capturable``,
-            ``stochastic_rounding``. Later, from where it shows:
-            ``join(divide_by_initial_world_size=False)``, and where buckets are stepped during
-            backward a ``GradScaler``, a second backward pass before ``optimizer.step()`` without
-            ``no_sync()``, a backward pass that failed, weights that backward reads late, gradients,
-            weights, states or hyper-parameters that were changed between backward and
+            ``stochastic_rounding``. Raised later, where it shows:
+            ``join(divide_by_initial_world_size=False)``; and where buckets are stepped during
+            backward, a ``GradScaler``, a second backward pass before ``optimizer.step()`` without
+            ``no_sync()``, a backward pass that failed, weights that backward reads late, and
+            gradients, weights, states or hyper-parameters that were changed between backward and
             ``optimizer.step()``. If a program does one of these from its first step, nothing was
             changed when the error is raised. If it begins later, buckets of that step were stepped
             already: go on from a checkpoint.
@@ -105,13 +110,20 @@ def overlap(
         >>> import os, tempfile, torch, torch.distributed as dist, fastlars.distributed
         >>> store = dist.FileStore(os.path.join(tempfile.mkdtemp(), "store"), 1)
         >>> dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-        >>> ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 2))
-        >>> optimizer = fastlars.LARS(ddp.parameters(), lr=0.1)
+        >>> model = torch.nn.Linear(4, 1, bias=False)
+        >>> w = torch.nn.init.ones_(model.weight)
+        >>> ddp = torch.nn.parallel.DistributedDataParallel(model)
+        >>> optimizer = fastlars.LARS(ddp.parameters(), lr=5.0, momentum=0.0)
         >>> handle = fastlars.distributed.overlap(ddp, optimizer)
         >>> for _ in range(3):
         ...     optimizer.zero_grad()
-        ...     ddp(torch.ones(3, 4)).sum().backward()
+        ...     ddp(torch.ones(3, 4)).mean().backward()  # all gradients are 1: w shrinks by lr eta
+        ...     print(round(w[0, 0].item(), 6), end=" ")
         ...     optimizer.step()
+        ...     print(round(w[0, 0].item(), 6))
+        1.0 0.995
+        0.995 0.990025
+        0.985075 0.985075
         >>> handle.remove()
         >>> dist.destroy_process_group()
     """
@@ -122,9 +134,9 @@ def overlap(
     check_ddp(ddp)
     optimizer = inner_optimizer(optimizer)
     check_optimizer(optimizer, ddp)
-    slot = _slot(ddp)
-    assert slot.average is not None
-    engine = Engine(ddp, optimizer, slot.average, COMPRESSIONS[compression], mode, debug)
+    state = _registered_state(ddp)
+    assert state.averager is not None
+    engine = Engine(ddp, optimizer, state.averager, COMPRESSIONS[compression], mode, debug)
     for kept in (ddp._forward_pre_hooks, ddp._forward_hooks):  # of a copied module
         for key in [key for key, hook in kept.items() if hook in (_before_forward, _after_forward)]:
             del kept[key]
@@ -132,15 +144,15 @@ def overlap(
         ddp.register_forward_pre_hook(_before_forward),
         ddp.register_forward_hook(_after_forward),
     )
-    slot.engine = engine
-    optimizer._ahead = engine
+    state.engine = engine
+    optimizer.overlap_hook = engine
 
     def release() -> None:
         for hook in hooks:
             hook.remove()
-        if slot.engine is engine:
-            slot.engine = None
-            optimizer._ahead = None
+        if state.engine is engine:
+            state.engine = None
+            optimizer.overlap_hook = None
         engine.close()
 
     engine.release = release
@@ -161,33 +173,33 @@ def _after_forward(ddp: torch.nn.Module, _: Any, outputs: Any) -> None:
 
 def _engine_of(ddp: torch.nn.Module) -> Engine | None:
     """None of a copied module, which keeps these hooks, and is not overlapped."""
-    slot = slot_of(ddp)
-    return slot.engine if slot is not None else None
+    state = hook_state_of(ddp)
+    return state.engine if state is not None else None
 
 
-def _slot(ddp: DistributedDataParallel) -> Slot:
+def _registered_state(ddp: DistributedDataParallel) -> HookState:
     """The state of overlap's hook on ``ddp``; registers the hook where there is none."""
     hooks = ddp._comm_hooks
-    slot = slot_of(ddp)
-    if slot is not None and slot.engine is not None:
+    state = hook_state_of(ddp)
+    if state is not None and state.engine is not None:
         raise RuntimeError("this DDP module is overlapped already: remove() its handle first")
-    if slot is not None:
-        return slot
-    hooks[:] = [pair for pair in hooks if not isinstance(pair[1], Slot)]  # of a copied module
+    if state is not None:
+        return state
+    hooks[:] = [pair for pair in hooks if not isinstance(pair[1], HookState)]  # of a copied module
     if hooks:
         raise RuntimeError(
             "overlap does not go with another communication hook: DDP takes one alone, and has "
             f"{getattr(hooks[0][0], '__qualname__', hooks[0][0])}"
         )
-    average = Average(ddp)
-    slot = Slot(average)
+    averager = BucketAverager(ddp)
+    state = HookState(averager)
     try:
-        ddp.register_comm_hook(slot, reduce_and_step)
+        ddp.register_comm_hook(state, reduce_and_step)
     except RuntimeError as error:
         hooks.clear()  # DDP notes the hook before its reducer refuses it
-        average.close()
+        averager.close()
         raise RuntimeError(
             "overlap does not go with another communication hook: DDP takes one alone, and has one "
             "that it built itself"
         ) from error
-    return slot
+    return state

@@ -13,17 +13,17 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
 from fastlars.backends.base import Mismatch
-from fastlars.distributed.average import Average, Future, compress, first_value
-from fastlars.distributed.buckets import Bucket, Part, Started, measured, parts_of
-from fastlars.distributed.reads import LateReads
-from fastlars.distributed.refusals import check_groups, has_scaler, raise_changed, raise_scaler
-from fastlars.distributed.watch import Options, Snapshot, same_members
+from fastlars.distributed.averaging import BucketAverager, Future, compress, first_value
+from fastlars.distributed.buckets import Bucket, EarlyWork, InFlightBucket, with_known_sums
+from fastlars.distributed.late_reads import LateReads
+from fastlars.distributed.snapshots import Options, Snapshot, same_members
+from fastlars.distributed.validation import check_groups, has_scaler, raise_changed, raise_scaler
 from fastlars.optim.base import FusedOptimizer
-from fastlars.optim.numbers import numbers
-from fastlars.optim.work import Taken, Work, check_recording
+from fastlars.optim.execute import BoundBatch, StepResults
+from fastlars.optim.planner import GroupSlice, slices_of
 
-# Steps with a backward pass in which overlap also looks for what costs too much to look for in
-# every step. The first ones are not overlapped: what they find is refused with nothing changed.
+# The first steps with a backward pass, in which overlap also runs checks that would be too slow for
+# every step. The first two are not overlapped: what they find is refused with nothing changed.
 WATCHED_STEPS = 10
 UNTOUCHED_STEPS = 2
 
@@ -31,20 +31,22 @@ UNTOUCHED_STEPS = 2
 class Engine:
     """Overlaps the steps of one optimizer with the backward passes of one DDP module.
 
-    A step is of one of these kinds, chosen when its first bucket arrives: "step" (a bucket is
-    stepped when it is reduced), "measure" (its sums of squares are taken then), "clip" (the
-    gradients' alone, for the global norm), or None: all is left to ``optimizer.step()``.
+    What is done with a bucket before ``optimizer.step()`` is chosen when the first bucket of a step
+    arrives: "step" (it is stepped once it is reduced), "measure" (its sums of squares are taken),
+    "clip" (those of its gradients alone are taken, for the global norm), or None: everything is
+    left to ``optimizer.step()``.
 
-    Only "step" writes during backward. What does not go with that is refused in every step of a
-    program, whatever the step's kind. The other kinds write nothing before ``step()``, which
-    starts over where their sums no longer hold.
+    Only "step" writes during backward. Whatever a program does that does not go with writing is
+    refused in each of its steps, also in steps that write nothing early, so that the error does not
+    depend on the step. "measure" and "clip" write nothing before ``step()``, which starts over
+    where the early sums no longer hold.
     """
 
     def __init__(
         self,
         ddp: DistributedDataParallel,
         optimizer: FusedOptimizer,
-        average: Average,
+        averager: BucketAverager,
         dtype: torch.dtype | None,
         mode: str,
         debug: bool,
@@ -53,36 +55,36 @@ class Engine:
         self.optimizer = optimizer
         self.release: Callable[[], None] = lambda: None
         self.leaving = False
-        self._average = average
+        self._averager = averager
         self._dtype = dtype
         self._mode = mode
         self._debug = debug
         self._buckets: dict[int, Bucket] = {}
-        self._rest: dict[int, Part] = {}
+        self._rest: dict[int, GroupSlice] = {}  # by group: parameters that no bucket had
         self._members: list[list[Tensor]] = []
-        # Parameters that no bucket may step: unused ones of a static graph, for which DDP leaves
-        # zeros in the buckets, and those that backward reads late.
+        # Parameters that no bucket may step: those that a static graph does not use, for which DDP
+        # leaves zeros in the buckets, and those that backward reads late.
         self._left_out: set[Tensor] = set()
-        self._in_vain = False  # what the last step had measured was stale, as with a GradScaler
-        self._spent = False  # a step was refused after its gradients were used
+        self._measured_in_vain = False  # the last step could not use its early sums
+        self._gradients_used = False  # by a step that was then refused
         self._wrote = False  # whether the last forward pass was of a step that may write
         self._watched = 0  # steps with a backward pass so far, up to WATCHED_STEPS
         self.reads: LateReads | None = LateReads(ddp.parameters())
         # Not as a decorator: it imports torch._dynamo, as DDP does when one is made.
         self.step = torch.compiler.disable(self._finish)
-        self._rearm()
+        self._reset()
 
-    def _rearm(self) -> None:
-        self._arrived = False  # the first bucket
-        self._reduced = False  # a whole backward pass
-        self._refused = False
-        self._stale = False  # what was measured is not of the gradients that there are now
-        self._writes = False
-        self._kind: str | None = None
-        self._options: Options | None = None
-        self._seen: Snapshot | None = None
-        self._parts: list[Part] = []  # of the buckets of this backward pass
-        self.started: list[Started] = []
+    def _reset(self) -> None:
+        self._begun = False  # the first bucket has arrived
+        self._reduced = False  # a whole backward pass has ended
+        self._refused = False  # a second backward pass
+        self._stale = False  # the early sums are not of the gradients that there are now
+        self._writes = False  # this step may write during backward
+        self._early_work: EarlyWork | None = None
+        self._options: Options | None = None  # at the first bucket
+        self._snapshot: Snapshot | None = None  # at the end of backward
+        self._slices: list[GroupSlice] = []  # of the buckets of this backward pass
+        self.in_flight: list[InFlightBucket] = []
         if self.reads is not None:
             self.reads.forget()
 
@@ -114,63 +116,66 @@ class Engine:
         # Outside backward, a process whose inputs have ended (Join) reduces for the others, and has
         # nothing to step.
         in_backward = torch._C._current_graph_task_id() != -1
-        if in_backward and not self._arrived:
+        if in_backward and not self._begun:
             self._begin()
         self._stale = self._stale or self._reduced  # a second backward pass: gradients add up
         kept = self._bucket(bucket) if buffer.layout == torch.strided else None
-        started = self._start(kept) if in_backward and kept is not None else None
+        in_flight = self._start(kept) if in_backward and kept is not None else None
         if in_backward and bucket.is_last():
-            # Not with the first one: backward passes within this one (checkpoints) end earlier.
+            # With the last bucket: nested backward passes, as of activation checkpointing, would
+            # run a callback that was queued earlier too early.
             Variable._execution_engine.queue_callback(self._end_of_backward)
         if kept is None or kept.reduced is buffer:
-            future = self._average.start(self._average.scale(buffer, bucket))
+            future = self._averager.start(self._averager.scale(buffer, bucket))
             result = future.then(first_value)
         else:
-            future = self._average.start(compress(buffer, self._average.size, kept.reduced))
-            if started is not None and self._kind == "step" and kept.covers_all():
+            future = self._averager.start(compress(buffer, self._averager.size, kept.reduced))
+            if in_flight is not None and self._early_work == "step" and kept.steps_all():
                 result = future.then(lambda _: buffer)
             else:
                 result = future.then(lambda f: buffer.copy_(first_value(f)))
-        if started is not None:
-            # After DDP's own, which backward waits for. On CUDA, futures run this on a stream of
-            # its own that waits for the reduction.
-            started.future = future.then(partial(self._take, started))
+        if in_flight is not None:
+            # After DDP's own callback, which backward waits for. On CUDA, futures run this on a
+            # stream of their own that waits for the reduction.
+            in_flight.future = future.then(partial(self._work_early, in_flight))
         return result
 
     def _begin(self) -> None:
-        """The first bucket of a step: look again at everything that may have changed."""
-        self._arrived, self._spent = True, False
+        """At the first bucket of a step: compare with everything that may have changed since."""
+        self._begun, self._gradients_used = True, False
         self._options = Options(self.optimizer)
         if not same_members(self._members, self._options.members):
-            # Parts know parameters by their place in their group.
+            # Slices know parameters by their index in their group.
             self._members = self._options.members
             self._buckets.clear()
             self._rest.clear()
         self._writes = self.may_write()
-        self._kind = self._choose()
+        self._early_work = self._choose_early_work()
 
     def may_write(self) -> bool:
         """Whether steps of this program write during backward, even if this step does not."""
-        return self._mode == "step" and not self.optimizer._needs_norm()
+        return self._mode == "step" and not self._needs_norm()
 
-    def _choose(self) -> str | None:
+    def _needs_norm(self) -> bool:
+        return bool(self.optimizer.stepper.needs_norm(self.optimizer.param_groups))
+
+    def _choose_early_work(self) -> EarlyWork | None:
         optimizer = self.optimizer
-        groups, plans = optimizer.param_groups, optimizer._plans
-        # The first two steps of a program are left to optimizer.step(). The first makes states and
-        # plans, with all their checks, and shows a GradScaler; DDP has but one bucket then anyway.
-        # The second shows a backward pass that no step follows, as of a GAN's other network. A step
-        # without a backward pass, which torch.distributed.checkpoint takes, shows nothing.
-        if self._watched < UNTOUCHED_STEPS or self._in_vain or len(plans) != len(groups):
+        # The first two steps of a program are left to optimizer.step(). The first one makes states
+        # and plans, with all their checks, and shows whether there is a GradScaler; DDP has but one
+        # bucket then anyway. The second one shows whether some backward passes are not followed by
+        # a step, as of the other network of a GAN. A step without a backward pass, which
+        # torch.distributed.checkpoint takes, shows nothing, and is not counted.
+        if self._watched < UNTOUCHED_STEPS or self._measured_in_vain:
             return None
         try:
             check_groups(optimizer)
-            rules = [optimizer._rule(number, group) for number, group in enumerate(groups)]
+            rules = optimizer.planner.current_rules(optimizer.param_groups, optimizer.state)
         except (RuntimeError, TypeError, ValueError):
-            return None  # step() meets the same, before anything is written
-        planned = [plan.params if plan is not None else [] for plan in plans]
-        if not (same_members(self._members, planned) and optimizer._states_are_planned()):
+            return None  # step() raises the same, before anything is written
+        if rules is None:
             return None
-        if optimizer._needs_norm():
+        if self._needs_norm():
             return "clip"
         if self._mode == "step":
             return "step"
@@ -183,29 +188,29 @@ class Engine:
             self._buckets[bucket.index()] = kept
         return kept
 
-    def _start(self, kept: Bucket) -> Started | None:
-        self._parts += kept.parts
-        works = None
-        if self._kind is not None and not self._stale:
-            works = kept.works(self.optimizer)
-        if not works:
+    def _start(self, kept: Bucket) -> InFlightBucket | None:
+        self._slices += kept.slices
+        batches = None
+        if self._early_work is not None and not self._stale:
+            batches = kept.bind(self.optimizer)
+        if not batches:
             return None
-        started = Started.of(works, for_norm=self._kind == "clip")
-        self.started.append(started)
-        return started
+        in_flight = InFlightBucket.of(batches, for_norm=self._early_work == "clip")
+        self.in_flight.append(in_flight)
+        return in_flight
 
-    def _take(self, started: Started, future: Future[list[Tensor]]) -> list[Tensor]:
-        """Runs when a bucket is reduced, in the thread that waited for it. Returns the results,
-        because on CUDA waiting for a future waits only for the streams of the tensors in its value.
+    def _work_early(self, in_flight: InFlightBucket, future: Future[list[Tensor]]) -> list[Tensor]:
+        """Runs when a bucket is reduced, in the thread that waited for it. Returns the result
+        tensors: on CUDA, to wait for a future only waits for the streams of tensors in its value.
         """
-        future.value()  # raises what the reduction did
-        torch.get_num_threads()  # which hands torch's number of threads to a new thread
+        future.value()  # raises the reduction's error, if it had one
+        torch.get_num_threads()  # gives a new thread torch's number of threads
         with torch.no_grad():
-            started.take(self._kind)
-        return [result for result in started.results if result is not None]
+            in_flight.work_early(self._early_work)
+        return [result for result in in_flight.results if result is not None]
 
     def _refuse(self, bucket: GradBucket) -> Future[Tensor]:
-        """Let this backward pass end as any, and then raise: DDP stays usable."""
+        """Let a second backward pass end as usual, and raise then, so that DDP stays usable."""
         buffer = bucket.buffer()
         self._refused = True
         if bucket.is_last():
@@ -225,37 +230,38 @@ class Engine:
         )
 
     def _end_of_backward(self) -> None:
-        """Nothing is under way when backward returns; on CUDA, for the current stream."""
+        """Wait until no bucket is in flight when backward returns; on CUDA, the stream waits."""
         self._reduced = True
         self.wait()
         # DDP's own callback comes next, and writes gradients.
-        Variable._execution_engine.queue_callback(self._look)
+        Variable._execution_engine.queue_callback(self._take_snapshot)
 
     def wait(self) -> None:
-        """Until every bucket is stepped; raises what went wrong."""
-        for started in self.started:
-            if started.future is not None:
-                started.future.wait()
+        """Wait until the early work of every bucket is done; raise what went wrong in it."""
+        for in_flight in self.in_flight:
+            if in_flight.future is not None:
+                in_flight.future.wait()
 
     def _covered(self) -> list[Tensor]:
-        return [p for started in self.started for p in started.params()]
+        return [p for in_flight in self.in_flight for p in in_flight.params()]
 
-    def _look(self) -> None:
-        """Note what there is at the end of backward."""
-        params = [self._members[part.number][i] for part in self._parts for i in part.indices]
-        reduced = [gradient for part in self._parts for gradient in part.grads]
-        held = [self.optimizer.state.get(p, {}).values() for p in params] if self._kind else []
+    def _take_snapshot(self) -> None:
+        """Note parameters, gradients and states at the end of backward."""
+        params = [self._members[part.number][i] for part in self._slices for i in part.indices]
+        reduced = [gradient for part in self._slices for gradient in part.grads]
+        every = self.optimizer.state
+        held = [every.get(p, {}).values() for p in params] if self._early_work else []
         states = [value for values in held for value in values if isinstance(value, Tensor)]
         exact = self._debug or self._watched < WATCHED_STEPS
-        self._seen = Snapshot(params, None if self._dtype else reduced, states, exact)
+        self._snapshot = Snapshot(params, None if self._dtype else reduced, states, exact)
 
     def is_under_way(self) -> bool:
         """Whether a step has begun that ``optimizer.step()`` is to finish."""
-        return bool(self.started) and self._reduced
+        return bool(self.in_flight) and self._reduced
 
     def close(self) -> None:
-        """Leave parameters alone, and drop what would keep the DDP module alive until Python
-        collects cycles."""
+        """Remove the hooks on parameters, and drop the references that would keep the DDP module
+        alive until Python collects cycles."""
         if self.reads is not None:
             self.reads.close()
         self.release = lambda: None
@@ -263,23 +269,26 @@ class Engine:
 
     def _is_cut_off(self) -> bool:
         """Whether a backward pass has begun, and has not reached its end."""
-        return bool(self.started) and not self._reduced
+        return bool(self.in_flight) and not self._reduced
 
     def _what_changed(self) -> str | None:
-        """What overlap has used and is not what there is now, if anything."""
-        changed = self._seen.changed() if self._seen is not None else None
+        """What was changed after overlap had used it, if anything: "gradient", "weight", ..."""
+        changed = self._snapshot.changed() if self._snapshot is not None else None
         if changed is None and self._options is not None:
             changed = self._options.changed(self.optimizer)
-        if changed is None and self._kind and not self.optimizer._states_are_planned():
+        if changed is None and self._early_work and not self._holds_states():
             changed = "state"
         return changed
 
-    def _finish(self) -> Taken | None:
-        """What ``optimizer.step()`` has left to do; parameters and their trust ratios, or None
-        where the step was skipped."""
-        used = self._spent
+    def _holds_states(self) -> bool:
+        return self.optimizer.planner.holds(self.optimizer.state)
+
+    def _finish(self) -> StepResults | None:
+        """Do what ``optimizer.step()`` has left to do. Returns parameters and their trust ratios,
+        or None where the step was skipped."""
+        used = self._gradients_used
         # Until the step has ended well: after any error the gradients are used up.
-        self._spent = used or (self._writes and bool(self.started))
+        self._gradients_used = used or (self._writes and bool(self.in_flight))
         try:
             check_groups(self.optimizer)
             self.wait()
@@ -288,25 +297,26 @@ class Engine:
                     "gradients were used already, by a step that overlap then refused: go on with "
                     "zero_grad() and a backward pass, from a checkpoint"
                 )
-            if self._writes if self._arrived else self.may_write():
+            if self._writes if self._begun else self.may_write():
                 self._check()
             else:
                 # Nothing was written yet.
                 changed = self._what_changed() is not None or self._is_cut_off()
                 self._stale = self._stale or changed or has_scaler(self.optimizer)
-                self._in_vain = self._stale
-            taken = self._step()
-            self._spent = False
+                self._measured_in_vain = self._stale
+            results = self._step()
+            self._gradients_used = False
             if self._reduced:
-                self._learn()
-            return taken
+                self._update_watch()
+            return results
         finally:
-            self._rearm()
+            self._reset()
             if self.leaving:
                 self.release()
 
     def _check(self) -> None:
-        """Raise where buckets were stepped, or will be in later steps, with other values."""
+        """Raise where buckets were stepped with values that are not those of now, or where those of
+        later steps would be."""
         if has_scaler(self.optimizer):
             raise_scaler(self.optimizer)
         if self._is_cut_off():
@@ -334,15 +344,16 @@ class Engine:
                 "these weights: go on from a checkpoint"
             )
 
-    def _learn(self) -> None:
-        """After a step with a backward pass: what later ones have to know."""
+    def _update_watch(self) -> None:
+        """After a step with a backward pass: note which parameters later buckets must not step, and
+        end the watch after :data:`WATCHED_STEPS`."""
         self._watched = min(self._watched + 1, WATCHED_STEPS)
         reads = self.reads
         if reads is None:
             return
         left_out = set(reads.late)
         if self.ddp.static_graph and self._watched == 1:
-            # What gets no gradient now never will.
+            # In a static graph, what has no gradient now will never have one.
             left_out |= {p for p in self.ddp.parameters() if p not in reads.arrived}
         if not left_out <= self._left_out:
             self._left_out |= left_out
@@ -351,33 +362,32 @@ class Engine:
             reads.close()
             self.reads = None
 
-    def _step(self) -> Taken | None:
-        optimizer = self.optimizer
-        if self._stale or not self.started:
-            return optimizer._step_all(optimizer._prepare)
-        if self._kind == "clip":
-            return optimizer._step_all(lambda: measured(optimizer._prepare(), self.started))
-        works = self._works_of_the_rest()
-        check_recording(works)
-        now = numbers(all(work.backend.reads_device for work in works), None, None)
-        taken = [pair for started in self.started for pair in started.finish(self._kind)]
-        rest = optimizer._take(works, now)
-        assert rest is not None  # nobody needs the norm, which alone decides
-        return taken + rest
+    def _step(self) -> StepResults | None:
+        optimizer, in_flight = self.optimizer, self.in_flight
+        if self._stale or not in_flight:
+            return optimizer.step_batches(optimizer.bind)
+        if self._early_work == "clip":
+            return optimizer.step_batches(lambda: with_known_sums(optimizer.bind(), in_flight))
+        rest = optimizer.step_batches(self._bind_rest)
+        assert rest is not None  # nothing needs the norm, which alone decides
+        early = [pair for each in in_flight for pair in each.finish(self._early_work)]
+        return early + rest
 
-    def _works_of_the_rest(self) -> list[Work]:
-        """Of parameters that no bucket had."""
+    def _bind_rest(self) -> list[BoundBatch]:
+        """The batches of parameters that no bucket had."""
+        optimizer = self.optimizer
+        planner, groups, states = optimizer.planner, optimizer.param_groups, optimizer.state
         covered = set(self._covered())
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        params = [p for group in groups for p in group["params"]]
         grads = {p: p.grad for p in params if p.grad is not None and p not in covered}
-        works = []
-        for part in parts_of(self.optimizer, grads):
-            part.take_plan_of(self._rest.get(part.number))
+        batches = []
+        for part in slices_of(groups, grads):
+            part.reuse_plan_of(self._rest.get(part.number))
             try:
-                works += part.works(self.optimizer)
+                batches += planner.bind_slice(part, groups, states)
             except (Mismatch, KeyError):
-                self.optimizer._plan_again(part.number)
+                planner.replan(part.number, groups, states)
                 part.plan = None
-                works += part.works(self.optimizer)
+                batches += planner.bind_slice(part, groups, states)
             self._rest[part.number] = part
-        return works
+        return batches

@@ -7,38 +7,38 @@ from typing import Any, Optional
 import torch
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 
-from fastlars.distributed.average import Average, first_value
+from fastlars.distributed.averaging import BucketAverager, first_value
 from fastlars.distributed.engine import Engine
-from fastlars.distributed.refusals import raise_python_reducer
+from fastlars.distributed.validation import raise_python_reducer
 
 
 @dataclass
-class Slot:
+class HookState:
     """State of the hook. DDP keeps its hook for good; engines come and go.
 
-    A copied or loaded DDP module lists its hooks, but has not registered them: a copy of the slot
-    has no average, and :func:`fastlars.distributed.overlap` registers a new one.
+    A copied or loaded DDP module lists its hooks, but has not registered them: a copy of the state
+    has no averager, and :func:`fastlars.distributed.overlap` registers a new one.
     """
 
-    average: Optional[Average] = None  # noqa: UP045
+    averager: Optional[BucketAverager] = None  # noqa: UP045
     engine: Optional[Engine] = None  # noqa: UP045
 
     def __reduce__(self) -> Any:
-        return Slot, ()
+        return HookState, ()
 
 
-def slot_of(ddp: Any) -> Optional[Slot]:  # noqa: UP045
-    """The slot of the hook that is registered on ``ddp``, if overlap has registered one."""
-    slots = (state for _, state in ddp._comm_hooks if isinstance(state, Slot))
-    return next((slot for slot in slots if slot.average is not None), None)
+def hook_state_of(ddp: Any) -> Optional[HookState]:  # noqa: UP045
+    """The state of the hook that is registered on ``ddp``, if overlap has registered one."""
+    states = (state for _, state in ddp._comm_hooks if isinstance(state, HookState))
+    return next((state for state in states if state.averager is not None), None)
 
 
-def reduce_and_step(slot: Slot, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+def reduce_and_step(state: HookState, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Average a bucket; step it too where there is an engine."""
     if not isinstance(bucket, GradBucket):
         raise_python_reducer()
-    if slot.engine is not None:
-        return slot.engine.reduce(bucket)
-    average = slot.average
-    assert average is not None  # only slots with one are registered
-    return average.start(average.scale(bucket.buffer(), bucket)).then(first_value)
+    if state.engine is not None:
+        return state.engine.reduce(bucket)
+    averager = state.averager
+    assert averager is not None  # only states with one are registered
+    return averager.start(averager.scale(bucket.buffer(), bucket)).then(first_value)

@@ -1,9 +1,9 @@
-"""Optimizer states of other libraries, for LARS and LAMB to go on from.
+"""Continue a run with LARS or LAMB from the optimizer states of another library.
 
 A convention (:mod:`fastlars.conventions`) makes a new run compute what another library computes;
-:func:`load` lets a run that another library has begun go on in the middle. Only what is exact is
-loaded: a buffer that holds something else than the optimizer's own is refused, and nothing is
-changed then. docs/migrating.md has an example for every library.
+:func:`load` continues a run that another library has begun. Only exact continuations are loaded: a
+buffer that holds something else than the optimizer's would is refused, and nothing is changed.
+docs/migrating.md has an example for every library.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from fastlars.conventions import Convention
 from fastlars.migrate.formats import FORMATS
 from fastlars.migrate.reading import States, from_dict, from_tree
 from fastlars.optim.base import FusedOptimizer
+from fastlars.optim.checks import location
 from fastlars.optim.lamb import LAMB
 from fastlars.optim.lars import LARS
 from fastlars.optim.meaning import why_not_the_same
-from fastlars.optim.plan import has_master, location
+from fastlars.optim.states import has_master
 
 __all__ = ["FORMATS", "load"]
 
@@ -38,28 +39,34 @@ def load(
 ) -> None:
     """Let ``optimizer`` go on from the states of another library's optimizer.
 
-    Momentum buffers, moments and step counts are taken over. Hyper-parameters stay the optimizer's
-    own, learning rates too: set them, or let a scheduler. States keep their values, take the device
-    and layout of their parameters and the ``state_dtype`` of their group; float32 masters, if asked
-    for, start from the weights.
+    Momentum buffers, moments and step counts are taken over. Hyper-parameters stay those of
+    ``optimizer``, learning rates too: set them, or let a scheduler. States keep their values, and
+    take the device and layout of their parameters and the ``state_dtype`` of their group; float32
+    masters, if asked for, start from the weights.
 
     Args:
-        optimizer: :class:`fastlars.LARS` or :class:`fastlars.LAMB`, usually under the convention.
-        state: the other optimizer's ``state_dict()``; for ``optax_*`` its state; for ``mlperf_*``
-            the momentum of every variable.
-        source: a convention, its name, ``"bitsandbytes_lars"`` or ``"bitsandbytes_lamb"``.
+        optimizer: the :class:`fastlars.LARS` or :class:`fastlars.LAMB` to load into, usually made
+            with the convention of ``source``.
+        state: the other optimizer's ``state_dict()``; for ``optax_*`` its ``opt_state``; for
+            ``mlperf_*`` a tree with the momentum of every variable.
+        source: where the state comes from: a convention, its name, ``"bitsandbytes_lars"`` or
+            ``"bitsandbytes_lamb"``.
         params: the parameters in the other optimizer's order, or pairs of name and parameter, such
-            as ``model.named_parameters()``; by default in the order of ``optimizer``. Those that
-            ``optimizer`` does not step must be without states.
-        convert: for ``optax_*`` and ``mlperf_*``: makes of a tree shaped like the parameters a dict
-            of arrays by parameter name, or a list in the order of ``params``: the function with
-            which the weights were moved. By default the tree is such a dict or list.
-        lr: the rate of the last step, for ``momentum_correction`` and ``dampening``; by default the
-            state_dict's. Trees have none.
+            as ``model.named_parameters()``. Default None, the order of ``optimizer``; pass them
+            where the groups differ, or where states go by name. Parameters that ``optimizer`` does
+            not step must be without states.
+        convert: for ``optax_*`` and ``mlperf_*``, a callable that makes of a tree shaped like the
+            parameters a dict of arrays by parameter name, or a list in the order of ``params``: the
+            function with which you moved the weights. Default None, for a tree that is such a dict
+            or list already.
+        lr: the learning rate of the last step, a float, which ``momentum_correction`` and
+            ``dampening`` need. Default None, the rate in the ``state_dict``; pass it for trees,
+            which have none.
 
     Raises:
-        ValueError, TypeError: the state is of another optimizer, means something else than the
-            optimizer's own, or does not fit the parameters. Nothing is loaded then.
+        ValueError, TypeError: the state is of another optimizer than ``source`` says, holds
+            something else than the states of ``optimizer``, or does not fit the parameters. Nothing
+            is loaded then.
 
     Example:
         >>> import torch, fastlars
@@ -96,7 +103,7 @@ def load(
 
 
 def _meanings(optimizer: FusedOptimizer, group: dict[str, Any]) -> set[str]:
-    """What a group's momentum buffer holds: with a ratio of 1, scaled and plain are the same."""
+    """What a group's momentum buffer holds. With q = 1, "scaled" and "gradient" are the same."""
     alike = {"scaled", "gradient"}
     rule: Any = optimizer.rule_of(group)
     return alike if not rule.adapt and rule.buffer in alike else {rule.buffer}
@@ -125,7 +132,7 @@ def _ordered(
 def _install(
     optimizer: FusedOptimizer, name: str, order: list[Tensor], found: list[States]
 ) -> None:
-    """Load ``found`` as a state_dict of our own, whose checks then hold for it."""
+    """Load ``found`` by ``optimizer.load_state_dict``, whose checks then apply to it."""
     whole = optimizer.state_dict()
     index: dict[Tensor, int] = {}
     for group, saved in zip(optimizer.param_groups, whole["param_groups"], strict=True):

@@ -15,16 +15,19 @@ class Format:
     """How a library stores the states of one of its optimizers.
 
     Attributes:
-        optimizer: the class here that takes them.
-        names: of states: the library's, ours.
-        buffer: what its momentum buffer holds, as :class:`fastlars.LARS` calls it.
-        sign: of its momentum buffer; -1 where the library adds it to the weights.
-        step: where it counts: in each parameter group, or in each state.
-        keys: what its parameter groups have.
-        demands: values that a group's options must have, where it has them: others change what the
-            states mean.
-        refused: states that have no counterpart.
-        tree: whether a state is a tree of arrays, rather than a ``state_dict`` of torch.
+        optimizer: the class of fastlars that takes the states, ``"LARS"`` or ``"LAMB"``.
+        names: the names of states, from the library's to fastlars'.
+        buffer: what the library's momentum buffer holds, as one of the values of ``buffer`` of
+            :class:`fastlars.LARS`. Default empty, for a library without such a buffer.
+        sign: the sign of that buffer, 1 (default), or -1 where the library adds it to the weights.
+        step: where the library counts steps, ``"group"`` for each parameter group, ``"state"`` for
+            each parameter. Default empty, no count.
+        keys: keys that every parameter group of the library has, by which its ``state_dict`` is
+            recognised. Default none.
+        demands: values that a group's options must have, where it has them, because others change
+            what the states mean. Default none.
+        refused: states that have no counterpart in fastlars. Default none.
+        tree: True for a tree of arrays in place of a ``state_dict`` of torch. Default False.
     """
 
     optimizer: str
@@ -49,7 +52,7 @@ def _lamb(step: str, *keys: str, names: Mapping[str, str] = _MOMENTS, **more: An
 _SGD = ("dampening", "nesterov")
 _MLPERF = Format("LARS", {"momentum": "momentum_buffer"}, buffer="step", sign=-1, tree=True)
 
-#: By the name of the convention; bitsandbytes, whose rules are others, has none.
+#: By the name of the convention; bitsandbytes computes other rules and has no convention.
 FORMATS: Mapping[str, Format] = {
     "timm_lars": _lars("scaled", "trust_coeff"),
     "lightly_lars": _lars("scaled", "trust_coefficient", "eps", *_SGD),

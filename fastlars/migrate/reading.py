@@ -1,4 +1,4 @@
-"""From a library's states to ours, parameter by parameter."""
+"""From a library's states to those of fastlars, parameter by parameter."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 from fastlars.migrate.formats import Format
 from fastlars.optim.meaning import COUPLING, DEFAULTS
 
-States = dict[str, Any]  # of one parameter, by their names here
+States = dict[str, Any]  # of one parameter, by fastlars' names
 
 
 def from_dict(
     form: Format, name: str, state: Any, _: Any, convert: Any, lr: float | None
 ) -> list[States]:
-    """States, in the other optimizer's order, of a state_dict in torch's shape."""
+    """The states in a state_dict of torch's shape, in the other optimizer's order."""
     if convert is not None:
         raise TypeError(f"convert is for trees of arrays, and a {name} state is a state_dict")
     if not isinstance(state, Mapping) or not {"state", "param_groups"} <= state.keys():
@@ -42,7 +42,7 @@ def from_dict(
 def _of_parameter(form: Format, name: str, index: Any, state: Any, shared: States) -> States:
     theirs: States = {}
     for key, value in (state or {}).items():
-        # bitsandbytes hides tensors from FSDP in a dict of their own.
+        # bitsandbytes keeps some tensors in a nested dict, where FSDP does not find them.
         theirs |= value if isinstance(value, Mapping) else {key: value}
     theirs = {key: value for key, value in theirs.items() if value is not None}
     if not theirs:
@@ -67,8 +67,8 @@ def from_tree(
     convert: Callable[[Any], Any] | None,
     lr: float | None,
 ) -> list[States]:
-    """States, in the order of ``names``, of trees of arrays."""
-    # optax nests the states of a chain's links in tuples; what has our fields is the one.
+    """The states in trees of arrays, in the order of ``names``."""
+    # optax nests the states of a chain in tuples; the one with these fields is taken.
     optax = name.startswith("optax")
     trees = _find(state, tuple(form.names)) if optax else {"momentum": state}
     found: list[States] = [{} if lr is None else {"last_lr": lr} for _ in names]

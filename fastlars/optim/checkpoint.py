@@ -16,11 +16,17 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from fastlars.optim.checks import check_counter, check_lr, check_options
+from fastlars.optim.checks import check_counter, checked_rule, location
+from fastlars.optim.dtensor import is_dtensor, mesh_of, redistribute_like
 from fastlars.optim.meaning import why_not_the_same
-from fastlars.optim.plan import FOLLOWERS, counter_dtype, like, location, state_dtype, wanted
-from fastlars.optim.sharded import is_dtensor, mesh_of, placed
 from fastlars.optim.shown import show_steps
+from fastlars.optim.states import (
+    DROPPED_IF_UNUSED,
+    copy_with_layout,
+    counter_dtype,
+    state_dtype,
+    state_dtypes,
+)
 from fastlars.rules import Rule, at_least_zero, real
 
 if TYPE_CHECKING:
@@ -30,20 +36,21 @@ Dict = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Source:
+class ForeignOptimizer:
     """A torch optimizer whose state may be loaded.
 
     Attributes:
         keys: what its parameter groups have, and those of no relative of it.
         states: the names of its states that are taken over, which mean the same here.
         refused: states that have no counterpart.
-        obstacle: why a group of ours cannot take them exactly; empty where it can.
+        incompatibility: why a group of the loading optimizer cannot take the states exactly; empty
+            where it can.
     """
 
     keys: frozenset[str]
     states: tuple[str, ...]
     refused: tuple[str, ...]
-    obstacle: Callable[[Dict], str] = lambda _: ""
+    incompatibility: Callable[[Dict], str] = lambda _: ""
 
     def matches(self, group: Dict) -> bool:
         return self.keys <= group.keys()
@@ -114,13 +121,14 @@ def _members(optimizer: FusedOptimizer, loaded: Dict) -> Iterator[tuple[Tensor, 
 def _state_of(optimizer: FusedOptimizer, p: Tensor, group: Dict, state: Dict) -> Dict:
     rule = optimizer.rule_of(group)
     # Also those that the rule does without today, such as the buffer of a momentum of 0.
-    types = dict.fromkeys(rule.STATES, state_dtype(p, group)) | wanted(p, rule, group)
+    types = dict.fromkeys(rule.STATES, state_dtype(p, group)) | state_dtypes(p, rule, group)
     out: Dict = {}
     for name, value in state.items():
         if name in types and isinstance(value, Tensor) and is_lazy(p):
             out[name] = value.detach().to(p.device, types[name], copy=True)
         elif name in types and isinstance(value, Tensor) and value.shape == p.shape:
-            out[name] = like(p, placed(value, p) if is_dtensor(p) else value, types[name])
+            whole = redistribute_like(value, p) if is_dtensor(p) else value
+            out[name] = copy_with_layout(p, whole, types[name])
         elif name == rule.counter:
             count = real(name, value)
             out[name] = torch.tensor(count, dtype=counter_dtype(p), device=p.device)
@@ -149,12 +157,13 @@ def _translated(optimizer: FusedOptimizer, incoming: Dict) -> Dict:
     """The dict itself, or what another optimizer's dict comes to with our hyper-parameters."""
     kind = type(optimizer).__name__
     groups = incoming["param_groups"]
-    if all(group.keys() & optimizer.marks for group in groups):
+    if all(group.keys() & optimizer.own_options for group in groups):
         return incoming
     sources = [s for s in optimizer.loads_from if all(s.matches(group) for group in groups)]
     if not sources:
         raise ValueError(
-            f"this state_dict is not of {kind}: its groups have none of {sorted(optimizer.marks)}. "
+            f"this state_dict is not of {kind}: its groups have none of "
+            f"{sorted(optimizer.own_options)}. "
             "fastlars.migrate.load takes states of other libraries, with the name of their source"
         )
     if len(groups) != len(optimizer.param_groups):
@@ -166,9 +175,9 @@ def _translated(optimizer: FusedOptimizer, incoming: Dict) -> Dict:
     source = sources[0]
     translated: Dict = {"state": {}, "param_groups": []}
     for number, (ours, theirs) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
-        obstacle = source.obstacle(ours) or why_not_the_same(ours, theirs)
-        if obstacle:
-            raise ValueError(f"group {number}: {obstacle}")
+        reason = source.incompatibility(ours) or why_not_the_same(ours, theirs)
+        if reason:
+            raise ValueError(f"group {number}: {reason}")
         kept = {k: v for k, v in ours.items() if k not in ("params", "param_names", "step")}
         translated["param_groups"].append({**kept, "params": theirs["params"]})
         for i, index in enumerate(theirs["params"]):
@@ -194,9 +203,7 @@ def _fits(optimizer: FusedOptimizer, loaded: Dict) -> bool:
     ):
         group = {**ours, **theirs}
         try:
-            check_lr(group["lr"])
-            check_options(group)
-            rule = optimizer.rule_of(group)
+            rule = checked_rule(optimizer.rule_of, group)
             if optimizer.counts_steps and group.get("step") is not None:
                 at_least_zero("step", group["step"])
         except (TypeError, ValueError) as error:
@@ -209,10 +216,10 @@ def _fits(optimizer: FusedOptimizer, loaded: Dict) -> bool:
 
 
 def _check_state(p: Tensor, state: Dict, rule: Rule, group: Dict, where: str) -> None:
-    names = list(wanted(p, rule, group))
+    names = list(state_dtypes(p, rule, group))
     for name in [*names, rule.counter] if rule.counter is not None else names:
         value = state.get(name)
-        if name not in state and name in FOLLOWERS:
+        if name not in state and name in DROPPED_IF_UNUSED:
             continue  # its option was switched on after the last step: the next step makes it
         if value is None and name in state and name in rule.states:
             continue  # a state that was reset starts anew, here as in torch's SGD

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -12,9 +14,10 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from fastlars.backends.base import is_dense
-from fastlars.optim.sharded import arrived, is_dtensor, local, shard
+from fastlars.optim.dtensor import is_dtensor, local_tensor, plain_shard
+from fastlars.optim.gradients import plain_gradients
 from fastlars.optim.wrapped import is_plain
-from fastlars.rules import at_least_zero, flag, real
+from fastlars.rules import Rule, at_least_zero, flag, real
 
 FLAGS = frozenset(
     {"adapt", "always_adapt", "maximize", "master_weights", "stochastic_rounding", "capturable"}
@@ -59,6 +62,27 @@ def check_options(group: dict[str, Any]) -> None:
         )
 
 
+def checked_rule(rule_of: Callable[[dict[str, Any]], Rule], group: dict[str, Any]) -> Rule:
+    """The rule that a group's options make; raises where one of them is out of range."""
+    check_lr(group["lr"])
+    check_options(group)
+    return rule_of(group)
+
+
+@contextmanager
+def named(place: str) -> Iterator[None]:
+    """Put ``place`` in front of the message of a ValueError or TypeError."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{place}: {error}") from None
+
+
+def location(group: int, index: int, name: str | None = None) -> str:
+    """What messages call a parameter."""
+    return f"group {group}, parameter {index}" + (f" ({name})" if name else "")
+
+
 def check_parameter(weight: Tensor, where: str) -> None:
     """Raise unless ``weight`` is a floating-point tensor with memory of its own, or a shard."""
     if getattr(weight, "_fsdp_flattened", False):
@@ -68,7 +92,7 @@ def check_parameter(weight: Tensor, where: str) -> None:
         )
     if is_dtensor(weight):
         _check_placement(weight, where)
-    weight = shard(weight)
+    weight = plain_shard(weight)
     kind = type(weight).__name__
     if weight.is_complex():
         raise TypeError(f"{where} is complex: step torch.view_as_real of it instead")
@@ -114,7 +138,7 @@ def check_rounding(weight: Any, where: str) -> None:
 def _check_alike(weight: Any, other: Any, what: str, where: str) -> None:
     """Raise unless both are DTensors of one mesh, or neither is one."""
     if is_dtensor(weight) != is_dtensor(other):
-        dtypes = [f"a {'DTensor' if is_dtensor(t) else 'plain tensor'}" for t in (weight, other)]
+        kinds = [f"a {'DTensor' if is_dtensor(t) else 'plain tensor'}" for t in (weight, other)]
         raise TypeError(f"{where} is {kinds[0]}, its {what} {kinds[1]}")
     if is_dtensor(weight) and weight.device_mesh != other.device_mesh:
         raise ValueError(f"{where} is on {weight.device_mesh}, its {what} on {other.device_mesh}")
@@ -127,7 +151,7 @@ def check_gradient(weight: Tensor, grad: Tensor, where: str) -> None:
         raise TypeError(f"{where} has a sparse gradient ({grad.layout}): only dense ones are taken")
     if not grad.is_floating_point():
         raise TypeError(f"{where} has a gradient of {grad.dtype}")
-    given = arrived([local(grad)])[0]
+    given = plain_gradients([local_tensor(grad)])[0]
     if not is_plain(given):
         raise TypeError(f"{where} has a gradient of type {type(given).__name__}")
     if grad.shape != weight.shape:
@@ -199,7 +223,7 @@ def check_overlap(parameters: list[tuple[Tensor, str]]) -> None:
     for whole, where in parameters:
         if is_lazy(whole):
             continue  # without memory before the first forward pass
-        parameter = shard(whole)
+        parameter = plain_shard(whole)
         if parameter.layout == torch.strided and not parameter.is_meta and parameter.numel() > 0:
             by_storage[parameter.untyped_storage()._cdata].append((parameter, where))
     for sharers in by_storage.values():

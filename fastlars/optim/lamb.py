@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastlars.optim.base import FusedOptimizer, Params
-from fastlars.optim.checkpoint import Source
+from fastlars.optim.checkpoint import ForeignOptimizer
 from fastlars.optim.options import documented, from_arguments
-from fastlars.optim.skipping import SkipIf
+from fastlars.optim.stepper import SkipIf
 from fastlars.rules import LambRule, Rule, pair
 
 if TYPE_CHECKING:
@@ -26,52 +26,73 @@ class LAMB(FusedOptimizer):
     .. math::
         m &= \beta_1 m + (1 - \beta_1) g, \quad v = \beta_2 v + (1 - \beta_2) g^2 \\
         r &= \frac{m}{1 - \beta_1^t} \Big/
-             \Big(\sqrt{\frac{v}{1 - \beta_2^t}} + \epsilon\Big), \quad u = r + \lambda w \\
-        w &= w - \gamma \frac{\phi(|w|)}{|u|} u
+             \Big(\sqrt{\frac{v}{1 - \beta_2^t}} + \epsilon\Big), \quad
+        u = r + \mathrm{wd} \, w \\
+        q &= \phi(|w|) / |u|, \quad w = w - \mathrm{lr} \, q u
 
     You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", ICLR 2020
-    (`arXiv:1904.00962 <https://arxiv.org/abs/1904.00962>`_). Norms are of one parameter tensor
-    each. Where a norm is 0, the ratio is 1. t counts the steps of each parameter by itself.
-    Other libraries' forms are in :mod:`fastlars.conventions`.
+    (`arXiv:1904.00962 <https://arxiv.org/abs/1904.00962>`_). w is a weight, g its gradient, m and v
+    the moments, q the trust ratio; ``|x|`` is the 2-norm of one parameter tensor. Where a norm is
+    0, q is 1. t is ``state[p]["step"]``, the steps of each parameter by itself. docs/numerics.md
+    explains all symbols, :mod:`fastlars.conventions` has the forms of other libraries.
 
     ``param_groups[i]["step"]`` is the number of steps that a group has taken, an int, for scripts
     that read it there. It is a tensor with ``capturable`` or where the device alone knows whether a
-    step was skipped, and stands still inside ``torch.compile``. t above is ``state[p]["step"]``.
+    step was skipped, and stands still inside ``torch.compile``.
 
     Args:
-        params: parameters or parameter groups; see :func:`fastlars.parameter_groups`.
-        lr: learning rate :math:`\gamma \ge 0`, a number or a 1-element tensor.
-        betas: :math:`(\beta_1, \beta_2)`, each in [0, 1).
-        eps: :math:`\epsilon \ge 0`, outside the square root.
-        weight_decay: :math:`\lambda \ge 0`.
-        bias_correction: True as above; False leaves the two corrections out; ``"rate"`` divides
-            the learning rate by :math:`1 - \beta_1^t` instead (pytorch_optimizer).
-        grad_averaging: False lets :math:`g` enter m with weight 1 instead of :math:`1 - \beta_1`.
-        decay: where :math:`\lambda` enters: ``"update"`` as above; ``"decoupled"``:
-            :math:`w = (1 - \gamma \lambda) w` before all else and u = r; ``"gradient"``:
-            :math:`g + \lambda w` in place of g (apex with ``adam_w_mode=False``).
-        phi: (lower, upper): :math:`\phi(z) = \min(\max(z, lower), upper)`.
-        ratio_eps: :math:`\ge 0`, added to :math:`|u|` in the ratio.
-        trust_clip: LAMBC: no ratio above 1.
-        adapt: False sets the ratio to 1: AdamW.
-        always_adapt: False sets the ratio to 1 in groups without weight decay, as apex and timm do.
-            NVLAMB is ``always_adapt=True, max_grad_norm=1.0``.
+        params: parameters, or parameter groups such as :func:`fastlars.parameter_groups` makes, in
+            which biases and norms have neither decay nor ratio.
+        lr: :math:`\mathrm{lr}`, the learning rate, a number or a 1-element tensor, at least 0,
+            default 1e-3: the length of a step relative to the weights. The paper scales it with the
+            square root of the batch.
+        betas: :math:`(\beta_1, \beta_2)`, the shares of m and v that a step keeps, each in [0, 1),
+            default (0.9, 0.999). Lower :math:`\beta_2`, to 0.95 for example, where the scale of
+            gradients changes quickly.
+        eps: :math:`\epsilon`, outside the square root, at least 0, default 1e-6. Raise it to damp
+            the direction where v is tiny.
+        weight_decay: :math:`\mathrm{wd}`, the pull of weights towards 0, at least 0, default 0.
+            0.01 is usual for BERT; raise it against overfitting.
+        bias_correction: True (default) as above. False leaves both corrections out, so that first
+            steps are not those of Adam. ``"rate"`` divides lr by :math:`1 - \beta_1^t` instead, as
+            pytorch_optimizer does.
+        grad_averaging: False lets g enter m with weight 1 instead of :math:`1 - \beta_1`. Default
+            True. Change it only to match a run of apex or timm that has it.
+        decay: where weight decay enters. ``"update"`` (default): in u, as above. ``"decoupled"``:
+            :math:`w = (1 - \mathrm{lr} \, \mathrm{wd}) w` before all else, and u = r.
+            ``"gradient"``: :math:`g + \mathrm{wd} \, w` in place of g, as apex with
+            ``adam_w_mode=False``.
+        phi: (lower, upper), the bounds of :math:`\phi(z) = \min(\max(z, lower), upper)`, lower at
+            least 0, upper above 0 and at least lower. Default (0, infinity), no bounds. Some
+            libraries have (0, 10), against long steps of large layers.
+        ratio_eps: added to ``|u|`` in q, at least 0, default 0. Change it only to match
+            pytorch_optimizer, which has 1e-6.
+        trust_clip: True is LAMBC: no q above 1. Default False. Set it where early steps diverge.
+        adapt: False sets q = 1, which is AdamW. Default True. Usually set for a group, as
+            :func:`fastlars.parameter_groups` does for biases and norms.
+        always_adapt: False sets q = 1 in groups without weight decay, as apex and timm do. Default
+            True. NVLAMB is ``always_adapt=True, max_grad_norm=1.0``.
         {shared options}
 
     Example:
         >>> import torch, fastlars
-        >>> model = torch.nn.Linear(4, 2)
-        >>> groups = fastlars.parameter_groups(model, weight_decay=0.01)
-        >>> optimizer = fastlars.LAMB(groups, lr=2e-3)
-        >>> model(torch.randn(8, 4)).square().mean().backward()
-        >>> optimizer.step()
-        >>> optimizer.zero_grad()
+        >>> model = torch.nn.Linear(4, 1, bias=False)
+        >>> w = torch.nn.init.ones_(model.weight)
+        >>> groups = fastlars.parameter_groups(model, weight_decay=0.5)
+        >>> optimizer = fastlars.LAMB(groups, lr=0.01)
+        >>> for _ in range(2):
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(1, 4)).sum().backward()  # all gradients are 1, so that r = 1
+        ...     optimizer.step()
+        ...     print(round(optimizer.trust_ratios()[w], 4), round(w[0, 0].item(), 4))
+        0.6667 0.99
+        0.6622 0.9801
     """
 
     rule = LambRule
-    marks = frozenset({"phi", "ratio_eps"})
+    own_options = frozenset({"phi", "ratio_eps"})
     loads_from = (
-        Source(
+        ForeignOptimizer(
             keys=frozenset({"betas", "amsgrad", "differentiable"}),
             states=("exp_avg", "exp_avg_sq", "step"),
             refused=("max_exp_avg_sq",),

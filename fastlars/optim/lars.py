@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastlars.optim.base import FusedOptimizer, Params
-from fastlars.optim.checkpoint import Source
+from fastlars.optim.checkpoint import ForeignOptimizer
 from fastlars.optim.options import documented, from_arguments
-from fastlars.optim.skipping import SkipIf
+from fastlars.optim.stepper import SkipIf
 from fastlars.rules import LarsRule, Rule, adapts, flag, real
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def _sgd_obstacle(group: dict[str, Any]) -> str:
+def _sgd_incompatibility(group: dict[str, Any]) -> str:
     exact = group["buffer"] == "gradient" or (group["buffer"] == "scaled" and not adapts(group))
     if exact:
         return ""
@@ -35,58 +35,74 @@ class LARS(FusedOptimizer):
     r"""LARS: every layer takes a step in proportion to the norm of its weights.
 
     .. math::
-        q &= \eta \, |w| / (|g| + \lambda |w| + \epsilon) \\
-        v &= \mu v + \gamma q (g + \lambda w) \\
-        w &= w - v
+        q &= \eta \, |w| / (|g| + \mathrm{wd} \, |w| + \epsilon) \\
+        b &= \mu b + \mathrm{lr} \, q \, (g + \mathrm{wd} \, w) \\
+        w &= w - b
 
     You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks", 2017
     (`arXiv:1708.03888 <https://arxiv.org/abs/1708.03888>`_), Algorithm 1 with the coefficient of
-    eq. 6. Norms are of one parameter tensor each. Where a norm is 0, q is 1. Other libraries'
-    forms are in :mod:`fastlars.conventions`.
+    eq. 6. w is a weight, g its gradient, b the momentum buffer, q the trust ratio; ``|x|`` is the
+    2-norm of one parameter tensor. Where a norm is 0, q is 1. docs/numerics.md explains all
+    symbols, :mod:`fastlars.conventions` has the forms of other libraries.
 
     Args:
-        params: parameters or parameter groups; see :func:`fastlars.parameter_groups`.
-        lr: learning rate :math:`\gamma \ge 0`, a number or a 1-element tensor. Large: 5 to 30 is
-            usual with the default trust coefficient. None, where each group has an ``lr`` itself; a
-            group without one is a TypeError.
-        momentum: :math:`\mu`, in [0, 1). Without momentum there is no buffer.
-        dampening: in [0, 1]; what enters the buffer is multiplied by ``1 - dampening``, from the
-            second step on, as in :class:`torch.optim.SGD`.
-        weight_decay: :math:`\lambda \ge 0`.
-        nesterov: step along :math:`\gamma q d + \mu v` instead of :math:`v`.
-        trust_coefficient: :math:`\eta \ge 0`.
-        eps: :math:`\epsilon \ge 0`, added to the denominator of q.
-        ratio: ``"separate"`` as above, or ``"combined"``:
-            :math:`q = \eta |w| / (|g + \lambda w| + \epsilon)`.
-        buffer: what the momentum buffer holds, with d the decayed gradient: ``"step"``
-            (:math:`\gamma q d`, as above), ``"scaled"`` (:math:`q d`, the learning rate outside),
-            or ``"gradient"`` (:math:`d`, both outside).
-        momentum_correction: multiply a ``"step"`` buffer by :math:`\gamma_t / \gamma_{t-1}` when
-            the learning rate changes (Goyal et al. 2017, remark 2). Equal to ``"scaled"`` then, as
-            long as no rate is 0, which empties the buffer.
-        trust_clip: LARC: :math:`q = \min(q / \gamma, 1)`, so that no layer exceeds the global rate.
-        adapt: False sets q = 1: stochastic gradient descent with momentum.
-        always_adapt: False sets q = 1 in groups without weight decay, as timm does.
+        params: parameters, or parameter groups such as :func:`fastlars.parameter_groups` makes, in
+            which biases and norms have neither decay nor ratio.
+        lr: :math:`\mathrm{lr}`, the learning rate, a number or a 1-element tensor, at least 0. It
+            is large, since q is small: 5 to 30 is usual with the default ``trust_coefficient``.
+            Default None, where every group has an ``lr``; a group without one is a TypeError.
+        momentum: :math:`\mu`, the share of b that a step keeps, in [0, 1), default 0.9. MLPerf has
+            about 0.95 for batches of 32K and more. With 0 there is no buffer.
+        dampening: :math:`\tau`, in [0, 1], default 0: from the second step on, what enters b is
+            multiplied by :math:`1 - \tau`, as in :class:`torch.optim.SGD`. Leave it at 0 unless a
+            run to be reproduced has it.
+        weight_decay: :math:`\mathrm{wd}`, the pull of weights towards 0, at least 0, default 0. The
+            paper has 1e-4 for ResNet-50; raise it against overfitting.
+        nesterov: True steps along :math:`\mathrm{lr} \, q d + \mu b` instead of b, where
+            :math:`d = g + \mathrm{wd} \, w`. Default False. Needs a momentum and no dampening.
+        trust_coefficient: :math:`\eta`, how long a step is relative to the weights at lr 1, at
+            least 0, default 1e-3. Without ``trust_clip``, adapted layers depend only on
+            :math:`\mathrm{lr} \, \eta`: leave it at the default, and tune ``lr``.
+        eps: :math:`\epsilon`, in the denominator of q, at least 0, default 0. Raise it (1e-8 is
+            usual) to bound q where gradients vanish.
+        ratio: ``"separate"`` (default) as above, or ``"combined"``, whose denominator is
+            :math:`|g + \mathrm{wd} \, w| + \epsilon`. Change it to match another library.
+        buffer: what b holds: ``"step"`` (default) :math:`\mathrm{lr} \, q d`, as above;
+            ``"scaled"`` :math:`q d`, with lr outside, so that a new lr acts on old gradients too;
+            ``"gradient"`` :math:`d`, with lr and q outside. Change it to match another library.
+        momentum_correction: True multiplies a ``"step"`` buffer by the new lr over the old one when
+            lr changes (Goyal et al. 2017, remark 2). Default False. It makes ``"step"`` equal to
+            ``"scaled"``, as long as no lr is 0, which empties the buffer.
+        trust_clip: True is LARC: :math:`q = \min(q / \mathrm{lr}, 1)`, so that no layer's rate
+            exceeds lr. Default False. Set it where early steps diverge.
+        adapt: False sets q = 1, which is stochastic gradient descent with momentum. Default True.
+            Usually set for a group, as :func:`fastlars.parameter_groups` does for biases and norms.
+        always_adapt: False sets q = 1 in groups without weight decay, as timm does. Default True.
         {shared options}
 
     Example:
         >>> import torch, fastlars
-        >>> model = torch.nn.Linear(4, 2)
-        >>> groups = fastlars.parameter_groups(model, weight_decay=1e-4)
+        >>> model = torch.nn.Linear(4, 1, bias=False)
+        >>> w = torch.nn.init.ones_(model.weight)
+        >>> groups = fastlars.parameter_groups(model, weight_decay=0.5)
         >>> optimizer = fastlars.LARS(groups, lr=5.0)
-        >>> model(torch.randn(8, 4)).square().mean().backward()
-        >>> optimizer.step()
-        >>> optimizer.zero_grad()
+        >>> for _ in range(2):
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(1, 4)).sum().backward()  # all gradients are 1: |w| = |g| = 2
+        ...     optimizer.step()
+        ...     print(round(optimizer.trust_ratios()[w], 6), round(w[0, 0].item(), 6))
+        0.000667 0.995
+        0.000664 0.985525
     """
 
     rule = LarsRule
-    marks = frozenset({"buffer", "ratio"})
+    own_options = frozenset({"buffer", "ratio"})
     loads_from = (
-        Source(
+        ForeignOptimizer(
             keys=frozenset({"momentum", "dampening", "nesterov", "differentiable"}),
             states=("momentum_buffer",),
             refused=(),
-            obstacle=_sgd_obstacle,
+            incompatibility=_sgd_incompatibility,
         ),
     )
 
@@ -123,8 +139,9 @@ class LARS(FusedOptimizer):
 
     @property
     def optim(self) -> LARS:
-        """The optimizer itself: scripts for apex's LARC and torchlars read ``optim.param_groups``
-        of the optimizer that those wrap.
+        """The optimizer itself, for scripts that read ``optimizer.optim.param_groups``.
+
+        apex's LARC and torchlars keep the optimizer that they wrap under this name.
         """
         return self
 

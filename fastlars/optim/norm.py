@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastlars.optim.sharded import group_of
+from fastlars.optim.dtensor import process_group_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -87,7 +87,7 @@ class Processes:
             # Parameters that FSDP2 keeps on the CPU have a mesh of GPUs.
             kind = group.device_type
             device = device if device.type == kind else torch.device(kind)
-            group = group_of(group)
+            group = process_group_of(group)
         total = square.to(device, copy=True)
         dist.all_reduce(total, group=group)
         return total.to(square.device)

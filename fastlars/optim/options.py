@@ -21,41 +21,52 @@ OPTIONS: dict[str, Any] = {
     "capturable": False,
     "fused_unscale": None,
 }
-# What docstrings say of them, and of norm_group and skip_if, which all optimizers take, too.
+# Their part of every optimizer's docstring, with norm_group and skip_if, which all take as well.
 DESCRIBED = """\
-maximize: step up the gradient instead of down.
-max_grad_norm: clip the norm of all gradients together to this, positive, or None. Those
-    are the gradients of this optimizer, and of DTensors all shards: see ``norm_group``.
-    ``math.inf`` clips nothing, and has the norm measured for ``grad_norm``.
-master_weights: keep a float32 master of float16 and bfloat16 parameters in the state, step
-    that, and write its rounding in the same pass.
-stochastic_rounding: round bfloat16 parameters up or down at random, without bias; seeded
-    by ``torch.manual_seed``. Not with ``master_weights``.
-state_dtype: of buffers and moments, ``torch.float32`` or ``torch.bfloat16``.
-capturable: read ``lr`` and counters on the device, so that a step can be recorded into a
-    CUDA graph. Needs a back end for such a device.
+maximize: True steps up the gradient instead of down, to maximize an objective. Default
+    False.
+max_grad_norm: scale all gradients by one factor so that their common 2-norm is at most
+    this, above 0. Default None, no clip. Set it against spikes of the gradient; 1.0 is
+    usual for LAMB. The norm covers the gradients of this optimizer, with all shards of
+    DTensors; ``norm_group`` adds those of other processes. ``math.inf`` clips nothing, and
+    has the norm measured for ``grad_norm``.
+master_weights: True keeps a float32 copy of each float16 and bfloat16 parameter in the
+    state, 4 bytes an element, steps the copy, and writes its rounding to the parameter in
+    the same pass. Default False. Set it where updates are so small that rounding loses
+    them.
+stochastic_rounding: True rounds bfloat16 parameters up or down at random, without bias;
+    seeded by ``torch.manual_seed``. Default False. It serves the same end as
+    ``master_weights`` without its memory; the two exclude each other.
+state_dtype: dtype in which buffers and moments are stored, ``torch.float32`` (default) or
+    ``torch.bfloat16``, which takes half the memory and rounds them at every step.
+capturable: True reads ``lr`` and counters on the device, so that a step can be recorded
+    into a CUDA graph. Default False; leave it unless you record one. Needs a back end for
+    such a device.
 fused_unscale: True lets the step take the scale and the verdict of a ``GradScaler``, as
     ``fused=True`` does in torch: no pass unscales the gradients, and on a GPU nothing waits
     for the verdict. Lightning then refuses ``gradient_clip_val``, and Accelerate's
-    schedulers do not see a skipped step. None: only with float16 parameters or
-    ``capturable``, where a ``GradScaler`` cannot do it. Counts where all groups have it.
+    schedulers do not see a skipped step. False leaves both to the ``GradScaler``. Default
+    None: True only with float16 parameters or ``capturable``, where a ``GradScaler`` cannot
+    do it. Counts where all groups have it.
 norm_group: process group or :class:`~torch.distributed.device_mesh.DeviceMesh` over which
-    the squares of the norm are summed, for ``max_grad_norm`` and ``skip_if``: the stages of
-    a pipeline, or the processes of a ``ZeroRedundancyOptimizer``, each of which has other
-    parameters. All its processes must step together. It is not part of ``state_dict()``.
-skip_if: skip steps by the norm of all gradients, before the clip. A number: those whose
-    norm is above it or not finite; ``math.inf``: those that are not finite alone. A
-    callable: those for which it returns true, a bool or a tensor of one element, when it is
-    given the norm, a 0-dim float64 tensor, on the GPU where a step reads its numbers there;
-    nothing waits as long as the callable does not. A skipped step changes nothing, but a
-    first one makes states; ``skipped_steps`` counts it, and ``grad_norm`` is its norm. Also
-    an attribute, which may be changed at any time; a recorded CUDA graph keeps what it was
-    recorded with. Not part of ``state_dict()``.
+    the squares of the norm are summed, for ``max_grad_norm`` and ``skip_if``. Default None:
+    this process alone. Set it where processes hold different parameters: the stages of a
+    pipeline, or the processes of a ``ZeroRedundancyOptimizer``. All its processes must step
+    together. It is not part of ``state_dict()``.
+skip_if: skip steps by the norm of all gradients, before the clip. Default None, no step is
+    skipped. A number skips steps whose norm is above it or not finite; ``math.inf`` only
+    those that are not finite. A callable skips those for which it returns true, a bool or a
+    tensor of one element. It is called with the norm, a 0-dim float64 tensor, which is on
+    the GPU where a step reads its numbers there; nothing waits as long as the callable does
+    not. A skipped step changes nothing, except that a first one makes states;
+    ``skipped_steps`` counts it, and ``grad_norm`` is its norm. Also an attribute, which may
+    be changed at any time; a recorded CUDA graph keeps what it was recorded with. Not part
+    of ``state_dict()``.
 """
 RAISES = """
 Raises:
     ValueError, TypeError: a value is out of range, parameters share memory, or a tensor cannot be
-        stepped. Messages name the group and the parameter, and nothing is changed.
+        stepped. The message names the group and the parameter, and nothing is changed.
 """
 
 

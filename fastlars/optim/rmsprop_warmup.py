@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlars.optim.base import FusedOptimizer, Params
 from fastlars.optim.options import documented, from_arguments
-from fastlars.optim.skipping import SkipIf
+from fastlars.optim.stepper import SkipIf
 from fastlars.rules import RmspropWarmupRule
 
 if TYPE_CHECKING:
@@ -22,67 +22,77 @@ class RMSpropWarmup(FusedOptimizer):
     r"""RMSprop for the first epochs, then little by little SGD with momentum.
 
     .. math::
-        g &= g + \lambda w, \quad m = \mu_2 m + (1 - \mu_2) g^2 \\
-        b &= \mu_1 b + \Big( \alpha_\text{SGD} +
-             \frac{\alpha_\text{RMSprop}}{\sqrt m + \epsilon} \Big) g, \quad w = w - \gamma b \\
-        \alpha_\text{RMSprop} &= (1 - \alpha_\text{SGD}) \, \gamma_\text{RMSprop} / \gamma
+        d &= g + \mathrm{wd} \, w, \quad v = \beta_2 v + (1 - \beta_2) d^2 \\
+        b &= \mu b + \Big( a + (1 - a) \,
+             \frac{\mathrm{lr}_\text{RMSprop} / \mathrm{lr}}{\sqrt v + \epsilon} \Big) d, \quad
+        w = w - \mathrm{lr} \, b
 
     Akiba, Suzuki, Fukuda, "Extremely Large Minibatch SGD: Training ResNet-50 on ImageNet in 15
-    Minutes", 2017 (`arXiv:1711.04325 <https://arxiv.org/abs/1711.04325>`_), with b for minus the
-    paper's :math:`\Delta`. The share :math:`\alpha_\text{SGD}` depends on t, the steps that a
-    parameter has taken, the center c and the period p:
+    Minutes", 2017 (`arXiv:1711.04325 <https://arxiv.org/abs/1711.04325>`_). w is a weight, g its
+    gradient, v the mean of squares, b the momentum buffer, which is minus the paper's
+    :math:`\Delta`. The share a of SGD, the paper's :math:`\alpha_\text{SGD}`, depends on t, the
+    number of the parameter's step, counted from 1, and on c = ``center_steps`` and
+    p = ``period_steps``:
 
     .. math::
-        \alpha_\text{SGD} = \begin{cases}
-            \frac12 \exp(2 (t - c) / p) & t < c \\
-            \frac12 + (t - c) / p & c \le t < c + p / 2 \\
+        a = \begin{cases}
+            \frac12 \exp(2 (t - 1 - c) / p) & t - 1 < c \\
+            \frac12 + (t - 1 - c) / p & c \le t - 1 < c + p / 2 \\
             1 & \text{otherwise} \end{cases}
 
-    From there on m is neither read nor written, and a step is that of :class:`torch.optim.SGD`,
-    with b for its momentum buffer. Each parameter has the same rate: no trust ratio is taken. The
+    Once a is 1, v is neither read nor written, and a step is that of :class:`torch.optim.SGD`, with
+    b for its momentum buffer. All parameters have the same rate: there is no trust ratio. The
     paper does not say whether g includes weight decay; here it does, as in its authors' framework,
-    Chainer. m starts at 0 and is not corrected for that.
+    Chainer. v starts at 0 and is not corrected for that. docs/numerics.md explains all symbols.
 
     ``param_groups[i]["step"]`` is the number of steps that a group has taken, an int, for scripts
     that read it there. It is a tensor with ``capturable`` or where the device alone knows whether a
-    step was skipped, and stands still inside ``torch.compile``. t above is ``state[p]["step"]``.
+    step was skipped, and stands still inside ``torch.compile``. t is ``state[p]["step"]``.
 
     Args:
-        params: parameters or parameter groups; see :func:`fastlars.parameter_groups`.
-        lr: learning rate :math:`\gamma \ge 0` of SGD, a number or a 1-element tensor. At 0 the step
-            has no RMSprop term. b holds :math:`\gamma_\text{RMSprop} / \gamma` of steps past, so
-            that a rate which grows many times over within some steps makes these too long; the
-            paper's only falls.
-        momentum: :math:`\mu_1`, in [0, 1).
-        weight_decay: :math:`\lambda \ge 0`.
-        center_steps: c, in steps, finite and :math:`\ge 0`: where both terms have half the weight.
-            In the paper 10 epochs.
-        period_steps: p, in steps, finite and positive. In the paper 5 epochs. The transition must
-            end within :math:`2^{24}` steps.
-        lr_rmsprop: :math:`\gamma_\text{RMSprop} \ge 0`, the learning rate of RMSprop.
-        square_decay: :math:`\mu_2`, in [0, 1).
-        eps: :math:`\epsilon > 0`, outside the square root.
-        transition: ``"smooth"`` as above, where value and slope are continuous; ``"printed"``: with
-            :math:`2 (t - c) / p` in the second line, as in the paper. There it goes on to 1.5, and
-            :math:`\alpha_\text{RMSprop}` below 0, before it falls back to 1; here it ends at 1,
-            after p / 4.
+        params: parameters, or parameter groups such as :func:`fastlars.parameter_groups` makes, in
+            which biases and norms have no decay.
+        lr: :math:`\mathrm{lr}`, the learning rate of SGD, a number or a 1-element tensor, at least
+            0, default 0.1; the paper has 0.1 times batch / 256, times
+            :func:`fastlars.schedules.slow_start`. At 0 the step has no RMSprop term. b holds
+            RMSprop's terms divided by past rates, so that a rate which grows many times over within
+            a few steps makes them too long; the paper's only falls.
+        momentum: :math:`\mu`, the share of b that a step keeps, in [0, 1), default 0.9 as in the
+            paper.
+        weight_decay: :math:`\mathrm{wd}`, the pull of weights towards 0, at least 0, default 0.
+            1e-4 is usual for ResNet-50; raise it against overfitting.
+        center_steps: c, after how many steps both terms have half the weight, finite and at least
+            0. In the paper 10 epochs; raise it where training still diverges when SGD sets in.
+        period_steps: p, the width of the transition in steps, finite and above 0: its linear part
+            takes p / 2. In the paper 5 epochs. The transition must end within :math:`2^{24}` steps.
+        lr_rmsprop: :math:`\mathrm{lr}_\text{RMSprop}`, the learning rate of RMSprop, at least 0,
+            default 3e-4, the paper's. Lower it where the first epochs diverge.
+        square_decay: :math:`\beta_2`, the share of v that a step keeps, in [0, 1), default 0.99.
+            Raise it to average over more steps.
+        eps: :math:`\epsilon`, outside the square root, above 0, default 1e-8. Raise it to damp the
+            RMSprop term where v is tiny.
+        transition: ``"smooth"`` (default) as above, where value and slope of a are continuous, or
+            ``"printed"``, with :math:`2 (t - 1 - c) / p` in the second line, as in the paper. There
+            a goes on to 1.5, and 1 - a below 0, before it falls back to 1; here it ends at 1, after
+            p / 4.
         {shared options}
 
     Example:
         >>> import torch, fastlars
-        >>> model = torch.nn.Linear(4, 2)
-        >>> groups = fastlars.parameter_groups(model, weight_decay=1e-4)
+        >>> model = torch.nn.Linear(4, 1, bias=False)
+        >>> w = torch.nn.init.ones_(model.weight)
         >>> epoch = 40  # steps; of ImageNet at a batch of 32,768
         >>> optimizer = fastlars.RMSpropWarmup(
-        ...     groups, lr=6.4, center_steps=10 * epoch, period_steps=5 * epoch
+        ...     model.parameters(), lr=6.4, center_steps=10 * epoch, period_steps=5 * epoch
         ... )
-        >>> model(torch.randn(8, 4)).square().mean().backward()
-        >>> optimizer.step()
-        >>> optimizer.zero_grad()
+        >>> model(torch.ones(1, 4)).sum().backward()  # all gradients are 1: v = 0.01
+        >>> optimizer.step()  # a = exp(-4) / 2, so that b = 0.00916 + 0.99084 * 4.6875e-5 / 0.1
+        >>> round(optimizer.state[w]["momentum_buffer"][0, 0].item(), 6), round(w[0, 0].item(), 6)
+        (0.009622, 0.938417)
     """
 
     rule = RmspropWarmupRule
-    marks = frozenset({"center_steps", "period_steps", "lr_rmsprop"})
+    own_options = frozenset({"center_steps", "period_steps", "lr_rmsprop"})
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ import torch
 from fastlars.rules import unboxed
 
 
-def is_plain(value: Any) -> bool:
+def is_builtin(value: Any) -> bool:
     """Whether a value is of Python's own types, or a list or tuple of such."""
     members = value if type(value) in (list, tuple) else (value,)
     return all(

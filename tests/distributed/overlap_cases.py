@@ -141,9 +141,9 @@ def is_ahead(kind: str, mode: str, clips: bool = False) -> bool:
 
 
 def count_early(optimizer: Any) -> int:
-    if optimizer._ahead is None:
+    if optimizer.overlap_hook is None:
         return 0
-    return sum(len(started.params()) for started in optimizer._ahead.started)
+    return sum(len(started.params()) for started in optimizer.overlap_hook.in_flight)
 
 
 def result(

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fastlars
 from distributed.overlap_cases import Setting, images, make, train_all
 from distributed.processes import run
-from fastlars.distributed.average import compress
+from fastlars.distributed.averaging import compress
 from optimizers import assert_same
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -163,7 +163,7 @@ def halved(name: str) -> list[torch.dtype]:
         optimizer.zero_grad()
         x, y = images(step, dist.get_rank(), torch.bfloat16)
         nn.functional.cross_entropy(ddp(x), y).backward()
-        dtypes += [w.sublist.dtypes.grad for s in optimizer._ahead.started for w in s.works]
+        dtypes += [b.batch.dtypes.grad for s in optimizer.overlap_hook.in_flight for b in s.batches]
         optimizer.step()
     return dtypes
 

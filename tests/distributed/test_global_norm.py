@@ -216,7 +216,7 @@ def test_what_is_no_group(row: Row) -> None:
 
 def copies() -> None:
     optimizer = fastlars.LAMB(parameters(), max_grad_norm=LIMIT, norm_group=dist.group.WORLD)
-    assert copy.deepcopy(optimizer)._norm_group is optimizer._norm_group
+    assert copy.deepcopy(optimizer).stepper.norm_group is optimizer.stepper.norm_group
     with pytest.raises(TypeError, match="norm_group cannot be pickled"):
         pickle.dumps(optimizer)
     assert all("norm_group" not in group for group in optimizer.state_dict()["param_groups"])

@@ -28,7 +28,8 @@ from distributed.overlap_cases import (
     train_joined,
 )
 from distributed.processes import run
-from fastlars.distributed.buckets import Measured, Started, measured, parts_of
+from fastlars.distributed.buckets import InFlightBucket, PremeasuredBatch, with_known_sums
+from fastlars.optim.planner import slices_of
 from optimizers import SIMPLE
 
 ONE, THREE, MANY = 25, 0.25, 0.001  # bucket_cap_mb for the narrow ResNet-18
@@ -153,14 +154,16 @@ def test_norms_of_interleaved_buckets_come_back_in_order() -> None:
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    started = []
+    buckets, groups = [], optimizer.param_groups
     for mine in (params[1::2], params[::2]):
-        parts = parts_of(optimizer, {p: p.grad for p in mine if p.grad is not None})
-        started.append(Started.of([w for part in parts for w in part.works(optimizer)], True))
-        started[-1].take("clip")
-    (work,) = measured(optimizer._prepare(), started)
-    assert isinstance(work, Measured)
-    assert work.sums[:, -1].tolist() == [2.0 + i for i in range(6)]
+        own = {p: p.grad for p in mine if p.grad is not None}
+        (part,) = slices_of(groups, own)
+        batches = optimizer.planner.bind_slice(part, groups, optimizer.state)
+        buckets.append(InFlightBucket.of(batches, for_norm=True))
+        buckets[-1].work_early("clip")
+    (batch,) = with_known_sums(optimizer.bind(), buckets)
+    assert isinstance(batch, PremeasuredBatch)
+    assert batch.sums[:, -1].tolist() == [2.0 + i for i in range(6)]
 
 
 @pytest.mark.parametrize("view", [False, True])
@@ -181,9 +184,9 @@ def stepped_before(mode: str) -> tuple[bool, bool]:
     moved = []
 
     def look(_: Any) -> None:
-        if optimizer._ahead.started:
+        if optimizer.overlap_hook.in_flight:
             # Not a race: the callback is queued, and needs no more of this thread.
-            optimizer._ahead.started[0].future.wait()
+            optimizer.overlap_hook.in_flight[0].future.wait()
             moved.append(not torch.equal(last, before))
 
     first.register_hook(look)
@@ -215,7 +218,7 @@ def waited_for(kind: str, mode: str, clip: float | None) -> list[tuple[bool, int
         optimizer.zero_grad()
         x, y = images(step, 0, torch.float32)
         nn.functional.cross_entropy(ddp(x), y).backward()
-        for started in optimizer._ahead.started:
+        for started in optimizer.overlap_hook.in_flight:
             made = [result for result in started.results if result is not None]
             value = started.future.value()
             same = len(value) == len(made) and all(map(is_, value, made))

@@ -200,7 +200,7 @@ def twice(options: dict[str, Any], overlapped: bool, mode: str) -> Result:
         optimizer.zero_grad()
         for k in range(1 + (step in (1, 4))):
             loss_of(ddp, 2 * step + k).backward()
-        early.append(0 if not overlapped else len(optimizer._ahead.started))
+        early.append(0 if not overlapped else len(optimizer.overlap_hook.in_flight))
         optimizer.step()
     return result(ddp.module, optimizer, early=early)
 

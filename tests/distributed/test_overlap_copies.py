@@ -161,7 +161,7 @@ def wrapped(name: str) -> str:
             inner.step()
         if overlapped:
             handle.remove()
-            assert inner._ahead is None
+            assert inner.overlap_hook is None
         ended.append([p.detach().clone() for p in net.parameters()])
     for i, (mine, theirs) in enumerate(zip(*ended, strict=True)):
         assert_same_bits(f"parameter {i}", mine, theirs)

@@ -60,7 +60,7 @@ def fail(how: str) -> None:
     try:
         train(ddp, optimizer, range(BROKEN, BROKEN + 1))
     except RuntimeError:
-        broken = optimizer._ahead.started[1].params()
+        broken = optimizer.overlap_hook.in_flight[1].params()
         assert all(torch.equal(p, before[p]) for p in broken), "stepped without its sum"
         raise
 
@@ -116,8 +116,8 @@ def interrupted() -> list[int]:
     with pytest.raises(KeyError, match="the user's"):
         nn.functional.cross_entropy(ddp(x), y).backward()
     handle.remove()
-    begun = [len(optimizer._ahead.started)]
-    optimizer._ahead.wait()
+    begun = [len(optimizer.overlap_hook.in_flight)]
+    optimizer.overlap_hook.wait()
     with pytest.raises(RuntimeError, match="backward ended in an error"):
         optimizer.step()
     optimizer.zero_grad()
@@ -166,7 +166,7 @@ def peek() -> str:
     fastlars.distributed.overlap(ddp, optimizer)
 
     def wait(_: Any, __: Any) -> None:
-        for started in optimizer._ahead.started:
+        for started in optimizer.overlap_hook.in_flight:
             started.future.wait()
 
     # DDP's last buckets, and not yet the race that the step below decides by waiting.

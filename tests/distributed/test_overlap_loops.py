@@ -169,7 +169,7 @@ def removed(overlapped: bool, mode: str) -> Result:
             handle.remove()
         if number == 1:
             optimizer.step()
-        assert optimizer._ahead is None
+        assert optimizer.overlap_hook is None
         early += loop(ddp, optimizer, 2)
     return result(net, optimizer, early=early)
 

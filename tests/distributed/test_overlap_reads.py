@@ -75,8 +75,8 @@ def start(
 
     def wait(_: Tensor) -> None:
         # Decides the race between the step and the read.
-        if optimizer._ahead is not None:
-            for started in optimizer._ahead.started:
+        if optimizer.overlap_hook is not None:
+            for started in optimizer.overlap_hook.in_flight:
                 started.future.wait()
 
     net.wait = wait

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlars.optim.base import FusedOptimizer
-from fastlars.optim.sharded import shard
+from fastlars.optim.dtensor import plain_shard
 from fastlars.optim.values import kept, same_objects, unchanged
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -18,7 +18,7 @@ def checksums(tensors: list[Tensor]) -> list[Tensor]:
     """For each tensor the sum of its bits, taken for integers."""
     return [
         local.view(_BITS[local.itemsize]).sum(dtype=torch.int64)
-        for local in (shard(t.detach()).resolve_neg() for t in tensors)
+        for local in (plain_shard(t.detach()).resolve_neg() for t in tensors)
     ]
 
 
@@ -86,7 +86,7 @@ class Options:
     def _read(optimizer: FusedOptimizer) -> list[Any]:
         # skip_if is of no group.
         groups = ([_plain(g[n]) for n in optimizer.defaults] for g in optimizer.param_groups)
-        return [optimizer._needs_norm(), *groups]
+        return [optimizer.stepper.needs_norm(optimizer.param_groups), *groups]
 
     def changed(self, optimizer: FusedOptimizer) -> str | None:
         """What was changed since, if anything."""

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastlars.optim.compiled as compiled
-from fastlars.optim.checks import check_lr, check_options
+from fastlars.optim.checks import checked_rule, named
+from fastlars.optim.compile import operator
 from fastlars.optim.norm import check_norm
-from fastlars.optim.plan import Plan, forget
-from fastlars.optim.skipping import SkippingStep
-from fastlars.optim.values import is_plain
+from fastlars.optim.plan import GroupPlan
+from fastlars.optim.states import drop_stale_states
+from fastlars.optim.stepper import Stepper
+from fastlars.optim.values import is_builtin
 from fastlars.rules import Rule
 
 
@@ -22,12 +23,14 @@ def _is_number(value: Any) -> bool:
     return all(type(member) in (int, float) for member in members)
 
 
-class TracedStep(SkippingStep):
+class TracedStep:
     """What :class:`FusedOptimizer` does inside a compiled region."""
 
+    param_groups: list[dict[str, Any]]
     state: Any
     defaults: dict[str, Any]
-    _owner: str | None
+    stepper: Stepper
+    overlap_hook: Any
     _step_outside_graph: Any
 
     rule_of: Callable[[dict[str, Any]], Rule]
@@ -48,50 +51,51 @@ class TracedStep(SkippingStep):
         The name is torch.compile's: it runs this method instead of tracing it, guards what it read,
         and takes the tensors in the lists for inputs of its graph.
         """
-        if needs := self._needs_norm():
-            check_norm(needs, self._owner, None)
+        if needs := self.stepper.needs_norm(self.param_groups):
+            check_norm(needs, self.stepper.owner, None)
         rules = []
         for number, other in enumerate(self.param_groups):
-            try:
-                check_lr(other["lr"])
-                check_options(other)
-                rules.append(self.rule_of(other))
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"group {number}: {error}") from None
+            with named(f"group {number}"):
+                rules.append(checked_rule(self.rule_of, other))
         # Of all groups at once: from here on, torch.compile guards the states that it has seen.
         for other, rule in zip(self.param_groups, rules, strict=True):
             for p in other["params"]:
                 if p.grad is not None and p in self.state:
-                    forget(p, rule, other, self.state[p])
+                    drop_stale_states(p, rule, other, self.state[p])
         # All are checked before the first state is made.
         plans = [
-            Plan(other, number, rule, self.state)
+            GroupPlan(other, number, rule, self.state)
             for number, (other, rule) in enumerate(zip(self.param_groups, rules, strict=True))
         ]
         plan = next(plan for plan in plans if plan.group is group)
         number, rule = plan.number, plan.rule
-        for sublist in plan.ready(keeps=False).sublists:
-            if sublist.path:
+        for batch in plan.prepare(caches=False).batches:
+            if batch.path:
                 raise RuntimeError(
                     f"group {number}: DTensors are not stepped inside torch.compile, nor are other "
                     "subclasses: leave optimizer.step() out of the compiled region"
                 )
-            params = [group["params"][i] for i in sublist.indices]
+            params = [group["params"][i] for i in batch.indices]
             of_params = [self.state[p] for p in params]
             weights += params
             grads += [p.grad for p in params]
             states += [s[name] for s in of_params for name in rule.states]
             if rule.counter is not None:
                 counters += [s[rule.counter] for s in of_params]
-            if sublist.dtypes.copy is not None:
+            if batch.dtypes.copy is not None:
                 masters += [s["master"] for s in of_params]
         options = {name: group[name] for name in self.defaults}
         if isinstance(options["lr"], Tensor):
             del options["lr"]  # which the graph reads
-        if not all(map(is_plain, options.values())):
-            return compiled.encode(rule), None
+        if not all(map(is_builtin, options.values())):
+            return operator.encode(rule), None
         numbers = {k: v for k, v in options.items() if k != "lr" and _is_number(v)}
-        return compiled.encode(rule), tuple(numbers.items())
+        return operator.encode(rule), tuple(numbers.items())
+
+    def _traceable(self) -> bool:
+        stepper = self.stepper
+        alone = self.overlap_hook is None and stepper.norm_group is None and stepper.skip_if is None
+        return alone and getattr(self, "found_inf", None) is None
 
     def _step_traced(self) -> None:
         gathered = []

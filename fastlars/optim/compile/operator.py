@@ -20,9 +20,10 @@ from fastlars.backends.base import Backend, Dtypes, Mismatch, StepScalars, Tenso
 from fastlars.backends.choose import ChoiceCache
 from fastlars.backends.upload import is_capturing
 from fastlars.optim.checks import check_lr
+from fastlars.optim.gradients import bind_copying_gradients
 from fastlars.optim.norm import check_outside_backward
-from fastlars.optim.numbers import numbers, square
-from fastlars.optim.plan import LOW_PRECISION, bind
+from fastlars.optim.scalars import scalars_for, square_of_norm
+from fastlars.optim.states import LOW_PRECISION
 from fastlars.rules import RULES, GradientNorm, Rule
 
 _RULES = {kind.__name__: kind for kind in RULES}
@@ -86,21 +87,21 @@ _layouts: OrderedDict[Any, Any] = OrderedDict()
 _MOST_LAYOUTS = 256
 
 
-def _bind(rule: str, backend: Backend, tensors: Tensors) -> Any:
+def _bind_cached(rule: str, backend: Backend, tensors: Tensors) -> Any:
     """Checked tensors, over the layout of the last step of the same weights."""
     weights = tensors.weights
     key = (rule, backend, tensors.dtypes, len(weights), weights[0]._cdata)
     if key in _layouts:
         _layouts.move_to_end(key)
         try:
-            return bind(backend, tensors, _layouts[key])
+            return bind_copying_gradients(backend, tensors, _layouts[key])
         except Mismatch:
             pass
     _layouts[key] = backend.layout(weights)
     if len(_layouts) > _MOST_LAYOUTS:
         _layouts.popitem(last=False)
     try:
-        return bind(backend, tensors, _layouts[key])
+        return bind_copying_gradients(backend, tensors, _layouts[key])
     except Mismatch as mismatch:
         name, index, what = mismatch.args
         raise RuntimeError(
@@ -127,9 +128,9 @@ def _step(
     check_lr(rate)
     stepped = decode(rule)
     lists = _lists(weights, grads, states, counters, masters, stepped, stochastic_rounding)
-    now = numbers(all(backend.reads_device for backend, _ in lists), None, None)
+    scalars = scalars_for(backend for backend, _ in lists)
     if square_norm is not None:
-        now.take_square(square_norm)
+        scalars.set_square(square_norm)
     for backend, tensors in lists:
         seed = None
         device = tensors.weights[0].device
@@ -140,8 +141,9 @@ def _step(
                     'mode="reduce-overhead": every replay would round with the same random numbers'
                 )
             seed = int(torch.randint(2**62, (), device="cpu"))
-        bound = _bind(rule, backend, tensors)
-        backend.step(stepped, bound, now.scalars(rate, scale, max_grad_norm, seed, device))
+        bound = _bind_cached(rule, backend, tensors)
+        given = scalars.of_batch(rate, scale, max_grad_norm, seed, device)
+        backend.step(stepped, bound, given)
 
 
 def _square_norm(weights: list[Tensor], grads: list[Tensor], sizes: list[int]) -> Tensor:
@@ -154,10 +156,10 @@ def _square_norm(weights: list[Tensor], grads: list[Tensor], sizes: list[int]) -
         begin = end
     on_device = all(backend.reads_device for backend, _ in lists)
     sums = [
-        backend.measure(GradientNorm(), _bind("", backend, tensors), StepScalars(0.0))
+        backend.measure(GradientNorm(), _bind_cached("", backend, tensors), StepScalars(0.0))
         for backend, tensors in lists
     ]
-    return square(sums, on_device).to(grads[0].device)
+    return square_of_norm(sums, on_device).to(grads[0].device)
 
 
 _library = torch.library.Library("fastlars", "DEF")

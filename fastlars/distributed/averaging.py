@@ -34,7 +34,7 @@ def compress(gradients: Tensor, size: int, into: Tensor) -> Tensor:
     return torch.mul(gradients, 1.0 / size, out=into)
 
 
-class Average:
+class BucketAverager:
     """Scales buckets before their sum, to the bit as DDP does where it has no hook.
 
     DDP multiplies by 1/size while it copies a gradient into its bucket, but divides by the size

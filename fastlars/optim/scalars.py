@@ -1,40 +1,39 @@
-"""The numbers of a step: learning rate, gradient scale, verdict of a GradScaler, global clip.
+"""The scalars of a step: learning rate, gradient scale, a GradScaler's verdict, global clip.
 
 They are read on the host where a back end needs them there. Where all back ends read them on the
-device, nothing waits for it, and a step can be recorded into a CUDA graph.
+device, the host does not wait for the device, and a step can be recorded into a CUDA graph.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlars.backends.base import OnDevice, StepScalars
+from fastlars.backends.base import Backend, OnDevice, StepScalars
 from fastlars.rules import real
 
 
-class HostNumbers:
-    """Python numbers; looking at a tensor waits for its device."""
+class HostScalars:
+    """Scalars as Python numbers. To read a tensor, the host waits for its device."""
+
+    on_device = False
 
     def __init__(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         self.skip = found_inf is not None and float(found_inf) != 0.0
-        self.scaled = found_inf is not None
+        self.has_scaler = found_inf is not None
         self._unscale = 1.0 if grad_scale is None or self.skip else 1.0 / float(grad_scale)
         self._norm = 0.0
 
     def unclipped(self, sign: float, device: torch.device) -> StepScalars:
-        """For measuring gradients: they are not stepped yet."""
+        """The scalars to measure gradients with for the global norm: neither lr nor clip."""
         return StepScalars(lr=0.0, gradient_scale=sign * self._unscale)
 
-    def square(self, sums: list[Tensor]) -> Tensor:
-        """The square of the global norm, from every list's sums of squares."""
-        return square(sums, on_device=False)
-
-    def take_square(self, square: Tensor) -> None:
-        """The global norm, from its square."""
+    def set_square(self, square: Tensor) -> None:
+        """Take the global norm, given its square."""
         self._norm = math.sqrt(float(square))
 
     def skip_where(self, wanted: bool | Tensor) -> None:
@@ -42,60 +41,58 @@ class HostNumbers:
         self.skip = bool(wanted)
 
     def verdict(self) -> Tensor | None:
-        """None: nothing is left for the device to decide."""
+        """None: the host has decided already."""
         return None
 
     def unless_skipped(self, square: Tensor) -> Tensor:
         """The square, or NaN where a GradScaler skips the step."""
         return square.fill_(math.nan) if self.skip else square
 
-    def scalars(
+    def of_batch(
         self, lr: Any, sign: float, limit: float | None, seed: int | None, device: torch.device
     ) -> StepScalars:
-        """For one list, clipped where its group asks for it."""
+        """The scalars of one batch; clipped to ``limit``, its group's ``max_grad_norm``."""
         scale = sign * self._unscale
         if limit is not None and self._norm > limit:
             scale *= real("max_grad_norm", limit) / self._norm
         return StepScalars(_rate(lr), scale, seed)
 
 
-class DeviceNumbers:
-    """Tensors stay where they are; what the host knows goes by value."""
+class DeviceScalars:
+    """Scalars that are tensors stay on their device; those that the host knows go by value."""
+
+    on_device = True
 
     def __init__(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         self.skip = False  # as far as the host knows
-        self.scaled = found_inf is not None
+        self.has_scaler = found_inf is not None
         self._grad_scale = grad_scale
         self._found_inf = found_inf
         self._verdict: Tensor | None = None
         self._square: Tensor | None = None
 
     def unclipped(self, sign: float, device: torch.device) -> StepScalars:
-        """For measuring gradients: they are not stepped yet."""
-        scale = _there(self._grad_scale, device)
+        """The scalars to measure gradients with for the global norm: neither lr nor clip."""
+        scale = _on_device(self._grad_scale, device)
         return StepScalars(0.0, sign, None, None if scale is None else OnDevice(grad_scale=scale))
 
-    def square(self, sums: list[Tensor]) -> Tensor:
-        """The square of the global norm, from every list's sums of squares."""
-        return square(sums, on_device=True)
-
-    def take_square(self, square: Tensor) -> None:
-        """The global norm, from its square."""
+    def set_square(self, square: Tensor) -> None:
+        """Take the global norm, given its square."""
         self._square = square
 
     def skip_where(self, wanted: bool | Tensor) -> None:
-        """Skip the step where this is true, as where a GradScaler has found what is not finite."""
+        """Skip the step where this is true, or where a GradScaler has found an inf or NaN."""
         if isinstance(wanted, bool):
             self.skip = wanted
             return
         assert self._square is not None
-        wanted = moved(wanted, self._square.device)
+        wanted = to_device(wanted, self._square.device)
         found = self.verdict()
-        self._verdict = wanted if found is None else wanted | moved(found, wanted.device)
+        self._verdict = wanted if found is None else wanted | to_device(found, wanted.device)
         self._found_inf = self._verdict.to(torch.float32)
 
     def verdict(self) -> Tensor | None:
-        """Whether the device skips the step: a 0-dim bool tensor; None where it does not ask."""
+        """Whether to skip the step, as a 0-dim bool tensor; None where no step can be skipped."""
         if self._verdict is None and self._found_inf is not None:
             self._verdict = self._found_inf.reshape(()).ne(0)
         return self._verdict
@@ -103,33 +100,33 @@ class DeviceNumbers:
     def unless_skipped(self, square: Tensor) -> Tensor:
         """The square, or NaN where a GradScaler skips the step."""
         found = self.verdict()
-        return (
-            square if found is None else square.masked_fill(moved(found, square.device), math.nan)
-        )
+        if found is None:
+            return square
+        return square.masked_fill(to_device(found, square.device), math.nan)
 
-    def scalars(
+    def of_batch(
         self, lr: Any, sign: float, limit: float | None, seed: int | None, device: torch.device
     ) -> StepScalars:
-        """For one list, clipped where its group asks for it."""
+        """The scalars of one batch; clipped to ``limit``, its group's ``max_grad_norm``."""
         rate = lr if isinstance(lr, Tensor) and lr.device.type == device.type else None
         there = OnDevice(
-            _there(rate, device),
-            _there(self._grad_scale, device),
-            _there(self._found_inf, device),
-            None if limit is None else _there(self._square, device),
+            _on_device(rate, device),
+            _on_device(self._grad_scale, device),
+            _on_device(self._found_inf, device),
+            None if limit is None else _on_device(self._square, device),
             math.inf if limit is None else real("max_grad_norm", limit),
         )
         known = _rate(lr) if rate is None else 0.0
         return StepScalars(known, sign, seed, there if there.given else None)
 
 
-def square(sums: list[Tensor], on_device: bool) -> Tensor:
-    """The square of the global norm, from every list's sums of squares."""
+def square_of_norm(sums: list[Tensor], on_device: bool) -> Tensor:
+    """The square of the global norm, from every batch's sums of squares."""
     first = sums[0].device
     if on_device:
         squares = [each[:, -1].sum().to(first, non_blocking=True) for each in sums]
         return torch.stack(squares).sum() if squares[1:] else squares[0]
-    # Exact, and so the same on ranks whose lists are cut otherwise.
+    # Exact, and so the same on ranks that cut their parameters into other batches.
     try:
         total = math.fsum(x for each in sums for x in each[:, -1].tolist())
     except OverflowError:
@@ -141,13 +138,13 @@ def _rate(lr: Any) -> float:
     return lr if type(lr) is float and lr >= 0.0 else real("lr", lr)
 
 
-def moved(value: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device. Nothing waits, unless the host is to have it."""
+def to_device(value: Tensor, device: torch.device) -> Tensor:
+    """A tensor on another device. The host waits only for copies to the host."""
     return value.to(device, non_blocking=device.type != "cpu")
 
 
-def _there(value: Tensor | None, device: torch.device) -> Tensor | None:
-    """A number on a device, as floats that every kernel reads."""
+def _on_device(value: Tensor | None, device: torch.device) -> Tensor | None:
+    """A scalar tensor on a device, in a type that every kernel reads."""
     if value is None:
         return None
     dtype = value.dtype if value.dtype in (torch.float32, torch.float64) else torch.float64
@@ -155,11 +152,12 @@ def _there(value: Tensor | None, device: torch.device) -> Tensor | None:
     return value.resolve_neg() if value.is_neg() else value
 
 
-Numbers = HostNumbers | DeviceNumbers
+Scalars = HostScalars | DeviceScalars
 
 
-def numbers(reads_device: bool, grad_scale: Tensor | None, found_inf: Tensor | None) -> Numbers:
-    """The numbers of a step whose back ends all read them on the device, or do not."""
-    if reads_device:
-        return DeviceNumbers(grad_scale, found_inf)
-    return HostNumbers(grad_scale, found_inf)
+def scalars_for(
+    backends: Iterable[Backend], grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+) -> Scalars:
+    """The scalars of a step: on the device where all of these back ends read them there."""
+    on_device = all(backend.reads_device for backend in backends)
+    return (DeviceScalars if on_device else HostScalars)(grad_scale, found_inf)

@@ -55,7 +55,7 @@ def check_optimizer(optimizer: Any, ddp: DistributedDataParallel) -> None:
     """Raise unless ``optimizer`` is a fastlars optimizer, and steps parameters of ``ddp``."""
     if not isinstance(optimizer, FusedOptimizer):
         raise TypeError(f"overlap needs an optimizer of fastlars, got {type(optimizer).__name__}")
-    if optimizer._ahead is not None:
+    if optimizer.overlap_hook is not None:
         raise RuntimeError(
             "this optimizer is overlapped already: remove() its handle first, which after a "
             "backward pass takes effect in optimizer.step()"

@@ -1,0 +1,1 @@
+"""The step inside torch.compile: what is traced, and the operator that runs."""

@@ -1,0 +1,117 @@
+"""BoundBatch and run_step: execute a step once everything is checked and bound."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastlars.backends.base import Backend, StepScalars
+from fastlars.backends.upload import keep_for_replays
+from fastlars.optim.dtensor import all_reduce_sums, at_path
+from fastlars.optim.plan import TensorBatch
+from fastlars.optim.scalars import Scalars
+from fastlars.optim.states import States, lacks_states
+from fastlars.rules import GradientNorm, Rule
+
+# For each batch that was stepped: its parameters, and their trust ratios.
+StepResults: TypeAlias = list[tuple[list[Tensor], Tensor]]
+
+
+@dataclass
+class BoundBatch:
+    """Parameters of one group whose tensors a back end has checked and bound for this step."""
+
+    group: dict[str, Any]
+    rule: Rule
+    batch: TensorBatch
+    bound: Any
+
+    @property
+    def backend(self) -> Backend:
+        return self.batch.backend
+
+    @property
+    def device(self) -> torch.device:
+        return self.batch.weights[0].device
+
+    @property
+    def sign(self) -> float:
+        return -1.0 if self.group["maximize"] else 1.0
+
+    def square_norms(self, scalars: Scalars) -> Tensor:
+        """Sums of squares of the gradients, for the global norm."""
+        unclipped = scalars.unclipped(self.sign, self.device)
+        return self.backend.measure(GradientNorm(), self.bound, unclipped)
+
+    def step_scalars(self, scalars: Scalars) -> StepScalars:
+        """What the back end needs to know of this step."""
+        seed = None
+        if self.group["stochastic_rounding"] and self.batch.dtypes.weight == torch.bfloat16:
+            # From torch's own generator: torch.manual_seed makes it reproducible, and a saved
+            # generator state resumes it.
+            seed = int(torch.randint(2**62, (), device="cpu"))
+        limit = self.group["max_grad_norm"]
+        given = scalars.of_batch(self.group["lr"], self.sign, limit, seed, self.device)
+        if given.device is not None:
+            # All but the norm, which a recording computes itself, and so keeps.
+            inputs = replace(given.device, square_norm=None)
+            keep_for_replays(self.batch.weights[0], inputs.given)
+        return given
+
+
+def check_recording(batches: list[BoundBatch]) -> None:
+    """Raise where a CUDA graph is recorded that would use this step's scalars at every replay."""
+    fixed = any(b.device.type == "cuda" and not b.group["capturable"] for b in batches)
+    if fixed and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a step is recorded into a CUDA graph only with capturable=True")
+
+
+def check_making(group: dict[str, Any], rule: Rule, states: States) -> None:
+    """Raise where a CUDA graph is recorded that would make states anew at every replay."""
+    on_gpu = any(p.device.type == "cuda" for p in group["params"])
+    recording = on_gpu and torch.cuda.is_current_stream_capturing()
+    if recording and lacks_states(group, rule, states):
+        raise RuntimeError(
+            "a CUDA graph would make states anew at every replay: take a step before recording one"
+        )
+
+
+def run_step(batches: list[BoundBatch], scalars: Scalars) -> StepResults:
+    """Step every batch. Where a batch is clipped, ``scalars`` already knows the global norm."""
+    each = [batch.step_scalars(scalars) for batch in batches]
+    sums = _sums_of_shards(batches, each)
+    results = []
+    for i, (b, given) in enumerate(zip(batches, each, strict=True)):
+        if i in sums:
+            ratios = b.backend.apply(b.rule, b.bound, given, sums[i])
+        else:
+            ratios = b.backend.step(b.rule, b.bound, given)
+        results.append((b.batch.weights, ratios))
+    mark_written(batches)
+    return results
+
+
+def mark_written(batches: list[BoundBatch]) -> None:
+    """Raise the versions of the weights. Autograd then notices that a saved tensor was overwritten,
+    which a write through an address does not tell it."""
+    for b in batches:
+        written = b.batch.weights
+        torch.autograd.graph.increment_version(written)
+        for name in b.batch.path:
+            written = at_path(written, (name,))
+            torch.autograd.graph.increment_version(written)
+
+
+def _sums_of_shards(batches: list[BoundBatch], each: list[StepScalars]) -> dict[int, Tensor]:
+    """Sums of squares over all shards, by index in ``batches``, of sharded batches that adapt."""
+    indices = [i for i, b in enumerate(batches) if b.batch.rows is not None and b.rule.adapt]
+    if not indices:
+        return {}
+    measured = [
+        (b.batch.rows, b.backend.measure(b.rule, b.bound, each[i]))
+        for i, b in ((i, batches[i]) for i in indices)
+    ]
+    return dict(zip(indices, all_reduce_sums(measured), strict=True))

@@ -1,0 +1,190 @@
+"""Planner: turns parameter groups into bound batches, which a step then runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+import fastlars._C as _C
+from fastlars.backends.base import Mismatch
+from fastlars.optim import checkpoint
+from fastlars.optim.checks import check_lr, check_options, check_overlap, location
+from fastlars.optim.execute import BoundBatch, check_making
+from fastlars.optim.plan import GroupPlan, plan_options
+from fastlars.optim.states import States
+from fastlars.optim.values import kept, same_objects, unchanged
+from fastlars.rules import Rule
+
+Group: TypeAlias = dict[str, Any]
+
+
+@dataclass
+class GroupSlice:
+    """Some parameters of one group with gradients of their own, as those in one bucket of DDP."""
+
+    number: int  # of the group
+    indices: list[int]  # in the group's parameters
+    grads: list[Tensor]
+    # The plan of the slice, and the plan of the whole group that it was made from.
+    plan: GroupPlan | None = None
+    whole: GroupPlan | None = None
+
+    def reuse_plan_of(self, other: GroupSlice | None) -> None:
+        """Take over the plan that an earlier step made for the same parameters."""
+        if other is not None and other.indices == self.indices:
+            self.whole, self.plan = other.whole, other.plan
+
+
+def slices_of(groups: list[Group], grads: dict[Tensor, Tensor]) -> list[GroupSlice]:
+    """A slice of each group that has parameters with one of these gradients."""
+    slices = []
+    for number, group in enumerate(groups):
+        indices = [i for i, p in enumerate(group["params"]) if p in grads]
+        if indices:
+            own = [grads[group["params"][i]] for i in indices]
+            slices.append(GroupSlice(number, indices, own))
+    return slices
+
+
+def places_of(groups: list[Group]) -> list[tuple[Tensor, str]]:
+    """All parameters of the groups, and how messages call each."""
+    return [
+        (p, location(number, i))
+        for number, group in enumerate(groups)
+        for i, p in enumerate(group["params"])
+    ]
+
+
+class Planner:
+    """Plans the groups of one optimizer: which batches to step, checked, with their states.
+
+    A plan is made once, with all checks, and bound at every step to that step's gradients. The
+    optimizer's groups and states are arguments of each call, because both may be replaced.
+    """
+
+    def __init__(self, rule_of: Callable[[Group], Rule], options: Iterable[str]) -> None:
+        """Args:
+        rule_of: the rule that a group's options make.
+        options: the names of the options of a group.
+        """
+        self._rule_of = rule_of
+        self._options = [name for name in options if name != "lr"]
+        self._plans: list[GroupPlan | None] = []
+        self._rules: list[tuple[tuple[Any, ...], Rule] | None] = []
+        self._planned_states: list[dict[str, Any]] = []
+
+    def bind(self, groups: list[Group], states: States) -> list[BoundBatch]:
+        """Every batch of every group, bound to this step's gradients.
+
+        All groups are checked before the first state is made, and bound before anything else is
+        written: an error leaves parameters and states as they were.
+        """
+        if len(self._plans) != len(groups) or not self.holds(states):
+            self._plans, self._rules = [None] * len(groups), [None] * len(groups)
+        rules: list[Rule] = []
+        bound: list[Any] = []
+        new: dict[int, GroupPlan] = {}
+        for number, group in enumerate(groups):
+            rule = self._rule(number, group)
+            rules.append(rule)
+            plan = self._plans[number]
+            cache = plan.cache if plan is not None else None
+            try:
+                grads = plan.gradients(group["params"]) if plan is not None else None
+                if plan is not None and grads is None:
+                    grads = [p.grad for p in group["params"]]
+                    plan = plan.for_other_gradients(group["params"], grads)
+                    self._plans[number] = plan
+                if plan is not None and grads is not None:
+                    bound.append(plan.bind_batches(grads))
+                    continue
+            except (Mismatch, KeyError):
+                cache = None  # a parameter or a state was replaced: plan again, with all checks
+            # Before the plan: a recording must not ask which back ends there are either.
+            check_making(group, rule, states)
+            new[number] = GroupPlan(group, number, rule, states, cache)
+            bound.append(None)
+        if new:
+            check_overlap(places_of(groups))  # lists and memory may have been changed by hand
+        for number, plan in new.items():
+            self._plans[number] = plan.prepare()
+            bound[number] = plan.bind_batches([p.grad for p in plan.params])
+        if new:
+            self._note_states(states)
+        return [
+            BoundBatch(group, rule, batch, tensors)
+            for group, rule, batches in zip(groups, rules, bound, strict=True)
+            for batch, tensors in batches
+        ]
+
+    def bind_slice(self, part: GroupSlice, groups: list[Group], states: States) -> list[BoundBatch]:
+        """The batches of some parameters of a group, bound to the gradients of the slice.
+
+        Raises:
+            Mismatch: a tensor is not as it was when the group was planned.
+            KeyError: a state is gone, or the group has no plan. :meth:`replan` mends either.
+        """
+        group = groups[part.number]
+        rule = self._rule(part.number, group)
+        whole = self._plans[part.number]
+        if whole is None:
+            raise KeyError(part.number)
+        if part.plan is None or whole is not part.whole:
+            part.whole, part.plan = whole, whole.subset(part.indices, part.grads)
+            self._note_states(states)  # the slice may have made some
+        bound = part.plan.bind_batches(part.grads)
+        return [BoundBatch(group, rule, batch, tensors) for batch, tensors in bound]
+
+    def replan(self, number: int, groups: list[Group], states: States) -> None:
+        """Plan one group anew, with all checks: its parameters, states or options have changed."""
+        group = groups[number]
+        plan = GroupPlan(group, number, self._rule(number, group), states)
+        self._plans[number] = plan.prepare()
+        self._note_states(states)
+
+    def current_rules(self, groups: list[Group], states: States) -> list[Rule] | None:
+        """The rules of the groups; None where a group's parameters, options or states are not
+        those of its plan. TypeError or ValueError where options are out of range."""
+        if len(self._plans) != len(groups) or not self.holds(states):
+            return None
+        rules = [self._rule(number, group) for number, group in enumerate(groups)]
+        for plan, group in zip(self._plans, groups, strict=True):
+            if not same_objects([] if plan is None else plan.params, group["params"]):
+                return None
+        return rules
+
+    def holds(self, states: States) -> bool:
+        """Whether these are the states that were planned: nobody has cleared ``optimizer.state``,
+        or put another dict into it."""
+        return _C.holds(states, self._planned_states)
+
+    def reads_device(self) -> bool:
+        """Whether the last step's back ends all read its scalars on the device."""
+        batches = [b for plan in self._plans if plan is not None for b in plan.batches]
+        return bool(batches) and all(b.backend.reads_device for b in batches)
+
+    def _note_states(self, states: States) -> None:
+        self._planned_states = list(states.values())
+
+    def _rule(self, number: int, group: Group) -> Rule:
+        """The group's rule, made anew, and so checked, only when an option has changed."""
+        try:
+            check_lr(group["lr"])
+            values = tuple(group[name] for name in self._options)
+            known = self._rules[number]
+            if known is not None and unchanged(known[0], values):
+                return known[1]
+            if checkpoint.take_types(group):  # of a state_dict loaded by ZeroRedundancyOptimizer
+                values = tuple(group[name] for name in self._options)
+            check_options(group)
+            rule = self._rule_of(group)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"group {number}: {error}") from None
+        self._rules[number] = (kept(values), rule)
+        plan = self._plans[number]
+        if plan is not None and plan.options != plan_options(group, rule):
+            self._plans[number] = None
+        return rule
