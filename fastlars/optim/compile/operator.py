@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastlars.backends.base import Backend, Dtypes, Mismatch, StepScalars, Tensors
-from fastlars.backends.choose import Chooser
+from fastlars.backends.choose import ChoiceCache
 from fastlars.backends.upload import is_capturing
 from fastlars.optim.checks import check_lr
 from fastlars.optim.gradients import bind_copying_gradients
@@ -52,7 +52,7 @@ def _lists(
 ) -> list[tuple[Backend, Tensors]]:
     """The operator's flat lists, cut as a plan cuts a group. States are listed parameter by
     parameter; there is a master for each weight of low precision, in their order."""
-    choose = Chooser(rule, rounds)
+    choose = ChoiceCache(rule, rounds)
     columns = [states[k :: len(rule.states)] for k in range(len(rule.states))]
     remaining = iter(masters)
     by_kind: dict[Any, list[tuple[int, Tensor | None]]] = defaultdict(list)
