@@ -108,10 +108,10 @@ std::vector<std::uintptr_t> addresses(const BoundLayout& layout, const py::list&
   return out;
 }
 
-TensorList bind(const BoundLayout& layout, const py::list& weights, const py::list& grads,
-                const std::vector<py::list>& states, const py::object& copies,
-                const py::object& counters, int weight_dtype, int grad_dtype, int state_dtype,
-                int copy_dtype) {
+TensorList make_tensor_list(const BoundLayout& layout, const py::list& weights,
+                            const py::list& grads, const std::vector<py::list>& states,
+                            const py::object& copies, const py::object& counters, int weight_dtype,
+                            int grad_dtype, int state_dtype, int copy_dtype) {
   TensorList list;
   list.numel = layout.numel();
   list.weight_dtype = static_cast<Dtype>(weight_dtype);
@@ -374,8 +374,9 @@ PYBIND11_MODULE(_C, m) {
             return write_table(list, Rules::most_states, pointer<std::int64_t>(at));
           },
           "table"_a);
-  m.def("bind", &bind, "layout"_a, "weights"_a, "grads"_a, "states"_a, "copies"_a, "counters"_a,
-        "weight_dtype"_a, "grad_dtype"_a, "state_dtype"_a, "copy_dtype"_a);
+  m.def("tensor_list", &make_tensor_list, "layout"_a, "weights"_a, "grads"_a, "states"_a,
+        "copies"_a, "counters"_a, "weight_dtype"_a, "grad_dtype"_a, "state_dtype"_a,
+        "copy_dtype"_a);
   m.def("gradients", &gradients, "params"_a, "known"_a, "types"_a);
   m.def("column", &column, "states"_a, "name"_a);
   m.def("holds", &holds, "dict"_a, "values"_a);

@@ -18,9 +18,10 @@ class TensorList:
 
 TABLE_COLUMNS: int
 
-# Each rule of fastlars.rules has a struct of its name here, made of its `numbers`.
+# There also is a class for each rule of fastlars.rules, of the same name. Its arguments are the
+# rule's `constants`.
 
-def bind(
+def tensor_list(
     layout: Layout,
     weights: list[Tensor],
     grads: list[Tensor],
@@ -62,7 +63,7 @@ def cpu_step(
 def instruction_set() -> str: ...
 def build_info() -> dict[str, Any]: ...
 
-# What follows, and CudaError, exists where build_info()["cuda"] says so.
+# The names below and CudaError exist only if build_info()["cuda"] is True.
 
 class CudaScalars:
     def __init__(

@@ -1,9 +1,10 @@
 """LARS, LAMB and RMSprop warm-up for PyTorch: a whole step in one call of a compiled kernel.
 
-:class:`LARS`, :class:`LAMB` and :class:`RMSpropWarmup` are ``torch.optim`` optimizers;
-:func:`parameter_groups` leaves biases and norms out; :mod:`fastlars.schedules` has learning rates,
-:mod:`fastlars.conventions` what other libraries mean by LARS and LAMB, :mod:`fastlars.migrate` how
-to go on from their checkpoints, :mod:`fastlars.distributed` the overlap with DDP.
+:class:`LARS`, :class:`LAMB` and :class:`RMSpropWarmup` are ``torch.optim`` optimizers, and
+:func:`parameter_groups` makes groups in which biases and norms are not adapted. There are modules
+for learning rates (:mod:`fastlars.schedules`), for the variants of LARS and LAMB in other libraries
+(:mod:`fastlars.conventions`), for loading their checkpoints (:mod:`fastlars.migrate`) and for the
+overlap with DDP (:mod:`fastlars.distributed`).
 ``python -m fastlars`` says what was built, ``python -m fastlars.trainer`` trains.
 """
 
@@ -29,24 +30,24 @@ __all__ = [
     "schedules",
 ]
 
-# All that needs torch is imported when it is first asked for: a command line can be parsed, and
-# answer Ctrl-C, before the seconds that torch takes. Name: where it is.
+# Everything that needs torch is imported at first use. Importing torch takes seconds; the command
+# lines parse their arguments and handle Ctrl-C before that. Public names and their modules:
 _OBJECTS = {
     "LAMB": "fastlars.optim.lamb",
     "LARS": "fastlars.optim.lars",
     "RMSpropWarmup": "fastlars.optim.rmsprop_warmup",
     "parameter_groups": "fastlars.groups",
 }
-# One GPU does not need distributed, and not every torch has it; few need migrate.
+# Imported at first use. distributed cannot be imported with every build of torch.
 _MODULES = ("conventions", "distributed", "migrate", "schedules")
-_INNER = ("_C", "backends", "groups", "optim", "rules")  # once imported with the package
+_INNER = ("_C", "backends", "groups", "optim", "rules")  # `import fastlars` once imported these
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_OBJECTS, *_MODULES, *_INNER})
 
 
-# From __getattr__ a type checker would conclude that any name is there.
+# A type checker that sees __getattr__ would accept any name.
 if _typing.TYPE_CHECKING:
     from fastlars import conventions as conventions
     from fastlars import distributed as distributed

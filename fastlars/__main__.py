@@ -1,4 +1,4 @@
-"""``python -m fastlars``: what was built, and which back end each device gets, and why.
+"""``python -m fastlars``: what was built, and which back end serves each device, and why.
 
 ``python -m fastlars check`` steps small problems with every back end that serves a device here.
 """
@@ -11,7 +11,8 @@ import platform
 import signal
 import sys
 
-if __name__ == "__main__":  # before the seconds that torch takes: Ctrl-C ends it without a trace
+if __name__ == "__main__":
+    # Before torch is imported, which takes seconds: Ctrl-C then prints no traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
@@ -44,7 +45,7 @@ def build_lines() -> list[str]:
 
 
 def triton_version() -> str:
-    """Triton's version, or why there is none."""
+    """Triton's version, or why it cannot be imported."""
     try:
         import triton
     except ImportError as error:
@@ -53,7 +54,7 @@ def triton_version() -> str:
 
 
 def device_lines() -> list[str]:
-    """For every device of this machine, the back end that float32 parameters get, and why."""
+    """For each device of this machine, the back end of float32 parameters, and why it serves."""
     lines = []
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
@@ -70,13 +71,13 @@ def device_lines() -> list[str]:
 
 
 def why(name: str, weight: Tensor) -> str:
-    """Why the back end of that name serves a weight, and how."""
+    """Why the back end of this name serves a weight, and how it runs."""
     reasons = []
-    if choose.forced() == name:
+    if choose.demanded_backend() == name:
         reasons.append("FASTLARS_BACKEND asks for it")
     else:
-        refused = choose.format_reasons(choose.refusals(weight, FLOAT32, RULES[0].usual())[1])
-        reasons += [refused] if refused else []
+        _, faster = choose.find_compiled(weight, FLOAT32, RULES[0].usual())
+        reasons += [choose.format_reasons(faster)] if faster else []
     if name == "cpu":
         reasons.append(f"{_C.instruction_set()}, {torch.get_num_threads()} threads")
     elif name == "cuda":
@@ -87,7 +88,8 @@ def why(name: str, weight: Tensor) -> str:
 
 
 def main() -> int:
-    """Print the report, or check. Exit status 1: a back end is wrong; 2: a mistake in the call."""
+    """Print the report, or run the check. Returns 1 if a back end is wrong, 2 if an argument or an
+    environment variable is."""
     parser = argparse.ArgumentParser("python -m fastlars", description=__doc__)
     parser.add_argument(
         "command", nargs="?", choices=("check",), help="step small problems with every back end"
@@ -104,8 +106,8 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     names = ("FASTLARS_BACKEND", "FASTLARS_CHECK", "FASTLARS_CUDA_PATH")
-    forced = [f"{name}={os.environ[name]}" for name in names if os.environ.get(name)]
-    print(f"override   {', '.join(forced) or 'none'}")
+    overrides = [f"{name}={os.environ[name]}" for name in names if os.environ.get(name)]
+    print(f"override   {', '.join(overrides) or 'none'}")
     return 0
 
 

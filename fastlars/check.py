@@ -1,7 +1,6 @@
-"""``python -m fastlars check``: every back end against the reference on the devices that are here.
+"""``python -m fastlars check``: checks every back end against the reference on every device here.
 
-Each back end is tried in a process of its own: one that ends its process, or never comes back,
-takes nothing from the others.
+Each back end runs in a process of its own: if it crashes or hangs, the others are still checked.
 """
 
 from __future__ import annotations
@@ -23,23 +22,25 @@ import torch
 
 from fastlars.backends import choose, cuda
 from fastlars.backends.base import Dtypes
-from fastlars.backends.selfcheck import Family, difference, family
+from fastlars.backends.selfcheck import Combination, combination, difference
 from fastlars.rules import RULES, Rule
 
-LIMIT_S = 25.0  # of the whole command, less the start of Python
-SHOWN = 5  # of what is wrong with a back end
-DEATHS = 3  # of processes of one back end, after which it is given up
-PATIENCE_S = 15.0  # for one family, the start of its device included
-USUAL = [kind.usual() for kind in RULES]
+LIMIT_S = 25.0  # for the whole command, without the start of Python
+SILENCE_LIMIT_S = 15.0  # for one combination, including the start of its device
+MAX_CRASHES = 3  # after so many crashed or hung processes, a back end is given up
+MAX_SHOWN = 5  # errors that are printed for one back end
+DEFAULT_RULES = [rule_class.usual() for rule_class in RULES]
 CHECKED: dict[str, tuple[Rule, ...]] = {
-    rule.title: (rule, replace(rule, adapt=False)) if rule.adapt else (rule,) for rule in USUAL
+    rule.title: (rule, replace(rule, adapt=False)) if rule.adapt else (rule,)
+    for rule in DEFAULT_RULES
 }
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 TYPE_MIXES = (
     *(Dtypes(w, g, s) for w, g, s in product((F32, BF16, F16), (F32, BF16, F16), (F32, BF16))),
     *(Dtypes(F32, g, s, copy=c) for g, s, c in product((F32, BF16, F16), (F32, BF16), (BF16, F16))),
 )
-# Each type in each place. Triton compiles every list of types anew, all of them for a minute.
+# Each type for weights, gradients, states and copies once or more. Triton compiles kernels anew for
+# each mix: all mixes would take it a minute.
 SOME_TYPE_MIXES = (
     Dtypes(F32, F32, F32),
     Dtypes(BF16, BF16, F32),
@@ -49,38 +50,38 @@ SOME_TYPE_MIXES = (
 )
 
 
-def families(backend: str) -> list[tuple[str, Family]]:
-    """What is checked of a back end, by the rule's name."""
+def combinations(backend: str) -> list[tuple[str, Combination]]:
+    """All combinations that are checked of a back end, each with its rule's title."""
     found = []
-    for name, rules in CHECKED.items():
+    for title, rules in CHECKED.items():
         pairs = [*product(rules, TYPE_MIXES)]
         if backend == "triton":
             pairs = [*product(rules[:1], SOME_TYPE_MIXES), *product(rules[1:], SOME_TYPE_MIXES[:1])]
         for rule, dtypes in pairs:
-            found.append((name, family(rule, dtypes)))
+            found.append((title, combination(rule, dtypes)))
             if dtypes.weight == BF16:
-                found.append((name, family(rule, dtypes, rounds=True)))
+                found.append((title, combination(rule, dtypes, rounds=True)))
     return found
 
 
 @dataclass
 class Trial:
-    """One back end on one device.
+    """The check of one back end on one device.
 
     Attributes:
-        path: how the CUDA back end launches its kernels; empty for the others.
-        absent: why the back end does not serve the device; empty where it does.
-        found: what is wrong, family by family as far as they were reached; empty where right.
+        path: launch path of the CUDA back end; empty for the others.
+        absent: why the back end cannot serve the device; empty if it can.
+        results: for each combination that was reached, what is wrong with it: "" if nothing is.
     """
 
     backend: str
     path: str
     device: torch.device
     absent: str = ""
-    found: list[str] = field(default_factory=list)
+    results: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.families = families(self.backend)
+        self.combinations = combinations(self.backend)
 
     @property
     def name(self) -> str:
@@ -88,18 +89,18 @@ class Trial:
 
     @property
     def wrong(self) -> list[str]:
-        pairs = zip(self.families, self.found, strict=False)
-        return [f"{checked}: {text}" for (_, checked), text in pairs if text]
+        pairs = zip(self.combinations, self.results, strict=False)
+        return [f"{tested}: {text}" for (_, tested), text in pairs if text]
 
     @property
     def is_right(self) -> bool:
-        """As far as is known."""
-        return bool(self.found) and not self.wrong
+        """Whether something was checked, and nothing is wrong so far."""
+        return bool(self.results) and not self.wrong
 
-    def cell(self, rule: str) -> str:
-        """How many families of a rule are right, in words."""
-        of_rule = [i for i, (name, _) in enumerate(self.families) if name == rule]
-        reached = [self.found[i] for i in of_rule if i < len(self.found)]
+    def cell(self, title: str) -> str:
+        """How many combinations of a rule are right, as a cell of the table."""
+        of_rule = [i for i, (name, _) in enumerate(self.combinations) if name == title]
+        reached = [self.results[i] for i in of_rule if i < len(self.results)]
         right, left = reached.count(""), len(of_rule) - len(reached)
         words = [f"{right} of {len(of_rule)}"]
         words += [f"{len(reached) - right} WRONG"] * (right < len(reached))
@@ -107,15 +108,18 @@ class Trial:
 
 
 def devices() -> list[torch.device]:
-    """The CPU, and the devices of the accelerator that torch has found."""
-    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    count = torch.accelerator.device_count() if kind is not None else 0
-    there = [torch.device(kind.type, i) for i in range(count)] if kind is not None else []
-    return [torch.device("cpu"), *there]
+    """The CPU, and all devices of the accelerator that torch finds."""
+    found = [torch.device("cpu")]
+    if torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator()
+        assert accelerator is not None
+        count = torch.accelerator.device_count()
+        found += [torch.device(accelerator.type, i) for i in range(count)]
+    return found
 
 
 def trials() -> list[Trial]:
-    """Every back end that may serve a device that is here, path by path."""
+    """One trial for each device, each back end for this type of device, and each launch path."""
     found = []
     for device in devices():
         weight = torch.empty(1, device=device)
@@ -127,27 +131,32 @@ def trials() -> list[Trial]:
 
 
 def command(trial: Trial, results: str) -> list[str]:
-    """The process that goes on with a trial, and writes what it finds to ``results``."""
+    """The command that checks the rest of a trial, and appends what it finds to the file
+    ``results``."""
     module = (sys.executable, "-m", "fastlars.check")
-    return [*module, trial.backend, str(trial.device), str(len(trial.found)), results]
+    return [*module, trial.backend, str(trial.device), str(len(trial.results)), results]
 
 
 def run(trial: Trial, end: float) -> None:
-    """Check family after family. A process that ends, or is silent for too long, costs the family
-    that it was at; another process goes on with the next one."""
-    deaths = 0
-    while len(trial.found) < len(trial.families) and time.monotonic() < end and deaths < DEATHS:
+    """Check all combinations, until ``end`` on the monotonic clock. If a process crashes or hangs,
+    its current combination is wrong, and a new process continues with the next one."""
+    crashes = 0
+    while (
+        len(trial.results) < len(trial.combinations)
+        and time.monotonic() < end
+        and crashes < MAX_CRASHES
+    ):
         with tempfile.TemporaryDirectory(prefix="fastlars-") as folder:
-            wrong = _follow(trial, Path(folder), end)
+            wrong = _run_process(trial, Path(folder), end)
         if wrong:
-            trial.found.append(wrong)
-            deaths += 1
-    if not trial.found:
-        trial.found.append(f"nothing was known after {LIMIT_S:.0f} s")
+            trial.results.append(wrong)
+            crashes += 1
+    if not trial.results:
+        trial.results.append(f"nothing was known after {LIMIT_S:.0f} s")
 
 
-def _follow(trial: Trial, folder: Path, end: float) -> str:
-    """Take in what one process finds; how it failed to go on, empty where it did not."""
+def _run_process(trial: Trial, folder: Path, end: float) -> str:
+    """Collect the results of one process. Returns how it crashed or hung; empty if it did not."""
     results, output = folder / "results", folder / "output"
     with output.open("wb") as out:
         process = subprocess.Popen(
@@ -158,43 +167,45 @@ def _follow(trial: Trial, folder: Path, end: float) -> str:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    # Its start, with its imports, may take a while next to others, and is no family's fault.
-    first, heard = len(trial.found), math.inf
+    # SILENCE_LIMIT_S counts from when the process opens its results: its imports may be slow while
+    # other processes run, which is not the fault of a combination.
+    first, last_result = len(trial.results), math.inf
     try:
         while True:
-            ended = process.poll() is not None  # before the last look at the results
-            *whole, _ = results.read_text().split("\n") if results.exists() else [""]
-            new = whole[len(trial.found) - first :]
-            trial.found += new
-            if new or (heard == math.inf and results.exists()):
-                heard = time.monotonic()
-            if len(trial.found) == len(trial.families) or time.monotonic() > end:
+            ended = process.poll() is not None  # before reading: the last results are not missed
+            *lines, _ = results.read_text().split("\n") if results.exists() else [""]
+            new = lines[len(trial.results) - first :]
+            trial.results += new
+            if new or (last_result == math.inf and results.exists()):
+                last_result = time.monotonic()
+            if len(trial.results) == len(trial.combinations) or time.monotonic() > end:
                 return ""
             if ended:
                 said = output.read_text(errors="replace").strip().splitlines() or ["without a word"]
                 return f"the process ended with status {process.returncode}: {said[-1]}"
-            if time.monotonic() > heard + PATIENCE_S:
-                return f"took longer than {PATIENCE_S:.0f} s"
+            if time.monotonic() > last_result + SILENCE_LIMIT_S:
+                return f"took longer than {SILENCE_LIMIT_S:.0f} s"
             time.sleep(0.02)
     finally:
-        # With all that it has started, such as Triton's compilers.
+        # The whole session: the process may have started others, such as Triton's compilers.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        # One that waits inside of a driver may take its time.
+        # A process that is blocked in a driver may not end at once.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(2.0)
 
 
 def check_from(backend: str, device: str, first: int, results: str) -> None:
-    """In a process of its own: note what is wrong, a line for every family."""
+    """Check combinations from number ``first`` on, and append a line for each to the file
+    ``results``: what is wrong, or nothing. Runs in a process of its own."""
     with open(results, "a") as out:
-        for _, checked in families(backend)[first:]:
-            text = difference(choose.instance(backend), checked, torch.device(device))
+        for _, tested in combinations(backend)[first:]:
+            text = difference(choose.instance(backend), tested, torch.device(device))
             print(" ".join(text.split()), file=out, flush=True)
 
 
 def table(trials: list[Trial]) -> list[str]:
-    """A row for every back end on every device."""
+    """The lines of the table: a row for each trial, a column for each rule."""
     rows = [["back end", "device", *CHECKED]]
     for trial in trials:
         cells = [f"not here: {trial.absent}"] if trial.absent else map(trial.cell, CHECKED)
@@ -209,7 +220,7 @@ def table(trials: list[Trial]) -> list[str]:
 
 
 def advice(trials: list[Trial]) -> list[str]:
-    """For every device on which something is wrong, what to set."""
+    """For each device on which something is wrong, the environment variables to set."""
     lines = []
     for device in dict.fromkeys(trial.device for trial in trials):
         here = [trial for trial in trials if trial.device == device]
@@ -224,22 +235,22 @@ def advice(trials: list[Trial]) -> list[str]:
 
 
 def main() -> int:
-    """Check all; 0, or 1 where a back end differs from the reference, ends its process or hangs."""
+    """Check all back ends. Returns 1 if one differs from the reference, crashes or hangs."""
     start = time.monotonic()
     every = trials()
     present = [trial for trial in every if not trial.absent]
-    # All at once: one that starts late could hide that it hangs.
+    # All at the same time: one that starts only shortly before the end could hang unnoticed.
     with ThreadPoolExecutor(len(present)) as pool:
         list(pool.map(lambda trial: run(trial, start + LIMIT_S), present))
     print(*table(every), sep="\n")
     for trial in present:
         if trial.wrong:
-            print(f"\n{trial.name} on {trial.device}:", *trial.wrong[:SHOWN], sep="\n  ")
-        if len(trial.wrong) > SHOWN:
-            print(f"  and {len(trial.wrong) - SHOWN} more")
+            print(f"\n{trial.name} on {trial.device}:", *trial.wrong[:MAX_SHOWN], sep="\n  ")
+        if len(trial.wrong) > MAX_SHOWN:
+            print(f"  and {len(trial.wrong) - MAX_SHOWN} more")
     wrong = sum(len(trial.wrong) for trial in present)
-    known = sum(len(trial.found) for trial in present)
-    left = sum(len(trial.families) for trial in present) - known
+    known = sum(len(trial.results) for trial in present)
+    left = sum(len(trial.combinations) for trial in present) - known
     print(f"\n{known - wrong} of {known} combinations of rule and types agree with the reference.")
     if left:
         print(f"{left} more were not reached in {LIMIT_S:.0f} s; what Triton has compiled is kept")

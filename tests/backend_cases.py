@@ -215,8 +215,8 @@ class Run:
         self.tensors = Tensors(weights, [], states, counters, copies, dtypes)
 
     def take_gradients(self, step: int) -> None:
-        kind = self.tensors.dtypes.grad
-        self.tensors.grads = [place(e.grads[step], kind, e.layout) for e in self.entries]
+        dtype = self.tensors.dtypes.grad
+        self.tensors.grads = [place(e.grads[step], dtype, e.layout) for e in self.entries]
 
     def bind(self) -> Any:
         return self.backend.bind(self.tensors, self.backend.layout(self.tensors.weights))

@@ -25,7 +25,7 @@ from tolerances import assert_same_bits
 
 INTERPRETED = "TRITON_INTERPRET" in os.environ
 BUILT = _C.build_info()["cuda"]
-EMULATED = BUILT and cuda.serves() == "cpu"
+EMULATED = BUILT and cuda.kernel_device_type() == "cpu"
 DEVICES = {"triton": "cpu" if INTERPRETED else "cuda", "cuda": "cpu" if EMULATED else "cuda"}
 # Triton compiles, or interprets, every row anew. test_backends.py has them all.
 SOME_ROWS = (*DEFAULTS, *OPTIONS[::5])

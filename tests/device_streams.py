@@ -84,7 +84,7 @@ class Streams:
     ) -> None:
         whole = selfcheck.difference
         found: list[str] = []
-        monkeypatch.setattr(selfcheck, "_agree", defaultdict(set))
+        monkeypatch.setattr(selfcheck, "_passed", defaultdict(set))
         monkeypatch.setattr(
             selfcheck, "difference", lambda *given: found.append(whole(*given)) or found[-1]
         )
@@ -201,11 +201,11 @@ class Streams:
             set_gradients(trained[0], 2)
         recorded[1].load_state_dict(recorded[1].state_dict())  # forgets its plan
         # As in a process that has stepped nothing on this device yet.
-        monkeypatch.setattr(selfcheck, "_agree", defaultdict(set))
+        monkeypatch.setattr(selfcheck, "_passed", defaultdict(set))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             recorded[1].step()
-        assert not any(selfcheck._agree.values())
+        assert not any(selfcheck._passed.values())
         eager[1].step()
         graph.replay()
         assert_same("planned in a recording", recorded, eager)

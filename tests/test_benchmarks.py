@@ -25,7 +25,7 @@ from fake_device import FakeDevice
 from fastlars.backends import choose, selfcheck
 from fastlars.backends.base import Dtypes
 from fastlars.backends.cpu import Cpu
-from fastlars.backends.upload import Sender
+from fastlars.backends.upload import Uploader
 from gpu_cases import CASES, Case, contenders
 from sources import ROOT
 from timing import interleave, interleave_device
@@ -81,8 +81,8 @@ def test_chunks_are_counted_as_the_back_ends_cut_them() -> None:
     triton = pytest.importorskip("fastlars.backends.triton.table")
     sizes = [1, 4095, 4096, 4097, 100_000]
     weights = [torch.empty(size) for size in sizes]
-    cut = triton.Chunks(weights, Sender(weights))
-    assert traffic.chunks(sizes) == cut.count
+    cut = triton.ChunkTables(weights, Uploader(weights))
+    assert traffic.chunks(sizes) == cut.chunk_count
 
 
 @pytest.mark.parametrize("case", CASES[:4], ids=str)
@@ -216,8 +216,8 @@ def test_a_back_end_that_fails_its_check_has_no_figures_of_another(
 ) -> None:
     whole = Cpu.step
     monkeypatch.setattr(Cpu, "step", lambda *given: whole(*given).mul_(1.1))
-    monkeypatch.setattr(selfcheck, "_agree", defaultdict(set))
-    monkeypatch.setattr(selfcheck, "_fault", {})
+    monkeypatch.setattr(selfcheck, "_passed", defaultdict(set))
+    monkeypatch.setattr(selfcheck, "_failure", {})
     found = _small(monkeypatch).run()
     assert str(found.errors["fastlars"]) == "cpu fails its check, and reference would serve"
     assert list(found.figures) == ["torch SGD(fused)"]

@@ -44,7 +44,7 @@ def planted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     code = STAND_IN.format(plant=PLANTS[request.param])
 
     def command(trial: check.Trial, results: str) -> list[str]:
-        return [sys.executable, "-c", code, str(len(trial.found)), results]
+        return [sys.executable, "-c", code, str(len(trial.results)), results]
 
     monkeypatch.setattr(check, "command", command)
     monkeypatch.setattr(check, "devices", lambda: [CPU])
@@ -64,7 +64,7 @@ def test_the_back_ends_of_this_machine_are_right(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["fastlars", "check"])
     # Other tests may take the cores.
-    monkeypatch.setattr(check, "PATIENCE_S", 300.0)
+    monkeypatch.setattr(check, "SILENCE_LIMIT_S", 300.0)
     monkeypatch.setattr(check, "LIMIT_S", 300.0)
     status, said = fastlars_main(), capsys.readouterr().out
     assert status == 0, said
@@ -113,11 +113,11 @@ def test_a_long_list_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
     indirect=["planted"],
 )
 @pytest.mark.usefixtures("planted")
-def test_one_that_never_answers_costs_one_family(
+def test_one_that_never_answers_costs_one_combination(
     expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Far above what the start of a process takes, next to other tests too.
-    monkeypatch.setattr(check, "PATIENCE_S", 6.0 if expected.startswith("took") else 100.0)
+    monkeypatch.setattr(check, "SILENCE_LIMIT_S", 6.0 if expected.startswith("took") else 100.0)
     monkeypatch.setattr(check, "LIMIT_S", 300.0)
     said = _said(capsys, 1)
     assert expected in said
@@ -160,20 +160,20 @@ def test_one_of_which_nothing_is_known_is_not_right(
 
 
 def _trial(backend: str, path: str, device: str, *found: str) -> check.Trial:
-    return check.Trial(backend, path, torch.device(device), found=list(found))
+    return check.Trial(backend, path, torch.device(device), results=list(found))
 
 
 def test_advice_names_the_fastest_back_end_that_is_right() -> None:
     two, one = (_trial("cuda", path, "cuda:0", "", "off") for path in ("two-launch", "one-launch"))
     triton, cpu = _trial("triton", "", "cuda:0", ""), _trial("cpu", "", "cpu", "")
     assert check.advice([cpu, two, one, triton]) == ["cuda:0: set FASTLARS_BACKEND=triton"]
-    one.found[1] = ""
+    one.results[1] = ""
     setting = "cuda:0: set FASTLARS_BACKEND=cuda FASTLARS_CUDA_PATH=one-launch"
     assert check.advice([cpu, two, one, triton]) == [setting]
-    two.found[1] = ""
+    two.results[1] = ""
     assert check.advice([cpu, two, one, triton]) == []
     for trial in (two, one, triton):
-        trial.found[0] = "off"
+        trial.results[0] = "off"
     assert check.advice([two, one, triton]) == ["cuda:0: set FASTLARS_BACKEND=reference"]
 
 
@@ -189,9 +189,9 @@ def test_back_ends_that_are_not_here_say_why(monkeypatch: pytest.MonkeyPatch) ->
     )
 
 
-def test_families_cover_each_type_in_each_place() -> None:
+def test_combinations_cover_each_type_in_each_place() -> None:
     for backend in ("cpu", "cuda", "triton"):
-        every = [checked for _, checked in check.families(backend)]
+        every = [checked for _, checked in check.combinations(backend)]
         dtypes = {checked.dtypes for checked in every}
         for place in ("weight", "grad"):
             assert {getattr(k, place) for k in dtypes} == {

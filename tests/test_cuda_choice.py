@@ -49,23 +49,23 @@ def _answers(
     monkeypatch.setattr(_C, "build_info", lambda: info)
     monkeypatch.setattr(_C, "cuda_why_not", lambda: cuda_, raising=False)
     cuda.why_not.cache_clear()
-    monkeypatch.setattr(cuda, "serves", lambda: "cuda")
-    monkeypatch.setattr(cuda, "current", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(cuda, "kernel_device_type", lambda: "cuda")
+    monkeypatch.setattr(cuda, "device_guard", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(choose, "why_no_triton", lambda device: triton)
 
 
-def _kinds(weight: Tensor) -> Dtypes:
+def _dtypes(weight: Tensor) -> Dtypes:
     return Dtypes(weight.dtype, weight.dtype, torch.float32)
 
 
 def _chosen(weight: Tensor) -> str:
-    return choose.choose(weight, _kinds(weight)).name
+    return choose.choose(weight, _dtypes(weight)).name
 
 
 def test_cuda_kernels_serve_where_they_run(weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     _answers(monkeypatch)
     assert _chosen(weight) == "cuda"
-    assert choose.refusals(weight, _kinds(weight)) == ("cuda", {})
+    assert choose.find_compiled(weight, _dtypes(weight)) == ("cuda", {})
 
 
 def test_kernels_that_cannot_run_leave_triton_and_one_warning(
@@ -86,7 +86,7 @@ def test_kernels_that_were_not_built_are_no_reason_to_warn(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert _chosen(weight) == "triton"
-    name, reasons = choose.refusals(weight, _kinds(weight))
+    name, reasons = choose.find_compiled(weight, _dtypes(weight))
     assert (name, reasons) == (
         "triton",
         {"cuda": "fastlars was built without CUDA kernels (nvcc was not found)"},
@@ -129,7 +129,7 @@ def test_a_driver_that_torch_does_not_find_is_a_reason(monkeypatch: pytest.Monke
         raise RuntimeError("Found no NVIDIA driver on your system.\nMore of it.")
 
     _answers(monkeypatch)
-    monkeypatch.setattr(cuda, "current", no_driver)
+    monkeypatch.setattr(cuda, "device_guard", no_driver)
     reason = cuda.why_not(torch.device("cuda", 0))
     assert reason == "Found no NVIDIA driver on your system."
 
@@ -196,10 +196,10 @@ def test_report_of_a_gpu(weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.skipif(not BUILT, reason="the CUDA kernels were not built")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU, and so no error to look at")
 def test_without_a_driver_the_extension_says_so() -> None:
-    assert cuda.serves() == "cpu" or "no NVIDIA" in _C.cuda_why_not()
+    assert cuda.kernel_device_type() == "cpu" or "no NVIDIA" in _C.cuda_why_not()
 
 
 def test_weights_of_other_devices_never_reach_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "serves", lambda: "cuda")
+    monkeypatch.setattr(cuda, "kernel_device_type", lambda: "cuda")
     with pytest.raises(ValueError, match="the cuda back end needs weights on one cuda device"):
         Cuda().layout([torch.ones(3)])

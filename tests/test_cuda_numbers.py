@@ -94,10 +94,12 @@ def test_wrong_numbers_never_reach_a_kernel() -> None:
         torch._efficientzerotensor((), device=DEVICE),
     ):
         for there in (OnDevice(lr=wrong), OnDevice(grad_scale=wrong), OnDevice(found_inf=wrong)):
-            with pytest.raises(ValueError, match="needs its numbers there: one float32 or"):
+            with pytest.raises(
+                ValueError, match="reads its scalars there: each must be one float32 or"
+            ):
                 run.backend.step(run.row.rule, run.bind(), StepScalars(0.1, device=there))
     there = OnDevice(square_norm=_number(1.0, F32))
-    with pytest.raises(ValueError, match="and a norm's square as float64"):
+    with pytest.raises(ValueError, match="and the squared norm a float64"):
         run.backend.step(run.row.rule, run.bind(), StepScalars(0.1, device=there))
 
 

@@ -16,7 +16,7 @@ import torch
 
 from backend_cases import BF16, DEFAULTS, F16, PLAIN, Dtypes, Row
 from device_cases import Twin, assert_same_runs, marks
-from fastlars.backends.cuda import Cuda, Layout
+from fastlars.backends.cuda import Cuda, CudaLayout
 from problems import Entry, Problem
 from tolerances import assert_same_bits
 
@@ -81,7 +81,7 @@ class Scheduled(Twin):
         self.cuda = Cuda()
         self.cuda.path, self.cuda.grid = path, 1
         self.backend = self.cuda
-        self.layout: Layout = self.cuda.layout(self.tensors.weights)
+        self.layout: CudaLayout = self.cuda.layout(self.tensors.weights)
 
     def advance(self, step: int) -> torch.Tensor:
         self.take_gradients(step)

@@ -1,4 +1,4 @@
-"""What the CUDA back end sends and launches, with notes taken instead of launches."""
+"""What the CUDA back end uploads and launches. Launches are noted down and not run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from fastlars import _C
 from fastlars.backends import cuda, upload
 from fastlars.backends.base import Dtypes, StepScalars, Tensors
-from fastlars.backends.cuda import Cuda, Tables
-from fastlars.backends.upload import Sender, Sent
+from fastlars.backends.cuda import Cuda, TableCache
+from fastlars.backends.upload import UploadedTensors, Uploader
 from fastlars.rules import GradientNorm, LambRule, LarsRule, RmspropWarmupRule, Rule
 
 
@@ -37,16 +37,16 @@ class Table:
         self.places.append(addresses)
 
 
-def test_tables_are_sent_when_something_moved() -> None:
+def test_tables_are_uploaded_when_something_moved() -> None:
     table = Table()
-    tables = Tables(table, [torch.ones(3)])
-    fixed, entries = first = tables.placed(None)
-    assert [x.numel() for x in (*fixed.tensors, *entries.tensors)] == [48, 100, 96]
-    assert int(fixed.tensors[1].sum()) == 0
-    assert tables.placed(None) is first
+    cache = TableCache(table, [torch.ones(3)])
+    constant, entries = first = cache.get(None)
+    assert [x.numel() for x in (*constant.tensors, *entries.tensors)] == [48, 100, 96]
+    assert int(constant.tensors[1].sum()) == 0
+    assert cache.get(None) is first
     table.changed = True
-    other = tables.placed(None)
-    assert other[0] is fixed
+    other = cache.get(None)
+    assert other[0] is constant
     assert other[1] is not entries
 
 
@@ -54,63 +54,63 @@ def test_tables_are_written_on_the_host_whatever_the_default_device() -> None:
     """Their host's side is filled through addresses."""
     weights = [torch.ones(3)]
     with torch.device("meta"):
-        tables = Tables(Table(), weights)
-        sent = [x for each in tables.placed(None) for x in each.tensors]
-    assert [x.device.type for x in (tables._host, *sent)] == ["cpu"] * 4
+        cache = TableCache(Table(), weights)
+        sent = [x for each in cache.get(None) for x in each.tensors]
+    assert [x.device.type for x in (cache._host, *sent)] == ["cpu"] * 4
 
 
-def test_a_table_that_could_not_be_sent_is_sent_later(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_upload_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     table = Table()
-    tables = Tables(table, [torch.ones(3)])
-    tables.placed(None)
+    cache = TableCache(table, [torch.ones(3)])
+    cache.get(None)
     table.changed = True
 
     def fails(values: Tensor) -> Tensor:
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as context:
-        context.setattr(tables._sender, "send", fails)
+        context.setattr(cache._uploader, "upload", fails)
         with pytest.raises(torch.OutOfMemoryError):
-            tables.placed(None)
-    assert tables.placed(None) is tables.placed(None)
+            cache.get(None)
+    assert cache.get(None) is cache.get(None)
 
 
-def test_what_a_recording_sends_is_for_that_recording_alone(
+def test_an_upload_during_capture_is_not_used_by_eager_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     weight = torch.ones(3)
-    tables = Tables(Table(), [weight])
+    cache = TableCache(Table(), [weight])
     with monkeypatch.context() as context:
         context.setattr(cuda, "is_capturing", lambda device: True)
-        recorded = tables.placed(None)
-    eager = tables.placed(None)
+        recorded = cache.get(None)
+    eager = cache.get(None)
     assert all(a is not b for a, b in zip(recorded, eager, strict=True))
     with monkeypatch.context() as context:
         context.setattr(cuda, "is_capturing", lambda device: True)
-        assert tables.placed(None) is eager
+        assert cache.get(None) is eager
 
 
 def test_pinned_memory_lies_ready_for_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:
     recording, pinned = [False], []
     for module in (cuda, upload):
         monkeypatch.setattr(module, "is_capturing", lambda device: recording[0])
-    real = Sender.pinned
-    monkeypatch.setattr(Sender, "pinned", lambda *a: pinned.append(a) or real(*a))
+    real = Uploader.pinned_copy
+    monkeypatch.setattr(Uploader, "pinned_copy", lambda *a: pinned.append(a) or real(*a))
     table = Table()
-    tables = Tables(table, [torch.ones(3)])
+    cache = TableCache(table, [torch.ones(3)])
     for _ in range(2):
         recording[0] = False
-        tables.placed(None)
+        cache.get(None)
         pinned.clear()
         # Weights may have moved.
         recording[0] = table.changed = True
-        tables.placed(None)
+        cache.get(None)
         assert pinned == []
         table.changed = True
     # A table that is made within a recording pins memory for both kinds of entries.
     table = Table()
-    tables = Tables(table, [torch.ones(3)])
-    assert tables.placed(None)[1].tensors[0].numel() == 96
+    cache = TableCache(table, [torch.ones(3)])
+    assert cache.get(None)[1].tensors[0].numel() == 96
     assert len(pinned) == 2
 
 
@@ -145,25 +145,25 @@ def test_other_streams_wait_for_tables_once(
 ) -> None:
     filling, side, tensor = Stream(1), Stream(2), Stream(0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: filling)
-    sender = SimpleNamespace(device=torch.device("cuda", 0), recorded=[])
-    sent = Sent(sender, tensor)
+    uploader = SimpleNamespace(device=torch.device("cuda", 0), read_at_replay=[])
+    uploaded = UploadedTensors(uploader, tensor)
     for stream in (filling, side, side):
-        sent.precede(stream)
+        uploaded.wait_for_upload(stream)
     assert filling.notes == []
     assert side.notes == [("waits", "event of 1"), ("uses", tensor)]
     capturing[0] = True
     recording = Stream(3)
     for _ in range(2):
-        sent.precede(recording)
+        uploaded.wait_for_upload(recording)
     assert recording.notes == []
-    assert sender.recorded == [sent]
+    assert uploader.read_at_replay == [uploaded]
 
 
 def test_what_graphs_read_lives_as_long_as_their_weights() -> None:
     weight = torch.ones(3)
-    Sender([weight]).recorded.append("a table")
-    assert Sender([weight, torch.ones(2)]).recorded == ["a table"]
-    assert Sender([torch.ones(3)]).recorded == []
+    Uploader([weight]).read_at_replay.append("a table")
+    assert Uploader([weight, torch.ones(2)]).read_at_replay == ["a table"]
+    assert Uploader([torch.ones(3)]).read_at_replay == []
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_launches(
         monkeypatch.setattr(_C, f"cuda_{name}", takes_notes(name), raising=False)
     monkeypatch.setattr(_C, "CudaChunkTable", Table, raising=False)
     monkeypatch.setattr(_C, "CudaScalars", lambda *scalars: scalars, raising=False)
-    monkeypatch.setattr(cuda, "serves", lambda: "cpu")
+    monkeypatch.setattr(cuda, "kernel_device_type", lambda: "cpu")
     backend = Cuda()
     backend.path = path
     weights = [torch.ones(2), torch.ones(3)]

@@ -59,7 +59,9 @@ def test_no_back_end_is_looked_for_in_a_graph(monkeypatch: pytest.MonkeyPatch) -
         raise RuntimeError("recorded")
 
     monkeypatch.setattr(planner, "check_making", recorded)
-    monkeypatch.setattr(plan, "Chooser", lambda *arguments: pytest.fail("a back end was chosen"))
+    monkeypatch.setattr(
+        plan, "ChoiceCache", lambda *arguments: pytest.fail("a back end was chosen")
+    )
     param = nn.Parameter(torch.ones(3))
     param.grad = torch.ones(3)
     with pytest.raises(RuntimeError, match="recorded"):
@@ -108,7 +110,7 @@ def test_scalars_on_the_device_live_as_long_as_their_graph(
         monkeypatch.setattr(upload, "is_capturing", lambda device, now=recording: now)
         given = batch.step_scalars(scalars).device
         assert given is not None
-        kept = upload._recorded.get(params[0], [])
+        kept = upload._read_at_replay.get(params[0], [])
         expected = [given.lr, given.grad_scale, given.found_inf] if recording else []
         assert list(map(id, kept)) == list(map(id, expected))
 

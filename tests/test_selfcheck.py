@@ -45,18 +45,18 @@ def _nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for variable in ("FASTLARS_BACKEND", "FASTLARS_CHECK"):
         monkeypatch.delenv(variable, raising=False)
     choose._warn_once.cache_clear()
-    saved = dict(selfcheck._agree), dict(selfcheck._fault)
-    for known in (selfcheck._agree, selfcheck._fault):
+    saved = dict(selfcheck._passed), dict(selfcheck._failure)
+    for known in (selfcheck._passed, selfcheck._failure):
         known.clear()
     yield
-    for known, old in zip((selfcheck._agree, selfcheck._fault), saved, strict=True):
+    for known, old in zip((selfcheck._passed, selfcheck._failure), saved, strict=True):
         known.clear()
         known.update(old)  # type: ignore[arg-type]
 
 
 def _differs(name: str, row: Row, dtypes: Dtypes, rounds: bool = False) -> str:
-    family = selfcheck.family(row.rule, dtypes, rounds)
-    return selfcheck.difference(choose.instance(name), family, CPU)
+    tested = selfcheck.combination(row.rule, dtypes, rounds)
+    return selfcheck.difference(choose.instance(name), tested, CPU)
 
 
 @each_backend
@@ -76,13 +76,13 @@ def test_every_type_agrees(name: str, row: Row, dtypes: Dtypes) -> None:
 
 @each_backend
 def test_the_gradient_norm_agrees(name: str) -> None:
-    family = selfcheck.family(GradientNorm(), PLAIN)
-    assert selfcheck.difference(choose.instance(name), family, CPU) == ""
+    tested = selfcheck.combination(GradientNorm(), PLAIN)
+    assert selfcheck.difference(choose.instance(name), tested, CPU) == ""
 
 
-def test_families_keep_options_and_drop_numbers() -> None:
+def test_combinations_keep_options_and_drop_numbers() -> None:
     def same(*rules: Any) -> bool:
-        return len({selfcheck.family(rule, PLAIN) for rule in rules}) == 1
+        return len({selfcheck.combination(rule, PLAIN) for rule in rules}) == 1
 
     assert same(LarsRule(momentum=0.9, eps=1e-8), LarsRule(momentum=0.5, weight_decay=0.3))
     assert same(LambRule(), LambRule(beta1=0.0, upper=3.0))
@@ -92,7 +92,9 @@ def test_families_keep_options_and_drop_numbers() -> None:
     assert not same(LarsRule(dampening=0.5), LarsRule())
     assert not same(LambRule(), LambRule(adapt=False))
     # Rounding is of bfloat16 weights alone.
-    assert selfcheck.family(LarsRule(), PLAIN, True) == selfcheck.family(LarsRule(), PLAIN)
+    assert selfcheck.combination(LarsRule(), PLAIN, True) == selfcheck.combination(
+        LarsRule(), PLAIN
+    )
 
 
 # Errors planted in a back end: what is wrong, where, and what the check says of it.
@@ -191,9 +193,9 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
     whole = selfcheck.difference
 
-    def counting(backend: Any, family: Any, device: torch.device) -> str:
-        made.append(f"{backend.name} {family}")
-        return whole(backend, family, device)
+    def counting(backend: Any, tested: Any, device: torch.device) -> str:
+        made.append(f"{backend.name} {tested}")
+        return whole(backend, tested, device)
 
     monkeypatch.setattr(selfcheck, "difference", counting)
     return made
@@ -263,7 +265,7 @@ def test_a_demanded_back_end_that_is_wrong_is_an_error_that_changes_nothing(
 
 
 @each_backend
-def test_each_family_is_checked_once(
+def test_each_combination_is_checked_once(
     name: str, monkeypatch: pytest.MonkeyPatch, checks: list[str]
 ) -> None:
     monkeypatch.setenv("FASTLARS_BACKEND", name)
@@ -314,7 +316,7 @@ def test_memory_that_is_short_is_no_fault_of_a_back_end(
     with monkeypatch.context() as patch:
         patch.setattr(selfcheck, "_on", full)
         _optimizer()[1].step()
-    assert not selfcheck._fault
+    assert not selfcheck._failure
     _optimizer()[1].step()
     assert len(checks) == 2
     _optimizer()[1].step()

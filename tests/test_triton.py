@@ -29,13 +29,13 @@ from fastlars.backends.triton.backend import (  # noqa: E402
     LANES,
     OPTIONS,
     Triton,
-    interprets,
+    is_interpreted,
     kernels,
     types_of,
 )
-from fastlars.backends.triton.common import argument  # noqa: E402
-from fastlars.backends.triton.table import Addresses, Chunks  # noqa: E402
-from fastlars.backends.upload import Sender  # noqa: E402
+from fastlars.backends.triton.common import rule_argument  # noqa: E402
+from fastlars.backends.triton.table import AddressTable, ChunkTables  # noqa: E402
+from fastlars.backends.upload import Uploader  # noqa: E402
 from fastlars.rules import GradientNorm, LambRule, LarsRule, RmspropWarmupRule  # noqa: E402
 
 BLOCK = memory.BLOCK.value
@@ -84,16 +84,16 @@ def test_interpreted(path: str, quick: int, whole: int, marks: str) -> None:
 def test_tables_are_made_on_the_host_whatever_the_default_device() -> None:
     weights = [torch.ones(3), torch.ones(BLOCK + 1)]
     with torch.device("meta"):
-        chunks = Chunks(weights, Sender(weights))
-        host = Addresses(2, Sender(weights))._host
+        chunks = ChunkTables(weights, Uploader(weights))
+        host = AddressTable(2, Uploader(weights))._host
     assert chunks.numel.tolist() == [3, BLOCK + 1]
-    assert chunks.chunk.tolist() == [[0, 0], [1, 0], [1, 1]]
+    assert chunks.entries.tolist() == [[0, 0], [1, 0], [1, 1]]
     assert host.device.type == "cpu"
 
 
 def test_interpreter_stays_in_its_own_process() -> None:
     assert "TRITON_INTERPRET" not in os.environ
-    assert not interprets()
+    assert not is_interpreted()
 
 
 # Which back end is chosen, and what a user is told.
@@ -120,8 +120,8 @@ def test_missing_triton_is_a_reason_not_an_error(monkeypatch: pytest.MonkeyPatch
 def test_a_compiler_that_fails_is_a_reason_not_an_error() -> None:
     # Without a GPU its driver is what fails, with one a device that Triton knows nothing of.
     device = torch.device("meta" if torch.cuda.is_available() else "cuda")
-    family = selfcheck.family(LarsRule(), PLAIN)
-    reason = selfcheck.difference(Triton(), family, device)
+    tested = selfcheck.combination(LarsRule(), PLAIN)
+    reason = selfcheck.difference(Triton(), tested, device)
     assert re.match(r"\w+: .", reason)
     assert "\n" not in reason
 
@@ -196,7 +196,7 @@ def _compiled(name: str, target: Any, dtypes: Dtypes = PLAIN) -> tuple[Any, int]
     rule, kernel, *_ = KERNELS[name]
     module, options = kernels(rule.name)
     arguments: dict[str, Any] = {
-        "rule": argument(rule),
+        "rule": rule_argument(rule),
         "types": types_of(dtypes, bool(rule.states), dtypes == TYPE_MIXES["stochastic"]),
         "device_scalars": None,
     }

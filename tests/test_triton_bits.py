@@ -25,7 +25,7 @@ import triton.language as tl  # noqa: E402
 from fastlars.backends.base import Dtypes  # noqa: E402
 from fastlars.backends.triton import sums  # noqa: E402
 from fastlars.backends.triton.backend import LANES  # noqa: E402
-from fastlars.backends.triton.common import argument, decoded, step_scalars  # noqa: E402
+from fastlars.backends.triton.common import decoded, rule_argument, step_scalars  # noqa: E402
 from fastlars.backends.triton.memory import BLOCK, locate  # noqa: E402
 
 DEVICE = DEVICES["triton"]
@@ -63,7 +63,7 @@ def _numbers(rule, out):  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("value", [0.0, 5e-324, 0.1, 1.0, 1e308])
 def test_numbers_arrive_with_all_their_bits(value: float) -> None:
     out = torch.zeros(3, dtype=F64, device=DEVICE)
-    _numbers[(1,)](argument(LambRule(lower=value, ratio_eps=value)), out)
+    _numbers[(1,)](rule_argument(LambRule(lower=value, ratio_eps=value)), out)
     assert out.tolist() == [value, math.inf, value]
 
 
@@ -91,8 +91,8 @@ def test_wide_accesses_need_16_byte_boundaries(name: str | int) -> None:
         else:
             setattr(twin.tensors, name, getattr(other.tensors, name))
         bound = twin.bind()
-        out = torch.zeros(bound.chunks.count, dtype=torch.int32, device=DEVICE)
+        out = torch.zeros(bound.chunks.chunk_count, dtype=torch.int32, device=DEVICE)
         chunks = bound.chunks
-        _whole[(chunks.count,)](bound.table, chunks.numel, chunks.chunk, out)
+        _whole[(chunks.chunk_count,)](bound.table, chunks.numel, chunks.entries, out)
         found.append(out.tolist())
     assert found == [[1, 1, 0], [0, 0, 0]]

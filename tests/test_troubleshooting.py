@@ -15,7 +15,7 @@ PYTHON = [path for path in files("fastlars", suffixes=(".py",)) if "/trainer/" n
 CUDA = "csrc/cuda/launch.cu"
 BINDINGS = "csrc/bindings.cpp"
 # Functions that return a reason, which another message ends in.
-REASONS = re.compile(r"why_|incompatib")
+REASONS = re.compile(r"why_|incompatibility")
 # Not for users: Mismatch never leaves a step, and the others end a process or a lookup.
 INTERNAL = {"Mismatch", "SystemExit", "KeyError"}
 

@@ -1,4 +1,4 @@
-"""What an optimizer asks of a back end, and what it hands over."""
+"""The interface between optimizers and back ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from fastlars.rules import GradientNorm, Rule
 
 @dataclass(frozen=True)
 class Dtypes:
-    """The types of a list's tensors, one each for all tensors of the list."""
+    """The types of the tensors of one list: all its weights have the same type, and so on.
+
+    ``copy`` is the type of the low-precision copies of the weights, None without copies.
+    """
 
     weight: torch.dtype
     grad: torch.dtype
@@ -26,14 +29,15 @@ class Dtypes:
 
 @dataclass
 class Tensors:
-    """What one call steps. All lists have the same length, and pair up element by element.
+    """The tensors of one call. All lists have the same length: the elements at one index belong to
+    the same parameter.
 
     Attributes:
-        weights: what the rule reads and writes; float32 masters where there are copies.
-        grads: gradients, shaped and strided like the weights; never written.
+        weights: read and written by the rule; float32 master weights where there are copies.
+        grads: gradients, with the shapes and strides of the weights; never written.
         states: one list for each name in ``rule.states``.
-        counters: one 0-dim float32 tensor each for ``rule.counter``, or None.
-        copies: low-precision parameters, written together with their masters, or None.
+        counters: 0-dim float32 tensors, one for each weight; None if the rule has no counter.
+        copies: low-precision parameters, written together with their master weights, or None.
         dtypes: the types of all of these.
     """
 
@@ -47,14 +51,16 @@ class Tensors:
 
 @dataclass(frozen=True)
 class OnDevice:
-    """Numbers of a step that its device knows and the host does not: tensors of one element there,
-    float32 or float64, or None.
+    """Scalars of a step whose values are on the device and not known to the host.
+
+    Each is None, or a tensor of one float32 or float64 element on the device.
 
     Attributes:
         lr: learning rate.
-        grad_scale: of a GradScaler: divides ``StepScalars.gradient_scale``, which is 1 or -1.
-        found_inf: its verdict: where it is not 0, nothing is changed.
-        square_norm: float64, the square of the global norm, which is clipped to ``limit``.
+        grad_scale: the scale of a GradScaler, which divides ``StepScalars.gradient_scale``.
+        found_inf: a GradScaler's flag: if it is not 0, the step changes nothing.
+        square_norm: float64, the square of the global norm.
+        limit: what the global norm is clipped to.
     """
 
     lr: Tensor | None = None
@@ -65,7 +71,7 @@ class OnDevice:
 
     @property
     def given(self) -> list[Tensor]:
-        """The tensors."""
+        """The tensors that are not None."""
         every = (self.lr, self.grad_scale, self.found_inf, self.square_norm)
         return [tensor for tensor in every if tensor is not None]
 
@@ -78,8 +84,8 @@ class StepScalars:
         lr: learning rate.
         gradient_scale: factor on every gradient: unscaling, global clip, sign of ``maximize``.
         seed: of stochastic rounding; None rounds to nearest.
-        device: for back ends with ``reads_device``, which take from there what is there, without a
-            wait.
+        device: scalars whose values are on the device; they take precedence over those above. Only
+            back ends with ``reads_device`` can read them, which they do without a wait of the host.
     """
 
     lr: float
@@ -89,8 +95,11 @@ class StepScalars:
 
     @cached_property
     def doubles(self) -> Tensor | None:
-        """float64 [lr, gradient scale, skip] where the device knows any of them, made there: for
-        kernels that cannot take them from where they lie, as csrc/cuda does, to the same bits."""
+        """float64 [lr, gradient scale, skip], computed on the device; None without ``device``.
+
+        For kernels that cannot read the tensors of ``device`` themselves. csrc/cuda can, and gets
+        the same bits.
+        """
         there = self.device
         if there is None:
             return None
@@ -105,7 +114,8 @@ class StepScalars:
             scale,
             0.0 if there.found_inf is None else there.found_inf,
         )
-        # full fills in a launch: no host memory that a graph would read again at its replay.
+        # Not torch.tensor(value): it copies from host memory, which a CUDA graph would read again
+        # at each replay. torch.full passes the value as a launch argument.
         return torch.stack(
             [
                 _double(value)
@@ -121,7 +131,7 @@ def _double(value: Tensor) -> Tensor:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory without gap or overlap, in whatever order."""
+    """Whether the elements fill their memory without gaps or overlaps, in any order."""
     if tensor.is_contiguous():
         return True
     expected = 1
@@ -139,7 +149,7 @@ def is_dense(tensor: Tensor) -> bool:
 def checked_sums(
     rule: Rule, sums: Tensor | None, tensors: int, device: torch.device
 ) -> Tensor | None:
-    """The sums that ``apply`` reads, contiguous; None where the rule does not adapt."""
+    """The sums for ``apply``, checked and contiguous; None if the rule does not adapt."""
     if not rule.adapt:
         return None
     shape = tensors, rule.sums
@@ -153,28 +163,31 @@ def checked_sums(
 class Backend(Protocol):
     """Measures and applies a rule over a list of tensors.
 
-    ``bind`` checks that the tensors pair up and raises :class:`Mismatch` otherwise, before anything
-    is written; the other calls take what it returned. ``layout`` is what :meth:`layout` made of the
-    weights, kept by the caller for as long as it steps the same parameters.
+    The caller keeps the result of :meth:`layout` for as long as it steps the same parameters.
+    :meth:`bind` returns what ``measure``, ``apply`` and ``step`` take.
     """
 
     name: str
     reads_device: bool
-    """Whether ``StepScalars.device`` is read; a step then needs no number that the device has."""
+    """Whether ``StepScalars.device`` is read. Otherwise all scalars must be known to the host."""
 
     def layout(self, weights: list[Tensor]) -> Any:
-        """Shapes, strides and devices that every list is held against."""
+        """The shapes, strides and devices that :meth:`bind` compares tensors with."""
         ...
 
     def bind(self, tensors: Tensors, layout: Any) -> Any:
-        """Checked tensors, ready for the calls below."""
+        """Check the tensors, and prepare them for the calls below.
+
+        Raises:
+            Mismatch: a tensor does not fit the layout or its type; nothing was written.
+        """
         ...
 
     def measure(self, rule: Rule | GradientNorm, bound: Any, scalars: StepScalars) -> Tensor:
-        """Sums of squares, float64 [tensors, rule.sums]; the last one is of what updates the
-        weights. For rules that may adapt.
+        """Sums of squares, float64 [tensors, rule.sums]. Only for rules that adapt.
 
-        A rule with ``measure_writes`` advances its states and counters here. The two phases are
+        The last column is of the update (LAMB) or the gradient (LARS, GradientNorm). A rule with
+        ``measure_writes`` advances its states and counters here. ``measure`` and ``apply`` are
         separate so that sharded parameters can add up their sums in between.
         """
         ...
@@ -182,10 +195,10 @@ class Backend(Protocol):
     def apply(self, rule: Rule, bound: Any, scalars: StepScalars, sums: Tensor | None) -> Tensor:
         """Write the weights; return the trust ratios, float32 [tensors].
 
-        ``sums`` is None where the rule does not adapt; all states are then advanced here.
+        ``sums`` is None if the rule does not adapt; all states are then advanced here.
         """
         ...
 
     def step(self, rule: Rule, bound: Any, scalars: StepScalars) -> Tensor:
-        """``apply`` of what ``measure`` gives, in whatever order is fastest."""
+        """``measure``, then ``apply``; the back end may interleave the two."""
         ...

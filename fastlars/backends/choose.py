@@ -1,4 +1,4 @@
-"""Which back end serves which tensors, and why."""
+"""Chooses the back end of each parameter, and explains the choice."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from fastlars.backends.reference import Reference
 from fastlars.rules import GradientNorm, Rule
 
 NAMES = ("cpu", "cuda", "triton", "reference")
-# type of device: the compiled back ends that may serve it, the fastest first
+# type of device: the compiled back ends that can serve it, fastest first
 COMPILED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
 @cache
 def instance(name: str) -> Backend:
-    """The back end of that name."""
+    """The back end of this name; one for the whole process."""
     if name == "triton":
-        # Importing Triton takes a while, and only GPUs need it.
+        # Imported only when needed: it is slow, and CPUs do not need it.
         from fastlars.backends.triton.backend import Triton
 
         return Triton()
@@ -37,8 +37,8 @@ def instance(name: str) -> Backend:
     return backends[name]()
 
 
-def forced() -> str | None:
-    """The back end that FASTLARS_BACKEND demands, if it demands one."""
+def demanded_backend() -> str | None:
+    """The back end that FASTLARS_BACKEND demands; None if it is not set."""
     name = os.environ.get("FASTLARS_BACKEND", "") or None
     if name is not None and name not in NAMES:
         raise ValueError(f"FASTLARS_BACKEND must be one of {', '.join(NAMES)}, got {name!r}")
@@ -47,18 +47,18 @@ def forced() -> str | None:
 
 @cache
 def why_no_triton(device_type: str) -> str:
-    """Why the Triton back end has no kernels for a type of device; empty where it has."""
+    """Why the Triton back end cannot serve a type of device; empty if it can."""
     try:
-        from fastlars.backends.triton.backend import interprets
+        from fastlars.backends.triton.backend import is_interpreted
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
-    if device_type == "cpu" and not interprets():
+    if device_type == "cpu" and not is_interpreted():
         return "Triton serves cpu in its interpreter alone (TRITON_INTERPRET=1)"
     return ""
 
 
 def why_not(name: str, weight: Tensor, dtypes: Dtypes) -> str:
-    """Why the back end of that name has no kernels for a weight; empty where it has."""
+    """Why a compiled back end has no kernels for a weight and these types; empty if it has."""
     for what, dtype in (("weights", dtypes.copy or dtypes.weight), ("gradients", dtypes.grad)):
         if dtype not in DTYPES:
             return f"compiled back ends have no {dtype} {what}"
@@ -75,11 +75,12 @@ def why_not(name: str, weight: Tensor, dtypes: Dtypes) -> str:
     return ""
 
 
-def refusals(
+def find_compiled(
     weight: Tensor, dtypes: Dtypes, rule: Rule | GradientNorm | None = None, rounds: bool = False
 ) -> tuple[str | None, dict[str, str]]:
-    """The compiled back end that serves a weight, if one does, and why none before it does."""
-    demanded = forced()
+    """The fastest compiled back end that can serve a weight, or None; and for each faster one, why
+    it cannot. The arguments are those of :func:`choose`."""
+    demanded = demanded_backend()
     names = COMPILED.get(weight.device.type, ("triton",)) if demanded is None else (demanded,)
     reasons: dict[str, str] = {}
     for name in names:
@@ -97,58 +98,61 @@ def choose(
 ) -> Backend:
     """The fastest back end that serves a weight and agrees with the reference.
 
+    Warns, once for each reason, if a slower back end serves a GPU than was expected.
+
     Args:
-        weight: the parameter; its device and its strides count.
-        dtypes: types of the list that it is stepped in.
-        rule: of the step; None leaves out the check against the reference.
+        weight: the parameter; the choice depends on its device and strides.
+        dtypes: types of the list in which it is stepped.
+        rule: the rule of the step; None skips the check against the reference.
         rounds: whether the step rounds stochastically.
 
     Raises:
-        RuntimeError: FASTLARS_BACKEND demands one that does not.
+        RuntimeError: FASTLARS_BACKEND demands a back end that cannot serve the weight.
         ValueError: FASTLARS_BACKEND, FASTLARS_CUDA_PATH or FASTLARS_CHECK is misspelt.
     """
-    # These raise where a variable is misspelt, also on a device that does not need it.
+    # Called for their errors: a misspelt variable is reported even on devices that do not read it.
     cuda.demanded_path()
     selfcheck.is_on()
-    demanded, device = forced(), weight.device.type
+    demanded, device = demanded_backend(), weight.device.type
     if demanded == "reference":
         return instance(demanded)
-    name, reasons = refusals(weight, dtypes, rule, rounds)
+    name, reasons = find_compiled(weight, dtypes, rule, rounds)
     if demanded is not None and name is None:
         raise RuntimeError(f"FASTLARS_BACKEND={demanded}, but {reasons[demanded]}")
     if name is None:
-        # On a CPU the reference is right for float64 and views with gaps: nothing to warn of.
-        if device != "cpu" or any(not why_not(known, weight, dtypes) for known in reasons):
+        # On a CPU, the reference is the expected choice for float64 and for weights with gaps. A
+        # back end that has kernels for the weight and still does not serve it failed its check.
+        if device != "cpu" or any(not why_not(failed, weight, dtypes) for failed in reasons):
             _warn_once(device, "plain torch operations", format_reasons(reasons))
     elif "cuda" in reasons and _C.build_info()["cuda"]:
         _warn_once(device, "Triton", f"its CUDA kernels do not serve here ({reasons['cuda']})")
     return instance(name or "reference")
 
 
-class Chooser:
-    """:func:`choose` for the weights of one step: asked once for all that are alike."""
+class ChoiceCache:
+    """:func:`choose`, called once for all weights with the same device, types and density."""
 
     def __init__(self, rule: Rule | GradientNorm, rounds: bool = False) -> None:
         self._rule = rule
         self._rounds = rounds
-        self._known: dict[tuple[torch.device, Dtypes, bool], Backend] = {}
+        self._chosen: dict[tuple[torch.device, Dtypes, bool], Backend] = {}
 
     def __call__(self, weight: Tensor, dtypes: Dtypes) -> Backend:
-        alike = weight.device, dtypes, is_dense(weight)
-        if alike not in self._known:
-            self._known[alike] = choose(weight, dtypes, self._rule, self._rounds)
-        return self._known[alike]
+        key = weight.device, dtypes, is_dense(weight)
+        if key not in self._chosen:
+            self._chosen[key] = choose(weight, dtypes, self._rule, self._rounds)
+        return self._chosen[key]
 
 
 def format_reasons(reasons: dict[str, str]) -> str:
-    """Reasons in one line, each once."""
+    """The reasons in one line, without duplicates."""
     return "; ".join(dict.fromkeys(reasons.values()))
 
 
 @cache
-def _warn_once(device_type: str, means: str, reason: str) -> None:
+def _warn_once(device_type: str, used: str, reason: str) -> None:
     warnings.warn(
-        f"fastlars steps {device_type} parameters with {means}: {reason}. "
+        f"fastlars steps {device_type} parameters with {used}: {reason}. "
         "`python -m fastlars` says more.",
         stacklevel=2,
     )

@@ -1,4 +1,4 @@
-"""The compiled CPU back end: csrc/cpu through fastlars._C."""
+"""The compiled CPU back end: the kernels of csrc/cpu."""
 
 from __future__ import annotations
 
@@ -16,59 +16,61 @@ from fastlars.rules import GradientNorm, Rule
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STATE_DTYPES = (torch.float32, torch.bfloat16)
-DISPATCH = Tensor.__torch_dispatch__
+DEFAULT_DISPATCH = Tensor.__torch_dispatch__
 
 
 @lru_cache(maxsize=1024)  # a schedule of momentum or weight decay makes a new rule every step
-def native(rule: Rule | GradientNorm) -> Any:
+def native_rule(rule: Rule | GradientNorm) -> Any:
     """The rule as the C++ struct of the same name."""
     return getattr(_C, type(rule).__name__)(**rule.constants)
 
 
 @cache
 def viewer() -> Any:
-    """Looks at tensors of torch's own two types; a subclass is accepted once a layout holds it."""
+    """Reads addresses, types, shapes and strides of tensors and parameters. Subclasses must be
+    accepted first: they may keep their elements elsewhere."""
     return _C.Viewer(Tensor, [Tensor, torch.nn.Parameter])
 
 
 @dataclass(frozen=True)
-class Bound:
-    """Addresses, and the tensors that own them."""
+class BoundTensors:
+    """Checked tensors, and their addresses."""
 
-    native: Any
-    tensors: Tensors
+    tensor_list: Any  # fastlars._C.TensorList
+    tensors: Tensors  # kept alive, as the list has addresses alone
 
 
 class Cpu:
     """float32, bfloat16 and float16 weights and gradients in any mix; float32 or bfloat16 states.
 
-    Sums of squares have the same bits for any number of threads, and from run to run.
+    Sums of squares have the same bits in every run, for any number of threads.
     """
 
     name = "cpu"
     reads_device = False
 
     def layout(self, weights: list[Tensor]) -> Any:
-        for kind in set(map(type, weights)):
-            viewer().accept(kind)
+        for tensor_type in set(map(type, weights)):
+            viewer().accept(tensor_type)
         return _C.Layout(viewer(), weights)
 
-    def bind(self, tensors: Tensors, layout: Any) -> Bound:
+    def bind(self, tensors: Tensors, layout: Any) -> BoundTensors:
         try:
-            return Bound(self._addresses(tensors, layout), tensors)
+            return BoundTensors(self._tensor_list(tensors, layout), tensors)
         except Mismatch as mismatch:
-            # Subclasses may keep their elements elsewhere, unless they leave the dispatcher alone.
+            # Gradients may be of a subclass that no weight has. It is accepted if it does not
+            # override the dispatcher: its elements then are where DLPack says.
             types = set(map(type, tensors.grads))
-            known = all(getattr(t, "__torch_dispatch__", None) is DISPATCH for t in types)
-            if mismatch.args[0] != "grads" or mismatch.args[2] != "type" or not known:
+            plain = all(getattr(t, "__torch_dispatch__", None) is DEFAULT_DISPATCH for t in types)
+            if mismatch.args[0] != "grads" or mismatch.args[2] != "type" or not plain:
                 raise
-            for kind in types:
-                viewer().accept(kind)
-        return Bound(self._addresses(tensors, layout), tensors)
+            for tensor_type in types:
+                viewer().accept(tensor_type)
+        return BoundTensors(self._tensor_list(tensors, layout), tensors)
 
-    def _addresses(self, tensors: Tensors, layout: Any) -> Any:
+    def _tensor_list(self, tensors: Tensors, layout: Any) -> Any:
         dtypes = tensors.dtypes
-        return _C.bind(
+        return _C.tensor_list(
             layout,
             tensors.weights,
             tensors.grads,
@@ -81,20 +83,28 @@ class Cpu:
             DTYPES[dtypes.copy] if dtypes.copy is not None else 0,
         )
 
-    def measure(self, rule: Rule | GradientNorm, bound: Bound, scalars: StepScalars) -> Tensor:
+    def measure(
+        self, rule: Rule | GradientNorm, bound: BoundTensors, scalars: StepScalars
+    ) -> Tensor:
         shape = len(bound.tensors.weights), rule.sums
         sums = torch.empty(shape, dtype=torch.float64, device="cpu")
         _C.cpu_measure(
-            native(rule), bound.native, scalars.lr, scalars.gradient_scale, sums.data_ptr()
+            native_rule(rule),
+            bound.tensor_list,
+            scalars.lr,
+            scalars.gradient_scale,
+            sums.data_ptr(),
         )
         return sums
 
-    def apply(self, rule: Rule, bound: Bound, scalars: StepScalars, sums: Tensor | None) -> Tensor:
+    def apply(
+        self, rule: Rule, bound: BoundTensors, scalars: StepScalars, sums: Tensor | None
+    ) -> Tensor:
         ratios = torch.empty(len(bound.tensors.weights), dtype=torch.float32, device="cpu")
         sums = checked_sums(rule, sums, len(ratios), ratios.device)
         _C.cpu_apply(
-            native(rule),
-            bound.native,
+            native_rule(rule),
+            bound.tensor_list,
             scalars.lr,
             scalars.gradient_scale,
             scalars.seed,
@@ -103,11 +113,11 @@ class Cpu:
         )
         return ratios
 
-    def step(self, rule: Rule, bound: Bound, scalars: StepScalars) -> Tensor:
+    def step(self, rule: Rule, bound: BoundTensors, scalars: StepScalars) -> Tensor:
         ratios = torch.empty(len(bound.tensors.weights), dtype=torch.float32, device="cpu")
         _C.cpu_step(
-            native(rule),
-            bound.native,
+            native_rule(rule),
+            bound.tensor_list,
             scalars.lr,
             scalars.gradient_scale,
             scalars.seed,

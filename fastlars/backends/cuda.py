@@ -1,4 +1,4 @@
-"""The CUDA back end: csrc/cuda through fastlars._C, on the current stream, without waiting."""
+"""The CUDA back end: the kernels of csrc/cuda, on the current stream. The host never waits."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,12 +15,21 @@ from torch import Tensor
 from fastlars import _C
 from fastlars.backends import cpu
 from fastlars.backends.base import StepScalars, Tensors, checked_sums
-from fastlars.backends.cpu import native
-from fastlars.backends.upload import Resender, Sender, Sent, current, is_capturing
+from fastlars.backends.cpu import native_rule
+from fastlars.backends.upload import (
+    TableUploader,
+    UploadedTensors,
+    Uploader,
+    device_guard,
+    is_capturing,
+)
 from fastlars.rules import GradientNorm, Rule
 
 # Launch strategies of adaptive rules; the first is the default.
 PATHS = ("one-launch", "two-launch")
+
+# Two uploads: chunk entries with the workspace, which never change; and tensor entries.
+DeviceTables: TypeAlias = tuple[UploadedTensors, UploadedTensors]
 
 
 def demanded_path() -> str:
@@ -30,105 +40,108 @@ def demanded_path() -> str:
     return path
 
 
-def serves() -> str:
-    """The device type that this build's kernels run on."""
-    served: str = _C.build_info().get("cuda_serves", "cuda")
-    return served
+def kernel_device_type() -> str:
+    """The type of device that this build's kernels run on: "cuda", except in tests."""
+    device_type: str = _C.build_info().get("cuda_serves", "cuda")
+    return device_type
 
 
 @cache
 def why_not(device: torch.device) -> str:
-    """Why the kernels cannot run on a device; empty where they can."""
+    """Why the kernels cannot run on a device; empty if they can."""
     info = _C.build_info()
     if not info["cuda"]:
         return f"fastlars was built without CUDA kernels ({info['cuda_reason']})"
-    if device.type != serves():
+    if device.type != kernel_device_type():
         return f"the cuda back end does not serve {device.type}"
     try:
-        with current(device):
+        with device_guard(device):
             return _C.cuda_why_not()
-    except RuntimeError as error:  # torch's, where it finds no driver
+    except RuntimeError as error:  # raised by torch if it finds no driver
         return str(error).strip().splitlines()[0]
 
 
-class Tables:
-    """A layout's tables on its device.
+class TableCache:
+    """A layout's tables on its device, uploaded when they change.
 
-    Tensor entries are sent again when weights or states have moved, which is rare after the first
-    step. Gradients do move, so their addresses are not in the tables but arguments of each launch.
+    Tensor entries change when weights or states have moved, which is rare after the first step.
+    Gradients move at every step, so their addresses are launch arguments and not in the tables.
     """
 
     def __init__(self, table: _C.CudaChunkTable, weights: list[Tensor]) -> None:
         self.device = weights[0].device
         self._table = table
-        self._sender = Sender(weights)
+        self._uploader = Uploader(weights)
         size = table.tensors * table.tensor_entry_bytes
         self._host = torch.zeros(size, dtype=torch.uint8, device="cpu")
-        self._entries = Resender(self._sender, self._host)
-        self._fixed: Sent | None = None
-        self._placed: tuple[Sent, Sent] | None = None
+        self._tensor_entries = TableUploader(self._uploader, self._host)
+        self._constant: UploadedTensors | None = None
+        self._latest: DeviceTables | None = None
 
-    def placed(self, tensors: _C.TensorList) -> tuple[Sent, Sent]:
-        """What never changes, and the addresses of the bound tensors."""
-        if self._table.write_tensor_entries(tensors, self._host.data_ptr()):
-            self._placed = None
-        if self._placed is not None:
-            return self._placed
-        fixed = self._fixed or self._send_fixed()
-        placed = fixed, Sent(self._sender, self._entries.send())
+    def get(self, tensor_list: _C.TensorList) -> DeviceTables:
+        """The tables with the addresses of the listed tensors."""
+        if self._table.write_tensor_entries(tensor_list, self._host.data_ptr()):
+            self._latest = None
+        if self._latest is not None:
+            return self._latest
+        constant = self._constant or self._upload_constant()
+        tensor_entries = UploadedTensors(self._uploader, self._tensor_entries.upload())
+        tables = constant, tensor_entries
         if not is_capturing(self.device):
-            # What is sent while a graph is captured arrives only when the graph is replayed.
-            self._fixed, self._placed = fixed, placed
-        return placed
+            # An upload during capture is filled only when the graph is replayed: the next eager
+            # step must not use it.
+            self._constant, self._latest = constant, tables
+        return tables
 
-    def _send_fixed(self) -> Sent:
+    def _upload_constant(self) -> UploadedTensors:
         size = self._table.chunks * self._table.chunk_entry_bytes
         entries = torch.empty(size, dtype=torch.uint8, device="cpu")
         self._table.write_chunk_entries(entries.data_ptr())
-        # Every launch needs zeros in some places; kernels restore them for the next launch.
+        # Kernels expect zeros in parts of the workspace, and reset them for the next launch.
         workspace = torch.zeros(self._table.workspace_bytes, dtype=torch.uint8, device=self.device)
-        return Sent(self._sender, self._sender.send(self._sender.pinned(entries)), workspace)
+        uploaded = self._uploader.upload(self._uploader.pinned_copy(entries))
+        return UploadedTensors(self._uploader, uploaded, workspace)
 
 
 @dataclass
-class Layout:
-    """What weights of given shapes need for every step. It outlives the tensors of one step."""
+class CudaLayout:
+    """What weights of given shapes need at every step; it outlives the tensors of one step."""
 
-    checked: _C.Layout
+    expected: _C.Layout  # the shapes, strides and devices that `bind` compares tensors with
     table: _C.CudaChunkTable
-    tables: Tables
-    placed: tuple[Sent, Sent] | None = None  # what `table` has the addresses of
+    cache: TableCache
+    placed: DeviceTables | None = None  # the tables whose addresses `table` has
 
 
 @dataclass(frozen=True)
-class Bound:
-    """Addresses on the device, and the tensors that own them."""
+class CudaBoundTensors:
+    """Checked tensors, their addresses, and the tables of these addresses on the device."""
 
-    native: _C.TensorList
-    layout: Layout
-    placed: tuple[Sent, Sent]
+    tensor_list: _C.TensorList
+    layout: CudaLayout
+    tables: DeviceTables
     tensors: Tensors
 
     @property
     def device(self) -> torch.device:
-        return self.layout.tables.device
+        return self.layout.cache.device
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def stream(self) -> int:
-        """The current stream, ready for a launch over these tables."""
-        layout, placed = self.layout, self.placed
-        if layout.placed is not placed:
-            (chunk_entries, workspace), (tensor_entries,) = (sent.tensors for sent in placed)
-            addressed = (chunk_entries, tensor_entries, workspace)
-            layout.table.place(*(tensor.data_ptr() for tensor in addressed))
-            layout.placed = placed
+        """The current stream, ordered after the upload of these tables."""
+        layout, tables = self.layout, self.tables
+        if layout.placed is not tables:
+            (chunk_entries, workspace), (tensor_entries,) = (each.tensors for each in tables)
+            in_order = (chunk_entries, tensor_entries, workspace)
+            layout.table.place(*(tensor.data_ptr() for tensor in in_order))
+            layout.placed = tables
         if self.device.type == "cpu":
             return 0
         stream = torch.cuda.current_stream(self.device)
-        for sent in placed:
-            sent.precede(stream)
+        for uploaded in tables:
+            uploaded.wait_for_upload(stream)
         return stream.cuda_stream
 
     def scalars(self, scalars: StepScalars) -> _C.CudaScalars:
@@ -143,15 +156,16 @@ class Bound:
     def _address(
         self, value: Tensor | None, other: torch.dtype = torch.float32
     ) -> tuple[int, bool]:
-        """Of one float or double. A bad address would poison the CUDA context."""
+        """The address of a scalar, and whether it is a double. Types but float64 and ``other`` are
+        refused, and so are other devices: a bad address would poison the CUDA context."""
         if value is None:
             return 0, False
         address, is_double = value.data_ptr(), value.dtype == torch.float64
         fits = is_double or value.dtype == other
         if not (fits and address and value.device == self.device and value.numel() == 1):
             raise ValueError(
-                f"a step on {self.device} needs its numbers there: one float32 or float64 each, "
-                "and a norm's square as float64"
+                f"a step on {self.device} reads its scalars there: each must be one float32 or "
+                "float64 element, and the squared norm a float64"
             )
         return address, is_double
 
@@ -159,15 +173,15 @@ class Bound:
 class Cuda:
     """float32, bfloat16 and float16 weights and gradients in any mix; float32 or bfloat16 states.
 
-    ``measure`` and ``apply`` take one launch each, whatever the number of tensors up to 480.
-    ``step`` takes one too, or those two on the two-launch path and where it rounds stochastically.
-    Results have the same bits on either path, for any grid, and from run to run.
+    ``measure`` and ``apply`` take one launch each for up to 480 tensors. ``step`` takes one launch
+    on the one-launch path; it calls ``measure`` and ``apply`` on the two-launch path, and whenever
+    it rounds stochastically. Results have the same bits on either path, for any grid, in every run.
 
     Attributes:
         path: "one-launch" or "two-launch".
-        grid: blocks of a launch; 0 for as many as the device holds at once.
-        shared_slots: chunks that a block caches in shared memory on the one-launch path; 0 for what
-            fits.
+        grid: blocks of a launch; 0: as many as the device runs at once.
+        shared_slots: chunks that a block caches in shared memory on the one-launch path; 0: as many
+            as fit.
     """
 
     name = "cuda"
@@ -177,54 +191,68 @@ class Cuda:
         self.path = demanded_path()
         self.grid = 0
         self.shared_slots = 0
-        self._checks = cpu.Cpu()
+        self._checker = cpu.Cpu()
 
-    def layout(self, weights: list[Tensor]) -> Layout:
+    def layout(self, weights: list[Tensor]) -> CudaLayout:
         device = weights[0].device
-        if device.type != serves() or any(weight.device != device for weight in weights):
-            raise ValueError(f"the cuda back end needs weights on one {serves()} device")
-        checked = self._checks.layout(weights)
-        table = _C.CudaChunkTable(checked)
-        return Layout(checked, table, Tables(table, weights))
+        served = kernel_device_type()
+        if device.type != served or any(weight.device != device for weight in weights):
+            raise ValueError(f"the cuda back end needs weights on one {served} device")
+        expected = self._checker.layout(weights)
+        table = _C.CudaChunkTable(expected)
+        return CudaLayout(expected, table, TableCache(table, weights))
 
-    def bind(self, tensors: Tensors, layout: Layout) -> Bound:
-        found = self._checks.bind(tensors, layout.checked).native
-        return Bound(found, layout, layout.tables.placed(found), tensors)
+    def bind(self, tensors: Tensors, layout: CudaLayout) -> CudaBoundTensors:
+        tensor_list = self._checker.bind(tensors, layout.expected).tensor_list
+        return CudaBoundTensors(tensor_list, layout, layout.cache.get(tensor_list), tensors)
 
     def _launch(
         self,
         call: Callable[..., None],
         rule: Rule | GradientNorm,
-        bound: Bound,
+        bound: CudaBoundTensors,
         scalars: StepScalars,
         *arguments: int | None,
-        last: tuple[int, ...] = (),
+        after_grid: tuple[int, ...] = (),
     ) -> None:
-        """Call into the extension on the current stream; ``arguments`` are the call's own."""
-        table, device_scalars = bound.layout.table, bound.scalars(scalars)
-        with current(bound.device):
-            where = (bound.stream(), self.grid)
-            call(native(rule), bound.native, table, device_scalars, *arguments, *where, *last)
+        """Launch on the current stream. ``arguments``: those that differ between the extension's
+        functions; ``after_grid``: those that follow the stream and the grid."""
+        table, cuda_scalars = bound.layout.table, bound.scalars(scalars)
+        with device_guard(bound.device):
+            call(
+                native_rule(rule),
+                bound.tensor_list,
+                table,
+                cuda_scalars,
+                *arguments,
+                bound.stream(),
+                self.grid,
+                *after_grid,
+            )
 
-    def measure(self, rule: Rule | GradientNorm, bound: Bound, scalars: StepScalars) -> Tensor:
+    def measure(
+        self, rule: Rule | GradientNorm, bound: CudaBoundTensors, scalars: StepScalars
+    ) -> Tensor:
         sums = bound.empty(bound.layout.table.tensors, rule.sums, dtype=torch.float64)
         self._launch(_C.cuda_measure, rule, bound, scalars, sums.data_ptr())
         return sums
 
-    def apply(self, rule: Rule, bound: Bound, scalars: StepScalars, sums: Tensor | None) -> Tensor:
+    def apply(
+        self, rule: Rule, bound: CudaBoundTensors, scalars: StepScalars, sums: Tensor | None
+    ) -> Tensor:
         ratios = bound.empty(bound.layout.table.tensors, dtype=torch.float32)
         sums = checked_sums(rule, sums, len(ratios), ratios.device)
         address = 0 if sums is None else sums.data_ptr()
         self._launch(_C.cuda_apply, rule, bound, scalars, scalars.seed, address, ratios.data_ptr())
         return ratios
 
-    def step(self, rule: Rule, bound: Bound, scalars: StepScalars) -> Tensor:
+    def step(self, rule: Rule, bound: CudaBoundTensors, scalars: StepScalars) -> Tensor:
         if not rule.adapt:
             return self.apply(rule, bound, scalars, None)
         if self.path == "two-launch" or scalars.seed is not None:
             return self.apply(rule, bound, scalars, self.measure(rule, bound, scalars))
         ratios = bound.empty(bound.layout.table.tensors, dtype=torch.float32)
         self._launch(
-            _C.cuda_step, rule, bound, scalars, ratios.data_ptr(), last=(self.shared_slots,)
+            _C.cuda_step, rule, bound, scalars, ratios.data_ptr(), after_grid=(self.shared_slots,)
         )
         return ratios

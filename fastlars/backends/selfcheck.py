@@ -1,8 +1,8 @@
-"""A back end against the reference: both step one small list, and must agree.
+"""Checks a back end against the reference: both step the same small list of tensors.
 
-A back end is checked at the first use of a device, for the kernels that are about to be used; this
-catches what the tests of another machine cannot: a compiler, driver or GPU under which the same
-source computes something else.
+The check runs when a process first uses a back end on a device, for the kernels that are about to
+run. It finds what tests on another machine cannot: a compiler, driver or GPU with which the same
+sources compute something else.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from fastlars.backends.upload import is_capturing
 from fastlars.rules import GradientNorm, Rule
 
 F64 = torch.float64
-# Two chunks of the CPU back end and five of the others, the last of them ragged; one whole chunk;
-# less than one, off every 16-byte boundary; a single element.
+# Elements of each tensor. 16,401: two chunks of the CPU back end and five of the others, of which
+# the last is not full; 4,096: one full chunk; 257: placed off every 16-byte boundary.
 SIZES = (16_401, 4_096, 257, 1)
 OFF_BOUNDARY = 257
-# A step's learning rate, gradient scale, and seed of stochastic rounding: the first step is one
-# call, the second is `measure` and `apply`, as for sharded parameters.
+# Learning rate, gradient scale and seed of stochastic rounding. The first step is one call of
+# `step`, the second calls `measure` and `apply`, as sharded parameters do.
 STEPS = (StepScalars(0.5, 1.0, 11), StepScalars(0.25, 0.5, 12))
-# Relative to a value and its tensor's root mean square. Sums in another order differ by 1e-6; where
-# a type has fewer bits, a value next to the middle of two numbers goes up here and down there, in
-# the weight, its copy and the states, in either step: 4 such roundings.
-AGREES = {torch.float32: 1e-5, torch.float16: 4 * 2.0**-11, torch.bfloat16: 4 * 2.0**-8}
+# Tolerances, relative to a value and to its tensor's root mean square. float32 sums in another
+# order differ by 1e-6. In shorter types a value halfway between two numbers can be rounded up by
+# one back end and down by the other, in weight, copy and states, in either step: 4 roundings.
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 4 * 2.0**-11, torch.bfloat16: 4 * 2.0**-8}
 
 
 @dataclass(frozen=True)
-class Family:
-    """Kernels that are checked together: those of a rule's options, for types of tensors.
+class Combination:
+    """A rule's options and the tensors' types: they select the kernels that are checked.
 
     Attributes:
-        rule: its options decide which kernels run; its numbers are those of ``rule.probe()``.
+        rule: the rule with its options; its numbers are replaced by those of ``rule.probe()``.
         dtypes: types of the list.
         rounds: whether bfloat16 weights are rounded stochastically.
     """
@@ -52,14 +52,14 @@ class Family:
     rounds: bool = False
 
     def __str__(self) -> str:
-        return f"{self.rule.title}, {described(self.dtypes, self.rounds)}"
+        return f"{self.rule.title}, {describe(self.dtypes, self.rounds)}"
 
 
-def described(dtypes: Dtypes, rounds: bool = False) -> str:
-    """The types of a list, in words.
+def describe(dtypes: Dtypes, rounds: bool = False) -> str:
+    """The types of a list, for messages.
 
     Example:
-        >>> described(Dtypes(torch.float32, torch.float16, torch.float32, copy=torch.float16))
+        >>> describe(Dtypes(torch.float32, torch.float16, torch.float32, copy=torch.float16))
         'float32 masters of float16 weights, float16 gradients, float32 states'
     """
     weight, grad, state, copy = (str(dtype).removeprefix("torch.") for dtype in astuple(dtypes))
@@ -69,35 +69,35 @@ def described(dtypes: Dtypes, rounds: bool = False) -> str:
 
 
 @lru_cache(maxsize=1024)  # a schedule of momentum or weight decay makes a new rule every step
-def family(rule: Rule | GradientNorm, dtypes: Dtypes, rounds: bool = False) -> Family:
-    """The family of a rule under its options."""
-    return Family(rule.probe(), dtypes, rounds and dtypes.weight == torch.bfloat16)
+def combination(rule: Rule | GradientNorm, dtypes: Dtypes, rounds: bool = False) -> Combination:
+    """What is checked before kernels of this rule and these types run."""
+    return Combination(rule.probe(), dtypes, rounds and dtypes.weight == torch.bfloat16)
 
 
-def difference(backend: Backend, family: Family, device: torch.device) -> str:
-    """How the results of the back end differ from the reference's, or how it fails; empty where
-    they agree. Waits for the device.
+def difference(backend: Backend, tested: Combination, device: torch.device) -> str:
+    """How the results of a back end differ from the reference's, or the error that it raises; empty
+    if they agree. Waits for the device.
 
     Raises:
-        OutOfMemoryError: the device has no memory left, which is no fault of the back end.
-        RuntimeError: of something else that has failed on the device before.
+        OutOfMemoryError: the device has no memory left: not a fault of the back end.
+        RuntimeError: an earlier operation on the device has failed.
     """
-    tested = _tensors(family)
-    right = _step(Reference(), family, _in_float64(tested))
+    tensors = _tensors(tested)
+    expected = _step(Reference(), tested, _in_float64(tensors))
     with _waiting_allowed(device):
         try:
-            there = _on(tested, device)
-            found = [(name, x.detach().to("cpu", F64)) for name, x in _step(backend, family, there)]
+            results = _step(backend, tested, _on(tensors, device))
+            found = [(name, x.detach().to("cpu", F64)) for name, x in results]
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            # Whatever goes wrong in a compiler, a driver or a kernel: another back end serves.
+            # An error of the compiler, the driver or a kernel: another back end is used instead.
             lines = str(error).strip().splitlines() or [""]
             return f"{type(error).__name__}: {lines[0]}"
-    types = (family.dtypes.weight, family.dtypes.state, family.dtypes.copy or torch.float32)
+    types = (tested.dtypes.weight, tested.dtypes.state, tested.dtypes.copy or torch.float32)
     # Stochastic rounding errs by up to twice as much as rounding to nearest.
-    tolerance = max(AGREES[dtype] for dtype in types) * (2 if family.rounds else 1)
-    for (name, ours), (_, theirs) in zip(found, right, strict=True):
+    tolerance = max(TOLERANCES[dtype] for dtype in types) * (2 if tested.rounds else 1)
+    for (name, ours), (_, theirs) in zip(found, expected, strict=True):
         text = _compare(ours, theirs.to(F64), tolerance)
         if text:
             return f"{name} {text}"
@@ -106,15 +106,15 @@ def difference(backend: Backend, family: Family, device: torch.device) -> str:
 
 @contextmanager
 def _waiting_allowed(device: torch.device) -> Iterator[None]:
-    """What has failed on the device before shows now; a wait is no mistake, as it may be elsewhere
-    (``torch.cuda.set_sync_debug_mode``)."""
+    """Permit waiting for the device, which ``torch.cuda.set_sync_debug_mode`` may forbid, and wait
+    once: an error of an earlier operation is raised here, and not blamed on the back end."""
     on_cuda = device.type == "cuda" and torch.cuda.is_available()
     mode = torch.cuda.get_sync_debug_mode() if on_cuda else 0
     if mode:
         torch.cuda.set_sync_debug_mode("default")
     try:
-        here = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
-        if here and here.type == device.type:
+        accelerator = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
+        if accelerator and accelerator.type == device.type:
             torch.accelerator.synchronize(device)
         yield
     finally:
@@ -122,28 +122,27 @@ def _waiting_allowed(device: torch.device) -> Iterator[None]:
             torch.cuda.set_sync_debug_mode(mode)
 
 
-def _compare(found: Tensor, right: Tensor, tolerance: float) -> str:
-    allowed = tolerance * (right.abs() + right.square().mean().sqrt())
-    # Not `>`: a NaN differs.
-    wrong = ~((found - right).abs() <= allowed)
+def _compare(found: Tensor, expected: Tensor, tolerance: float) -> str:
+    allowed = tolerance * (expected.abs() + expected.square().mean().sqrt())
+    # Not `> allowed`, which is false for NaN.
+    wrong = ~((found - expected).abs() <= allowed)
     if not wrong.any():
         return ""
     at = int(wrong.flatten().nonzero()[0])
-    is_, should = found.flatten()[at].item(), right.flatten()[at].item()
-    return (
-        f"[{at}] is {is_:.6g} instead of {should:.6g} ({int(wrong.sum())} of {wrong.numel()} wrong)"
-    )
+    actual, right = found.flatten()[at].item(), expected.flatten()[at].item()
+    count = f"{int(wrong.sum())} of {wrong.numel()} wrong"
+    return f"[{at}] is {actual:.6g} instead of {right:.6g} ({count})"
 
 
-def _step(backend: Backend, family: Family, tensors: Tensors) -> list[tuple[str, Tensor]]:
-    """Everything that the steps give or write, by name."""
-    rule = family.rule
+def _step(backend: Backend, tested: Combination, tensors: Tensors) -> list[tuple[str, Tensor]]:
+    """Everything that two steps return or write, with names."""
+    rule = tested.rule
     bound = backend.bind(tensors, backend.layout(tensors.weights))
     named = [("square norm", backend.measure(GradientNorm(), bound, StepScalars(0.0))[:, -1])]
-    if isinstance(rule, GradientNorm):  # which steps nothing
+    if isinstance(rule, GradientNorm):  # has no step
         return named
     for number, each in enumerate(STEPS):
-        scalars = each if family.rounds else replace(each, seed=None)
+        scalars = each if tested.rounds else replace(each, seed=None)
         if number == 0:
             ratios = backend.step(rule, bound, scalars)
         else:
@@ -156,14 +155,14 @@ def _step(backend: Backend, family: Family, tensors: Tensors) -> list[tuple[str,
     return named
 
 
-def _tensors(family: Family) -> Tensors:
-    """The list on the host."""
-    rule, dtypes = family.rule, family.dtypes
+def _tensors(tested: Combination) -> Tensors:
+    """The list of tensors, on the host."""
+    rule, dtypes = tested.rule, tested.dtypes
 
-    def waves(scale: float, pace: float, dtype: torch.dtype) -> list[Tensor]:
-        # No random numbers: those of the training that is about to begin stay as they are.
-        places = [torch.arange(1, n + 1, dtype=F64, device="cpu") for n in SIZES]
-        return [(scale * torch.sin(pace * x)).to(dtype) for x in places]
+    def waves(scale: float, frequency: float, dtype: torch.dtype) -> list[Tensor]:
+        # Not random: drawing numbers would change those of the training that is about to start.
+        indices = [torch.arange(1, n + 1, dtype=F64, device="cpu") for n in SIZES]
+        return [(scale * torch.sin(frequency * x)).to(dtype) for x in indices]
 
     weights = waves(0.5, 0.7, dtypes.weight)
     start = torch.tensor(rule.NEVER_STEPPED, dtype=torch.float32, device="cpu")
@@ -179,8 +178,8 @@ def _tensors(family: Family) -> Tensors:
 
 
 def _in_float64(tensors: Tensors) -> Tensors:
-    """The same values for the reference. bfloat16 states stay so: their rounding is part of the
-    rule, while that of weights is within what :data:`AGREES` allows."""
+    """The same values in float64, for the reference. bfloat16 states stay bfloat16: their rounding
+    is part of the rule. The rounding of weights is not: :data:`TOLERANCES` allows for it."""
     dtypes = tensors.dtypes
     state = F64 if dtypes.state == torch.float32 else dtypes.state
     copies = tensors.copies
@@ -195,7 +194,7 @@ def _in_float64(tensors: Tensors) -> Tensors:
 
 
 def _on(tensors: Tensors, device: torch.device) -> Tensors:
-    """The same list on a device."""
+    """The same values on a device."""
 
     def placed(values: list[Tensor]) -> list[Tensor]:
         moved = []
@@ -215,13 +214,13 @@ def _on(tensors: Tensors, device: torch.device) -> Tensors:
     )
 
 
-# By back end, its path and device: families that agree; and what the first one that does not has.
-_agree: dict[tuple[str, str, torch.device], set[Family]] = defaultdict(set)
-_fault: dict[tuple[str, str, torch.device], str] = {}
+# For each back end, launch path and device: the combinations that passed; the first failure.
+_passed: dict[tuple[str, str, torch.device], set[Combination]] = defaultdict(set)
+_failure: dict[tuple[str, str, torch.device], str] = {}
 
 
 def is_on() -> bool:
-    """Whether FASTLARS_CHECK leaves the check on."""
+    """Whether back ends are checked: FASTLARS_CHECK is not 0."""
     value = os.environ.get("FASTLARS_CHECK", "") or "1"
     if value not in ("0", "1"):
         raise ValueError(f"FASTLARS_CHECK must be 0 or 1, got {value!r}")
@@ -235,27 +234,28 @@ def why_not(
     dtypes: Dtypes,
     rounds: bool = False,
 ) -> str:
-    """Why a back end is not to be trusted on a device; empty where it agrees with the reference.
+    """Why a back end must not be used on a device; empty if it agrees with the reference.
 
-    Checked once a process for each device and family, and never again on a device on which one
-    family was wrong. Nothing is checked inside a recording of a CUDA graph, which cannot wait, in a
-    forked process, or where memory is short.
+    Each combination is checked once per process and device. After one failure the back end is not
+    used on that device at all, and not checked again. Nothing is checked, and the back end is used,
+    where a check cannot run: during capture of a CUDA graph (it would wait for the device), in a
+    forked process, and when the device is out of memory.
     """
-    where = (backend.name, getattr(backend, "path", ""), device)
-    checked = family(rule, dtypes, rounds)
-    if checked in _agree[where] or not is_on():
+    key = (backend.name, getattr(backend, "path", ""), device)
+    tested = combination(rule, dtypes, rounds)
+    if tested in _passed[key] or not is_on():
         return ""
-    if where not in _fault:
-        # A process that was forked from one with threads waits for ever in torch's parallel
-        # operations, which the small list takes and a small model may not.
-        if is_capturing(device) or forks.happened:
+    if key not in _failure:
+        # In a process that was forked from one with threads, torch's parallel operations hang. The
+        # check would run some, even if a small model does not.
+        if is_capturing(device) or forks.in_forked_process:
             return ""
         try:
-            found = difference(backend, checked, device)
+            found = difference(backend, tested, device)
         except torch.OutOfMemoryError:
             return ""
         if not found:
-            _agree[where].add(checked)
+            _passed[key].add(tested)
             return ""
-        _fault[where] = f"{checked}: {found}"
-    return f"the {backend.name} back end fails its check on {device} ({_fault[where]})"
+        _failure[key] = f"{tested}: {found}"
+    return f"the {backend.name} back end fails its check on {device} ({_failure[key]})"

@@ -1,4 +1,8 @@
-"""How small tables reach a device, and what launches need to know of it."""
+"""Uploads small tables to a device, and makes kernel launches wait for them.
+
+An upload is an asynchronous copy on the current stream. The kernels that read the table may run on
+another stream, or be captured into a CUDA graph, which reads the same memory again at each replay.
+"""
 
 from __future__ import annotations
 
@@ -9,97 +13,106 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# What graphs copy from, or read, at every replay. It lives as long as the first of the weights they
-# step, without which a graph could not be replayed either; a plan that is made anew is no reason.
-_recorded: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# Buffers that captured CUDA graphs read at each replay, by the first weight that a graph steps.
+# They live as long as this weight: a plan may be rebuilt while the graph is still replayed.
+_read_at_replay: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Makes a device the current one, to which launches go."""
+def device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Context manager that makes a device the current one, to which kernels are launched."""
     if device.type == "cpu":
         return contextlib.nullcontext()
     return torch.accelerator.device_index(device.index)
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether launches are recorded into a CUDA graph instead of run."""
+    """Whether launches are captured into a CUDA graph instead of run."""
     if device.type != "cuda":
         return False
-    with current(device):  # torch answers for the stream of the current device
+    with device_guard(device):  # torch answers for the current device's stream
         return torch.cuda.is_current_stream_capturing()
 
 
-def keep(weight: Tensor, tensors: list[Tensor]) -> None:
-    """Have what a recording reads live as long as its weights."""
+def keep_for_replays(weight: Tensor, tensors: list[Tensor]) -> None:
+    """During capture, keep tensors that the graph reads alive as long as ``weight``."""
     if is_capturing(weight.device):
-        _recorded.setdefault(weight, []).extend(tensors)
+        _read_at_replay.setdefault(weight, []).extend(tensors)
 
 
-class Sender:
-    """Copies small tensors to the device of some weights, in stream order, without a wait."""
+class Uploader:
+    """Copies small tensors to the device of some weights, in stream order; the host does not wait.
+
+    Attributes:
+        device: the weights' device.
+        read_at_replay: what captured graphs read; append to it to keep an object alive as long as
+            the first weight.
+    """
 
     def __init__(self, weights: list[Tensor]) -> None:
         self.device = weights[0].device
-        self.recorded: list[Any] = _recorded.setdefault(weights[0], [])
+        self.read_at_replay: list[Any] = _read_at_replay.setdefault(weights[0], [])
 
-    def pinned(self, values: Tensor) -> Tensor:
-        """A copy of ``values`` that a device can take while the host goes on."""
-        # torch hands pinned memory out again only after the copies from it were made.
+    def pinned_copy(self, values: Tensor) -> Tensor:
+        """A copy in pinned host memory, from which the device can read without the host waiting."""
+        # It may be dropped right after the upload: torch reuses pinned memory only when the copies
+        # that read it have finished.
         return values.clone() if self.device.type == "cpu" else values.pin_memory()
 
-    def send(self, source: Tensor) -> Tensor:
-        """``source``, which is pinned, on the device."""
-        sent = torch.empty_like(source, device=self.device, pin_memory=False)
-        sent.copy_(source, non_blocking=True)
+    def upload(self, pinned: Tensor) -> Tensor:
+        """A copy of a pinned tensor on the device."""
+        uploaded = torch.empty_like(pinned, device=self.device, pin_memory=False)
+        uploaded.copy_(pinned, non_blocking=True)
         if is_capturing(self.device):
-            self.recorded += [source, sent]
-        return sent
+            self.read_at_replay += [pinned, uploaded]
+        return uploaded
 
 
-class Resender:
-    """Sends a table whenever it has changed, also within a recording, where no pinned memory is to
-    be allocated: some lies ready for one."""
+class TableUploader:
+    """Uploads a host table, as it is at each call.
 
-    def __init__(self, sender: Sender, table: Tensor) -> None:
-        self._sender = sender
+    Pinned memory cannot be allocated during capture, so one pinned buffer is held in reserve.
+    """
+
+    def __init__(self, uploader: Uploader, table: Tensor) -> None:
+        self._uploader = uploader
         self._table = table
-        self._spare = None if is_capturing(sender.device) else sender.pinned(table)
+        self._reserve = None if is_capturing(uploader.device) else uploader.pinned_copy(table)
 
-    def send(self) -> Tensor:
-        """The table as it is now, on the device."""
-        capturing = is_capturing(self._sender.device)
-        if capturing and self._spare is not None:
-            source, self._spare = self._spare.copy_(self._table), None
+    def upload(self) -> Tensor:
+        """A copy of the table on the device."""
+        capturing = is_capturing(self._uploader.device)
+        if capturing and self._reserve is not None:
+            pinned, self._reserve = self._reserve.copy_(self._table), None
         else:
-            source = self._sender.pinned(self._table)
-        if self._spare is None and not capturing:
-            self._spare = self._sender.pinned(self._table)
-        return self._sender.send(source)
+            pinned = self._uploader.pinned_copy(self._table)
+        if self._reserve is None and not capturing:
+            self._reserve = self._uploader.pinned_copy(self._table)
+        return self._uploader.upload(pinned)
 
 
-class Sent:
-    """Tensors that were filled on the current stream, for launches on any other."""
+class UploadedTensors:
+    """Device tensors that were filled on the current stream, to be read on any stream."""
 
-    def __init__(self, sender: Sender, *tensors: Tensor) -> None:
+    def __init__(self, uploader: Uploader, *tensors: Tensor) -> None:
         self.tensors = tensors
-        self._recorded = sender.recorded
-        self._streams: set[int] = set()
+        self._read_at_replay = uploader.read_at_replay
+        self._ordered_streams: set[int] = set()  # which run after the upload
         self._filled: torch.cuda.Event | None = None
-        if sender.device.type == "cuda" and not is_capturing(sender.device):
-            stream = torch.cuda.current_stream(sender.device)
+        if uploader.device.type == "cuda" and not is_capturing(uploader.device):
+            stream = torch.cuda.current_stream(uploader.device)
             self._filled = stream.record_event()
-            self._streams.add(stream.cuda_stream)
+            self._ordered_streams.add(stream.cuda_stream)
 
-    def precede(self, stream: torch.cuda.Stream) -> None:
-        """Have the filling come before launches on the current stream, and them before the memory
-        is used for something else."""
+    def wait_for_upload(self, stream: torch.cuda.Stream) -> None:
+        """Make later launches on ``stream``, the current one, wait for the upload; and keep torch
+        from reusing the memory before these launches have finished."""
         if torch.cuda.is_current_stream_capturing():
-            # A recording cannot wait for what runs outside of it; torch.cuda.graph has waited for
-            # the device before it began.
-            if self not in self._recorded:
-                self._recorded.append(self)
-        elif self._filled is not None and stream.cuda_stream not in self._streams:
+            # A capture cannot wait for an event from outside. It need not: torch.cuda.graph waits
+            # for the device before it starts.
+            if self not in self._read_at_replay:
+                self._read_at_replay.append(self)
+        elif self._filled is not None and stream.cuda_stream not in self._ordered_streams:
             stream.wait_event(self._filled)
             for tensor in self.tensors:
                 tensor.record_stream(stream)
-            self._streams.add(stream.cuda_stream)
+            self._ordered_streams.add(stream.cuda_stream)

@@ -68,11 +68,6 @@ class FusedOptimizer(TracedStep, StepReadings, torch.optim.Optimizer):
 
     A subclass gives its rule. A step first checks everything, and takes the addresses of every
     tensor of every group; an error leaves parameters and states as they were.
-
-    Attributes:
-        planner: turns the parameter groups into bound batches.
-        stepper: runs bound batches, with the global norm and the decision to skip.
-        overlap_hook: what takes the step instead; None unless an overlap is on.
     """
 
     rule: ClassVar[type[Rule]]
@@ -83,9 +78,9 @@ class FusedOptimizer(TracedStep, StepReadings, torch.optim.Optimizer):
 
     # No defaults: wrappers that are subclasses, as Lightning's, would find these first, and not ask
     # the optimizer that they wrap.
-    planner: Planner
-    stepper: Stepper
-    overlap_hook: OverlapHook | None
+    planner: Planner  # turns the parameter groups into bound batches
+    stepper: Stepper  # runs bound batches, with the global norm and the decision to skip
+    overlap_hook: OverlapHook | None  # takes the step instead, while an overlap is on
 
     def __init__(
         self,
@@ -237,15 +232,16 @@ class FusedOptimizer(TracedStep, StepReadings, torch.optim.Optimizer):
     def _step_eagerly(self) -> None:
         hook = self.overlap_hook
         results = self.step_batches(self.bind) if hook is None else hook.step()
-        if results is None:
-            return
-        self.stepper.results = results
+        if results is not None:
+            self.stepper.results = results
+            self._count_steps(host_knows=self.stepper.verdict is None)
+
+    def _count_steps(self, host_knows: bool) -> None:
         if not self.counts_steps:
             return
         for group in self.param_groups:
             if any(p.grad is not None for p in group["params"]):
-                host_knows = self.stepper.verdict is None and not group["capturable"]
-                count_step(group, self.state, host_knows)
+                count_step(group, self.state, host_knows and not group["capturable"])
 
     # A step under overlap, a GradScaler, a norm group or skip_if cannot be traced. Left to the
     # compiler, torch 2.11 fails where it resumes tracing: at an assignment to the optimizer. This

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlars.backends.base import Backend, StepScalars
-from fastlars.backends.upload import keep
+from fastlars.backends.upload import keep_for_replays
 from fastlars.optim.dtensor import all_reduce_sums, at_path
 from fastlars.optim.plan import TensorBatch
 from fastlars.optim.scalars import Scalars
@@ -58,7 +58,7 @@ class BoundBatch:
         if given.device is not None:
             # All but the norm, which a recording computes itself, and so keeps.
             inputs = replace(given.device, square_norm=None)
-            keep(self.batch.weights[0], inputs.given)
+            keep_for_replays(self.batch.weights[0], inputs.given)
         return given
 
 

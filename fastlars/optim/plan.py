@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fastlars._C as _C
 from fastlars.backends.base import Backend, Dtypes, Tensors
-from fastlars.backends.choose import Chooser
+from fastlars.backends.choose import ChoiceCache
 from fastlars.optim.checks import (
     check_counter,
     check_gradient,
@@ -194,7 +194,7 @@ class GroupPlan:
         """Check the parameters with gradients, and sort their indices into batches."""
         group = self.group
         members: dict[BatchKey, list[int]] = defaultdict(list)
-        choose = Chooser(self.rule, group["stochastic_rounding"])
+        choose = ChoiceCache(self.rule, group["stochastic_rounding"])
         for i, (p, g) in enumerate(zip(self.params, grads, strict=True)):
             if g is None:
                 continue

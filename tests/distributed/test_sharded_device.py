@@ -13,7 +13,7 @@ import fastlars
 from distributed.processes import run
 from tolerances import assert_close
 
-TYPE_MIXES: tuple[tuple[Any, dict[str, Any]], ...] = (
+OPTIMIZERS: tuple[tuple[Any, dict[str, Any]], ...] = (
     (fastlars.LARS, {"lr": 0.5, "trust_coefficient": 0.1, "weight_decay": 0.01}),
     (fastlars.LAMB, {"lr": 0.05, "weight_decay": 0.01, "max_grad_norm": 0.5}),
 )
@@ -37,11 +37,12 @@ def step_shards(device: str) -> list[tuple[Tensor, Tensor]]:
         ]
 
     found = []
-    for kind, options in TYPE_MIXES:
+    for optimizer_class, options in OPTIMIZERS:
         torch.manual_seed(5)
         twins = [nn.Parameter(torch.randn(size)) for size in ((5, 3), (3, 6), (7,))]
         params = [nn.Parameter(p) for p in spread([t.detach() for t in twins])]
-        reference, optimizer = kind(twins, **options), kind(params, **options)
+        reference = optimizer_class(twins, **options)
+        optimizer = optimizer_class(params, **options)
         for _ in range(3):
             for twin in twins:
                 twin.grad = torch.randn(twin.shape)

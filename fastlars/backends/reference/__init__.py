@@ -1,4 +1,4 @@
-"""The rules in plain torch: the specification that every other back end is tested against.
+"""The rules in plain torch: the specification against which every other back end is tested.
 
 A rule's equations are in the module of its name: ``rule.name``. Symbols are those of
 docs/numerics.md, "Notation". For one parameter, where w and g are the weight and the scaled
@@ -6,15 +6,15 @@ gradient in the type of the arithmetic, and states and counter are stored tensor
 
 * ``measured(rule, w, g, states, counter)``: the ``rule.sums`` tensors whose norms are taken;
 * ``trust_ratio(rule, lr, *norms)``: the ratio q;
-* ``advance(rule, w, g, states)``: writes the states, where ``rule.measure_writes``;
-* ``update(rule, lr, q, w, g, states, counter)``: the new weight; writes all other states.
+* ``advance(rule, w, g, states)``: writes the states of a rule with ``measure_writes``;
+* ``update(rule, lr, q, w, g, states, counter)``: returns the new weight; writes all other states.
 
-Counters are kept here. Where they count steps, they have counted the present one when any of these
-is called; else they hold the learning rate of the step before.
+This module advances the counters. When these functions are called, a counter of steps has counted
+this step already; a counter that holds a learning rate still holds that of the step before.
 
 This back end serves float64 and strided tensors, and any device that no other back end serves.
-Arithmetic is float32 for float32 and below, float64 for float64; sums of squares are float64
-wherever the device has it.
+Arithmetic is float64 for float64 and float32 for all other types; sums of squares are float64 on
+devices that have it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fastlars.rules import GradientNorm, Rule
 
 @cache
 def equations(name: str) -> ModuleType:
-    """The module with the equations of the rule of that name."""
+    """The module with the equations of a rule, named after it."""
     return import_module(f"{__name__}.{name}")
 
 
@@ -48,8 +48,8 @@ def _sum_of_squares(x: Tensor) -> float:
     return float(x.to(exact).square().sum())
 
 
-def _stochastically(value: Tensor, seed: int, tensor: int) -> Tensor:
-    """float32 to bfloat16, up with the probability of the bits that are cut off."""
+def _round_stochastically(value: Tensor, seed: int, tensor: int) -> Tensor:
+    """float32 to bfloat16, rounded up with a probability proportional to the truncated bits."""
     generator = torch.Generator("cpu").manual_seed((seed + 0x9E3779B9 * tensor) % 2**63)
     shape = value.shape
     random = torch.randint(2**16, shape, generator=generator, dtype=torch.int32, device="cpu")
@@ -59,7 +59,7 @@ def _stochastically(value: Tensor, seed: int, tensor: int) -> Tensor:
 
 
 class Reference:
-    """Plain torch, a tensor at a time."""
+    """Steps one tensor at a time, with torch operations."""
 
     name = "reference"
     reads_device = False
@@ -89,7 +89,7 @@ class Reference:
     def _each(
         self, tensors: Tensors, scalars: StepScalars
     ) -> Iterator[tuple[Tensor, Tensor, list[Tensor], Tensor | None]]:
-        """Of each parameter: w, g, states and counter."""
+        """w, g, states and counter of each parameter."""
         dtype = _arithmetic(tensors.dtypes.weight)
         for i, (w, g) in enumerate(zip(tensors.weights, tensors.grads, strict=True)):
             states = [each[i] for each in tensors.states]
@@ -139,7 +139,7 @@ class Reference:
     def _store(self, bound: Tensors, i: int, new: Tensor, seed: int | None) -> None:
         weight = bound.weights[i]
         if seed is not None and weight.dtype == torch.bfloat16:
-            new = _stochastically(new, seed, i)
+            new = _round_stochastically(new, seed, i)
         weight.copy_(new)
         if bound.copies is not None:
             bound.copies[i].copy_(new)

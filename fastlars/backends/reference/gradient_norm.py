@@ -1,4 +1,4 @@
-"""The gradient alone, for a global norm."""
+"""The norm of the gradient, for the global norm."""
 
 from __future__ import annotations
 

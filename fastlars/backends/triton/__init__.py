@@ -1,1 +1,1 @@
-"""The Triton back end: the same rules on any GPU, compiled when they are first used."""
+"""The Triton back end: the same rules on any GPU, with kernels that are compiled at first use."""

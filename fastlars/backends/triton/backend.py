@@ -1,4 +1,4 @@
-"""The Triton back end: launches over tables on the device, without waiting for it."""
+"""The Triton back end: launches on the current stream. The host never waits for the device."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from triton.runtime.interpreter import InterpretedFunction
 from fastlars.backends import cpu
 from fastlars.backends.base import Dtypes, StepScalars, Tensors, checked_sums
 from fastlars.backends.triton import sums
-from fastlars.backends.triton.common import argument
+from fastlars.backends.triton.common import rule_argument
 from fastlars.backends.triton.memory import Types
-from fastlars.backends.triton.table import Addresses, Chunks
-from fastlars.backends.upload import Sender, current, is_capturing
+from fastlars.backends.triton.table import AddressTable, ChunkTables
+from fastlars.backends.upload import Uploader, device_guard, is_capturing
 from fastlars.rules import GradientNorm, Rule
 
-LANES = 128
-# Fused multiply-adds round once where other back ends round twice.
+LANES = 128  # numbers that a program of `sums.total` and `sums.advance` works on at once
+# Without fused multiply-add, which rounds once where other back ends round twice.
 OPTIONS: dict[str, Any] = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
-# For the kernels over tensors rather than elements.
+# For kernels that work on a few numbers per tensor and not on its elements.
 SMALL_OPTIONS: dict[str, Any] = {**OPTIONS, "num_warps": 1}
 DTYPES = {
     torch.float32: tl.constexpr(tl.float32),
@@ -35,14 +35,14 @@ DTYPES = {
 
 @lru_cache
 def kernels(name: str) -> tuple[Any, dict[str, Any]]:
-    """The module of the rule of that name, and the options to launch its kernels with."""
+    """The module that is named after the rule, and the launch options of its kernels."""
     module = import_module(f"{__package__}.{name}")
     return module, {**OPTIONS, **getattr(module, "OPTIONS", {})}
 
 
 @lru_cache
 def types_of(dtypes: Dtypes, has_states: bool, rounds: bool) -> Types:
-    """The types as one argument of a kernel. ``rounds``: a seed of stochastic rounding is given."""
+    """The types as one kernel argument. ``rounds``: a seed for stochastic rounding is given."""
     return Types(
         weight=DTYPES[dtypes.weight],
         grad=DTYPES[dtypes.grad],
@@ -54,27 +54,27 @@ def types_of(dtypes: Dtypes, has_states: bool, rounds: bool) -> Types:
     )
 
 
-def interprets() -> bool:
-    """Whether kernels run in Triton's interpreter, which also serves CPU tensors, slowly."""
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter: slow, but CPU tensors can be stepped."""
     return isinstance(sums.total, InterpretedFunction)
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What weights of given shapes need for every step."""
+class TritonLayout:
+    """What weights of given shapes need at every step; it outlives the tensors of one step."""
 
-    checked: Any  # fastlars._C.Layout
-    sender: Sender
-    chunks: Chunks
-    addresses: Addresses
+    expected: Any  # fastlars._C.Layout: what `bind` compares tensors with
+    uploader: Uploader
+    chunks: ChunkTables
+    addresses: AddressTable
 
 
 @dataclass(frozen=True)
-class Bound:
-    """Addresses on the device, and the tensors that own them."""
+class TritonBoundTensors:
+    """Checked tensors, and the tables of their chunks and addresses on the device."""
 
-    chunks: Chunks
-    table: Tensor
+    chunks: ChunkTables
+    table: Tensor  # of addresses
     tensors: Tensors
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -83,15 +83,15 @@ class Bound:
     def arguments(
         self, rule: Rule | GradientNorm, scalars: StepScalars, rounds: bool
     ) -> dict[str, Any]:
-        """What ``measure`` and ``apply`` of every rule take."""
+        """The arguments that the kernels ``measure`` and ``apply`` of every rule share."""
         return {
             "table": self.table,
             "numel": self.chunks.numel,
-            "chunks": self.chunks.chunk,
+            "chunks": self.chunks.entries,
             "device_scalars": scalars.doubles,
             "lr": scalars.lr,
             "gradient_scale": scalars.gradient_scale,
-            "rule": argument(rule),
+            "rule": rule_argument(rule),
             "types": types_of(self.tensors.dtypes, bool(self.tensors.states), rounds),
         }
 
@@ -99,40 +99,42 @@ class Bound:
 class Triton:
     """float32, bfloat16 and float16 weights and gradients in any mix; float32 or bfloat16 states.
 
-    ``measure`` takes two launches, ``apply`` one, and one more where a counter is left to advance,
-    whatever the number of tensors. Sums of squares have the same bits from run to run.
+    For any number of tensors, ``measure`` takes two launches, and ``apply`` takes one, or two if
+    it advances counters. Sums of squares have the same bits in every run.
     """
 
     name = "triton"
     reads_device = True
 
     def __init__(self) -> None:
-        self._checks = cpu.Cpu()
+        self._checker = cpu.Cpu()
 
-    def layout(self, weights: list[Tensor]) -> Layout:
-        sender = Sender(weights)
-        checked = self._checks.layout(weights)
-        chunks = Chunks(weights, sender)
-        return Layout(checked, sender, chunks, Addresses(len(weights), sender))
+    def layout(self, weights: list[Tensor]) -> TritonLayout:
+        uploader = Uploader(weights)
+        expected = self._checker.layout(weights)
+        chunks = ChunkTables(weights, uploader)
+        return TritonLayout(expected, uploader, chunks, AddressTable(len(weights), uploader))
 
-    def bind(self, tensors: Tensors, layout: Layout) -> Bound:
-        checked = self._checks.bind(tensors, layout.checked)
+    def bind(self, tensors: Tensors, layout: TritonLayout) -> TritonBoundTensors:
+        tensor_list = self._checker.bind(tensors, layout.expected).tensor_list
         if is_capturing(layout.chunks.device):
-            layout.sender.recorded.append(layout.chunks)
-        return Bound(layout.chunks, layout.addresses.table(checked.native), tensors)
+            layout.uploader.read_at_replay.append(layout.chunks)
+        return TritonBoundTensors(layout.chunks, layout.addresses.get(tensor_list), tensors)
 
-    def measure(self, rule: Rule | GradientNorm, bound: Bound, scalars: StepScalars) -> Tensor:
+    def measure(
+        self, rule: Rule | GradientNorm, bound: TritonBoundTensors, scalars: StepScalars
+    ) -> Tensor:
         chunks = bound.chunks
         module, options = kernels(rule.name)
-        found = bound.empty(chunks.tensors, rule.sums, dtype=torch.float64)
-        slots = bound.empty(chunks.count, rule.sums, dtype=torch.float64)
-        with current(chunks.device):
-            module.measure[(chunks.count,)](
+        found = bound.empty(chunks.tensor_count, rule.sums, dtype=torch.float64)
+        slots = bound.empty(chunks.chunk_count, rule.sums, dtype=torch.float64)
+        with device_guard(chunks.device):
+            module.measure[(chunks.chunk_count,)](
                 **bound.arguments(rule, scalars, rounds=False), slots=slots, **options
             )
-            sums.total[(chunks.tensors, rule.sums)](
+            sums.total[(chunks.tensor_count, rule.sums)](
                 bound.table,
-                chunks.first,
+                chunks.first_chunk,
                 slots,
                 found,
                 scalars.doubles,
@@ -145,13 +147,15 @@ class Triton:
             )
         return found
 
-    def apply(self, rule: Rule, bound: Bound, scalars: StepScalars, sums: Tensor | None) -> Tensor:
+    def apply(
+        self, rule: Rule, bound: TritonBoundTensors, scalars: StepScalars, sums: Tensor | None
+    ) -> Tensor:
         chunks = bound.chunks
         module, options = kernels(rule.name)
-        ratios = bound.empty(chunks.tensors, dtype=torch.float32)
+        ratios = bound.empty(chunks.tensor_count, dtype=torch.float32)
         sums = checked_sums(rule, sums, len(ratios), ratios.device)
-        with current(chunks.device):
-            module.apply[(chunks.count,)](
+        with device_guard(chunks.device):
+            module.apply[(chunks.chunk_count,)](
                 **bound.arguments(rule, scalars, rounds=scalars.seed is not None),
                 sums=sums,
                 ratios=ratios,
@@ -162,18 +166,18 @@ class Triton:
                 _advance(rule, bound, scalars)
         return ratios
 
-    def step(self, rule: Rule, bound: Bound, scalars: StepScalars) -> Tensor:
+    def step(self, rule: Rule, bound: TritonBoundTensors, scalars: StepScalars) -> Tensor:
         return self.apply(
             rule, bound, scalars, self.measure(rule, bound, scalars) if rule.adapt else None
         )
 
 
-def _advance(rule: Rule, bound: Bound, scalars: StepScalars) -> None:
-    """In a launch of its own: programs of the last one may still read the counters."""
-    tensors = bound.chunks.tensors
-    sums.advance[((tensors + LANES - 1) // LANES,)](
+def _advance(rule: Rule, bound: TritonBoundTensors, scalars: StepScalars) -> None:
+    """Advance the counters in a separate launch: programs of ``apply`` may still read them."""
+    count = bound.chunks.tensor_count
+    sums.advance[((count + LANES - 1) // LANES,)](
         bound.table,
-        tensors,
+        count,
         scalars.doubles,
         scalars.lr,
         COUNTS_STEPS=rule.counts_steps,

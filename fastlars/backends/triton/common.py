@@ -1,9 +1,9 @@
-"""What rules share on Triton: csrc/rules/common.h line by line, and rules as kernel arguments.
+"""Shared by all rules on Triton: csrc/rules/common.h line by line; rules as kernel arguments.
 
-The file ``<name>.py`` of a rule holds its arithmetic and its kernels ``measure`` and ``apply``, and
-the back end finds it by that name. Kernels compute a tensor's coefficients in float64, then update
-chunks in float32. Division and square root are rounded as IEEE 754 says, and kernels are compiled
-without fused multiply-add, so that all back ends round alike.
+A rule's module has the rule's name, and holds its arithmetic and its kernels ``measure`` and
+``apply``. Kernels compute a tensor's coefficients in float64, then update chunks in float32.
+Division and square root round as IEEE 754 requires, and kernels are compiled without fused
+multiply-add, so that all back ends round alike.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ NUMBER_OFFSET = tl.constexpr(2**52 + 1)
 
 
 def encode(value: float) -> int:
-    """A float of at least 0 as an integer, from which :func:`decoded` makes a float64.
+    """A float of at least 0 as an integer that :func:`decoded` turns back into a float64.
 
-    Triton turns floats in a tuple into float32, and compiles a kernel anew for an integer there
-    that is 1, a multiple of 16, or fits 32 bits. 2 * bits + 1 + 2^52, wrapped to int64, is none of
-    them for any float from 0 to infinity: it is odd, and at least 2^52 - 1 away from 0.
+    Triton makes a float32 of every float in a tuple, so integers are passed. It compiles a kernel
+    anew for an integer that is 1, a multiple of 16, or fits 32 bits. 2 * bits + 1 + 2^52, wrapped
+    to int64, is none of these for any float from 0 to infinity: it is odd, and at least 2^52 - 1
+    away from 0.
     """
-    (bits,) = struct.unpack("<Q", struct.pack("<d", value + 0.0))  # + 0.0: -0.0 has a sign
+    (bits,) = struct.unpack("<Q", struct.pack("<d", value + 0.0))  # + 0.0: turns -0.0 into 0.0
     encoded = 2 * bits + NUMBER_OFFSET.value
     return int.from_bytes(encoded.to_bytes(8, "little"), "little", signed=True)
 
@@ -41,12 +42,12 @@ def _argument_type(rule: str, names: tuple[str, ...]) -> Any:
 
 
 @lru_cache(maxsize=1024)  # a schedule of momentum or weight decay makes a new rule every step
-def argument(rule: Rule | GradientNorm) -> Any:
-    """The rule's ``constants`` as one argument of a kernel.
+def rule_argument(rule: Rule | GradientNorm) -> Any:
+    """The rule's ``constants`` as one kernel argument.
 
-    Numbers are encoded. Words and flags are known at compile time, and words stay words. Kernels
-    annotate it as ``rules.LarsRule`` etc., so that mypy knows its fields and words; Triton takes
-    no class there that was imported by its own name.
+    Words and flags are compile-time constants; numbers are encoded. Kernels annotate the argument
+    as ``rules.LarsRule`` etc., so that mypy knows the fields. Not as ``LarsRule``: Triton rejects
+    the annotation if the class was imported by its own name.
     """
     values = [
         tl.constexpr(getattr(rule, name))
@@ -58,18 +59,19 @@ def argument(rule: Rule | GradientNorm) -> Any:
 
 
 class StepScalars(NamedTuple):
-    """What changes from step to step, in float64."""
+    """A step's scalars, in float64."""
 
     lr: tl.tensor
     gradient_scale: tl.tensor
-    step_taken: tl.tensor  # false: nothing is to be changed
+    step_taken: tl.tensor  # false: the step changes nothing
 
 
 @triton.jit
 def step_scalars(
     device_scalars: tl.tensor, lr: tl.tensor, gradient_scale: tl.tensor
 ) -> StepScalars:
-    """From the device where it has them, so that the host need not wait; else by value."""
+    """Read from ``device_scalars`` if given, so that the host need not wait for them; otherwise the
+    values that were passed."""
     if device_scalars is None:
         scalars = StepScalars(double(lr), double(gradient_scale), double(0.0) == 0.0)
     else:
@@ -80,13 +82,13 @@ def step_scalars(
 
 @triton.jit
 def decoded(encoded: tl.tensor) -> tl.tensor:
-    """The float64 that :func:`encode` was given."""
+    """The float64 that was passed to :func:`encode`."""
     return ((encoded.to(tl.uint64) - NUMBER_OFFSET) >> 1).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def double(value: tl.tensor) -> tl.tensor:
-    """A float64, also of a Python number, which is what the interpreter passes."""
+    """``value`` as a float64. Triton's interpreter passes Python numbers, which have no ``to``."""
     return tl.full((), value, tl.float64)
 
 
@@ -98,7 +100,8 @@ def single(value: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def coefficient(value: tl.tensor) -> tl.tensor:
-    """lr * ratio can overflow float32 even where the ratio does not: it is then the largest."""
+    """``value`` as a float32, clamped to the largest one: lr * ratio can overflow even where the
+    ratio does not."""
     return single(tl.where((value > LARGEST_FLOAT) & (value < INFINITY), LARGEST_FLOAT, value))
 
 
@@ -121,7 +124,7 @@ def guarded_ratio(
     """numerator / denominator; 1 where either sum of squares is 0 or NaN."""
     nonzero = (weight > 0.0) & (update > 0.0)
     ratio = numerator / tl.where(nonzero, denominator, double(1.0))
-    # Gradients around 1e-40 ask for more than a float holds. The largest float times such a
-    # gradient is still a sensible step, infinity times it is not.
+    # The ratio overflows float32 for gradients around 1e-40. The largest float times such a
+    # gradient is a sensible step; infinity times it is not.
     ratio = tl.where((ratio > LARGEST_FLOAT) & (numerator < INFINITY), double(LARGEST_FLOAT), ratio)
     return tl.where(nonzero, ratio, double(1.0))

@@ -1,4 +1,4 @@
-"""The norm of gradients alone, for a global norm."""
+"""The norm of the gradients, for the global norm."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def measure(
     rule: rules.GradientNorm,
     types: Types,
 ) -> None:
-    """The sum of squares of the scaled gradient."""
+    """Store the sum of squares of the scaled gradient."""
     scalars = step_scalars(device_scalars, lr, gradient_scale)
     chunk = locate(table, numel, chunks, scalars)
     scale = single(scalars.gradient_scale)

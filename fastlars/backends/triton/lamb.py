@@ -1,4 +1,4 @@
-"""LAMB: csrc/rules/lamb.h line by line, and its kernels, with one chunk a program."""
+"""LAMB: csrc/rules/lamb.h line by line, and its kernels, in which each program has one chunk."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from fastlars.backends.triton.sums import load_sums, store_sums
 
 
 class LambCoefficients(NamedTuple):
-    """float32, one each per tensor."""
+    """float32 coefficients of one tensor."""
 
     gradient_scale: tl.tensor
     gradient_decay: tl.tensor
@@ -122,7 +122,7 @@ def coefficients(
 def moments(
     c: LambCoefficients, w: tl.tensor, g: tl.tensor, m: tl.tensor, v: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor]:
-    # Not + 0 w: an infinite weight would make NaN of moments that it has no part in.
+    # Without decay, not even 0 * w is added: for an infinite weight it would be NaN.
     scaled = c.gradient_scale * g
     d = tl.where(c.gradient_decay != 0.0, scaled + c.gradient_decay * w, scaled)
     m = c.beta1 * m + c.gradient_weight * d
@@ -132,7 +132,7 @@ def moments(
 
 @triton.jit
 def direction(c: LambCoefficients, w: tl.tensor, m: tl.tensor, v: tl.tensor) -> tl.tensor:
-    """u, whose norm the ratio divides by."""
+    """u: the trust ratio divides by its norm."""
     r = tl.div_rn(c.correction1 * m, tl.sqrt_rn(c.correction2 * v) + c.eps)
     return tl.where(c.update_decay != 0.0, r + c.update_decay * w, r)
 
@@ -146,7 +146,8 @@ def updated(c: LambCoefficients, w: tl.tensor, u: tl.tensor) -> tl.tensor:
 def _advance_moments(
     chunk: Chunk, c: LambCoefficients, w: tl.tensor, types: Types, ALIGNED: tl.constexpr
 ) -> tl.tensor:
-    """Returns the direction, from the moments as they are stored: that is what apply reads."""
+    """Advance and store the moments. Returns the direction, computed from the moments as they were
+    rounded when stored: ``apply`` reads these."""
     base1 = address(chunk, STATE)
     base2 = address(chunk, STATE + 1)
     g = read(address(chunk, GRAD), chunk, types.grad, ALIGNED)
@@ -165,7 +166,8 @@ def _measure(
     w = read(address(chunk, WEIGHT), chunk, types.weight, ALIGNED)
     u = _advance_moments(chunk, c, w, types, ALIGNED)
     if not ALIGNED:
-        # After the end all are zeros, whose direction of 0 / (0 + eps) is NaN for an eps of 0.
+        # After the end of the tensor all values are 0, and the direction 0 / (0 + eps) is NaN for
+        # eps = 0.
         u = tl.where(tl.arange(0, BLOCK) < chunk.size, u, 0.0)
     store_sums(slots, (w, u))
 
@@ -201,7 +203,7 @@ def measure(
     rule: rules.LambRule,
     types: Types,
 ) -> None:
-    """Advances the moments; the sums of squares of w and of u."""
+    """Advance the moments, and store the sums of squares of w and of u."""
     scalars = step_scalars(device_scalars, lr, gradient_scale)
     chunk = locate(table, numel, chunks, scalars)
     c = coefficients(rule, scalars, load_counter(chunk) + 1.0, double(1.0))
@@ -225,7 +227,7 @@ def apply(
     rule: rules.LambRule,
     types: Types,
 ) -> None:
-    """Writes weights and ratios, and the moments of a rule that does not adapt."""
+    """Write weights and ratios; and the moments, if the rule does not adapt."""
     scalars = step_scalars(device_scalars, lr, gradient_scale)
     chunk = locate(table, numel, chunks, scalars)
     ratio = double(1.0)
@@ -234,7 +236,7 @@ def apply(
         weight, update = load_sums(sums, chunk, 2)
         ratio = trust_ratio(rule, scalars, weight, update)
     else:
-        step += 1.0  # measure, which has already counted this step, was not called
+        step += 1.0  # otherwise `measure` has counted this step already
     store_ratio(ratios, chunk, ratio)
     c = coefficients(rule, scalars, step, ratio)
     if chunk.whole:

@@ -1,4 +1,4 @@
-"""LARS: csrc/rules/lars.h line by line, and its kernels, with one chunk a program."""
+"""LARS: csrc/rules/lars.h line by line, and its kernels, in which each program has one chunk."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ NEVER_STEPPED = tl.constexpr(rules.LarsRule.NEVER_STEPPED)
 
 
 class LarsCoefficients(NamedTuple):
-    """float32, one each per tensor."""
+    """float32 coefficients of one tensor."""
 
     gradient_scale: tl.tensor
     weight_decay: tl.tensor
-    decay: tl.tensor  # of the buffer: momentum, corrected for a changed learning rate
+    decay: tl.tensor  # factor of the buffer: momentum, corrected for a changed learning rate
     one_minus_dampening: tl.tensor  # 1 in the first step
-    inner: tl.tensor  # what d is multiplied with before it enters the buffer
-    outer: tl.tensor  # what the buffer is multiplied with before it leaves the weight
+    inner: tl.tensor  # factor of d, before it is added to the buffer
+    outer: tl.tensor  # factor of the buffer, before it is subtracted from the weight
     momentum: tl.tensor
 
 
@@ -102,7 +102,7 @@ def coefficients(
 
 @triton.jit
 def measured(rule: rules.LarsRule, c: LarsCoefficients, w: tl.tensor, g: tl.tensor) -> tl.tensor:
-    """The second norm is that of this value: g, or g + wd w."""
+    """The vector whose norm is the second one: g, or g + wd w."""
     scaled = c.gradient_scale * g
     if rule.ratio == "combined":
         scaled = scaled + c.weight_decay * w
@@ -176,7 +176,7 @@ def measure(
     rule: rules.LarsRule,
     types: Types,
 ) -> None:
-    """The sums of squares of w, and of g or g + wd w."""
+    """Store the sums of squares of w, and of g or g + wd w."""
     scalars = step_scalars(device_scalars, lr, gradient_scale)
     chunk = locate(table, numel, chunks, scalars)
     c = coefficients(rule, scalars, single(NEVER_STEPPED), double(1.0))
@@ -200,7 +200,7 @@ def apply(
     rule: rules.LarsRule,
     types: Types,
 ) -> None:
-    """Writes buffers, weights and ratios."""
+    """Write buffers, weights and ratios."""
     scalars = step_scalars(device_scalars, lr, gradient_scale)
     chunk = locate(table, numel, chunks, scalars)
     ratio = double(1.0)

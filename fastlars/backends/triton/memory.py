@@ -1,8 +1,8 @@
-"""Where chunks lie, and how they are read and written: csrc/core's dtype.h, random.h and chunks.h.
+"""Reads and writes chunks of tensors: csrc/core's dtype.h, random.h and chunks.h for Triton.
 
-Addresses come from a table of 64-bit integers on the device, a row per tensor, so that one launch
-serves any number of tensors. bfloat16 is converted through its bits: the interpreter then runs what
-a GPU runs, and both round to nearest even.
+Addresses come from a table of 64-bit integers on the device, one row per tensor, so that one launch
+serves any number of tensors. bfloat16 is converted by integer operations on its bits: Triton's
+interpreter truncates it, and would compute other results than a GPU, which rounds to nearest even.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import triton.language as tl
 from fastlars import _C
 from fastlars.backends.triton.common import StepScalars
 
-# Elements of a chunk, which one program works on. It fixes the order of sums, and so their bits.
+# Elements of a chunk; each program works on one chunk. Another size would add up sums in another
+# order, and so change their bits.
 BLOCK = tl.constexpr(4096)
 
-# Columns of the address table, which csrc/core/tensors.h writes. One for each state follows.
+# Columns of the address table, as csrc/core/tensors.h writes it. From STATE on, one for each state.
 COLUMNS = tl.constexpr(_C.TABLE_COLUMNS)
 WEIGHT, GRAD, COPY, COUNTER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 STATE = tl.constexpr(4)
 
 
 class Types(NamedTuple):
-    """How tensors are stored; of each combination kernels are compiled anew."""
+    """How tensors are stored. Kernels are compiled anew for each combination."""
 
     weight: tl.constexpr
     grad: tl.constexpr
@@ -37,23 +38,24 @@ class Types(NamedTuple):
 class Chunk(NamedTuple):
     """The elements that one program works on."""
 
-    tensor: tl.tensor
-    begin: tl.tensor
+    tensor: tl.tensor  # index in the list
+    begin: tl.tensor  # its first element
     size: tl.tensor
-    whole: tl.tensor  # as many elements as a block, on 16-byte boundaries in all tensors
-    row: tl.tensor  # of its tensor in the address table
+    whole: tl.tensor  # true: BLOCK elements, on 16-byte boundaries in all arrays
+    row: tl.tensor  # the tensor's row of the address table
 
 
 @triton.jit
 def locate(table: tl.tensor, numel: tl.tensor, chunks: tl.tensor, scalars: StepScalars) -> Chunk:
-    """This program's chunk; without elements where the step is to be skipped."""
+    """This program's chunk; empty if the step is skipped."""
     program = tl.program_id(0)
     tensor = tl.load(chunks + 2 * program)
     begin = tl.load(chunks + 2 * program + 1).to(tl.int64) * BLOCK
     size = tl.minimum(tl.load(numel + tensor) - begin, BLOCK).to(tl.int32)
     size = tl.where(scalars.step_taken, size, 0)
     row = table + tensor.to(tl.int64) * COLUMNS
-    # Absent tensors have the address 0. A chunk begins at a multiple of the block.
+    # Whether all arrays are aligned: a chunk begins at a multiple of BLOCK elements, so only base
+    # addresses matter. Absent tensors have the address 0.
     every = tl.load(row + WEIGHT) | tl.load(row + GRAD) | tl.load(row + COPY)
     for column in tl.static_range(STATE, COLUMNS):
         every = every | tl.load(row + column)
@@ -67,14 +69,14 @@ def address(chunk: Chunk, COLUMN: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def load_counter(chunk: Chunk) -> tl.tensor:
-    """The tensor's counter; 0 without one."""
+    """The tensor's counter; 0 if the rule has none."""
     base = address(chunk, COUNTER)
     return tl.load(base.to(tl.pointer_type(tl.float32)), mask=base != 0, other=0.0)
 
 
 @triton.jit
 def store_ratio(ratios: tl.tensor, chunk: Chunk, ratio: tl.tensor) -> None:
-    """The first chunk of each tensor reports its trust ratio."""
+    """Store the tensor's trust ratio; only the tensor's first chunk does."""
     if chunk.begin == 0:
         tl.store(ratios + chunk.tensor, ratio.to(tl.float32))
 
@@ -83,7 +85,7 @@ def store_ratio(ratios: tl.tensor, chunk: Chunk, ratio: tl.tensor) -> None:
 def pointers(
     base: tl.tensor, chunk: Chunk, DTYPE: tl.constexpr, ALIGNED: tl.constexpr
 ) -> tl.tensor:
-    """Of a chunk's elements. ALIGNED: the chunk is whole, which allows wide accesses."""
+    """Pointers to a chunk's elements. ALIGNED: the chunk is whole, so accesses can be wide."""
     STORAGE: tl.constexpr = tl.uint16 if DTYPE == tl.bfloat16 else DTYPE
     first = base.to(tl.pointer_type(STORAGE)) + chunk.begin
     if ALIGNED:
@@ -93,7 +95,7 @@ def pointers(
 
 @triton.jit
 def to_float(value: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
-    """float32 of what was loaded."""
+    """A loaded value as float32."""
     if DTYPE == tl.bfloat16:
         value = (value.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -103,7 +105,7 @@ def to_float(value: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def from_float(value: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
-    """What is stored for a float32: to nearest, ties to even."""
+    """A float32 in the stored type, rounded to nearest, ties to even."""
     if DTYPE == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -116,13 +118,13 @@ def from_float(value: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def stored(value: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
-    """What a later load of the stored value gives."""
+    """The value as a later load would return it, after it was stored."""
     return to_float(from_float(value, DTYPE), DTYPE)
 
 
 @triton.jit
 def read(base: tl.tensor, chunk: Chunk, DTYPE: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
-    """A chunk as float32, with zeros after its end."""
+    """A chunk as float32; zeros after its end."""
     at = pointers(base, chunk, DTYPE, ALIGNED)
     inside = tl.arange(0, BLOCK) < chunk.size
     value = tl.load(at) if ALIGNED else tl.load(at, mask=inside, other=0)
@@ -133,7 +135,7 @@ def read(base: tl.tensor, chunk: Chunk, DTYPE: tl.constexpr, ALIGNED: tl.constex
 def store_raw(
     base: tl.tensor, chunk: Chunk, value: tl.tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr
 ) -> None:
-    """Store what :func:`from_float` returned."""
+    """Store a value that is already in the stored type."""
     at = pointers(base, chunk, DTYPE, ALIGNED)
     if ALIGNED:
         tl.store(at, value)
@@ -150,17 +152,17 @@ def write(
 
 @triton.jit
 def random_bits(seed: tl.tensor, chunk: Chunk) -> tl.tensor:
-    """16 uniform bits for every element: Philox4x32-10 of (seed, tensor, element).
+    """16 uniform bits for each element: Philox4x32-10 of (seed, tensor, element).
 
-    Eight elements share one block of four words.
+    Eight elements share one Philox block of four 32-bit words.
     """
-    SHARES: tl.constexpr = BLOCK // 8
-    block = (chunk.begin // 8 + tl.arange(0, SHARES)).to(tl.uint64)
+    PHILOX_BLOCKS: tl.constexpr = BLOCK // 8
+    block = (chunk.begin // 8 + tl.arange(0, PHILOX_BLOCKS)).to(tl.uint64)
     seed = seed.to(tl.uint64)
     c0 = block.to(tl.uint32)
     c1 = (block >> 32).to(tl.uint32)
-    c2 = tl.full((SHARES,), 0, tl.uint32) + chunk.tensor.to(tl.uint32)
-    c3 = tl.full((SHARES,), 0, tl.uint32)
+    c2 = tl.full((PHILOX_BLOCKS,), 0, tl.uint32) + chunk.tensor.to(tl.uint32)
+    c3 = tl.full((PHILOX_BLOCKS,), 0, tl.uint32)
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
     for _ in tl.static_range(10):
@@ -178,7 +180,7 @@ def random_bits(seed: tl.tensor, chunk: Chunk) -> tl.tensor:
 
 @triton.jit
 def round_stochastically(value: tl.tensor, random: tl.tensor) -> tl.tensor:
-    """bfloat16 bits, rounded up with a probability in proportion to the bits that are cut off."""
+    """bfloat16 bits, rounded up with a probability proportional to the truncated bits."""
     bits = value.to(tl.uint32, bitcast=True)
     finite = (bits & 0x7F800000) != 0x7F800000
     stochastic = ((bits + random) >> 16).to(tl.uint16)
@@ -189,7 +191,7 @@ def round_stochastically(value: tl.tensor, random: tl.tensor) -> tl.tensor:
 def write_weight(
     chunk: Chunk, value: tl.tensor, seed: tl.tensor, types: Types, ALIGNED: tl.constexpr
 ) -> None:
-    """The weights, rounded to nearest or stochastically, and their low-precision copy if any."""
+    """Store the weights, rounded to nearest or stochastically, and their low-precision copies."""
     base = address(chunk, WEIGHT)
     if types.stochastic_rounding:
         rounded = round_stochastically(value, random_bits(seed, chunk))

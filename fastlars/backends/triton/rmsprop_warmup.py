@@ -1,5 +1,5 @@
-"""RMSprop warm-up: csrc/rules/rmsprop_warmup.h line by line, and its kernel, with one chunk a
-program."""
+"""RMSprop warm-up: csrc/rules/rmsprop_warmup.h line by line, and its kernel, in which each program
+has one chunk."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from fastlars.backends.triton.memory import (
     write_weight,
 )
 
-# With 8 warps, four arrays and a division would take 180 registers of each of their 256 threads.
+# With 8 warps, four arrays and a division take 180 registers a thread; with 16 warps they take 104.
 OPTIONS = {"num_warps": 16}
 
 
 class RmspropWarmupCoefficients(NamedTuple):
-    """float32, one each per tensor."""
+    """float32 coefficients of one tensor."""
 
     gradient_scale: tl.tensor
     weight_decay: tl.tensor
@@ -48,7 +48,7 @@ class RmspropWarmupCoefficients(NamedTuple):
     sgd: tl.tensor  # the share of SGD
     rmsprop: tl.tensor  # (1 - that share) lr_rmsprop / lr
     lr: tl.tensor
-    warming: tl.tensor  # false: the share is 1 for good, and squares are neither read nor written
+    warming: tl.tensor  # false: the share stays 1, so squares are neither read nor written
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def sgd_share(rule: rules.RmspropWarmupRule, steps: tl.tensor) -> tl.tensor:
     center_steps = decoded(rule.center_steps)
     left = tl.maximum(center_steps - steps, double(0.0))
     share = tl.minimum(0.5 + (steps - center_steps) / decoded(rule.rise), double(1.0))
-    # These two are in the rule's numbers alone.
+    # `below` and `shrink` are computed for `constants`; they are no fields that mypy knows.
     before = decoded(rule.below) * power(decoded(rule.shrink), left)  # type: ignore[attr-defined]
     return tl.where(steps < center_steps, before, share)
 
@@ -90,7 +90,7 @@ def coefficients(
 def update(
     c: RmspropWarmupCoefficients, d: tl.tensor, buffer: tl.tensor, square: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The advanced buffer and mean of squares, of the decayed gradient."""
+    """The advanced buffer and mean of squares; d is the gradient with weight decay."""
     square = c.square_decay * square + c.square_weight * (d * d)
     direction = c.sgd * d + c.rmsprop * tl.div_rn(d, tl.sqrt_rn(square) + c.eps)
     return c.momentum * buffer + direction, square
@@ -134,7 +134,7 @@ def apply(
     rule: rules.RmspropWarmupRule,
     types: Types,
 ) -> None:
-    """Writes weights and states; there are no sums, and every ratio is 1."""
+    """Write weights, states and ratios. The rule measures no sums; every ratio is 1."""
     scalars = step_scalars(device_scalars, lr, gradient_scale)
     chunk = locate(table, numel, chunks, scalars)
     store_ratio(ratios, chunk, double(1.0))

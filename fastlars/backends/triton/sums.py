@@ -1,7 +1,8 @@
 """Sums of squares: float32 within a chunk, float64 across chunks, each in a fixed order.
 
-Every chunk has a slot of its own for each of its rule's sums, and a second launch adds up the slots
-of each tensor: no atomics, so that the bits are the same from run to run.
+Each chunk stores its sums in slots of its own, and a second launch adds up the slots of each
+tensor. Atomic additions would save this launch, but their order, and so the bits of the sum, would
+differ between runs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from fastlars.backends.triton.memory import COLUMNS, COUNTER, Chunk
 
 @triton.jit
 def sum_of_squares(x: tl.tensor) -> tl.tensor:
-    """Squares of floats beyond about 1e+-19 leave float32: such a chunk is summed in float64."""
+    """The sum over a chunk. A sum close to the limits of float32 is computed again in float64:
+    squares of values beyond about 1e19 or 1e-19 exceed these limits."""
     total = tl.sum(x * x, 0).to(tl.float64)
     if not ((total > 1e-25) & (total < 1e37)):
         wide = x.to(tl.float64)
@@ -25,7 +27,7 @@ def sum_of_squares(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def store_sums(slots: tl.tensor, values: tl.tuple) -> None:
-    """The sum of squares of each of ``values``, in the slots of this program's chunk."""
+    """Store the sum of squares of each of ``values`` in the slots of this program's chunk."""
     first = slots + len(values) * tl.program_id(0).to(tl.int64)
     for which in tl.static_range(len(values)):
         tl.store(first + which, sum_of_squares(values[which]))
@@ -33,7 +35,7 @@ def store_sums(slots: tl.tensor, values: tl.tuple) -> None:
 
 @triton.jit
 def load_sums(sums: tl.tensor, chunk: Chunk, COUNT: tl.constexpr) -> tl.tuple:
-    """The sums of the chunk's tensor."""
+    """The sums of the tensor that the chunk belongs to."""
     first = sums + COUNT * chunk.tensor.to(tl.int64)
     values = ()
     for which in tl.static_range(COUNT):
@@ -49,7 +51,7 @@ def _advance_counters(
     scalars: StepScalars,
     COUNTS_STEPS: tl.constexpr,
 ) -> None:
-    """A counter holds the number of steps taken, or else the last learning rate."""
+    """A counter holds the number of steps (COUNTS_STEPS) or the last learning rate."""
     mask = tl.where(scalars.step_taken, mask, False)
     address = tl.load(table + tensor * COLUMNS + COUNTER, mask=mask, other=0)
     counter = address.to(tl.pointer_type(tl.float32))
@@ -72,7 +74,8 @@ def total(
     COUNTS_STEPS: tl.constexpr,
     LANES: tl.constexpr,
 ) -> None:
-    """One of the COUNT sums of one tensor per program; with ADVANCES the tensor's counter, too."""
+    """Each program adds up one of the COUNT sums of one tensor; with ADVANCES, one program per
+    tensor also advances its counter."""
     tensor = tl.program_id(0).to(tl.int64)
     which = tl.program_id(1)
     begin = tl.load(first + tensor)
@@ -96,7 +99,7 @@ def advance(
     COUNTS_STEPS: tl.constexpr,
     LANES: tl.constexpr,
 ) -> None:
-    """The counters of LANES tensors per program, after the step."""
+    """Each program advances the counters of LANES tensors. Launched after ``apply``."""
     tensor = (tl.program_id(0) * LANES + tl.arange(0, LANES)).to(tl.int64)
     scalars = step_scalars(device_scalars, lr, 1.0)
     _advance_counters(table, tensor, tensor < count, scalars, COUNTS_STEPS)

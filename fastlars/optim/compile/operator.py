@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastlars.backends.base import Backend, Dtypes, Mismatch, StepScalars, Tensors
-from fastlars.backends.choose import Chooser
+from fastlars.backends.choose import ChoiceCache
 from fastlars.backends.upload import is_capturing
 from fastlars.optim.checks import check_lr
 from fastlars.optim.gradients import bind_copying_gradients
@@ -56,7 +56,7 @@ def _batches(
     ``states`` has all states of the first parameter, then those of the second, and so on.
     ``masters`` is empty, or has one for each float16 and bfloat16 weight.
     """
-    choose = Chooser(rule, rounds)
+    choose = ChoiceCache(rule, rounds)
     columns = [states[k :: len(rule.states)] for k in range(len(rule.states))]
     remaining = iter(masters)
     members_by_key: dict[Any, list[tuple[int, Tensor | None]]] = defaultdict(list)
