@@ -65,7 +65,7 @@ def shrink_of(rule: rules.LambRule, scalars: StepScalars) -> tl.tensor:
 def trust_ratio(
     rule: rules.LambRule, scalars: StepScalars, weight: tl.tensor, update: tl.tensor
 ) -> tl.tensor:
-    """phi(|w|) / (|u| + eps), phi(z) = min(max(z, lower), upper)."""
+    """phi(|w|) / (|u| + ratio_eps), phi(z) = min(max(z, lower), upper)."""
     shrink = shrink_of(rule, scalars)
     weight = weight * shrink * shrink
     weight_norm = tl.sqrt(weight)

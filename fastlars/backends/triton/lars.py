@@ -52,7 +52,7 @@ class LarsCoefficients(NamedTuple):
 def trust_ratio(
     rule: rules.LarsRule, scalars: StepScalars, weight: tl.tensor, update: tl.tensor
 ) -> tl.tensor:
-    """separate: h |w| / (|g| + wd |w| + eps); combined: h |w| / (|g + wd w| + eps)."""
+    """separate: eta |w| / (|g| + wd |w| + eps); combined: eta |w| / (|g + wd w| + eps)."""
     weight_norm = tl.sqrt(weight)
     denominator = tl.sqrt(update)
     if rule.ratio == "separate":
