@@ -16,7 +16,7 @@ from fastlars.backends.base import Mismatch
 from fastlars.distributed.averaging import BucketAverager, Future, compress, first_value
 from fastlars.distributed.buckets import Bucket, EarlyWork, InFlightBucket, with_known_sums
 from fastlars.distributed.late_reads import LateReads
-from fastlars.distributed.snapshots import Options, Snapshot, same_members
+from fastlars.distributed.snapshots import OptionsSnapshot, TensorSnapshot, same_param_lists
 from fastlars.distributed.validation import check_groups, has_scaler, raise_changed, raise_scaler
 from fastlars.optim.base import FusedOptimizer
 from fastlars.optim.execute import BoundBatch, StepResults
@@ -81,8 +81,8 @@ class Engine:
         self._stale = False  # the early sums are not of the gradients that there are now
         self._writes = False  # this step may write during backward
         self._early_work: EarlyWork | None = None
-        self._options: Options | None = None  # at the first bucket
-        self._snapshot: Snapshot | None = None  # at the end of backward
+        self._options: OptionsSnapshot | None = None  # at the first bucket
+        self._snapshot: TensorSnapshot | None = None  # at the end of backward
         self._slices: list[GroupSlice] = []  # of the buckets of this backward pass
         self.in_flight: list[InFlightBucket] = []
         if self.reads is not None:
@@ -143,8 +143,8 @@ class Engine:
     def _begin(self) -> None:
         """At the first bucket of a step: compare with everything that may have changed since."""
         self._begun, self._gradients_used = True, False
-        self._options = Options(self.optimizer)
-        if not same_members(self._members, self._options.members):
+        self._options = OptionsSnapshot(self.optimizer)
+        if not same_param_lists(self._members, self._options.members):
             # Slices know parameters by their index in their group.
             self._members = self._options.members
             self._buckets.clear()
@@ -253,7 +253,7 @@ class Engine:
         held = [every.get(p, {}).values() for p in params] if self._early_work else []
         states = [value for values in held for value in values if isinstance(value, Tensor)]
         exact = self._debug or self._watched < WATCHED_STEPS
-        self._snapshot = Snapshot(params, None if self._dtype else reduced, states, exact)
+        self._snapshot = TensorSnapshot(params, None if self._dtype else reduced, states, exact)
 
     def is_under_way(self) -> bool:
         """Whether a step has begun that ``optimizer.step()`` is to finish."""

@@ -108,8 +108,3 @@ def _comparable(value: Any) -> Any:
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return id(value), value._version
     return comparable_copy(value)
-
-
-Snapshot = TensorSnapshot  # old name
-Options = OptionsSnapshot  # old name
-same_members = same_param_lists  # old name

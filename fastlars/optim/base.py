@@ -13,13 +13,13 @@ from torch.autograd import profiler
 from torch.optim import optimizer
 
 from fastlars.optim import checkpoint
-from fastlars.optim.checks import check_lr, check_overlap, checked_rule, named
+from fastlars.optim.checks import check_lr, check_shared_memory, checked_rule, errors_at
 from fastlars.optim.compile.tracing import TracedStep
 from fastlars.optim.execute import BoundBatch, StepResults
+from fastlars.optim.group_entries import count_step, ensure_step_count, pop_param_names
 from fastlars.optim.norm import check_norm
 from fastlars.optim.options import OPTIONS
 from fastlars.optim.planner import Planner, places_of
-from fastlars.optim.shown import count_step, show_steps, take_names
 from fastlars.optim.stepper import SkipIf, Stepper, StepReadings
 from fastlars.rules import Rule, adapts
 
@@ -144,7 +144,7 @@ class FusedOptimizer(TracedStep, StepReadings, torch.optim.Optimizer):
         Unlike in torch, groups with names and groups without may be mixed:
         :func:`fastlars.parameter_groups` names parameters unasked.
         """
-        names = take_names(param_group)
+        names = pop_param_names(param_group)
         hidden = [(g, g.pop("param_names")) for g in self.param_groups if "param_names" in g]
         try:
             super().add_param_group(param_group)
@@ -156,13 +156,13 @@ class FusedOptimizer(TracedStep, StepReadings, torch.optim.Optimizer):
         number = len(self.param_groups) - 1
         group = self.param_groups[number]
         try:
-            with named(f"group {number}"):
+            with errors_at(f"group {number}"):
                 if self.counts_steps:
-                    show_steps(group, self.state)
+                    ensure_step_count(group, self.state)
                 checked_rule(self.rule_of, group)
             if needs := self.stepper.needs_norm(self.param_groups):
                 check_norm(needs, self.stepper.owner, self.stepper.norm_group)
-            check_overlap(places_of(self.param_groups))
+            check_shared_memory(places_of(self.param_groups))
         except (RuntimeError, TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -182,7 +182,7 @@ class FusedOptimizer(TracedStep, StepReadings, torch.optim.Optimizer):
             for name, value in (OPTIONS | self.defaults).items():
                 group.setdefault(name, value)
             if self.counts_steps:
-                show_steps(group, self.state)
+                ensure_step_count(group, self.state)
 
     def _forget_plans(self) -> None:
         self.planner = Planner(self.rule_of, self.defaults)
@@ -191,7 +191,7 @@ class FusedOptimizer(TracedStep, StepReadings, torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Same as ``torch.optim.Optimizer.state_dict()``."""
         # Before the user's own hooks, whose result is what they return.
-        first = self.register_state_dict_post_hook(checkpoint.portable, prepend=True)
+        first = self.register_state_dict_post_hook(checkpoint.dtypes_to_names, prepend=True)
         try:
             return super().state_dict()
         finally:

@@ -246,7 +246,3 @@ def _check_state(p: Tensor, state: Dict, rule: Rule, group: Dict, where: str) ->
             raise ValueError(
                 f"{where}: {name} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}"
             )
-
-
-portable = dtypes_to_names  # old name
-take_types = names_to_dtypes  # old name

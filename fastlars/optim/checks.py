@@ -250,7 +250,3 @@ def _check_elements(sharers: list[tuple[Tensor, str]]) -> None:
         mine.fill_(i)
         if int((owner == i).sum()) != parameter.numel():
             raise ValueError(f"{where} is a view whose elements overlap in memory")
-
-
-named = errors_at  # old name
-check_overlap = check_shared_memory  # old name

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlars.backends.base import Backend, Mismatch, Tensors
-from fastlars.optim.wrapped import inside, is_plain
+from fastlars.optim.wrapped import is_plain, unwrap
 
 
 def plain_gradients(grads: list[Any]) -> list[Tensor]:
@@ -18,7 +18,7 @@ def plain_gradients(grads: list[Any]) -> list[Tensor]:
         return grads
     grads = [g.wait() if hasattr(g, "wait") and not is_plain(g) else g for g in grads]
     wrapped = [i for i, g in enumerate(grads) if not is_plain(g)]
-    found = inside([grads[i] for i in wrapped]) if wrapped else []
+    found = unwrap([grads[i] for i in wrapped]) if wrapped else []
     if len(found) == len(wrapped):
         for i, plain in zip(wrapped, found, strict=True):
             grads[i] = plain

@@ -103,7 +103,3 @@ class NormReducer:
         total = square.to(device, copy=True)
         dist.all_reduce(total, group=group)
         return total.to(square.device)
-
-
-Processes = NormReducer  # old name
-owner_of_this = owner_from_stack  # old name

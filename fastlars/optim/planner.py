@@ -11,11 +11,11 @@ from torch import Tensor
 import fastlars._C as _C
 from fastlars.backends.base import Mismatch
 from fastlars.optim import checkpoint
-from fastlars.optim.checks import check_lr, check_options, check_overlap, location
+from fastlars.optim.checks import check_lr, check_options, check_shared_memory, location
 from fastlars.optim.execute import BoundBatch, check_making
 from fastlars.optim.plan import GroupPlan, plan_options
 from fastlars.optim.states import States
-from fastlars.optim.values import kept, same_objects, unchanged
+from fastlars.optim.values import comparable_copy, same_objects, unchanged
 from fastlars.rules import Rule
 
 Group: TypeAlias = dict[str, Any]
@@ -108,7 +108,7 @@ class Planner:
             new[number] = GroupPlan(group, number, rule, states, cache)
             bound.append(None)
         if new:
-            check_overlap(places_of(groups))  # lists and memory may have been changed by hand
+            check_shared_memory(places_of(groups))  # lists and memory may have been changed by hand
         for number, plan in new.items():
             self._plans[number] = plan.prepare()
             bound[number] = plan.bind_batches([p.grad for p in plan.params])
@@ -177,13 +177,13 @@ class Planner:
             known = self._rules[number]
             if known is not None and unchanged(known[0], values):
                 return known[1]
-            if checkpoint.take_types(group):  # of a state_dict loaded by ZeroRedundancyOptimizer
+            if checkpoint.names_to_dtypes(group):  # loaded by ZeroRedundancyOptimizer
                 values = tuple(group[name] for name in self._options)
             check_options(group)
             rule = self._rule_of(group)
         except (TypeError, ValueError) as error:
             raise type(error)(f"group {number}: {error}") from None
-        self._rules[number] = (kept(values), rule)
+        self._rules[number] = (comparable_copy(values), rule)
         plan = self._plans[number]
         if plan is not None and plan.options != plan_options(group, rule):
             self._plans[number] = None

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastlars.backends.upload import is_capturing
 from fastlars.optim.dtensor import all_reduce_sums, plain_shard
 from fastlars.optim.execute import BoundBatch, StepResults, check_recording, run_step
-from fastlars.optim.norm import Processes, check_norm, owner_of_this
+from fastlars.optim.norm import NormReducer, check_norm, owner_from_stack
 from fastlars.optim.scalars import Scalars, scalars_for, square_of_norm, to_device
 from fastlars.rules import real, unboxed
 
@@ -72,8 +72,8 @@ class Stepper:
     verdict: Tensor | None
 
     def __init__(self, norm_group: Any = None, skip_if: Any = None) -> None:
-        self.norm_group = None if norm_group is None else Processes(norm_group)
-        self.owner = owner_of_this()
+        self.norm_group = None if norm_group is None else NormReducer(norm_group)
+        self.owner = owner_from_stack()
         self._skip_if = checked_skip_if(skip_if)
         self._skipped: Tensor | None = None
         self.forget()

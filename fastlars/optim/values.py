@@ -48,6 +48,3 @@ def unchanged(known: Any, current: Any) -> bool:
         return bool(known == current)
     except (RuntimeError, ValueError):
         return False  # ``current`` holds arrays, which compare element by element
-
-
-kept = comparable_copy  # old name

@@ -125,6 +125,3 @@ def _find_path(tensor: Tensor, plain: Tensor) -> Path:
         if isinstance(value, Tensor) and not is_plain(value) and (rest := _find_path(value, plain)):
             return (name, *rest)
     return ()
-
-
-inside = unwrap  # old name
