@@ -14,7 +14,7 @@ import fastlars
 from backend_cases import BF16, F64
 from fastlars.backends.cpu import Cpu
 from fastlars.optim import plan as plans
-from fastlars.optim.plan_cache import MOST_PLANS
+from fastlars.optim.plan_cache import MAX_PLANS
 from optimizers import ROWS, SIMPLE, Row, assert_same, parameters, set_gradients
 from optimizers import one_thread as one_thread
 
@@ -152,7 +152,7 @@ def test_a_bounded_number_of_plans_is_kept() -> None:
         optimizer.step()
     cache = optimizer.planner._plans[0].cache  # type: ignore[union-attr]
     assert cache is not None
-    assert len(cache.plans) == MOST_PLANS
+    assert len(cache.plans) == MAX_PLANS
 
 
 @pytest.mark.parametrize("masters", [False, True])

@@ -152,6 +152,7 @@ OVERLAPS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "one element": lambda x: (x[:33], x[32:]),
     "rows and columns": lambda x: (x.view(8, 8)[2], x.view(8, 8)[:, 3]),
     "in another type": lambda x: (x[:8], x[4:].view(BF16)),
+    "every other half": lambda x: (x[:8], x[:8].view(BF16)[1::2]),
 }
 
 

@@ -203,15 +203,15 @@ def test_a_recording_needs_the_count_on_its_device(monkeypatch: pytest.MonkeyPat
     optimizer = fastlars.LARS(parameters(), lr=0.1)
     monkeypatch.setattr(stepper, "is_capturing", lambda device: device.type != "cpu")
     with pytest.raises(RuntimeError, match="begin to count skipped steps anew at every replay"):
-        optimizer.stepper.count_on(device)
+        optimizer.stepper.count_skips_on(device)
     assert optimizer.skipped_steps.device.type == "cpu"
     monkeypatch.setattr(stepper, "is_capturing", lambda device: False)
-    optimizer.stepper.count_on(device)
+    optimizer.stepper.count_skips_on(device)
     counted = optimizer.skipped_steps
     assert counted.device == device
     monkeypatch.setattr(stepper, "is_capturing", lambda device: True)
-    optimizer.stepper.count_on(device)
-    optimizer.stepper.count_on(torch.device("cpu"))
+    optimizer.stepper.count_skips_on(device)
+    optimizer.stepper.count_skips_on(torch.device("cpu"))
     assert optimizer.skipped_steps is counted
 
 

@@ -99,7 +99,7 @@ class InFlightBucket:
 
     @classmethod
     def of(cls, batches: list[BoundBatch], for_norm: bool) -> InFlightBucket:
-        """Reads the learning rates, unless only the norm of the gradients is wanted."""
+        """``for_norm``: only the norm of the gradients is wanted, and no learning rate is read."""
         scalars = scalars_for(b.backend for b in batches)
         if for_norm:
             return cls(batches, [scalars.unclipped(b.sign, b.device) for b in batches])

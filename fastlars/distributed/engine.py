@@ -36,10 +36,10 @@ class Engine:
     "clip" (those of its gradients alone are taken, for the global norm), or None: everything is
     left to ``optimizer.step()``.
 
-    Only "step" writes during backward. Whatever a program does that does not go with writing is
-    refused in each of its steps, also in steps that write nothing early, so that the error does not
-    depend on the step. "measure" and "clip" write nothing before ``step()``, which starts over
-    where the early sums no longer hold.
+    Only "step" writes during backward. A program that may write during backward is checked in every
+    step, also in steps that write nothing early, so that an error does not depend on the step.
+    "measure" and "clip" write nothing before ``step()``, which ignores the early sums where
+    gradients have changed since.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Engine:
         # Parameters that no bucket may step: those that a static graph does not use, for which DDP
         # leaves zeros in the buckets, and those that backward reads late.
         self._left_out: set[Tensor] = set()
-        self._measured_in_vain = False  # the last step could not use its early sums
+        self._early_sums_unused = False  # the last step could not use its early sums
         self._gradients_used = False  # by a step that was then refused
         self._wrote = False  # whether the last forward pass was of a step that may write
         self._watched = 0  # steps with a backward pass so far, up to WATCHED_STEPS
@@ -162,11 +162,11 @@ class Engine:
     def _choose_early_work(self) -> EarlyWork | None:
         optimizer = self.optimizer
         # The first two steps of a program are left to optimizer.step(). The first one makes states
-        # and plans, with all their checks, and shows whether there is a GradScaler; DDP has but one
-        # bucket then anyway. The second one shows whether some backward passes are not followed by
-        # a step, as of the other network of a GAN. A step without a backward pass, which
+        # and plans, with all their checks, and shows whether there is a GradScaler; DDP has only
+        # one bucket then anyway. The second one shows whether some backward passes are not followed
+        # by a step, as of the other network of a GAN. A step without a backward pass, which
         # torch.distributed.checkpoint takes, shows nothing, and is not counted.
-        if self._watched < UNTOUCHED_STEPS or self._measured_in_vain:
+        if self._watched < UNTOUCHED_STEPS or self._early_sums_unused:
             return None
         try:
             check_groups(optimizer)
@@ -284,8 +284,8 @@ class Engine:
         return self.optimizer.planner.holds(self.optimizer.state)
 
     def _finish(self) -> StepResults | None:
-        """Do what ``optimizer.step()`` has left to do. Returns parameters and their trust ratios,
-        or None where the step was skipped."""
+        """The rest of the step, which ``optimizer.step()`` asks for. Returns parameters and their
+        trust ratios, or None where the step was skipped."""
         used = self._gradients_used
         # Until the step has ended well: after any error the gradients are used up.
         self._gradients_used = used or (self._writes and bool(self.in_flight))
@@ -297,13 +297,14 @@ class Engine:
                     "gradients were used already, by a step that overlap then refused: go on with "
                     "zero_grad() and a backward pass, from a checkpoint"
                 )
-            if self._writes if self._begun else self.may_write():
+            writes = self._writes if self._begun else self.may_write()
+            if writes:
                 self._check()
             else:
                 # Nothing was written yet.
                 changed = self._what_changed() is not None or self._is_cut_off()
                 self._stale = self._stale or changed or has_scaler(self.optimizer)
-                self._measured_in_vain = self._stale
+                self._early_sums_unused = self._stale
             results = self._step()
             self._gradients_used = False
             if self._reduced:
@@ -315,8 +316,8 @@ class Engine:
                 self.release()
 
     def _check(self) -> None:
-        """Raise where buckets were stepped with values that are not those of now, or where those of
-        later steps would be."""
+        """Raise where buckets were stepped, or in later steps would be, with values that have
+        changed since."""
         if has_scaler(self.optimizer):
             raise_scaler(self.optimizer)
         if self._is_cut_off():
@@ -369,7 +370,7 @@ class Engine:
         if self._early_work == "clip":
             return optimizer.step_batches(lambda: with_known_sums(optimizer.bind(), in_flight))
         rest = optimizer.step_batches(self._bind_rest)
-        assert rest is not None  # nothing needs the norm, which alone decides
+        assert rest is not None  # only the global norm skips steps here, and no group needs it
         early = [pair for each in in_flight for pair in each.finish(self._early_work)]
         return early + rest
 

@@ -18,8 +18,8 @@ from fastlars.optim.compile.tracing import TracedStep
 from fastlars.optim.execute import BoundBatch, StepResults
 from fastlars.optim.group_entries import count_step, ensure_step_count, pop_param_names
 from fastlars.optim.norm import check_norm
-from fastlars.optim.options import OPTIONS
-from fastlars.optim.planner import Planner, places_of
+from fastlars.optim.options import OPTIONS, dtypes_to_names
+from fastlars.optim.planner import Planner, located_parameters
 from fastlars.optim.stepper import SkipIf, Stepper, StepReadings
 from fastlars.rules import Rule, adapts
 
@@ -76,8 +76,8 @@ class FusedOptimizer(TracedStep, StepReadings, torch.optim.Optimizer):
     # Optimizers of torch whose states mean the same.
     loads_from: ClassVar[tuple[checkpoint.ForeignOptimizer, ...]] = ()
 
-    # No defaults: wrappers that are subclasses, as Lightning's, would find these first, and not ask
-    # the optimizer that they wrap.
+    # No defaults on the class: Lightning's wrapper is a subclass of the optimizer's class, and
+    # would find a default there instead of the attribute of the optimizer that it wraps.
     planner: Planner  # turns the parameter groups into bound batches
     stepper: Stepper  # runs bound batches, with the global norm and the decision to skip
     overlap_hook: OverlapHook | None  # takes the step instead, while an overlap is on
@@ -98,7 +98,7 @@ class FusedOptimizer(TracedStep, StepReadings, torch.optim.Optimizer):
 
     @classmethod
     def rule_of(cls, group: dict[str, Any]) -> Rule:
-        """The rule that a group's hyper-parameters make. ValueError or TypeError if they do not."""
+        """The rule with a group's hyper-parameters; ValueError or TypeError if one is invalid."""
         values = {each.name: group[each.name] for each in fields(cls.rule)}
         if "adapt" in values:
             values["adapt"] = adapts(group)
@@ -142,7 +142,7 @@ class FusedOptimizer(TracedStep, StepReadings, torch.optim.Optimizer):
         """Add a parameter group; ValueError or TypeError if its values are out of range.
 
         Unlike in torch, groups with names and groups without may be mixed:
-        :func:`fastlars.parameter_groups` names parameters unasked.
+        :func:`fastlars.parameter_groups` always names parameters.
         """
         names = pop_param_names(param_group)
         hidden = [(g, g.pop("param_names")) for g in self.param_groups if "param_names" in g]
@@ -162,7 +162,7 @@ class FusedOptimizer(TracedStep, StepReadings, torch.optim.Optimizer):
                 checked_rule(self.rule_of, group)
             if needs := self.stepper.needs_norm(self.param_groups):
                 check_norm(needs, self.stepper.owner, self.stepper.norm_group)
-            check_shared_memory(places_of(self.param_groups))
+            check_shared_memory(located_parameters(self.param_groups))
         except (RuntimeError, TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -175,7 +175,7 @@ class FusedOptimizer(TracedStep, StepReadings, torch.optim.Optimizer):
         super().__setstate__(
             {"stepper": Stepper(), "overlap_hook": None, **state} if is_new else state
         )
-        # torch adds it to the defaults, and so it would get into every group and checkpoint.
+        # torch adds "differentiable" to the defaults, from where it would get into every group.
         self.defaults.pop("differentiable", None)
         self._forget_plans()
         for group in self.param_groups:
@@ -190,8 +190,8 @@ class FusedOptimizer(TracedStep, StepReadings, torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Same as ``torch.optim.Optimizer.state_dict()``."""
-        # Before the user's own hooks, whose result is what they return.
-        first = self.register_state_dict_post_hook(checkpoint.dtypes_to_names, prepend=True)
+        # Before the user's hooks, so that what they return stays as they made it.
+        first = self.register_state_dict_post_hook(dtypes_to_names, prepend=True)
         try:
             return super().state_dict()
         finally:
@@ -244,9 +244,9 @@ class FusedOptimizer(TracedStep, StepReadings, torch.optim.Optimizer):
                 count_step(group, self.state, host_knows and not group["capturable"])
 
     # A step under overlap, a GradScaler, a norm group or skip_if cannot be traced. Left to the
-    # compiler, torch 2.11 fails where it resumes tracing: at an assignment to the optimizer. This
-    # is torch.compiler.disable as torch's own optimizers use it: torch._dynamo is imported by the
-    # first call, and not by `import fastlars`, which would take 2 s longer.
+    # compiler, torch 2.11 fails where it resumes tracing: at an assignment to the optimizer.
+    # _disable_dynamo is torch.compiler.disable, but imports torch._dynamo only when the step is
+    # first called: `import fastlars` would take 2 s longer.
     _step_outside_graph = _disable_dynamo(_step_eagerly)
 
     def bind(self) -> list[BoundBatch]:

@@ -20,6 +20,7 @@ from fastlars.optim.checks import check_counter, checked_rule, location
 from fastlars.optim.dtensor import is_dtensor, mesh_of, redistribute_like
 from fastlars.optim.group_entries import ensure_step_count
 from fastlars.optim.meaning import why_states_differ
+from fastlars.optim.options import names_to_dtypes
 from fastlars.optim.states import (
     DROPPED_IF_UNUSED,
     copy_with_layout,
@@ -54,24 +55,6 @@ class ForeignOptimizer:
 
     def matches(self, group: Dict) -> bool:
         return self.keys <= group.keys()
-
-
-def dtypes_to_names(_: Any, state_dict: Dict) -> Dict:
-    """``state_dict`` with dtypes replaced by their names.
-
-    torch.distributed.checkpoint cannot gather a dtype among the options of a group.
-    """
-    groups = [{**g, "state_dtype": str(g["state_dtype"])} for g in state_dict["param_groups"]]
-    return {**state_dict, "param_groups": groups}
-
-
-def names_to_dtypes(group: Dict) -> bool:
-    """Replace the name of a dtype in a group by the dtype; return whether the group had one."""
-    name = group.get("state_dtype")
-    if not (isinstance(name, str) and name.startswith("torch.")):
-        return False
-    group["state_dtype"] = getattr(torch, name.removeprefix("torch."), name)
-    return True
 
 
 def load(optimizer: FusedOptimizer, load_base: Callable[[Dict], None], state_dict: Dict) -> None:

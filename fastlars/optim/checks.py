@@ -236,17 +236,17 @@ def check_shared_memory(parameters: list[tuple[Tensor, str]]) -> None:
 
 
 def _check_elements(sharers: list[tuple[Tensor, str]]) -> None:
-    """The exact check, for strided views. It is slow: it marks the first byte of each element."""
+    """The exact check, for strided views. It is slow: it marks every byte of every element."""
     nbytes = sharers[0][0].untyped_storage().nbytes()
     owner = torch.full((nbytes,), -1, dtype=torch.int32, device="cpu")
     for i, (parameter, where) in enumerate(sharers):
         width = parameter.itemsize
         strides = [stride * width for stride in parameter.stride()]
         offset = parameter.storage_offset() * width
-        mine = owner.as_strided(parameter.shape, strides, offset)
+        mine = owner.as_strided((*parameter.shape, width), (*strides, 1), offset)
         taken = mine[mine >= 0]
         if taken.numel() > 0:
             raise ValueError(f"{where} shares memory with {sharers[int(taken[0])][1]}")
         mine.fill_(i)
-        if int((owner == i).sum()) != parameter.numel():
+        if int((owner == i).sum()) != parameter.numel() * width:
             raise ValueError(f"{where} is a view whose elements overlap in memory")

@@ -8,9 +8,9 @@ parameters, and an optimizer takes DTensors like any other parameters::
     fully_shard(model)
     optimizer = fastlars.LAMB(fastlars.parameter_groups(model, weight_decay=0.01), lr=2e-3)
 
-A step measures every shard where it lies, all-reduces the sums of squares over the ranks that hold
-the other shards (:func:`all_reduce_sums`), and applies the rule to the shards. The sums are one
-float64 array [tensors, sums] for each mesh and each set of its dimensions over which parameters are
+Each rank measures its own shards, all-reduces their sums of squares with the ranks that hold the
+other shards (:func:`all_reduce_sums`), and applies the rule to its shards. The sums are one float64
+array [tensors, sums] for each mesh and each set of its dimensions over which parameters are
 sharded. With ``max_grad_norm`` there is one more all-reduce, because LAMB's update depends on the
 clipped gradient. No parameter, gradient or state is gathered, and replicated parameters need no
 communication.
@@ -54,7 +54,7 @@ def path_to_plain(tensor: Tensor) -> Path:
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """The shard of a DTensor, which may be a subclass itself; another tensor as it is."""
+    """The shard of a DTensor, which may be a subclass itself; any other tensor unchanged."""
     return _local(tensor) if is_dtensor(tensor) else tensor
 
 
@@ -195,8 +195,8 @@ def all_reduce_sums(batches: list[tuple[TableRows | None, Tensor]]) -> list[Tens
     """Every batch's sums of squares over all shards, with the same bits on all ranks.
 
     All ranks must call this with the same parameters. They then enter the same collectives in the
-    same order: ranks may cut their parameters into different batches, but on every rank the first
-    batch that is sharded over some mesh dimensions has the first such parameter.
+    same order. Ranks may cut their parameters into different batches, but a batch is listed at the
+    place of its first parameter, so mesh dimensions first occur in the same order on every rank.
     """
     offsets: dict[int, int] = {}  # where a table begins in the array of its mesh dimensions
     sizes: dict[MeshDims, int] = defaultdict(int)
@@ -274,7 +274,7 @@ def _sum_in_halves(parts: Tensor) -> Tensor:
 # Process groups made here, by mesh, and the default group that existed then: destroying that one
 # destroys these too.
 _groups: dict[DeviceMesh, Any] = {}
-_made_under: list[Any] = [None]
+_groups_made_under: list[Any] = [None]
 
 
 def process_group_of(mesh: DeviceMesh) -> Any:
@@ -283,11 +283,11 @@ def process_group_of(mesh: DeviceMesh) -> Any:
         return mesh.get_group()
     if mesh.size() == dist.get_world_size():
         return dist.group.WORLD
-    if _made_under[0] is not dist.group.WORLD:
+    if _groups_made_under[0] is not dist.group.WORLD:
         _groups.clear()
-        _made_under[0] = dist.group.WORLD
+        _groups_made_under[0] = dist.group.WORLD
     if mesh not in _groups:
-        # Ranks outside the mesh may be doing something else.
+        # Synchronized among these ranks alone: ranks outside the mesh do not call this.
         ranks = sorted(mesh.mesh.flatten().tolist())
         _groups[mesh] = dist.new_group(ranks, use_local_synchronization=True)
     return _groups[mesh]

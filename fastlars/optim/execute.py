@@ -56,7 +56,7 @@ class BoundBatch:
         limit = self.group["max_grad_norm"]
         given = scalars.of_batch(self.group["lr"], self.sign, limit, seed, self.device)
         if given.device is not None:
-            # All but the norm, which a recording computes itself, and so keeps.
+            # Not the norm: a recording computes the norm itself, and keeps its memory.
             inputs = replace(given.device, square_norm=None)
             keep_for_replays(self.batch.weights[0], inputs.given)
         return given

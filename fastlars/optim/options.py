@@ -87,3 +87,21 @@ def from_arguments() -> dict[str, Any]:
     given = inspect.getargvalues(sys._getframe(1))
     others = ("self", "params", "norm_group", "skip_if")
     return {name: given.locals[name] for name in given.args if name not in others}
+
+
+def dtypes_to_names(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """``state_dict`` with dtypes replaced by their names.
+
+    torch.distributed.checkpoint cannot gather a dtype among the options of a group.
+    """
+    groups = [{**g, "state_dtype": str(g["state_dtype"])} for g in state_dict["param_groups"]]
+    return {**state_dict, "param_groups": groups}
+
+
+def names_to_dtypes(group: dict[str, Any]) -> bool:
+    """Replace the name of a dtype in a group by the dtype; return whether the group had one."""
+    name = group.get("state_dtype")
+    if not (isinstance(name, str) and name.startswith("torch.")):
+        return False
+    group["state_dtype"] = getattr(torch, name.removeprefix("torch."), name)
+    return True

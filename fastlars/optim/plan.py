@@ -55,7 +55,7 @@ class TensorBatch:
     one_element: list[int]  # indices, in this batch, of weights of one element
     states: list[dict[str, Any]]
     path: Path = ()  # from the weights to their plain tensors
-    rows: TableRows | None = None  # of weights of which other ranks hold other shards
+    rows: TableRows | None = None  # if other ranks hold other shards of the weights
     wrapped_grads: bool = False  # some gradients may be of a tensor subclass
     copied: list[int] = field(default_factory=list)  # gradients laid out unlike the weight
 
@@ -83,9 +83,9 @@ class GroupPlan:
         """Args:
         group: the parameter group.
         number: its index, for messages.
-        rule: what its options come to.
+        rule: the rule with the options of the group.
         states: the optimizer's ``state``.
-        cache: of the plans before, if their checks still hold.
+        cache: of the group's earlier plans, if their checks still hold.
 
         Raises:
             TypeError, ValueError: a parameter, gradient or state cannot be stepped.
@@ -99,7 +99,7 @@ class GroupPlan:
         self.group = group
         self.options = plan_options(group, rule)
         names = group.get("param_names") or []
-        # A list that was changed by hand does not say which names are left.
+        # After a list of parameters was changed by hand, names cannot be matched to parameters.
         self.names = names if len(names) == len(grads) else [None] * len(grads)
         self.number = number
         self.group_indices = list(range(len(grads)))
@@ -148,7 +148,7 @@ class GroupPlan:
             if grad_type is NoneType:
                 continue
             known = checked.get(i)
-            if known is None or known[0] is not grad_type:
+            if known is None or known[0] is not grad_type:  # an index is faster than a name
                 return None
             if known[1] is not last:
                 last, indices = members.setdefault(id(known.key), (known.key, []))

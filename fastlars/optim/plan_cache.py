@@ -18,8 +18,9 @@ from fastlars.optim.wrapped import Path
 if TYPE_CHECKING:
     from fastlars.optim.plan import GroupPlan
 
-# A group keeps the plans of that many sets of gradients; a plan holds a few words for each tensor.
-MOST_PLANS = 8
+# Plans that a group keeps, one for each set of parameters with gradients. A plan holds a few words
+# for each tensor.
+MAX_PLANS = 8
 
 
 class BatchKey(NamedTuple):
@@ -42,7 +43,8 @@ class CheckedParameter(NamedTuple):
 
 
 class PlanCache:
-    """The parameters of a group that passed all checks, their layout then, and recent plans.
+    """The parameters of a group that passed all checks, with the layout that was checked, and the
+    group's recent plans.
 
     Where other parameters have gradients than in the step before (dropped layers, experts, networks
     that take turns), the next plan is made from here. To check each parameter again would cost
@@ -90,5 +92,5 @@ class PlanCache:
     def keep(self, grad_types: tuple[type, ...], plan: GroupPlan) -> None:
         """Keep the plan for a set of gradients, and drop the plan that was unused the longest."""
         self.plans[grad_types] = plan
-        if len(self.plans) > MOST_PLANS:
+        if len(self.plans) > MAX_PLANS:
             self.plans.pop(next(iter(self.plans)))

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import fastlars._C as _C
 from fastlars.backends.base import Mismatch
-from fastlars.optim import checkpoint
 from fastlars.optim.checks import check_lr, check_options, check_shared_memory, location
 from fastlars.optim.execute import BoundBatch, check_making
+from fastlars.optim.options import names_to_dtypes
 from fastlars.optim.plan import GroupPlan, plan_options
 from fastlars.optim.states import States
 from fastlars.optim.values import comparable_copy, same_objects, unchanged
@@ -23,19 +23,19 @@ Group: TypeAlias = dict[str, Any]
 
 @dataclass
 class GroupSlice:
-    """Some parameters of one group with gradients of their own, as those in one bucket of DDP."""
+    """Some parameters of one group, with gradients to use instead of ``p.grad``, such as views of a
+    bucket of DDP."""
 
     number: int  # of the group
     indices: list[int]  # in the group's parameters
     grads: list[Tensor]
-    # The plan of the slice, and the plan of the whole group that it was made from.
     plan: GroupPlan | None = None
-    whole: GroupPlan | None = None
+    group_plan: GroupPlan | None = None  # that ``plan`` was made from
 
     def reuse_plan_of(self, other: GroupSlice | None) -> None:
         """Take over the plan that an earlier step made for the same parameters."""
         if other is not None and other.indices == self.indices:
-            self.whole, self.plan = other.whole, other.plan
+            self.group_plan, self.plan = other.group_plan, other.plan
 
 
 def slices_of(groups: list[Group], grads: dict[Tensor, Tensor]) -> list[GroupSlice]:
@@ -49,8 +49,8 @@ def slices_of(groups: list[Group], grads: dict[Tensor, Tensor]) -> list[GroupSli
     return slices
 
 
-def places_of(groups: list[Group]) -> list[tuple[Tensor, str]]:
-    """All parameters of the groups, and how messages call each."""
+def located_parameters(groups: list[Group]) -> list[tuple[Tensor, str]]:
+    """All parameters of the groups, with what messages call each."""
     return [
         (p, location(number, i))
         for number, group in enumerate(groups)
@@ -103,12 +103,15 @@ class Planner:
                     continue
             except (Mismatch, KeyError):
                 cache = None  # a parameter or a state was replaced: plan again, with all checks
-            # Before the plan: a recording must not ask which back ends there are either.
+            # Before the plan is made: what Triton finds out about the device while a CUDA graph is
+            # recorded would be wrong, and is cached.
             check_making(group, rule, states)
             new[number] = GroupPlan(group, number, rule, states, cache)
             bound.append(None)
         if new:
-            check_shared_memory(places_of(groups))  # lists and memory may have been changed by hand
+            check_shared_memory(
+                located_parameters(groups)
+            )  # lists and memory may have been changed by hand
         for number, plan in new.items():
             self._plans[number] = plan.prepare()
             bound[number] = plan.bind_batches([p.grad for p in plan.params])
@@ -125,15 +128,18 @@ class Planner:
 
         Raises:
             Mismatch: a tensor is not as it was when the group was planned.
-            KeyError: a state is gone, or the group has no plan. :meth:`replan` mends either.
+            KeyError: a state is gone, or the group has no plan.
+
+        After either, call :meth:`replan`, set ``part.plan`` to None, and bind again.
         """
         group = groups[part.number]
         rule = self._rule(part.number, group)
-        whole = self._plans[part.number]
-        if whole is None:
+        group_plan = self._plans[part.number]
+        if group_plan is None:
             raise KeyError(part.number)
-        if part.plan is None or whole is not part.whole:
-            part.whole, part.plan = whole, whole.subset(part.indices, part.grads)
+        if part.plan is None or group_plan is not part.group_plan:
+            part.group_plan = group_plan
+            part.plan = group_plan.subset(part.indices, part.grads)
             self._note_states(states)  # the slice may have made some
         bound = part.plan.bind_batches(part.grads)
         return [BoundBatch(group, rule, batch, tensors) for batch, tensors in bound]
@@ -177,7 +183,7 @@ class Planner:
             known = self._rules[number]
             if known is not None and unchanged(known[0], values):
                 return known[1]
-            if checkpoint.names_to_dtypes(group):  # loaded by ZeroRedundancyOptimizer
+            if names_to_dtypes(group):  # ZeroRedundancyOptimizer has loaded names
                 values = tuple(group[name] for name in self._options)
             check_options(group)
             rule = self._rule_of(group)

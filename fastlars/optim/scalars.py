@@ -126,7 +126,7 @@ def square_of_norm(sums: list[Tensor], on_device: bool) -> Tensor:
     if on_device:
         squares = [each[:, -1].sum().to(first, non_blocking=True) for each in sums]
         return torch.stack(squares).sum() if squares[1:] else squares[0]
-    # Exact, and so the same on ranks that cut their parameters into other batches.
+    # fsum is exact, so that ranks that cut their parameters into other batches get the same bits.
     try:
         total = math.fsum(x for each in sums for x in each[:, -1].tolist())
     except OverflowError:

@@ -1,4 +1,4 @@
-"""The states of a parameter: their names, types and memory layout, and making those that lack."""
+"""The states of a parameter: names, types and memory layout, and how missing states are made."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fastlars.rules import Rule, real
 
 States = dict[Tensor, dict[str, Any]]
 LOW_PRECISION = (torch.float16, torch.bfloat16)
-# States that describe how the last step left a weight or its buffer. After a step without their
-# option they no longer do.
+# States that describe how the last step left a weight or its buffer. A step that does not use them
+# makes them wrong.
 DROPPED_IF_UNUSED = frozenset({"master", "last_lr"})
 
 

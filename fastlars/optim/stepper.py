@@ -79,7 +79,7 @@ class Stepper:
         self.forget()
 
     def forget(self) -> None:
-        """Forget the last step, as of states that were replaced."""
+        """Forget the results of the last step: states were loaded, or this is a copy."""
         self.results, self.square, self.verdict = [], None, None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -103,7 +103,8 @@ class Stepper:
     @property
     def skipped(self) -> Tensor:
         if self._skipped is None:
-            with torch.inference_mode(False):  # an evaluation may be the first to ask
+            # The first reader may be in inference mode, whose tensors cannot be changed later.
+            with torch.inference_mode(False):
                 self._skipped = torch.zeros((), dtype=torch.int64, device="cpu")
         return self._skipped
 
@@ -133,8 +134,8 @@ class Stepper:
                 reads it before anything is bound.
         """
         needs = self.needs_norm(groups)
-        alone = self.norm_group is None or not needs  # else other processes wait for this one
-        if alone and found_inf is not None and not reads_device() and float(found_inf) != 0.0:
+        no_peers = self.norm_group is None or not needs  # else other processes wait for this one
+        if no_peers and found_inf is not None and not reads_device() and float(found_inf) != 0.0:
             self._skip_unmeasured(needs)
             return None
         if needs:
@@ -142,14 +143,14 @@ class Stepper:
         batches = bind()
         check_recording(batches)
         scalars = scalars_for((b.backend for b in batches), grad_scale, found_inf)
-        if scalars.skip and alone:
+        if scalars.skip and no_peers:
             self._skip_unmeasured(needs)
             return None
         self.square = None
         if needs:
             self.square = self._square_of_norm(groups, batches, scalars)
             scalars.set_square(self.square)
-            if scalars.has_scaler and not alone:
+            if scalars.has_scaler and not no_peers:
                 # The GradScaler of any process may have found an inf or NaN.
                 scalars.skip_where(self.square.isfinite().logical_not())
             if self.skip_if is not None and not scalars.skip:
@@ -159,7 +160,7 @@ class Stepper:
             return None
         verdict = scalars.verdict()
         if verdict is not None:
-            self.count_on(verdict.device)
+            self.count_skips_on(verdict.device)
         results = run_step(batches, scalars)
         if verdict is not None:
             self.skipped.add_(to_device(verdict, self.skipped.device))
@@ -176,7 +177,7 @@ class Stepper:
         self.results, self.verdict = [], None
         self.skipped.add_(1)
 
-    def count_on(self, device: torch.device) -> None:
+    def count_skips_on(self, device: torch.device) -> None:
         """Move the count of skipped steps to a GPU before its first verdict; it stays there."""
         if self.skipped.device.type == "cpu" != device.type:
             if is_capturing(device):
@@ -207,10 +208,10 @@ class Stepper:
 
 
 class StepReadings:
-    """What can be read off an optimizer after a step.
+    """What can be read from an optimizer after a step.
 
-    Properties that ask a :class:`Stepper`: Lightning's wrapper is a subclass of the optimizer's
-    class, whose attributes are those of the wrapped optimizer.
+    Everything is read from ``self.stepper``, which Lightning's wrapper, a subclass of the
+    optimizer's class, takes from the optimizer that it wraps.
     """
 
     stepper: Stepper
@@ -229,14 +230,14 @@ class StepReadings:
         """The norm of all gradients together in the last step, a 0-dim float64 tensor.
 
         Over all groups, shards and processes of ``norm_group``, unscaled, and before the clip. It
-        is measured where a group has a ``max_grad_norm``, of which ``math.inf`` clips nothing, or
-        where ``skip_if`` is set; None after a step without either, and before the first.
+        is measured where a group has a ``max_grad_norm`` (``math.inf`` clips nothing), or where
+        ``skip_if`` is set; None after a step without either, and before the first.
 
-        A step without a gradient has a norm of 0. NaN also stands for the gradients of a step that
-        a ``GradScaler`` had the host skip: they are not finite, and are not read.
+        A step without a gradient has a norm of 0. After a step that the host skipped because of a
+        ``GradScaler``, the norm is NaN: its gradients were not finite, and were not measured.
 
         The tensor is on the GPU where a step reads its scalars there, and nothing waits for it
-        until ``float(optimizer.grad_norm)`` does. Steps inside ``torch.compile`` leave it as it is.
+        until ``float(optimizer.grad_norm)`` does. Steps inside ``torch.compile`` do not change it.
 
         Example:
             >>> import math, torch, fastlars
@@ -265,7 +266,7 @@ class StepReadings:
         """The last step's trust ratio of every parameter that it changed; 1 where not adapted.
 
         Empty before the first step and after one that was skipped. Steps inside
-        ``torch.compile`` leave it as it is.
+        ``torch.compile`` do not change it.
         By name: ``{name: ratios[p] for name, p in model.named_parameters() if p in ratios}``.
 
         Example:

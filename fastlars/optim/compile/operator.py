@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import OrderedDict, defaultdict
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def encode(rule: Rule) -> str:
     return json.dumps([type(rule).__name__, dataclasses.asdict(rule)])
 
 
-@cache
+@lru_cache(maxsize=1024)  # a schedule of momentum or weight decay makes a new rule every step
 def decode(text: str) -> Rule:
     """The rule that :func:`encode` wrote."""
     name, values = json.loads(text)
