@@ -183,7 +183,7 @@ class Planner:
             known = self._rules[number]
             if known is not None and unchanged(known[0], values):
                 return known[1]
-            if names_to_dtypes(group):  # ZeroRedundancyOptimizer has loaded names
+            if names_to_dtypes(group):  # ZeroRedundancyOptimizer copies them there
                 values = tuple(group[name] for name in self._options)
             check_options(group)
             rule = self._rule_of(group)
