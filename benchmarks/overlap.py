@@ -77,13 +77,13 @@ class Contender:
     def _note_buckets(self) -> None:
         engine = self.optimizer.overlap_hook
         assert isinstance(engine, Engine)
-        work = engine.work_early
+        work = engine.on_reduced
 
         def noted(*arguments: Any) -> Any:
             self.taking.append(time.perf_counter())
             return work(*arguments)
 
-        engine.work_early = noted  # type: ignore[method-assign]
+        engine.on_reduced = noted  # type: ignore[method-assign]
 
     def iterate(self) -> Times:
         """Both hosts begin together."""

@@ -42,13 +42,13 @@ def mark(contender: Contender) -> None:
     engine: Any = contender.optimizer.overlap_hook
     if not isinstance(engine, Engine):
         return
-    work = engine.work_early
+    work = engine.on_reduced
 
     def marked(*arguments: Any) -> Any:
         with record_function(BUCKET):
             return work(*arguments)
 
-    engine.work_early = marked
+    engine.on_reduced = marked
 
 
 @contextmanager

@@ -285,6 +285,43 @@ def test_copies_go_on_by_themselves(row: Row, through: Callable[[Any], Any], ste
 
 
 @each_class
+def test_a_shallow_copy_reads_its_own_steps(row: Row) -> None:
+    params = parameters()
+    optimizer = row.make(params, max_grad_norm=1e6, skip_if=1e5)
+    train(optimizer, params, range(1))
+    norm, ratios = optimizer.grad_norm, optimizer.trust_ratios()
+    twin = copy.copy(optimizer)
+    twin.skip_if = None
+    assert twin.grad_norm is None
+    assert not twin.trust_ratios()
+    assert torch.equal(optimizer.grad_norm, norm)
+    assert optimizer.trust_ratios() == ratios
+    assert optimizer.skip_if == 1e5
+
+
+def test_an_option_of_a_subclass_is_checked_when_it_changes() -> None:
+    class WithOption(fastlars.LARS):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, lr=0.1)
+            self.defaults["extra"] = 0
+            for group in self.param_groups:
+                group["extra"] = 0
+
+        @classmethod
+        def rule_of(cls, group: dict[str, Any]) -> Any:
+            if group.get("extra", 0) < 0:
+                raise ValueError("extra must be at least 0")
+            return super().rule_of(group)
+
+    params = parameters()
+    optimizer = WithOption(params)
+    train(optimizer, params, range(2))
+    optimizer.param_groups[0]["extra"] = -1
+    with pytest.raises(ValueError, match="group 0: extra must be at least 0"):
+        optimizer.step()
+
+
+@each_class
 def test_repr_names_the_class_and_its_options(row: Row) -> None:
     text = repr(row.make(parameters()))
     assert text.startswith(type(row.make(parameters())).__name__)

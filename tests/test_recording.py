@@ -15,7 +15,7 @@ import fastlars
 from fastlars.backends import upload
 from fastlars.optim import plan, planner
 from fastlars.optim.compile import operator
-from fastlars.optim.execute import check_making, check_recording
+from fastlars.optim.execute import check_recording, check_states_exist
 from fastlars.optim.scalars import DeviceScalars
 from fastlars.optim.states import lacks_states, make_states
 from fastlars.rules import LarsRule
@@ -42,7 +42,7 @@ def test_states_are_not_made_in_a_graph(recording: bool, made: bool) -> None:
             param.grad = torch.ones(3, device=device)
         group = {**optimizer.param_groups[0], "params": [param]}
         state: Any = {param: {"momentum_buffer": param}} if made else {}
-        check_making(group, optimizer.rule_of(group), state)
+        check_states_exist(group, optimizer.rule_of(group), state)
 
     check("cpu")
     if recording and not made:
@@ -58,7 +58,7 @@ def test_no_back_end_is_looked_for_in_a_graph(monkeypatch: pytest.MonkeyPatch) -
     def recorded(*arguments: Any) -> None:
         raise RuntimeError("recorded")
 
-    monkeypatch.setattr(planner, "check_making", recorded)
+    monkeypatch.setattr(planner, "check_states_exist", recorded)
     monkeypatch.setattr(
         plan, "ChoiceCache", lambda *arguments: pytest.fail("a back end was chosen")
     )

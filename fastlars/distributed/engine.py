@@ -137,7 +137,7 @@ class Engine:
         if in_flight is not None:
             # After DDP's own callback, which backward waits for. On CUDA, futures run this on a
             # stream of their own that waits for the reduction.
-            in_flight.future = future.then(partial(self.work_early, in_flight))
+            in_flight.future = future.then(partial(self.on_reduced, in_flight))
         return result
 
     def _begin(self) -> None:
@@ -199,7 +199,7 @@ class Engine:
         self.in_flight.append(in_flight)
         return in_flight
 
-    def work_early(self, in_flight: InFlightBucket, future: Future[list[Tensor]]) -> list[Tensor]:
+    def on_reduced(self, in_flight: InFlightBucket, future: Future[list[Tensor]]) -> list[Tensor]:
         """Runs when a bucket is reduced, in the thread that waited for it. Returns the result
         tensors: on CUDA, to wait for a future only waits for the streams of tensors in its value.
         """
@@ -273,15 +273,13 @@ class Engine:
 
     def _what_changed(self) -> str | None:
         """What was changed after overlap had used it, if anything: "gradient", "weight", ..."""
+        optimizer = self.optimizer
         changed = self._snapshot.changed() if self._snapshot is not None else None
         if changed is None and self._options is not None:
-            changed = self._options.changed(self.optimizer)
-        if changed is None and self._early_work and not self._holds_states():
+            changed = self._options.changed(optimizer)
+        if changed is None and self._early_work and not optimizer.planner.holds(optimizer.state):
             changed = "state"
         return changed
-
-    def _holds_states(self) -> bool:
-        return self.optimizer.planner.holds(self.optimizer.state)
 
     def _finish(self) -> StepResults | None:
         """The rest of the step, which ``optimizer.step()`` asks for. Returns parameters and their
@@ -369,6 +367,7 @@ class Engine:
             return optimizer.step_batches(optimizer.bind)
         if self._early_work == "clip":
             return optimizer.step_batches(lambda: with_known_sums(optimizer.bind(), in_flight))
+        # The rest first: binding it can still raise, while buckets were bound and checked before.
         rest = optimizer.step_batches(self._bind_rest)
         assert rest is not None  # only the global norm skips steps here, and no group needs it
         early = [pair for each in in_flight for pair in each.finish(self._early_work)]
@@ -388,7 +387,6 @@ class Engine:
                 batches += planner.bind_slice(part, groups, states)
             except (Mismatch, KeyError):
                 planner.replan(part.number, groups, states)
-                part.plan = None
                 batches += planner.bind_slice(part, groups, states)
             self._rest[part.number] = part
         return batches

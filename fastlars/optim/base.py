@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import fields
@@ -30,7 +31,10 @@ Params = Iterable[Any]
 
 
 class OverlapHook(Protocol):
-    """Takes the step instead of the optimizer, as :func:`fastlars.distributed.overlap` does."""
+    """Takes the step instead of the optimizer, as :func:`fastlars.distributed.overlap` does.
+
+    Not DDP's communication hook, which calls it for every bucket.
+    """
 
     def may_write(self) -> bool:
         """Whether parameters change before ``step()``."""
@@ -42,9 +46,9 @@ class OverlapHook(Protocol):
 
 
 def _unless_watched(plain: Callable[..., Any], watched: Callable[..., Any]) -> Callable[..., Any]:
-    """The step ``plain``, or what torch made of it, ``watched``, where hooks or a profiler need it.
+    """A step that calls torch's wrapper ``watched`` only while hooks or a profiler need it.
 
-    torch's version opens a region of the profiler, which costs a sixth of a step's host time even
+    The wrapper enters a region of the profiler, which costs a sixth of a step's host time even
     while no profiler runs.
     """
 
@@ -71,7 +75,7 @@ class FusedOptimizer(TracedStep, StepReadings, torch.optim.Optimizer):
     """
 
     rule: ClassVar[type[Rule]]
-    # Options that only the groups of this class have: one of them identifies a state_dict of it.
+    # Options that no other class has: a state_dict whose groups have one of them is of this class.
     own_options: ClassVar[frozenset[str]] = frozenset()
     # Optimizers of torch whose states mean the same.
     loads_from: ClassVar[tuple[checkpoint.ForeignOptimizer, ...]] = ()
@@ -92,9 +96,9 @@ class FusedOptimizer(TracedStep, StepReadings, torch.optim.Optimizer):
         if defaults["lr"] is not None:
             check_lr(defaults["lr"])
         self.stepper = Stepper(norm_group, skip_if)
-        self.planner = Planner(self.rule_of, OPTIONS | defaults)
         self.overlap_hook = None
         super().__init__(params, OPTIONS | defaults)
+        self.planner = Planner(type(self), self.defaults)
 
     @classmethod
     def rule_of(cls, group: dict[str, Any]) -> Rule:
@@ -111,10 +115,10 @@ class FusedOptimizer(TracedStep, StepReadings, torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether ``step`` takes the scale and the verdict of a GradScaler, which asks this.
+        """Read by GradScaler: True leaves unscaling and skipping to ``step``.
 
-        Where it does, Lightning refuses to clip gradients, and Accelerate does not see that a step
-        was skipped. So it is True only
+        Lightning then refuses to clip gradients, and Accelerate does not see that a step was
+        skipped. So it is True only
 
         * under an overlap that writes during backward, which so sees a GradScaler and refuses it;
         * where all groups ask for it;
@@ -168,13 +172,14 @@ class FusedOptimizer(TracedStep, StepReadings, torch.optim.Optimizer):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "stepper": self.stepper}
+        # Its own: a shallow copy that forgot the last step would make the original forget it too.
+        return {**super().__getstate__(), "stepper": copy.copy(self.stepper)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        is_new = "stepper" not in vars(self)  # unpickled, or a copy; else torch loads a state_dict
-        super().__setstate__(
-            {"stepper": Stepper(), "overlap_hook": None, **state} if is_new else state
-        )
+        if "stepper" not in vars(self):  # unpickled, or a copy; else torch loads a state_dict
+            state = {"overlap_hook": None, **state}
+            state.setdefault("stepper", Stepper())
+        super().__setstate__(state)
         # torch adds "differentiable" to the defaults, from where it would get into every group.
         self.defaults.pop("differentiable", None)
         self._forget_plans()
@@ -185,7 +190,7 @@ class FusedOptimizer(TracedStep, StepReadings, torch.optim.Optimizer):
                 ensure_step_count(group, self.state)
 
     def _forget_plans(self) -> None:
-        self.planner = Planner(self.rule_of, self.defaults)
+        self.planner = Planner(type(self), self.defaults)
         self.stepper.forget()
 
     def state_dict(self) -> dict[str, Any]:
@@ -250,11 +255,17 @@ class FusedOptimizer(TracedStep, StepReadings, torch.optim.Optimizer):
     _step_outside_graph = _disable_dynamo(_step_eagerly)
 
     def bind(self) -> list[BoundBatch]:
-        """All batches of all groups, checked, and bound to the gradients that there are now."""
+        """All batches of all groups, checked, and bound to the gradients that there are now.
+
+        For code that steps by itself, as an overlap hook does; call it under ``torch.no_grad()``.
+        """
         return self.planner.bind(self.param_groups, self.state)
 
     def step_batches(self, bind: Callable[[], list[BoundBatch]]) -> StepResults | None:
-        """Step what ``bind`` returns, for an overlap hook; None where the step was skipped."""
+        """Step what ``bind`` returns; None where the step was skipped.
+
+        For code that steps by itself, as an overlap hook does; call it under ``torch.no_grad()``.
+        """
         return self.stepper.step(
             self.param_groups,
             bind,

@@ -125,8 +125,8 @@ def sharded_over(tensor: Any) -> MeshDims | None:
 
 @dataclass(frozen=True, eq=False)
 class SumsTable:
-    """The sums of the parameters of one group that are sharded over the same mesh dimensions: a
-    row for each, in the order of the group, which is the same on every rank."""
+    """Describes the array of sums of one group's parameters that are sharded over the same mesh
+    dimensions: a row for each, in the order of the group, which is the same on every rank."""
 
     mesh_dims: MeshDims
     size: int  # rows
@@ -210,22 +210,22 @@ def all_reduce_sums(batches: list[tuple[TableRows | None, Tensor]]) -> list[Tens
             offsets[id(table)] = sizes[table.mesh_dims]
             sizes[table.mesh_dims] += table.size
     started = []
-    for mesh_dims, numbers in members.items():
+    for mesh_dims, indices in members.items():
         # Parameters that FSDP2 offloads to the CPU have a mesh, and so process groups, of GPUs.
         device = mesh_dims.mesh.device_type
-        width = batches[numbers[0]][1].shape[1]
+        width = batches[indices[0]][1].shape[1]
         array = torch.zeros(sizes[mesh_dims], width, dtype=torch.float64, device=device)
         places = []
-        for i in numbers:
+        for i in indices:
             rows, sums = batches[i]
             assert rows is not None
             places.append(rows.rows + offsets[id(rows.table)])
             array[places[-1].to(array.device)] = sums.to(array.device)
-        started.append((numbers, places, _all_reduce_async(array, mesh_dims)))
+        started.append((indices, places, _all_reduce_async(array, mesh_dims)))
     reduced = [sums for _, sums in batches]
-    for numbers, places, finish in started:
+    for indices, places, finish in started:
         array = finish()
-        for i, place in zip(numbers, places, strict=True):
+        for i, place in zip(indices, places, strict=True):
             reduced[i] = array.to(reduced[i].device)[place.to(reduced[i].device)]
     return reduced
 

@@ -69,7 +69,7 @@ def check_recording(batches: list[BoundBatch]) -> None:
         raise RuntimeError("a step is recorded into a CUDA graph only with capturable=True")
 
 
-def check_making(group: dict[str, Any], rule: Rule, states: States) -> None:
+def check_states_exist(group: dict[str, Any], rule: Rule, states: States) -> None:
     """Raise where a CUDA graph is recorded that would make states anew at every replay."""
     on_gpu = any(p.device.type == "cuda" for p in group["params"])
     recording = on_gpu and torch.cuda.is_current_stream_capturing()

@@ -69,7 +69,7 @@ def plan_options(group: dict[str, Any], rule: Rule) -> tuple[Any, ...]:
 class GroupPlan:
     """The batches of one group, for one set of parameters with gradients.
 
-    To make a plan checks everything and writes nothing; :meth:`prepare` then makes the states.
+    Making a plan checks everything and writes nothing; :meth:`prepare` then makes the states.
     """
 
     def __init__(
@@ -104,16 +104,16 @@ class GroupPlan:
         self.number = number
         self.group_indices = list(range(len(grads)))
         self.cache = cache
-        self.members = self._sort_by_key(grads)
+        self.indices_by_key = self._sort_by_key(grads)
         self.batches: list[TensorBatch] = []
-        self.one_batch_is_all = False
+        self.is_single_batch = False
 
     def prepare(self, caches: bool = True) -> GroupPlan:
         """Make missing states, and the batches. This cannot fail after the checks.
 
         ``caches`` keeps what was checked for steps in which other parameters have gradients.
         """
-        for indices in self.members.values():
+        for indices in self.indices_by_key.values():
             for i in indices:
                 p = self.params[i]
                 make_states(p, self.rule, self.group, self.states.setdefault(p, {}))
@@ -121,7 +121,7 @@ class GroupPlan:
             i: CheckedParameter(
                 self.grad_types[i], key, self.states[p], at_path([p], key.path)[0].numel() == 1
             )
-            for key, indices in self.members.items()
+            for key, indices in self.indices_by_key.items()
             for i, p in ((i, self.params[i]) for i in indices)
         }
         self.batches = self._make_batches(checked)
@@ -156,7 +156,7 @@ class GroupPlan:
         if not cache.layout_is_unchanged():
             return None
         plan = copy.copy(self)
-        plan.grad_types, plan.members = types, dict(members.values())
+        plan.grad_types, plan.indices_by_key = types, dict(members.values())
         plan.batches = plan._make_batches(cache.checked)
         return plan
 
@@ -168,7 +168,7 @@ class GroupPlan:
         plan.names = [self.names[i] for i in indices]
         plan.grad_types = list(map(type, grads))
         plan.cache = None
-        plan.members = plan._sort_by_key(list(grads))
+        plan.indices_by_key = plan._sort_by_key(list(grads))
         return plan.prepare(caches=False)
 
     def gradients(self, params: list[Tensor]) -> list[Any] | None:
@@ -176,7 +176,8 @@ class GroupPlan:
         the types that the plan was made for; else None."""
         return _C.gradients(list(params), self.params, self.grad_types)
 
-    def _check(self, place: str, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
+    def _check(self, place: str, p: Tensor, g: Tensor) -> None:
+        group = self.group
         check_parameter(p, place)
         check_gradient(p, g, place)
         if group["stochastic_rounding"]:
@@ -199,7 +200,7 @@ class GroupPlan:
             if g is None:
                 continue
             place = location(self.number, self.group_indices[i], self.names[i])
-            self._check(place, p, g, group)
+            self._check(place, p, g)
             dtypes = Dtypes(p.dtype, g.dtype, state_dtype(p, group))
             if has_master(p, group):
                 dtypes = Dtypes(torch.float32, g.dtype, state_dtype(p, group), copy=p.dtype)
@@ -218,8 +219,10 @@ class GroupPlan:
 
     def _make_batches(self, checked: Mapping[int, CheckedParameter]) -> list[TensorBatch]:
         batches = []
-        tables = sums_tables([(key.mesh_dims, indices) for key, indices in self.members.items()])
-        for (key, indices), table in zip(self.members.items(), tables, strict=True):
+        tables = sums_tables(
+            [(key.mesh_dims, indices) for key, indices in self.indices_by_key.items()]
+        )
+        for (key, indices), table in zip(self.indices_by_key.items(), tables, strict=True):
             weights = [self.params[i] for i in indices]
             chosen = [checked[i] for i in indices]
             batches.append(
@@ -236,12 +239,12 @@ class GroupPlan:
                     wrapped_grads=any(self.grad_types[i] is not Tensor for i in indices),
                 )
             )
-        self.one_batch_is_all = [b.indices for b in batches] == [list(range(len(self.params)))]
+        self.is_single_batch = [b.indices for b in batches] == [list(range(len(self.params)))]
         return batches
 
     def gather(self, batch: TensorBatch, grads: list[Any]) -> Tensors:
         """The tensors of a batch in this step. KeyError where a state is gone."""
-        if not self.one_batch_is_all:
+        if not self.is_single_batch:
             grads = [grads[i] for i in batch.indices]
         states = batch.states
         counter = self.rule.counter

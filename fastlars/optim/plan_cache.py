@@ -63,7 +63,7 @@ class PlanCache:
         before: the cache of earlier plans; its entries are kept where they still hold.
         """
         self.params = params
-        self.checked: dict[int, CheckedParameter] = checked
+        self.checked = checked
         if before is not None and before.is_of(params) and before.layout_is_unchanged():
             # Equal keys become one object: plans compare them by identity, because to compare
             # their fields costs 1 us a tensor.

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
 
 import fastlars._C as _C
 from fastlars.backends.base import Mismatch
-from fastlars.optim.checks import check_lr, check_options, check_shared_memory, location
-from fastlars.optim.execute import BoundBatch, check_making
+from fastlars.optim.checks import check_lr, check_shared_memory, checked_rule, location
+from fastlars.optim.execute import BoundBatch, check_states_exist
 from fastlars.optim.options import names_to_dtypes
 from fastlars.optim.plan import GroupPlan, plan_options
 from fastlars.optim.states import States
@@ -19,6 +19,14 @@ from fastlars.optim.values import comparable_copy, same_objects, unchanged
 from fastlars.rules import Rule
 
 Group: TypeAlias = dict[str, Any]
+
+
+class RuleSource(Protocol):
+    """The class of an optimizer, as far as a planner needs it."""
+
+    def rule_of(self, group: Group) -> Rule:
+        """The rule that a group's options make."""
+        ...
 
 
 @dataclass
@@ -65,13 +73,13 @@ class Planner:
     optimizer's groups and states are arguments of each call, because both may be replaced.
     """
 
-    def __init__(self, rule_of: Callable[[Group], Rule], options: Iterable[str]) -> None:
+    def __init__(self, kind: RuleSource, options: Iterable[str]) -> None:
         """Args:
-        rule_of: the rule that a group's options make.
-        options: the names of the options of a group.
+        kind: the optimizer's class; the optimizer itself would be kept alive by its planner.
+        options: the names of the options of a group: the optimizer's ``defaults``.
         """
-        self._rule_of = rule_of
-        self._options = [name for name in options if name != "lr"]
+        self._kind = kind
+        self._options = options
         self._plans: list[GroupPlan | None] = []
         self._rules: list[tuple[tuple[Any, ...], Rule] | None] = []
         self._planned_states: list[dict[str, Any]] = []
@@ -105,7 +113,7 @@ class Planner:
                 cache = None  # a parameter or a state was replaced: plan again, with all checks
             # Before the plan is made: what Triton finds out about the device while a CUDA graph is
             # recorded would be wrong, and is cached.
-            check_making(group, rule, states)
+            check_states_exist(group, rule, states)
             new[number] = GroupPlan(group, number, rule, states, cache)
             bound.append(None)
         if new:
@@ -130,7 +138,7 @@ class Planner:
             Mismatch: a tensor is not as it was when the group was planned.
             KeyError: a state is gone, or the group has no plan.
 
-        After either, call :meth:`replan`, set ``part.plan`` to None, and bind again.
+        After either, call :meth:`replan` and bind again.
         """
         group = groups[part.number]
         rule = self._rule(part.number, group)
@@ -179,15 +187,14 @@ class Planner:
         """The group's rule, made anew, and so checked, only when an option has changed."""
         try:
             check_lr(group["lr"])
-            values = tuple(group[name] for name in self._options)
+            values = tuple(group[name] for name in self._options if name != "lr")
             known = self._rules[number]
             if known is not None and unchanged(known[0], values):
                 return known[1]
             if names_to_dtypes(group):  # ZeroRedundancyOptimizer copies them there
-                values = tuple(group[name] for name in self._options)
-            check_options(group)
-            rule = self._rule_of(group)
-        except (TypeError, ValueError) as error:
+                values = tuple(group[name] for name in self._options if name != "lr")
+            rule = checked_rule(self._kind.rule_of, group)
+        except (TypeError, ValueError) as error:  # errors_at would cost time in every step
             raise type(error)(f"group {number}: {error}") from None
         self._rules[number] = (comparable_copy(values), rule)
         plan = self._plans[number]

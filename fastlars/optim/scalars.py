@@ -36,9 +36,9 @@ class HostScalars:
         """Take the global norm, given its square."""
         self._norm = math.sqrt(float(square))
 
-    def skip_where(self, wanted: bool | Tensor) -> None:
+    def skip_where(self, condition: bool | Tensor) -> None:
         """Skip the step where this is true."""
-        self.skip = bool(wanted)
+        self.skip = bool(condition)
 
     def verdict(self) -> Tensor | None:
         """None: the host has decided already."""
@@ -80,15 +80,17 @@ class DeviceScalars:
         """Take the global norm, given its square."""
         self._square = square
 
-    def skip_where(self, wanted: bool | Tensor) -> None:
+    def skip_where(self, condition: bool | Tensor) -> None:
         """Skip the step where this is true, or where a GradScaler has found an inf or NaN."""
-        if isinstance(wanted, bool):
-            self.skip = wanted
+        if isinstance(condition, bool):
+            self.skip = condition
             return
         assert self._square is not None
-        wanted = to_device(wanted, self._square.device)
+        condition = to_device(condition, self._square.device)
         found = self.verdict()
-        self._verdict = wanted if found is None else wanted | to_device(found, wanted.device)
+        self._verdict = (
+            condition if found is None else condition | to_device(found, condition.device)
+        )
         self._found_inf = self._verdict.to(torch.float32)
 
     def verdict(self) -> Tensor | None:
@@ -152,6 +154,7 @@ def _on_device(value: Tensor | None, device: torch.device) -> Tensor | None:
     return value.resolve_neg() if value.is_neg() else value
 
 
+# Of a whole step; ``of_batch`` gives a back end its StepScalars for one batch.
 Scalars = HostScalars | DeviceScalars
 
 

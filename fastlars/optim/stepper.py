@@ -60,6 +60,7 @@ class Stepper:
 
     Attributes:
         norm_group: the processes over which the square of the norm is summed, or None.
+        skip_if: decides which steps are skipped, or None.
         owner: what gave the optimizer a part of the parameters, as ``ZeroRedundancyOptimizer``.
         skipped: how many steps were skipped, a 0-dim int64 tensor.
         results: parameters and trust ratios of the last step; empty if the host skipped it.
@@ -74,7 +75,7 @@ class Stepper:
     def __init__(self, norm_group: Any = None, skip_if: Any = None) -> None:
         self.norm_group = None if norm_group is None else NormReducer(norm_group)
         self.owner = owner_from_stack()
-        self._skip_if = checked_skip_if(skip_if)
+        self.skip_if = checked_skip_if(skip_if)
         self._skipped: Tensor | None = None
         self.forget()
 
@@ -84,21 +85,12 @@ class Stepper:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy without these would clip by a part of the norm, or take every step, silently.
-        names = ("norm_group", "owner", "_skip_if", "_skipped")
+        names = ("norm_group", "owner", "skip_if", "_skipped")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.forget()
-
-    @property
-    def skip_if(self) -> SkipIf | None:
-        """Decides which steps are skipped."""
-        return self._skip_if
-
-    @skip_if.setter
-    def skip_if(self, value: Any) -> None:
-        self._skip_if = checked_skip_if(value)
 
     @property
     def skipped(self) -> Tensor:
@@ -134,8 +126,8 @@ class Stepper:
                 reads it before anything is bound.
         """
         needs = self.needs_norm(groups)
-        no_peers = self.norm_group is None or not needs  # else other processes wait for this one
-        if no_peers and found_inf is not None and not reads_device() and float(found_inf) != 0.0:
+        is_local = self.norm_group is None or not needs  # else other processes wait for this one
+        if is_local and found_inf is not None and not reads_device() and float(found_inf) != 0.0:
             self._skip_unmeasured(needs)
             return None
         if needs:
@@ -143,14 +135,14 @@ class Stepper:
         batches = bind()
         check_recording(batches)
         scalars = scalars_for((b.backend for b in batches), grad_scale, found_inf)
-        if scalars.skip and no_peers:
+        if scalars.skip and is_local:
             self._skip_unmeasured(needs)
             return None
         self.square = None
         if needs:
             self.square = self._square_of_norm(groups, batches, scalars)
             scalars.set_square(self.square)
-            if scalars.has_scaler and not no_peers:
+            if scalars.has_scaler and not is_local:
                 # The GradScaler of any process may have found an inf or NaN.
                 scalars.skip_where(self.square.isfinite().logical_not())
             if self.skip_if is not None and not scalars.skip:
@@ -223,7 +215,7 @@ class StepReadings:
 
     @skip_if.setter
     def skip_if(self, value: SkipIf | None) -> None:
-        self.stepper.skip_if = value
+        self.stepper.skip_if = checked_skip_if(value)
 
     @property
     def grad_norm(self) -> Tensor | None:
