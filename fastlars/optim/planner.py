@@ -117,9 +117,8 @@ class Planner:
             new[number] = GroupPlan(group, number, rule, states, cache)
             bound.append(None)
         if new:
-            check_shared_memory(
-                located_parameters(groups)
-            )  # lists and memory may have been changed by hand
+            # Lists of parameters, and their memory, may have been changed by hand.
+            check_shared_memory(located_parameters(groups))
         for number, plan in new.items():
             self._plans[number] = plan.prepare()
             bound[number] = plan.bind_batches([p.grad for p in plan.params])
