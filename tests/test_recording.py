@@ -103,7 +103,7 @@ def test_scalars_on_the_device_live_as_long_as_their_graph(
     params = parameters()
     optimizer = fastlars.LARS(params, lr=torch.ones(()), max_grad_norm=1.0)
     set_gradients(params, 0)
-    (batch,) = optimizer.bind()
+    (batch,) = optimizer.bind_groups()
     scalars = DeviceScalars(torch.ones(()), torch.zeros(()))
     scalars.set_square(torch.ones((), dtype=torch.float64))
     for recording in (False, True):

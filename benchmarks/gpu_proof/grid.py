@@ -74,7 +74,8 @@ def _step(
 ) -> Callable[[], object]:
     optimizer = contenders(case)[f"fastlars cuda {path}"].started(params)
     # Each contender has a back end of its own.
-    backend = optimizer.bind()[0].backend
+    with torch.no_grad():
+        backend = optimizer.bind_groups()[0].backend
     backend.grid, backend.shared_slots = blocks, slots
     optimizer.step()
     return optimizer.step

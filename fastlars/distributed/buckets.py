@@ -78,7 +78,7 @@ class Bucket:
         """Whether the bucket steps all its parameters, so that nothing else reads its gradients."""
         return sum(len(part.indices) for part in self.slices) == len(self.params)
 
-    def bind(self, optimizer: FusedOptimizer) -> list[BoundBatch] | None:
+    def bind_slices(self, optimizer: FusedOptimizer) -> list[BoundBatch] | None:
         """The bucket's batches; None where the whole step is left to ``optimizer.step()``, because
         something does not fit. ``step()`` then plans anew, or raises what is wrong."""
         planner, groups, states = optimizer.planner, optimizer.param_groups, optimizer.state

@@ -192,7 +192,7 @@ class Engine:
         self._slices += kept.slices
         batches = None
         if self._early_work is not None and not self._stale:
-            batches = kept.bind(self.optimizer)
+            batches = kept.bind_slices(self.optimizer)
         if not batches:
             return None
         in_flight = InFlightBucket.of(batches, for_norm=self._early_work == "clip")
@@ -364,9 +364,10 @@ class Engine:
     def _step(self) -> StepResults | None:
         optimizer, in_flight = self.optimizer, self.in_flight
         if self._stale or not in_flight:
-            return optimizer.step_batches(optimizer.bind)
+            return optimizer.step_batches(optimizer.bind_groups)
         if self._early_work == "clip":
-            return optimizer.step_batches(lambda: with_known_sums(optimizer.bind(), in_flight))
+            bind = optimizer.bind_groups
+            return optimizer.step_batches(lambda: with_known_sums(bind(), in_flight))
         # The rest first: binding it can still raise, while buckets were bound and checked before.
         rest = optimizer.step_batches(self._bind_rest)
         assert rest is not None  # only the global norm skips steps here, and no group needs it

@@ -236,7 +236,7 @@ class FusedOptimizer(TracedStep, StepReadings, torch.optim.Optimizer):
 
     def _step_eagerly(self) -> None:
         hook = self.overlap_hook
-        results = self.step_batches(self.bind) if hook is None else hook.step()
+        results = self.step_batches(self.bind_groups) if hook is None else hook.step()
         if results is not None:
             self.stepper.results = results
             self._count_steps(host_knows=self.stepper.verdict is None)
@@ -254,12 +254,12 @@ class FusedOptimizer(TracedStep, StepReadings, torch.optim.Optimizer):
     # first called: `import fastlars` would take 2 s longer.
     _step_outside_graph = _disable_dynamo(_step_eagerly)
 
-    def bind(self) -> list[BoundBatch]:
+    def bind_groups(self) -> list[BoundBatch]:
         """All batches of all groups, checked, and bound to the gradients that there are now.
 
         For code that steps by itself, as an overlap hook does; call it under ``torch.no_grad()``.
         """
-        return self.planner.bind(self.param_groups, self.state)
+        return self.planner.bind_groups(self.param_groups, self.state)
 
     def step_batches(self, bind: Callable[[], list[BoundBatch]]) -> StepResults | None:
         """Step what ``bind`` returns; None where the step was skipped.

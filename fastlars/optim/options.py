@@ -47,7 +47,7 @@ fused_unscale: True lets the step take the scale and the verdict of a ``GradScal
     for the verdict. Lightning then refuses ``gradient_clip_val``, and Accelerate's
     schedulers do not see a skipped step. False leaves both to the ``GradScaler``. Default
     None: True only with float16 parameters or ``capturable``, where a ``GradScaler`` cannot
-    do it. Counts where all groups have it.
+    do it. True has an effect only if all groups have it.
 norm_group: process group or :class:`~torch.distributed.device_mesh.DeviceMesh` over which
     the squares of the norm are summed, for ``max_grad_norm`` and ``skip_if``. Default None:
     this process alone. Set it where processes hold different parameters: the stages of a

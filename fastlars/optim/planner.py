@@ -84,7 +84,7 @@ class Planner:
         self._rules: list[tuple[tuple[Any, ...], Rule] | None] = []
         self._planned_states: list[dict[str, Any]] = []
 
-    def bind(self, groups: list[Group], states: States) -> list[BoundBatch]:
+    def bind_groups(self, groups: list[Group], states: States) -> list[BoundBatch]:
         """Every batch of every group, bound to this step's gradients.
 
         All groups are checked before the first state is made, and bound before anything else is

@@ -161,7 +161,7 @@ def test_norms_of_interleaved_buckets_come_back_in_order() -> None:
         batches = optimizer.planner.bind_slice(part, groups, optimizer.state)
         buckets.append(InFlightBucket.of(batches, for_norm=True))
         buckets[-1].work_early("clip")
-    (batch,) = with_known_sums(optimizer.bind(), buckets)
+    (batch,) = with_known_sums(optimizer.bind_groups(), buckets)
     assert isinstance(batch, PremeasuredBatch)
     assert batch.sums[:, -1].tolist() == [2.0 + i for i in range(6)]
 

@@ -44,7 +44,7 @@ def fail(how: str) -> None:
     train(ddp, optimizer, range(BROKEN))
     if dist.get_rank() == 1:
         calls = []
-        original = Bucket.bind
+        original = Bucket.bind_slices
 
         def broken(self: Bucket, *arguments: Any) -> Any:
             calls.append(self)
@@ -55,7 +55,7 @@ def fail(how: str) -> None:
                 raise ZeroDivisionError("as asked")
             return original(self, *arguments)
 
-        Bucket.bind = broken  # type: ignore[method-assign]
+        Bucket.bind_slices = broken  # type: ignore[method-assign]
     before = {p: p.detach().clone() for p in ddp.parameters()}
     try:
         train(ddp, optimizer, range(BROKEN, BROKEN + 1))
