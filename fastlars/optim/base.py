@@ -98,7 +98,7 @@ class FusedOptimizer(TracedStep, StepReadings, torch.optim.Optimizer):
         self.stepper = Stepper(norm_group, skip_if)
         self.overlap_hook = None
         super().__init__(params, OPTIONS | defaults)
-        self.planner = Planner(type(self), self.defaults)
+        self.planner = Planner(type(self).rule_of, self.defaults)
 
     @classmethod
     def rule_of(cls, group: dict[str, Any]) -> Rule:
@@ -190,7 +190,7 @@ class FusedOptimizer(TracedStep, StepReadings, torch.optim.Optimizer):
                 ensure_step_count(group, self.state)
 
     def _forget_plans(self) -> None:
-        self.planner = Planner(type(self), self.defaults)
+        self.planner = Planner(type(self).rule_of, self.defaults)
         self.stepper.forget()
 
     def state_dict(self) -> dict[str, Any]:

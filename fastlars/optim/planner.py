@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -19,14 +19,6 @@ from fastlars.optim.values import comparable_copy, same_objects, unchanged
 from fastlars.rules import Rule
 
 Group: TypeAlias = dict[str, Any]
-
-
-class RuleSource(Protocol):
-    """The class of an optimizer, as far as a planner needs it."""
-
-    def rule_of(self, group: Group) -> Rule:
-        """The rule that a group's options make."""
-        ...
 
 
 @dataclass
@@ -73,12 +65,13 @@ class Planner:
     optimizer's groups and states are arguments of each call, because both may be replaced.
     """
 
-    def __init__(self, kind: RuleSource, options: Iterable[str]) -> None:
+    def __init__(self, rule_of: Callable[[Group], Rule], options: Iterable[str]) -> None:
         """Args:
-        kind: the optimizer's class; the optimizer itself would be kept alive by its planner.
+        rule_of: the rule that a group's options make; a method of the optimizer's class, because a
+            method of the optimizer would form a reference cycle with it.
         options: the names of the options of a group: the optimizer's ``defaults``.
         """
-        self._kind = kind
+        self._rule_of = rule_of
         self._options = options
         self._plans: list[GroupPlan | None] = []
         self._rules: list[tuple[tuple[Any, ...], Rule] | None] = []
@@ -192,7 +185,7 @@ class Planner:
                 return known[1]
             if names_to_dtypes(group):  # ZeroRedundancyOptimizer copies them there
                 values = tuple(group[name] for name in self._options if name != "lr")
-            rule = checked_rule(self._kind.rule_of, group)
+            rule = checked_rule(self._rule_of, group)
         except (TypeError, ValueError) as error:  # errors_at would cost time in every step
             raise type(error)(f"group {number}: {error}") from None
         self._rules[number] = (comparable_copy(values), rule)
