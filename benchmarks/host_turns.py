@@ -1,9 +1,10 @@
 """Host time of a step in this checkout and in another one, in turns.
 
-``python benchmarks/host_turns.py CHECKOUT [ROUNDS]``: a process for each checkout, both built, on
-one thread. In every round each process times a block of steps of each optimizer, over 161 plain
-tensors and over 161 DTensors of 16 elements, so that the host's share is all there is. Prints
-medians in microseconds, and the median over rounds of this checkout's time over the other's.
+``python benchmarks/host_turns.py CHECKOUT [ROUNDS]``: pairs of processes, one for each checkout,
+both built, on one thread. In each round a process times a block of steps of each optimizer, over
+161 plain tensors and 161 DTensors of 16 elements, so that the host's share is all there is. Prints
+medians over pairs of medians over rounds: microseconds, and this checkout's time over the other's,
+with the least and the greatest ratio of a pair.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-TENSORS, BLOCK = 161, 50
+TENSORS, BLOCK, WARM_UP = 161, 50, 2
+# Times of two processes of one checkout differ by up to a twentieth, whatever the rounds.
+PAIRS = 7
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -75,16 +78,17 @@ def child(checkout: Path) -> subprocess.Popen[str]:
     )
 
 
-def main(other: str, rounds: str = "100") -> int:
-    """Print a table."""
-    children = [child(ROOT), child(Path(other).resolve())]
+def pair(other: Path, rounds: int) -> dict[str, tuple[float, float, float]]:
+    """By name, medians over the rounds of two new processes: this time, the other, their ratio."""
+    children = [child(ROOT), child(other)]
     times: list[list[list[float]]] = [[], []]
     names: list[str] = []
-    for process in children:
+    for process, checkout in zip(children, (ROOT, other), strict=True):
         assert process.stdout is not None
-        print(process.stdout.readline().strip())
+        imported = process.stdout.readline().strip()
+        assert imported == str(checkout), f"{checkout} imports fastlars from {imported}"
         names = process.stdout.readline().strip().split("; ")
-    for turn in range(int(rounds) + 2):
+    for turn in range(rounds + WARM_UP):
         for process, seen in zip(children, times, strict=True):
             assert process.stdin is not None
             assert process.stdout is not None
@@ -92,12 +96,23 @@ def main(other: str, rounds: str = "100") -> int:
             seen.append([float(x) for x in process.stdout.readline().split()])
     for process in children:
         process.communicate()
-    print("| step | this, us | other, us | this / other |\n|---|--:|--:|--:|")
+    found = {}
     for i, name in enumerate(names):
-        this, that = ([row[i] for row in seen[2:]] for seen in times)
+        this, that = ([row[i] for row in seen[WARM_UP:]] for seen in times)
         ratio = statistics.median(a / b for a, b in zip(this, that, strict=True))
-        print(f"| {name} | {statistics.median(this):.1f} | {statistics.median(that):.1f} |", end="")
-        print(f" {ratio:.3f} |")
+        found[name] = (statistics.median(this), statistics.median(that), ratio)
+    return found
+
+
+def main(other: str, rounds: str = "30") -> int:
+    """Print a table."""
+    found = [pair(Path(other).resolve(), int(rounds)) for _ in range(PAIRS)]
+    print("| step | this, us | other, us | this / other | of the pairs |\n|---|--:|--:|--:|--:|")
+    for name in found[0]:
+        this, that, ratios = zip(*(each[name] for each in found), strict=True)
+        middle = [statistics.median(x) for x in (this, that, ratios)]
+        print(f"| {name} | {middle[0]:.1f} | {middle[1]:.1f} | {middle[2]:.3f} |", end="")
+        print(f" {min(ratios):.3f} to {max(ratios):.3f} |")
     return 0
 
 
