@@ -14,6 +14,7 @@ import changing
 import compare
 import figures
 import first_step
+import host_turns
 import iteration
 import report
 import sharded_host
@@ -142,6 +143,18 @@ def test_host_times_of_shards(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("which", changing.SETS)
+def test_checkouts_in_turns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(host_turns, "PAIRS", 1)
+    assert host_turns.main(str(host_turns.ROOT), "1") == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == [
+        f"| {name}, 161 {what}" for name in ("LARS", "LAMB") for what in ("tensors", "DTensors")
+    ]
+    assert all(float(row[3]) > 0.0 for row in rows)
+
+
 def test_sets_of_gradients_are_what_they_are_called(which: str) -> None:
     run = changing.Run(changing.BUILDS["fastlars LARS"], which, 20)
     seen = []
