@@ -142,7 +142,6 @@ def test_host_times_of_shards(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(float(cell.split()[0]) > 0 for line in lines for cell in line.split(" | ")[1:4])
 
 
-@pytest.mark.parametrize("which", changing.SETS)
 def test_checkouts_in_turns(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,6 +154,7 @@ def test_checkouts_in_turns(
     assert all(float(row[3]) > 0.0 for row in rows)
 
 
+@pytest.mark.parametrize("which", changing.SETS)
 def test_sets_of_gradients_are_what_they_are_called(which: str) -> None:
     run = changing.Run(changing.BUILDS["fastlars LARS"], which, 20)
     seen = []
