@@ -101,7 +101,8 @@ def borrowed_names(path: str) -> list[tuple[int, str]]:
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.Attribute):
             own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
-            found += [] if own else [(node.lineno, node.attr)]
+            if not own:
+                found.append((node.lineno, node.attr))
     return [(line, name) for line, name in found if is_private(name)]
 
 

@@ -140,24 +140,26 @@ class TableRows:
     rows: Tensor
 
 
-def sums_tables(
-    batches: list[tuple[MeshDims | None, list[int]]],
-) -> list[tuple[SumsTable, Tensor] | None]:
-    """For each batch of a group's parameters, their table and their rows; None if not sharded.
+def table_rows(
+    batches: list[tuple[MeshDims | None, torch.device, list[int]]],
+) -> list[TableRows | None]:
+    """For each batch of a group's parameters, their rows, on its device; None if not sharded.
 
     Ranks may cut a group into different batches, so rows follow the order of the group.
     """
     members: dict[MeshDims, list[int]] = defaultdict(list)
-    for mesh_dims, indices in batches:
-        if mesh_dims is not None:
-            members[mesh_dims] += indices
+    for key, _, indices in batches:
+        if key is not None:
+            members[key] += indices
     table = {key: SumsTable(key, len(indices)) for key, indices in members.items()}
     row = {key: {i: r for r, i in enumerate(sorted(all_))} for key, all_ in members.items()}
     return [
         None
         if key is None
-        else (table[key], torch.tensor([row[key][i] for i in indices], device="cpu"))
-        for key, indices in batches
+        else TableRows(
+            table[key], torch.tensor([row[key][i] for i in indices], device="cpu").to(device)
+        )
+        for key, device, indices in batches
     ]
 
 

@@ -34,7 +34,7 @@ from fastlars.optim.dtensor import (
     path_to_plain,
     plain_tensors,
     sharded_over,
-    sums_tables,
+    table_rows,
 )
 from fastlars.optim.gradients import bind_copying_gradients, plain_gradients
 from fastlars.optim.plan_cache import BatchKey, CheckedParameter, PlanCache
@@ -148,9 +148,9 @@ class GroupPlan:
             if grad_type is NoneType:
                 continue
             known = checked.get(i)
-            if known is None or known[0] is not grad_type:  # an index is faster than a name
+            if known is None or known.grad_type is not grad_type:
                 return None
-            if known[1] is not last:
+            if known.key is not last:
                 last, indices = members.setdefault(id(known.key), (known.key, []))
             indices.append(i)
         if not cache.layout_is_unchanged():
@@ -219,10 +219,9 @@ class GroupPlan:
 
     def _make_batches(self, checked: Mapping[int, CheckedParameter]) -> list[TensorBatch]:
         batches = []
-        tables = sums_tables(
-            [(key.mesh_dims, indices) for key, indices in self.indices_by_key.items()]
-        )
-        for (key, indices), table in zip(self.indices_by_key.items(), tables, strict=True):
+        members = self.indices_by_key.items()
+        every_rows = table_rows([(key.mesh_dims, key.device, indices) for key, indices in members])
+        for (key, indices), rows in zip(members, every_rows, strict=True):
             weights = [self.params[i] for i in indices]
             chosen = [checked[i] for i in indices]
             batches.append(
@@ -235,7 +234,7 @@ class GroupPlan:
                     one_element=[n for n, each in enumerate(chosen) if each.has_one_element],
                     states=[each.states for each in chosen],
                     path=key.path,
-                    rows=None if table is None else TableRows(table[0], table[1].to(key.device)),
+                    rows=rows,
                     wrapped_grads=any(self.grad_types[i] is not Tensor for i in indices),
                 )
             )

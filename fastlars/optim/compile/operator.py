@@ -159,7 +159,7 @@ def _square_norm(weights: list[Tensor], grads: list[Tensor], sizes: list[int]) -
         end = begin + size
         batches += _batches(weights[begin:end], grads[begin:end], [], [], [], GradientNorm())
         begin = end
-    on_device = all(backend.reads_device for backend, _ in batches)
+    on_device = scalars_for(backend for backend, _ in batches).on_device
     sums = [
         backend.measure(GradientNorm(), _bind_cached("", backend, tensors), StepScalars(0.0))
         for backend, tensors in batches
