@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cases import RULES
-from fastlars.trainer import atomic
+from fastlars.trainer.output import atomic
 from host import describe
 from timing import Sample, interleave
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from fastlars.trainer import atomic
+from fastlars.trainer.output import atomic
 
 BASE_BATCH = 128
 FACTORS = (0.5, 1.0, 2.0)

@@ -24,7 +24,7 @@ from fastlars.backends.base import Backend, Dtypes, StepScalars, Tensors
 from fastlars.backends.cpu import Cpu
 from fastlars.backends.reference import Reference
 from fastlars.rules import LambRule, LarsRule
-from fastlars.trainer import atomic
+from fastlars.trainer.output import atomic
 from host import describe
 from timing import Sample, interleave
 

@@ -106,19 +106,19 @@ FAULTS = {
     ),
     "recipe": Fault(
         "a batch that has a row takes the row before it",
-        "fastlars/trainer/recipes.py",
+        "fastlars/trainer/config/recipes.py",
         "if low.batch < batch < high.batch:",
         "if low.batch < batch <= high.batch:",
     ),
     "checkpoint": Fault(
         "what was summed since the last line of the log is lost",
-        "fastlars/trainer/loop.py",
+        "fastlars/trainer/run/loop.py",
         'self.window.sums.copy_(state["window"])',
         "self.window.reset()",
     ),
     "images": Fault(
         "of 16 bits of grey the lower eight are taken",
-        "fastlars/trainer/images.py",
+        "fastlars/trainer/data/decode.py",
         "(np.array(image) >> (bits - 8))",
         "(np.array(image) & 255)",
     ),

@@ -52,7 +52,7 @@ def test_modules_that_are_imported_on_demand_are_listed() -> None:
 def test_torch_is_imported_when_it_is_needed() -> None:
     """A command line is parsed, and answers Ctrl-C, before the seconds that torch takes."""
     code = (
-        "import sys, fastlars.trainer.command\n"
+        "import sys, fastlars.trainer.process.command\n"
         "assert {'LARS', 'optim', 'backends'} <= {*dir(fastlars)}\n"
         "assert 'torch' not in sys.modules\n"
         "assert fastlars.LARS.__module__ == 'fastlars.optim.lars'; assert 'torch' in sys.modules\n"

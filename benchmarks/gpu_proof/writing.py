@@ -24,7 +24,7 @@ def write_text(path: Path, text: str) -> None:
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Replace a file by the rows, with the columns of all of them."""
     # Only stages have fastlars, not the driver: nothing is built yet where it starts.
-    from fastlars.trainer import atomic
+    from fastlars.trainer.output import atomic
 
     columns = _columns(rows)
     atomic.write_table([columns, *([row.get(name) for name in columns] for row in rows)], path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from fastlars.trainer import command, packages
+from fastlars.trainer.process import command, packages
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,9 +17,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def load() -> Callable[[], int]:
         packages.load_all()
-        from fastlars.trainer import config, session
+        from fastlars.trainer.config import command_line
+        from fastlars.trainer.run import session
 
-        return lambda: session.run(config.parse(given))
+        return lambda: session.run(command_line.parse(given))
 
     return command.run("fastlars.trainer", load)
 

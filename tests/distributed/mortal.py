@@ -14,9 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 from fastlars.backends.cpu import Cpu
-from fastlars.trainer import model, plots
 from fastlars.trainer.__main__ import main
-from fastlars.trainer.loop import Loop
+from fastlars.trainer.model import resnet
+from fastlars.trainer.output import pictures
+from fastlars.trainer.run.loop import Loop
 from trainer.helpers import tiny_net
 
 
@@ -60,7 +61,7 @@ def mortal(self: Loop, *arguments: Any) -> None:
     original(self, *arguments)
 
 
-model.build = tiny_net
-plots.draw = lambda _records, _path: None
+resnet.build = tiny_net
+pictures.draw = lambda _records, _path: None
 Loop._step = mortal  # type: ignore[method-assign]
 sys.exit(main())

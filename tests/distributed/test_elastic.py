@@ -21,9 +21,9 @@ from distributed.torchrun import (
     resumed_at,
     start,
 )
-from fastlars.trainer import distributed
-from fastlars.trainer.distributed import World
 from fastlars.trainer.errors import TrainerError
+from fastlars.trainer.process import world
+from fastlars.trainer.process.world import World
 
 pytestmark = pytest.mark.xdist_group("elastic")  # with one undisturbed run for both files
 
@@ -51,7 +51,7 @@ def attempt(store: Any, size: int, seconds: float = 20) -> list[str]:
     patience = timedelta(seconds=seconds)
     with ThreadPoolExecutor(size) as threads:
         ranks = range(size - 1, -1, -1)  # the first one comes last
-        parts = [threads.submit(distributed._attempt, store, r, size, patience) for r in ranks]
+        parts = [threads.submit(world._attempt, store, r, size, patience) for r in ranks]
         return [part.result() for part in parts]
 
 
@@ -70,7 +70,7 @@ def test_an_attempt_without_the_others_ends() -> None:
         with pytest.raises(
             TrainerError, match=f"process {rank} did not meet the others within 0.1"
         ):
-            distributed._attempt(store, rank, 2, timedelta(seconds=0.1))
+            world._attempt(store, rank, 2, timedelta(seconds=0.1))
 
 
 @dataclass(frozen=True)
@@ -90,4 +90,4 @@ def test_a_restart_is_one_for_all(
     monkeypatch: pytest.MonkeyPatch, mine: int, other: bool, expected: bool
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(mine))
-    assert distributed.restarted(Host(0, 2, torch.device("cpu"), again=other)) is expected
+    assert world.restarted(Host(0, 2, torch.device("cpu"), again=other)) is expected

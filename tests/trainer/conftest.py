@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 if find_spec("torchvision") is not None:  # without it, tests/conftest.py skips these tests
-    from fastlars.trainer import model, plots
     from fastlars.trainer.__main__ import main
+    from fastlars.trainer.model import resnet
+    from fastlars.trainer.output import pictures
     from trainer.helpers import Outcome, tiny_net, write_images
 
 
@@ -30,13 +31,13 @@ def train(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run trains the tiny model."""
-    monkeypatch.setattr(model, "build", tiny_net)
+    monkeypatch.setattr(resnet, "build", tiny_net)
 
 
 @pytest.fixture
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """No run spends its second on drawing."""
-    monkeypatch.setattr(plots, "draw", lambda _records, _path: None)
+    monkeypatch.setattr(pictures, "draw", lambda _records, _path: None)
 
 
 @pytest.fixture

@@ -14,13 +14,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastlars.trainer import checkpoint, model, plots
 from fastlars.trainer.__main__ import main
-from fastlars.trainer.loop import Loop
+from fastlars.trainer.model import resnet
+from fastlars.trainer.output import checkpoint, pictures
+from fastlars.trainer.run.loop import Loop
 from trainer.helpers import tiny_net
 
-model.build = tiny_net
-plots.draw = lambda _records, _path: None
+resnet.build = tiny_net
+pictures.draw = lambda _records, _path: None
 step = Loop._step
 
 

@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional
 
 import fastlars
-from fastlars.trainer import batchnorm, model
-from fastlars.trainer.digits import Digits
-from fastlars.trainer.plan import make
+from fastlars.trainer.data.digits import Digits
+from fastlars.trainer.data.order import make
+from fastlars.trainer.model import batchnorm, resnet
 from trainer.helpers import Outcome, load, tiny_net
 
 STEPS, PER_EPOCH = 19, 1437 // 128
@@ -33,7 +33,7 @@ def test_steps_and_statistics(tmp_path: Path, train: Callable[..., Outcome]) -> 
     assert train(*settings).status == 0
 
     net = tiny_net("", 10, "", 0).train()
-    model.draw_classifier(net, 0.01, 0)
+    resnet.draw_classifier(net, 0.01, 0)
     batchnorm.prepare(net, 32, "last")
     optimizer = fastlars.RMSpropWarmup(
         fastlars.parameter_groups(net, 1e-4, no_decay="norms", no_ratio="none"),

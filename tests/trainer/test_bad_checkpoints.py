@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastlars.trainer import checkpoint, model
 from fastlars.trainer.__main__ import main
 from fastlars.trainer.errors import TrainerError
+from fastlars.trainer.model import resnet
+from fastlars.trainer.output import checkpoint
 from trainer.helpers import Outcome, assert_same, files_below, load, tiny_net
 
 Train = Callable[..., Outcome]
@@ -120,7 +121,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The checkpoint of a run of one step."""
     run = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "build", tiny_net)
+        patch.setattr(resnet, "build", tiny_net)
         assert main([*map(str, SHORT), "--output", str(run), "--max-steps", "1"]) == 0
     return (run / "checkpoint.pt").read_bytes()
 

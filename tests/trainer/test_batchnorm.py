@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 from distributed import processes
-from fastlars.trainer import batchnorm
-from fastlars.trainer.distributed import World
+from fastlars.trainer.model import batchnorm
+from fastlars.trainer.process.world import World
 from trainer.helpers import tiny_net
 
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from fastlars.trainer import cache, images, plan
+from fastlars.trainer.data import cache, order
+from fastlars.trainer.data import decode as images
+from fastlars.trainer.data.image_folder import Folder
 from fastlars.trainer.errors import TrainerError
-from fastlars.trainer.folder import Folder
 from trainer.helpers import Outcome, assert_same, load, write_images
 
 Train = Callable[..., Outcome]
@@ -54,7 +55,7 @@ def test_files_are_read_once(images: Path) -> None:
 
 
 def test_the_bar_counts_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Good ones and bad ones, in parts of which the last is smaller."""
+    """Good ones and bad ones, in context of which the last is smaller."""
     counts, said = [], []
 
     class Bar(tqdm):  # type: ignore[type-arg]
@@ -90,7 +91,7 @@ def decodings(root: Path, keep: str, monkeypatch: pytest.MonkeyPatch) -> int:
         return decode(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr("fastlars.trainer.images.decode", counted)
+        patch.setattr("fastlars.trainer.data.decode.decode", counted)
         folder(root, keep)
     return count
 
@@ -121,21 +122,21 @@ def test_large_images_cannot_be_kept(tmp_path: Path) -> None:
 def test_resuming_with_and_without(tmp_path: Path, train: Train, images: Path) -> None:
     """--cache may differ: the run is the same."""
     settings = ("--data", images, "--epochs", 2, "--batch-size", 8, "--lr", 0.1, "--workers", 0)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole, context = tmp_path / "whole", tmp_path / "context"
     kept = train(*settings, "--cache", "on", "--output", whole)
     assert kept.status == 0
     assert "read 36 training images in " in kept.out
-    first = train(*settings, "--cache", "off", "--output", parts, "--max-steps", 3)
+    first = train(*settings, "--cache", "off", "--output", context, "--max-steps", 3)
     assert first.status == 0
-    assert train("--resume", "--output", parts, "--cache", "on", "--max-steps", 0).status == 0
-    assert_same(load(parts)["model"], load(whole)["model"])
+    assert train("--resume", "--output", context, "--cache", "on", "--max-steps", 0).status == 0
+    assert_same(load(context)["model"], load(whole)["model"])
 
 
 @pytest.mark.gpu
 def test_on_a_gpu(images: Path) -> None:
     """The very bytes that the CPU has, and auto keeps them there."""
     gpu, cpu = folder(images, "auto", device=torch.device("cuda")), folder(images, "auto")
-    asked = [next(plan.make(36, 36, 0, 0, 1, 0).from_step(0))]
+    asked = [next(order.make(36, 36, 0, 0, 1, 0).from_step(0))]
     (one, labels), (other, expected) = next(gpu.train(asked)), next(cpu.train(asked))
     assert one.device.type == labels.device.type == "cuda"
     torch.testing.assert_close(one.cpu(), other, rtol=1e-6, atol=1e-6)

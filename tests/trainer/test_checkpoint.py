@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastlars.trainer import checkpoint
 from fastlars.trainer.errors import TrainerError
-from fastlars.trainer.kept import Kept
-from fastlars.trainer.loop import Loop
-from fastlars.trainer.rundir import RunDirectory
+from fastlars.trainer.output import checkpoint
+from fastlars.trainer.output.directory import RunDirectory
+from fastlars.trainer.output.retention import Retention
+from fastlars.trainer.run.loop import Loop
 from trainer.helpers import Outcome, assert_same, disk_full_after, files_below, load
 
 Train = Callable[..., Outcome]
@@ -44,9 +44,9 @@ KILLED_WHILE_SAVING = """
 import os, signal, sys, time
 from pathlib import Path
 import torch
-from fastlars.trainer import checkpoint
-from fastlars.trainer.kept import Kept
-from fastlars.trainer.rundir import RunDirectory
+from fastlars.trainer.output import checkpoint
+from fastlars.trainer.output.retention import Retention
+from fastlars.trainer.output.directory import RunDirectory
 
 if sys.argv[2] == "copies":
     def link(source, target):
@@ -58,7 +58,7 @@ for delay in (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1):
     saved, saves = os.pipe()
     child = os.fork()
     if child == 0:
-        step, kept = checkpoint.load(run.checkpoint)["step"], Kept(run, 2)
+        step, kept = checkpoint.load(run.checkpoint)["step"], Retention(run, 2)
         kept.name(step, best=step % 3 == 0)  # as a resumed run does
         while True:
             step += 1
@@ -90,7 +90,7 @@ def test_kill_while_saving(tmp_path: Path, how: str) -> None:
     """SIGKILL at seven moments of saving without a pause: each name is a whole checkpoint's."""
     run = RunDirectory(tmp_path)
     for step in range(4):
-        Kept(run, 2).save(state(step, 300_000), step, best=step % 3 == 0)
+        Retention(run, 2).save(state(step, 300_000), step, best=step % 3 == 0)
     done = subprocess.run(
         [sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path), how],
         capture_output=True,
@@ -103,7 +103,7 @@ def test_kill_while_saving(tmp_path: Path, how: str) -> None:
     assert int(kills[-1][0]) > 3  # it did save
     assert any(left == "True" for _, left in kills)  # and was killed in the middle of it
     last = int(kills[-1][0]) + 3
-    Kept(run, 2).save(state(last), last, best=True)
+    Retention(run, 2).save(state(last), last, best=True)
     names = sorted(name for name in files_below(tmp_path) if name.startswith("checkpoint-"))
     assert names[-1] == f"checkpoint-{last:06}.pt"
     assert files_below(tmp_path) == ["best.pt", *names, "checkpoint.pt"]  # no leftovers
@@ -113,7 +113,7 @@ def test_kill_while_saving(tmp_path: Path, how: str) -> None:
 def test_full_disk(tmp_path: Path, size: int) -> None:
     """Nothing is lost: the latest ones and the best one are as they were."""
     run = RunDirectory(tmp_path)
-    kept = Kept(run, 2)
+    kept = Retention(run, 2)
     for step in (1, 2, 3):
         kept.save(state(step), step, best=step == 2)
     message = f"cannot write {run.checkpoint}: File too large"
@@ -131,7 +131,7 @@ def test_no_room_for_another_name(
     """On a disk without links names are copies, and any of them may find it full."""
     run = RunDirectory(tmp_path)
     for step in (1, 2, 3):
-        Kept(run, 2).save(state(step), step, best=step == 2)
+        Retention(run, 2).save(state(step), step, best=step == 2)
 
     def link(_source: Path, _target: Path) -> None:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
@@ -147,14 +147,14 @@ def test_no_room_for_another_name(
     monkeypatch.setattr(os, "link", link)
     monkeypatch.setattr(shutil, "copyfileobj", copy)
     with pytest.raises(checkpoint.NotSavedError, match=rf"{name}: No space left on device"):
-        Kept(run, 2).save(state(4), 4, best=True)
+        Retention(run, 2).save(state(4), 4, best=True)
     left = {path.name: checkpoint.load(path)["step"] for path in tmp_path.iterdir()}
     numbers = {f"checkpoint-00000{step}.pt": step for step in (2, 3)}
     if name == "best.pt":
         numbers |= {"checkpoint-000004.pt": 4}
     assert left == numbers | {"checkpoint.pt": 4, "best.pt": 2}
     monkeypatch.undo()
-    Kept(run, 2).name(4, best=True)  # as a resumed run does
+    Retention(run, 2).name(4, best=True)  # as a resumed run does
     left = {path.name: checkpoint.load(path)["step"] for path in tmp_path.iterdir()}
     names = {"checkpoint-000003.pt": 3, "checkpoint-000004.pt": 4}
     assert left == names | {"checkpoint.pt": 4, "best.pt": 4}
@@ -162,8 +162,8 @@ def test_no_room_for_another_name(
 
 def test_one_file_has_many_names(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
-    Kept(run, 3).save(state(1), 1, best=True)
-    Kept(run, 3).name(1, best=True)  # as a resumed run does
+    Retention(run, 3).save(state(1), 1, best=True)
+    Retention(run, 3).name(1, best=True)  # as a resumed run does
     assert len({path.stat().st_ino for path in tmp_path.iterdir()}) == 1
     assert files_below(tmp_path) == ["best.pt", "checkpoint-000001.pt", "checkpoint.pt"]
 
@@ -172,11 +172,11 @@ def test_no_more_are_kept_than_asked_for(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     (tmp_path / "checkpoint-mine.pt").write_text("not one of the run's")
     for step in (5, 999_999, 1_000_000, 2_000_000):
-        Kept(run, 3).save(state(step), step, best=step == 5)
+        Retention(run, 3).save(state(step), step, best=step == 5)
     kept = ["checkpoint-1000000.pt", "checkpoint-2000000.pt", "checkpoint-999999.pt"]
     others = ["checkpoint-mine.pt", "checkpoint.pt"]
     assert files_below(tmp_path) == ["best.pt", *kept, *others]
-    Kept(run, 1).save(state(3_000_000), 3_000_000, best=False)
+    Retention(run, 1).save(state(3_000_000), 3_000_000, best=False)
     assert files_below(tmp_path) == ["best.pt", *kept, *others]  # resumed without --keep-last
     assert checkpoint.load(run.best)["step"] == 5
 

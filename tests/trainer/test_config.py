@@ -6,13 +6,13 @@ from dataclasses import fields
 
 import pytest
 
-from fastlars.trainer import config, recipes
-from fastlars.trainer.config import Config
+from fastlars.trainer.config import command_line, recipes
+from fastlars.trainer.config.command_line import Config
 from fastlars.trainer.errors import TrainerError
 
 
 def configured(*arguments: str) -> Config:
-    return config.fresh(config.parse(arguments).given)
+    return command_line.fresh(command_line.parse(arguments).given)
 
 
 @pytest.mark.parametrize("batch", [None, 512])
@@ -84,15 +84,17 @@ def test_a_bad_flag_is_named(arguments: tuple[str, ...], message: str) -> None:
 
 def test_bn_batch_must_fit_if_it_is_given() -> None:
     given = {"batch_size": 192, "bn_batch": 64}
-    assert config.fresh(given).bn_batch == config.fresh(given, processes=3).bn_batch == 64
-    assert config.fresh(given | {"micro_batch": 128}, processes=2).bn_batch == 64
+    assert (
+        command_line.fresh(given).bn_batch == command_line.fresh(given, processes=3).bn_batch == 64
+    )
+    assert command_line.fresh(given | {"micro_batch": 128}, processes=2).bn_batch == 64
     for more, images in (({}, 96), ({"micro_batch": 48}, 48), ({"batch_size": 65}, 32)):
         with pytest.raises(TrainerError) as error:
-            config.fresh(given | more, processes=2)
+            command_line.fresh(given | more, processes=2)
         assert str(error.value) == (
             f"--bn-batch 64 does not divide the {images} images of a forward pass"
         )
-    assert config.fresh({"recipe": "goyal", "batch_size": 40}).bn_batch == 32
+    assert command_line.fresh({"recipe": "goyal", "batch_size": 40}).bn_batch == 32
 
 
 def test_compression_needs_overlap() -> None:
@@ -106,16 +108,16 @@ def test_compression_needs_overlap() -> None:
 
 
 def test_resume_takes_a_path_or_none() -> None:
-    command = config.parse(["--epochs", "3", "--no-overlap"])
+    command = command_line.parse(["--epochs", "3", "--no-overlap"])
     assert (command.given, command.resume) == ({"epochs": 3, "overlap": False}, None)
-    assert config.parse(["--resume"]).resume == ""
-    assert config.parse(["--resume", "runs/a"]).resume == "runs/a"
+    assert command_line.parse(["--resume"]).resume == ""
+    assert command_line.parse(["--resume", "runs/a"]).resume == "runs/a"
 
 
 def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        config.parse(["--help"])
+        command_line.parse(["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
     for setting in fields(Config):
-        assert config.flag(setting.name) in text
+        assert command_line.flag(setting.name) in text

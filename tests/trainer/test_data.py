@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fastlars.trainer.folder import Folder
+from fastlars.trainer.data.image_folder import Folder
 from trainer.helpers import load, records, tiny_net, write_images
 
 HERE = Path(__file__).parent

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from fastlars.trainer.digits import Digits
+from fastlars.trainer.data.digits import Digits
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastlars.trainer.distributed import Ballot, World
+from fastlars.trainer.process.world import StopVote, World
 from trainer.helpers import Outcome, assert_same, load, records
 from trainer.processes import finish, start
 
@@ -163,6 +163,6 @@ def test_damage_that_one_process_finds(images: Path, tmp_path: Path) -> None:
 
 
 def test_one_process_votes_alone() -> None:
-    ballot = Ballot(World(0, 1, torch.device("cpu")))
-    assert [ballot.any(mine) for mine in (False, True)] == [False, True]
-    assert ballot.close() is False
+    vote = StopVote(World(0, 1, torch.device("cpu")))
+    assert [vote.any(mine) for mine in (False, True)] == [False, True]
+    assert vote.close() is False

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastlars.trainer import checkpoint
-from fastlars.trainer.evaluation import evaluate
-from fastlars.trainer.loop import Loop
-from fastlars.trainer.meter import Figures
+from fastlars.trainer.output import checkpoint
+from fastlars.trainer.run.evaluation import evaluate
+from fastlars.trainer.run.loop import Loop
+from fastlars.trainer.run.meter import Figures
 from trainer.helpers import Outcome, load, records
 from trainer.processes import finish, start
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("tiny", "no_picture")
 def broken(loop: Loop, what: str, value: float) -> None:
     """One number of the model, or of its moving average, is `value`."""
     average = loop._stepper.average
-    network = loop.parts.model if what != "average" or average is None else average.module
+    network = loop.context.model if what != "average" or average is None else average.module
     tensors: dict[str, torch.Tensor] = dict(network.state_dict())
     name = "1.running_var" if what == "statistics" else "5.bias"
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_a_test_loss_alone(tmp_path: Path, train: Train, monkeypatch: pytest.Mon
         found = evaluate(*arguments)
         return Figures(float("inf"), found.accuracy, found.images)
 
-    monkeypatch.setattr("fastlars.trainer.loop.evaluate", overflowed)
+    monkeypatch.setattr("fastlars.trainer.run.loop.evaluate", overflowed)
     outcome = train(*RUN, "--output", tmp_path)
     assert outcome.status == 3
     assert "the test loss is no finite number at step 5" in outcome.err
@@ -121,7 +121,7 @@ def test_what_is_looked_at_is_on_one_device(
     loop = loops[0]
     average = loop._stepper.average
     assert average is not None
-    loop.parts.model.to("meta")
+    loop.context.model.to("meta")
     average.module.to("meta")
     assert loop._broken().device.type == "meta"
 

@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from fastlars.trainer import config, dryrun, memory, model
-from fastlars.trainer.build import build
-from fastlars.trainer.digits import Digits
-from fastlars.trainer.distributed import World
-from fastlars.trainer.parts import Parts
-from fastlars.trainer.precision import Precision
-from fastlars.trainer.rundir import RunDirectory
+from fastlars.trainer.config import command_line
+from fastlars.trainer.data.digits import Digits
+from fastlars.trainer.model import memory, resnet
+from fastlars.trainer.model.build import build
+from fastlars.trainer.model.context import TrainingContext
+from fastlars.trainer.model.precision import Precision
+from fastlars.trainer.output.directory import RunDirectory
+from fastlars.trainer.process.world import World
+from fastlars.trainer.run import dry_run
 from trainer.helpers import Outcome, files_below, tiny_net
 from trainer.processes import finish, start
 
@@ -28,8 +30,8 @@ BUFFERS = 2 * 16 * 4 + 8  # running mean and variance, and the counter
 KEPT = 1797 * 32 * 32 * 4  # the digits
 
 
-def parts(**settings: object) -> Parts:
-    found = config.fresh({"data": "digits", **settings}, 1)
+def context(**settings: object) -> TrainingContext:
+    found = command_line.fresh({"data": "digits", **settings}, 1)
     return build(found, Digits(0, CPU), RunDirectory(Path()), 0, World(0, 1, CPU))
 
 
@@ -79,7 +81,7 @@ def test_weights_gradients_and_states_are_exact(
     """lamb: two moments, and a counter for each of the 5 parameters."""
     monkeypatch.setattr(memory, "size", lambda count: f"{count} MB")
     monkeypatch.setattr(memory, "_resident", lambda: 10**8 + 4 * PARAMETERS + BUFFERS + KEPT)
-    told = "\n".join(dryrun.describe(parts(ema=0.5, **settings), 0))
+    told = "\n".join(dry_run.describe(context(ema=0.5, **settings), 0))
     found = megabytes(told)
     workspaces = found.pop("workspaces")
     assert workspaces == pytest.approx(sum(found.values()) / 10, rel=0.001)
@@ -101,19 +103,19 @@ def test_weights_gradients_and_states_are_exact(
 @pytest.mark.usefixtures("tiny")
 def test_the_time_is_that_of_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """14 epochs of 5 steps, of which 10 are done; a step is 2 forward passes of 128 images."""
-    monkeypatch.setattr(dryrun, "_timed_images", lambda *_: 32)
-    monkeypatch.setattr(dryrun, "_step_seconds", lambda *_: 0.5)
-    *_, told = dryrun.describe(parts(batch_size=256, micro_batch=128), 60)
+    monkeypatch.setattr(dry_run, "_timed_images", lambda *_: 32)
+    monkeypatch.setattr(dry_run, "_step_seconds", lambda *_: 0.5)
+    *_, told = dry_run.describe(context(batch_size=256, micro_batch=128), 60)
     assert told.startswith("time: 4.0 min, 4 s a step, from 3 steps of 32 images a process")
 
 
 @pytest.mark.usefixtures("tiny")
 def test_steps_are_timed_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 100.0, 100.0, 103.0, 110.0, 111.0, 120.0, 122.0])
-    monkeypatch.setattr(dryrun.time, "perf_counter", lambda: next(clock))
-    job = parts(batch_size=64)
+    monkeypatch.setattr(dry_run.time, "perf_counter", lambda: next(clock))
+    job = context(batch_size=64)
     assert isinstance(job.schedule, LambdaLR)
-    assert dryrun._step_seconds(job, Precision("fp32", CPU), 8) == 2.0
+    assert dry_run._step_seconds(job, Precision("fp32", CPU), 8) == 2.0
     assert job.schedule.last_epoch == 4
 
 
@@ -121,10 +123,10 @@ def test_steps_are_timed_after_the_first(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_timed_step_is_as_large_as_there_is_room(
     monkeypatch: pytest.MonkeyPatch, bn_batch: int, images: int
 ) -> None:
-    monkeypatch.setattr(model, "build", tiny_net)
-    job = parts(batch_size=64, bn_batch=bn_batch)
-    assert dryrun._timed_images(job, 0.0, 1e7) == images
-    assert dryrun._timed_images(job, 0.0, 1.0) == 64
+    monkeypatch.setattr(resnet, "build", tiny_net)
+    job = context(batch_size=64, bn_batch=bn_batch)
+    assert dry_run._timed_images(job, 0.0, 1e7) == images
+    assert dry_run._timed_images(job, 0.0, 1.0) == 64
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fastlars.trainer.digits import Digits
-from fastlars.trainer.step import Step
+from fastlars.trainer.data.digits import Digits
+from fastlars.trainer.run.step import Step
 from trainer.helpers import Outcome, assert_same, load, records, tiny_net
 
 Train = Callable[..., Outcome]
@@ -27,7 +27,7 @@ def test_average_and_its_evaluation(
 
     def followed(self: Step, *arguments: object) -> object:
         found = take(self, *arguments)  # type: ignore[arg-type]
-        for name, value in self._parts.model.state_dict().items():
+        for name, value in self._context.model.state_dict().items():
             if value.is_floating_point():
                 old = expected.get(name, value.double())
                 expected[name] = 0.75 * old + 0.25 * value.double()
@@ -56,13 +56,13 @@ def test_average_and_its_evaluation(
 
 
 def test_resumed(tmp_path: Path, train: Train) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole, context = tmp_path / "whole", tmp_path / "context"
     assert train(*SETTINGS, "--output", whole).status == 0
-    assert train(*SETTINGS, "--output", parts, "--max-steps", 3).status == 0
-    assert train("--resume", "--output", parts, "--max-steps", 0).status == 0
+    assert train(*SETTINGS, "--output", context, "--max-steps", 3).status == 0
+    assert train("--resume", "--output", context, "--max-steps", 0).status == 0
     assert load(whole)["average"]["n_averaged"] == 10
-    assert_same(load(whole), load(parts))
-    assert records(whole) == records(parts)
+    assert_same(load(whole), load(context))
+    assert records(whole) == records(context)
 
 
 def test_none_by_default(tmp_path: Path, train: Train) -> None:

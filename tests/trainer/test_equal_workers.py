@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fastlars.trainer.digits import Digits
-from fastlars.trainer.plan import make
+from fastlars.trainer.data.digits import Digits
+from fastlars.trainer.data.order import make
 from trainer.helpers import Outcome, load, tiny_net
 from trainer.processes import finish, start
 

@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fastlars.trainer import findlr, model
-from fastlars.trainer.digits import Digits
-from fastlars.trainer.plan import make
-from fastlars.trainer.step import Step
+from fastlars.trainer.data.digits import Digits
+from fastlars.trainer.data.order import make
+from fastlars.trainer.model import resnet
+from fastlars.trainer.run import find_lr
+from fastlars.trainer.run.step import Step
 from trainer.helpers import Outcome, files_below, tiny_net
 from trainer.processes import finish, start
 
@@ -31,20 +32,20 @@ def test_the_rate_suggested_is_where_the_loss_falls_fastest() -> None:
     rates = np.logspace(-4, 2, 121)
     at = np.log10(rates)
     losses = 2 - 1 / (1 + np.exp(-4 * (at + 1))) + np.maximum(at - 1, 0)
-    found = findlr.suggest(rates.tolist(), losses.tolist())
+    found = find_lr.suggest(rates.tolist(), losses.tolist())
     assert found is not None
     assert found == pytest.approx((0.1, 10.0), rel=0.15)
     wild = losses + 9 * (np.abs(at - 1.5) < 0.3)  # what comes after the lowest loss says nothing
-    assert findlr.suggest(rates.tolist(), wild.tolist()) == found
-    assert findlr.suggest([0.1, 1.0, 10.0], [1.0, 1.5, 2.0]) is None
+    assert find_lr.suggest(rates.tolist(), wild.tolist()) == found
+    assert find_lr.suggest([0.1, 1.0, 10.0], [1.0, 1.5, 2.0]) is None
 
 
 def test_smoothing_shifts_nothing() -> None:
     falling = [10.0 - step for step in range(20)]
-    assert findlr.smoothed(falling)[3:-3] == falling[3:-3]
-    spike = findlr.smoothed([0.0] * 10 + [7.0] + [0.0] * 10)
+    assert find_lr.smoothed(falling)[3:-3] == falling[3:-3]
+    spike = find_lr.smoothed([0.0] * 10 + [7.0] + [0.0] * 10)
     assert [step for step, loss in enumerate(spike) if loss] == list(range(7, 14))
-    assert findlr.smoothed([4.0, 2.0]) == [3.0, 3.0]
+    assert find_lr.smoothed([4.0, 2.0]) == [3.0, 3.0]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_smoothing_shifts_nothing() -> None:
     ],
 )
 def test_the_sweep_ends_where_the_loss_is_lost(losses: list[float], lost: bool) -> None:
-    assert findlr.is_lost(losses) is lost
+    assert find_lr.is_lost(losses) is lost
 
 
 NAN = float("nan")
@@ -84,15 +85,15 @@ def test_what_is_said_of_a_sweep_is_true(losses: list[float], text: str) -> None
     """Of losses that need no smoothing."""
     rates = [10.0 ** (step - 2) for step in range(len(losses))]
     finite = [loss for loss in losses if loss == loss]
-    found = findlr.suggest(rates, finite) if len(finite) > 1 else None
-    assert text in findlr.summary(dict(zip(rates, losses, strict=True)), found)
+    found = find_lr.suggest(rates, finite) if len(finite) > 1 else None
+    assert text in find_lr.summary(dict(zip(rates, losses, strict=True)), found)
 
 
 @pytest.mark.usefixtures("tiny")
 def test_a_sweep_says_what_it_does_and_not_what_a_run_would(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(findlr, "STEPS", 5)
+    monkeypatch.setattr(find_lr, "STEPS", 5)
     flags = ("--lr", 0.5, "--max-steps", 2, "--mllog", "--momentum", 0.8, "--output", tmp_path)
     outcome = train(*SHORT, *flags)
     assert outcome.status == 0, outcome.err
@@ -110,7 +111,7 @@ def test_a_sweep_says_what_it_does_and_not_what_a_run_would(
 def test_what_a_sweep_has_no_use_for_does_not_stop_it(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch, flags: tuple[object, ...]
 ) -> None:
-    monkeypatch.setattr(findlr, "STEPS", 5)
+    monkeypatch.setattr(find_lr, "STEPS", 5)
     outcome = train(*SHORT, *flags, "--epochs", 1, "--output", tmp_path)
     assert outcome.status == 0, outcome.err
 
@@ -133,7 +134,7 @@ def test_a_dry_run_of_a_sweep(tmp_path: Path, train: Train) -> None:
 def test_a_sweep_leaves_a_picture_and_a_table(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(findlr, "STEPS", 40)
+    monkeypatch.setattr(find_lr, "STEPS", 40)
     flags = ("--recipe", "goyal", "--bn-batch", 0, "--lr", 0.1, "--output", tmp_path / "a" / "b")
     outcome = train(*SHORT, *flags, "--tensorboard", "--mllog")
     assert outcome.status == 0, outcome.err
@@ -152,7 +153,7 @@ def test_a_sweep_leaves_a_picture_and_a_table(
 def written_out(rates: list[float]) -> list[float]:
     """Losses of torch's SGD with Nesterov momentum at these rates; no decay of norms."""
     net = tiny_net("", 10, "", 0).train()
-    model.draw_classifier(net, 0.01, 0)
+    resnet.draw_classifier(net, 0.01, 0)
     norms = [p for n, p in net.named_parameters() if n.startswith("1.")]
     others = [p for n, p in net.named_parameters() if not n.startswith("1.")]
     groups = [{"params": others, "weight_decay": 1e-4}, {"params": norms, "weight_decay": 0.0}]
@@ -176,7 +177,7 @@ def written_out(rates: list[float]) -> list[float]:
 def test_a_run_in_the_same_directory_stays_as_it_is(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(findlr, "STEPS", 5)
+    monkeypatch.setattr(find_lr, "STEPS", 5)
     assert train("--max-steps", 1, "--output", tmp_path).status == 0
     before = {name: (tmp_path / name).read_bytes() for name in files_below(tmp_path)}
     assert train(*SHORT, "--output", tmp_path).status == 0
@@ -190,7 +191,7 @@ def test_without_output_the_directory_is_new(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(findlr, "STEPS", 5)
+    monkeypatch.setattr(find_lr, "STEPS", 5)
     assert train(*SHORT).status == 0
     assert [name for name in files_below(tmp_path) if name.endswith(".csv")] == [
         "runs/digits-lars-lr-1/lr_find.csv"
@@ -222,7 +223,7 @@ def test_no_room_for_the_picture(
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(findlr, "STEPS", 5)
+    monkeypatch.setattr(find_lr, "STEPS", 5)
     monkeypatch.setattr(os, "fsync", full)
     outcome = train(*SHORT, "--output", tmp_path / "a")
     assert outcome.status == 2

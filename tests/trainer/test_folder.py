@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastlars.trainer import listing
+from fastlars.trainer.data import listing
+from fastlars.trainer.data.image_folder import Folder, _sample
 from fastlars.trainer.errors import TrainerError
-from fastlars.trainer.folder import Folder, _sample
 from trainer.helpers import Outcome, files_below, write_images
 
 Train = Callable[..., Outcome]

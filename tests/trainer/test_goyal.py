@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 import fastlars
 from fastlars import schedules
-from fastlars.trainer import config
-from fastlars.trainer.optimizer import build_optimizer
+from fastlars.trainer.config import command_line
+from fastlars.trainer.model.optimizer import build_optimizer
 
 STEPS = 45
 
@@ -56,7 +56,7 @@ def test_momentum_correction_makes_both_forms_equal(
 
 def test_the_recipe_is_torchs_sgd() -> None:
     """Form (9), with Nesterov's momentum, which needs no correction."""
-    made = config.fresh({"recipe": "goyal", "data": "a/folder", "batch_size": 8192})
+    made = command_line.fresh({"recipe": "goyal", "data": "a/folder", "batch_size": 8192})
 
     def ours(weights: list[nn.Parameter]) -> Optimizer:
         model = nn.Module()

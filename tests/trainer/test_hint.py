@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastlars.trainer import memory
+from fastlars.trainer.model import memory
 from trainer.helpers import Outcome
 
 Train = Callable[..., Outcome]
@@ -43,7 +43,7 @@ def test_only_where_the_rate_is_far_from_the_one_found(
     images: Path, train: Train, monkeypatch: pytest.MonkeyPatch, recipe: str
 ) -> None:
     """At a batch of 30 every recipe's is; the digits have recipes of their own."""
-    monkeypatch.setattr(memory, "check", lambda _parts: None)
+    monkeypatch.setattr(memory, "check", lambda _context: None)
     flags = ("--dry-run", "--workers", 0, "--batch-size", 30, "--recipe", recipe)
     assert "hint: lr " in train(*flags, "--data", images).out
     assert "hint" not in train(*flags).out

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastlars.trainer import images
+from fastlars.trainer.data import decode
 
 WIDTH, HEIGHT = 40, 24
 _X, _Y = np.meshgrid(np.linspace(0, 200, WIDTH), np.linspace(0, 250, HEIGHT))
@@ -139,8 +139,8 @@ def read_all(kinds: dict[str, bytes], count: int, folder: Path, decoded: Any) ->
         for _ in range(count):
             path.write_bytes(damaged(content, draw))
             try:
-                image = images.decode(str(path))
-            except images.BAD:
+                image = decode.decode(str(path))
+            except decode.BAD:
                 continue
             assert (image.dtype, image.ndim, len(image)) == (torch.uint8, 3, 3)
             decoded[number] += 1
@@ -152,7 +152,7 @@ def test_damaged_files(tmp_path: Path, capfd: pytest.CaptureFixture[str], count:
     """A process of its own reads them, since a decoder may end it."""
     for name, content in READ.items():
         (tmp_path / "0.jpg").write_bytes(content)
-        assert images.decode(str(tmp_path / "0.jpg")).shape == (3, HEIGHT, WIDTH), name
+        assert decode.decode(str(tmp_path / "0.jpg")).shape == (3, HEIGHT, WIDTH), name
     kinds = READ | OTHERS
     forked = multiprocessing.get_context("fork")
     decoded = forked.Array("i", len(kinds))

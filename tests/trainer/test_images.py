@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastlars.trainer import images
+from fastlars.trainer.data import decode
 
 WIDTH, HEIGHT = 40, 24
 NO_IMAGE = "not an image (JPEG, PNG, GIF, BMP, PPM, TIFF, WebP), or damaged"
@@ -36,7 +36,7 @@ def expected(mode: str) -> torch.Tensor:
 def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """PIL alone is what remains when torchvision gives up decoding."""
     if request.param == "PIL":
-        monkeypatch.setattr(images, "decode_image", None)
+        monkeypatch.setattr(decode, "decode_image", None)
 
 
 @pytest.mark.parametrize(
@@ -51,12 +51,12 @@ def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def test_kinds(tmp_path: Path, mode: str, suffix: str) -> None:
     path = tmp_path / f"image{suffix}"
     smooth().convert(mode).save(path)
-    found, lossy = images.decode(str(path)), suffix in (".jpg", ".webp")
+    found, lossy = decode.decode(str(path)), suffix in (".jpg", ".webp")
     assert (found.dtype, found.shape) == (torch.uint8, (3, HEIGHT, WIDTH))
     torch.testing.assert_close(
         found.float(), expected(mode).float(), rtol=0, atol=20 if lossy else 0
     )
-    assert images.sides(str(path)) == (WIDTH, HEIGHT)
+    assert decode.sides(str(path)) == (WIDTH, HEIGHT)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
@@ -64,7 +64,7 @@ def test_kinds(tmp_path: Path, mode: str, suffix: str) -> None:
 def test_16_bits_of_grey_keep_their_range(tmp_path: Path, suffix: str, order: str) -> None:
     path, grey = tmp_path / f"image{suffix}", np.arange(256, dtype=np.uint16).reshape(16, 16)
     Image.fromarray((grey * 256 + (255 - grey)).astype(f"{order}u2")).save(path)
-    found = images.decode(str(path))
+    found = decode.decode(str(path))
     assert torch.equal(found, torch.from_numpy(grey.astype(np.uint8)).expand(3, -1, -1))
 
 
@@ -83,9 +83,9 @@ def test_what_is_no_image(tmp_path: Path, name: str, content: bytes | None, why:
         path.write_bytes(content)
     elif name.startswith("folder"):
         path.mkdir()
-    with pytest.raises(images.BAD) as error:
-        images.decode(str(path))
-    assert images.reason(error.value) == why
+    with pytest.raises(decode.BAD) as error:
+        decode.decode(str(path))
+    assert decode.reason(error.value) == why
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".tif"])
@@ -93,9 +93,9 @@ def test_images_cut_short(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"image{suffix}"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(images.BAD) as error:
-        images.decode(str(path))
-    assert images.reason(error.value)
+    with pytest.raises(decode.BAD) as error:
+        decode.decode(str(path))
+    assert decode.reason(error.value)
 
 
 def test_a_damaged_png(tmp_path: Path) -> None:
@@ -105,9 +105,9 @@ def test_a_damaged_png(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 255
     path.write_bytes(content)
-    with pytest.raises(images.BAD) as error:
-        images.decode(str(path))
-    assert images.reason(error.value)
+    with pytest.raises(decode.BAD) as error:
+        decode.decode(str(path))
+    assert decode.reason(error.value)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG"])
@@ -115,14 +115,14 @@ def test_an_animation_is_its_first_picture(tmp_path: Path, kind: str) -> None:
     """Whatever its name says."""
     first, second = (Image.new("RGB", (9, 9), colour) for colour in ("red", "blue"))
     first.save(tmp_path / "image.png", kind, save_all=True, append_images=[second])
-    found = images.decode(str(tmp_path / "image.png"))
+    found = decode.decode(str(tmp_path / "image.png"))
     assert found.tolist() == [[[value] * 9] * 9 for value in (255, 0, 0)]
 
 
 def test_floats_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.ones((9, 9), np.float32)).save(tmp_path / "image.tif")
-    with pytest.raises(images.BAD, match="no known range"):
-        images.decode(str(tmp_path / "image.tif"))
+    with pytest.raises(decode.BAD, match="no known range"):
+        decode.decode(str(tmp_path / "image.tif"))
 
 
 def tiff(values: np.ndarray, tags: dict[int, tuple[int, ...]]) -> bytes:
@@ -176,7 +176,7 @@ GREY = torch.arange(256, dtype=torch.uint8).view(16, 16)
 def test_the_header_gives_the_range(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "image.png"
     path.write_bytes(content)
-    found = images.decode(str(path))
+    found = decode.decode(str(path))
     assert found.shape == (3, 16, 16)
     assert (found.int() - GREY.int()).abs().max() <= 1
 
@@ -197,14 +197,14 @@ def test_the_header_gives_the_range(tmp_path: Path, content: bytes) -> None:
 def test_ranges_that_are_not_known(tmp_path: Path, content: bytes, why: str) -> None:
     path = tmp_path / "image.tif"
     path.write_bytes(content)
-    with pytest.raises(images.BAD, match=why):
-        images.decode(str(path))
+    with pytest.raises(decode.BAD, match=why):
+        decode.decode(str(path))
 
 
 def test_colours_of_16_bits(tmp_path: Path) -> None:
     path = tmp_path / "image.tif"
     path.write_bytes(tiff(np.stack([RAMP << 4] * 3, axis=-1), {}))
-    assert torch.equal(images.decode(str(path)), GREY.expand(3, -1, -1))
+    assert torch.equal(decode.decode(str(path)), GREY.expand(3, -1, -1))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP"])
@@ -216,12 +216,12 @@ def test_one_limit_for_all_formats(
     path = str(tmp_path / "image")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        images._hush_pil()
+        decode._hush_pil()
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", WIDTH * HEIGHT // 2)
-        assert images.decode(path).shape == (3, HEIGHT, WIDTH)
+        assert decode.decode(path).shape == (3, HEIGHT, WIDTH)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", WIDTH * HEIGHT // 2 - 1)
-    for read in (images.decode, images.sides):
-        with pytest.raises(images.BAD, match="exceeds limit of 958 pixels"):
+    for read in (decode.decode, decode.sides):
+        with pytest.raises(decode.BAD, match="exceeds limit of 958 pixels"):
             read(path)
 
 
@@ -235,8 +235,8 @@ def test_a_header_that_lies(tmp_path: Path, side: int, why: str) -> None:
     content = path.read_bytes()
     at = content.index(b"\xff\xc0") + 5
     path.write_bytes(content[:at] + struct.pack(">HH", side, side) + content[at + 4 :])
-    with pytest.raises(images.BAD, match=why):
-        images.decode(str(path))
+    with pytest.raises(decode.BAD, match=why):
+        decode.decode(str(path))
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError()])
@@ -250,7 +250,7 @@ def test_what_the_machine_lacks_is_no_bad_image(
 
     smooth().save(tmp_path / "good.png")
     monkeypatch.setattr("PIL.Image.open", lacking)
-    for read in (images.decode, images.sides):
+    for read in (decode.decode, decode.sides):
         with pytest.raises(type(error)):
             read(str(tmp_path / "good.png"))
 
@@ -262,8 +262,8 @@ def test_no_plain_files(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(os.path.relpath(tmp_path / "socket.jpg"))  # absolute ones may be too long
     for name in ("fifo.jpg", "device.jpg", "socket.jpg"):
-        for read in (images.decode, images.sides):
-            with pytest.raises(images.BAD, match="not a regular file"):
+        for read in (decode.decode, decode.sides):
+            with pytest.raises(decode.BAD, match="not a regular file"):
                 read(str(tmp_path / name))
 
 
@@ -271,15 +271,15 @@ def test_no_plain_files(tmp_path: Path) -> None:
 def test_names_of_any_kind_and_links(tmp_path: Path, name: str) -> None:
     smooth().save(tmp_path / "there.png")
     (tmp_path / name).symlink_to("there.png")
-    assert images.decode(str(tmp_path / name)).shape == (3, HEIGHT, WIDTH)
+    assert decode.decode(str(tmp_path / name)).shape == (3, HEIGHT, WIDTH)
     (tmp_path / "there.png").unlink()
-    with pytest.raises(images.BAD, match="No such file or directory"):
-        images.decode(str(tmp_path / name))
+    with pytest.raises(decode.BAD, match="No such file or directory"):
+        decode.decode(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("kind", ["EPS", "PDF", "JPEG2000", "ICO", "TGA", "PCX"])
 def test_other_formats_are_refused(tmp_path: Path, kind: str) -> None:
     smooth().save(tmp_path / "image.jpg", kind)
-    with pytest.raises(images.BAD) as error:
-        images.decode(str(tmp_path / "image.jpg"))
-    assert images.reason(error.value) == NO_IMAGE
+    with pytest.raises(decode.BAD) as error:
+        decode.decode(str(tmp_path / "image.jpg"))
+    assert decode.reason(error.value) == NO_IMAGE

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import fastlars
-from fastlars.trainer import checkpoint
-from fastlars.trainer.loop import Loop
-from fastlars.trainer.meter import Figures
+from fastlars.trainer.output import checkpoint
+from fastlars.trainer.run.loop import Loop
+from fastlars.trainer.run.meter import Figures
 from trainer.helpers import Outcome, assert_same, files_below, load, records
 
 Train = Callable[..., Outcome]
@@ -70,7 +70,7 @@ def test_names_that_a_kill_prevented(
             raise SystemExit(1)
 
         assert train(*RUN, "--output", tmp_path, "--max-steps", 3).status == 0
-        patch.setattr("fastlars.trainer.atomic.duplicate", killed)
+        patch.setattr("fastlars.trainer.output.atomic.duplicate", killed)
         with pytest.raises(SystemExit):
             train("--resume", "--output", tmp_path, "--max-steps", 0)
     assert checkpoints(tmp_path)["checkpoint.pt"] == (4, 2)
@@ -117,15 +117,15 @@ def test_the_latest_by_its_number(tmp_path: Path, train: Train) -> None:
 
 def test_resume_auto(tmp_path: Path, train: Train) -> None:
     """The same command line starts the run and goes on with it."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole, context = tmp_path / "whole", tmp_path / "context"
     assert train(*RUN, "--output", whole).status == 0
     for steps in (3, 5, 0):
-        line = (*RUN, "--output", parts, "--resume", "auto", "--max-steps", steps)
+        line = (*RUN, "--output", context, "--resume", "auto", "--max-steps", steps)
         outcome = train(*line)
         assert outcome.status == 0
         assert ("resumed at step" in outcome.out) is (steps != 3)
-    assert_same(load(whole), load(parts))
-    assert records(whole)[:-1] == [r for r in records(parts) if r["kind"] != "end"]
+    assert_same(load(whole), load(context))
+    assert records(whole)[:-1] == [r for r in records(context) if r["kind"] != "end"]
     refused = train(*RUN, "--resume", "auto")
     assert refused.status == 2
     assert "--resume auto needs --output" in refused.err

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from fastlars.trainer.lock import Lock, LockedError, unshared
-from fastlars.trainer.loop import Loop
+from fastlars.trainer.output.lock import Lock, LockedError, unshared
+from fastlars.trainer.run.loop import Loop
 from trainer.helpers import Outcome, files_below
 
 Train = Callable[..., Outcome]
@@ -27,7 +27,7 @@ SHORT = ("--epochs", 1, "--batch-size", 512)
 OWNER = """
 import os, sys, time
 from pathlib import Path
-from fastlars.trainer.lock import Lock
+from fastlars.trainer.output.lock import Lock
 lock = Lock(Path(sys.argv[1]) / ".lock")
 assert lock.take() == ""
 worker = os.fork()
@@ -39,7 +39,7 @@ time.sleep(600)
 RIVAL = """
 import os, sys
 from pathlib import Path
-from fastlars.trainer.lock import Lock, LockedError
+from fastlars.trainer.output.lock import Lock, LockedError
 folder, taken = Path(sys.argv[1]), 0
 lock = Lock(folder / ".lock")
 while taken < 150:
@@ -210,7 +210,7 @@ def test_whether_other_machines_see_it(tmp_path: Path, system: str, found: str) 
 def test_the_note_of_a_disk_whose_locks_are_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastlars.trainer.lock.unshared", lambda _folder: "beegfs")
+    monkeypatch.setattr("fastlars.trainer.output.lock.unshared", lambda _folder: "beegfs")
     lock = Lock(tmp_path / ".lock")
     assert lock.take() == "locks of this file system (beegfs) may not hold on other machines"
     lock.give_back()

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fastlars.trainer.checkpoint import NotSavedError
 from fastlars.trainer.errors import TrainerError
-from fastlars.trainer.log import Records, read
+from fastlars.trainer.output.checkpoint import NotSavedError
+from fastlars.trainer.output.records import Records, read
 from trainer.helpers import disk_full_after, files_below
 
 

@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn import functional
 
 import fastlars
-from fastlars.trainer import model
-from fastlars.trainer.digits import Digits
-from fastlars.trainer.loop import Loop
-from fastlars.trainer.plan import make
+from fastlars.trainer.data.digits import Digits
+from fastlars.trainer.data.order import make
+from fastlars.trainer.model import resnet
+from fastlars.trainer.run.loop import Loop
 from trainer.helpers import Outcome, load, records, tiny_net
 
 Train = Callable[..., Outcome]
@@ -38,7 +38,7 @@ def test_micro_batches_make_the_big_batch(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch, recipe: str, lr: float
 ) -> None:
     """Without batch norm, whose statistics are the micro-batch's, to rounding."""
-    monkeypatch.setattr(model, "build", without_norm)
+    monkeypatch.setattr(resnet, "build", without_norm)
     states = []
     for micro in (0, 32, 8):
         run = tmp_path / str(micro)
@@ -201,7 +201,7 @@ def test_resnets() -> None:
     """Zero gamma where a block ends, the stem for small images, weights from the seed alone."""
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    net = model.build("resnet50", 7, "imagenet", 3)
+    net = resnet.build("resnet50", 7, "imagenet", 3)
     assert torch.equal(torch.get_rng_state(), before)
     gammas = [p for name, p in net.named_parameters() if name.endswith("bn3.weight")]
     assert len(gammas) == 16
@@ -209,11 +209,11 @@ def test_resnets() -> None:
     assert net.fc.out_features == 7
     assert net.conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
-    small = model.build("resnet18", 7, "small", 3)
+    small = resnet.build("resnet18", 7, "small", 3)
     assert small.conv1.weight.shape == (64, 3, 3, 3)
     assert small(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
     assert small.layer1(small.relu(small.conv1(torch.zeros(2, 3, 32, 32)))).shape[-2:] == (32, 32)
-    again = model.build("resnet18", 7, "small", 3)
+    again = resnet.build("resnet18", 7, "small", 3)
     assert all(
         torch.equal(one, other)
         for one, other in zip(small.parameters(), again.parameters(), strict=True)

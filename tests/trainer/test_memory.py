@@ -14,13 +14,14 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastlars.trainer import config, memory
-from fastlars.trainer.build import build
-from fastlars.trainer.digits import Digits
-from fastlars.trainer.distributed import World
+from fastlars.trainer.config import command_line
+from fastlars.trainer.data.digits import Digits
 from fastlars.trainer.errors import TrainerError
-from fastlars.trainer.parts import Parts
-from fastlars.trainer.rundir import RunDirectory
+from fastlars.trainer.model import memory
+from fastlars.trainer.model.build import build
+from fastlars.trainer.model.context import TrainingContext
+from fastlars.trainer.output.directory import RunDirectory
+from fastlars.trainer.process.world import World
 from trainer.helpers import Outcome, files_below, write_images
 
 Train = Callable[..., Outcome]
@@ -37,15 +38,15 @@ sys.exit(status)
 """
 
 
-def parts(**settings: object) -> Parts:
-    found = config.fresh({"data": "digits", **settings}, 1)
+def context(**settings: object) -> TrainingContext:
+    found = command_line.fresh({"data": "digits", **settings}, 1)
     return build(found, Digits(0, CPU), RunDirectory(Path()), 0, World(0, 1, CPU))
 
 
 @pytest.mark.usefixtures("tiny")
 def test_activations_are_what_autograd_keeps() -> None:
     """Counted by hand: each memory once, however many layers keep it."""
-    fixed, for_each = memory.activations(parts(batch_size=64))
+    fixed, for_each = memory.activations(context(batch_size=64))
     image, convolved, pooled = 3 * 32 * 32, 16 * 16 * 16, 144
     # the norm keeps what it is given, the ReLU its result, the loss 10 logarithms and the label
     assert for_each == 4 * (image + 2 * convolved + pooled + 10) + 8
@@ -78,7 +79,7 @@ def kept(net: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, bf16: bo
 def test_activations_of_few_images_without_memory_give_those_of_many(
     settings: dict[str, object], off: float
 ) -> None:
-    job = parts(model="resnet20", batch_size=24, **settings)
+    job = context(model="resnet20", batch_size=24, **settings)
     before = {name: tensor.clone() for name, tensor in job.model.state_dict().items()}
     fixed, for_each = memory.activations(job)
     assert all(torch.equal(before[name], t) for name, t in job.model.state_dict().items())
@@ -168,9 +169,9 @@ def test_what_may_not_fit_is_tried(
     status: int,
     said: str,
 ) -> None:
-    """In parts of what is needed, which is the same for every run of the tiny model."""
+    """In context of what is needed, which is the same for every run of the tiny model."""
     monkeypatch.setattr(memory, "_resident", lambda: 10**10)
-    need = sum(memory.needed(parts()).values())
+    need = sum(memory.needed(context()).values())
     limited(monkeypatch, whole * need, free * need)
     outcome = train("--device", "cpu", "--max-steps", 1, "--output", tmp_path / "run")
     assert outcome.status == status, outcome.err
@@ -181,7 +182,7 @@ def test_what_may_not_fit_is_tried(
 @pytest.mark.usefixtures("tiny")
 def test_processes_of_one_machine_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_resident", lambda: 10**10)
-    job = parts()
+    job = context()
     limited(monkeypatch, 30e9, 30e9)
     memory.check(job)
     monkeypatch.setattr(World, "gather", lambda _self, value: [value] * 4 + [f"other {value}"])

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from fastlars.trainer import model
+from fastlars.trainer.model import resnet
 from trainer.helpers import tiny_net
 
 
 def test_resnet20_is_he_et_als() -> None:
     """Its table 6: 0.27 million weights, three stages of 32, 16 and 8 pixels."""
-    net = model.build("resnet20", 10, "small", 3)
+    net = resnet.build("resnet20", 10, "small", 3)
     convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
     assert len(convolutions) + 1 == 20
     # 3 x 16 x 9 + 6 x 16 x 16 x 9 + (16 + 5 x 32) x 32 x 9 + (32 + 5 x 64) x 64 x 9, two of each
@@ -30,7 +30,7 @@ def test_resnet20_is_he_et_als() -> None:
 
 def test_its_shortcuts_take_every_second_pixel() -> None:
     """At gamma 0 a block is its shortcut, and a ReLU."""
-    net = model.build("resnet20", 10, "small", 3).train()
+    net = resnet.build("resnet20", 10, "small", 3).train()
     images = torch.randn(4, 16, 8, 8)
     found = net.layer2[0](images)
     assert torch.equal(found[:, :16], images[:, :, ::2, ::2].relu())
@@ -40,7 +40,7 @@ def test_its_shortcuts_take_every_second_pixel() -> None:
 
 @pytest.mark.parametrize("stem", ["small", "imagenet"])
 def test_its_weights_are_the_seeds(stem: str) -> None:
-    one, same, other = (model.build("resnet20", 10, stem, seed) for seed in (3, 3, 4))
+    one, same, other = (resnet.build("resnet20", 10, stem, seed) for seed in (3, 3, 4))
     assert all(map(torch.equal, one.parameters(), same.parameters()))
     assert not torch.equal(one.layer1[0].conv1.weight, other.layer1[0].conv1.weight)
     assert one(torch.randn(2, 3, 32, 32)).shape == (2, 10)
@@ -52,7 +52,7 @@ def test_the_classifier_is_drawn_anew() -> None:
     before = torch.get_rng_state()
     nets = [tiny_net("", 50, "", 0) for _ in range(3)]
     for net, seed in zip(nets, (0, 0, 1), strict=True):
-        model.draw_classifier(net, 0.01, seed)
+        resnet.draw_classifier(net, 0.01, seed)
     assert torch.equal(torch.get_rng_state(), before)
     weights = [net[5].weight for net in nets]
     assert weights[0].std().item() == pytest.approx(0.01, rel=0.05)
@@ -62,7 +62,7 @@ def test_the_classifier_is_drawn_anew() -> None:
     assert not torch.equal(weights[0], weights[2])
     plain = tiny_net("", 50, "", 0)
     assert torch.equal(nets[0][0].weight, plain[0].weight)
-    model.draw_classifier(plain, 0.0, 0)
+    resnet.draw_classifier(plain, 0.0, 0)
     assert torch.equal(plain[5].bias, tiny_net("", 50, "", 0)[5].bias)
 
 
@@ -70,6 +70,6 @@ def test_the_classifier_is_drawn_anew() -> None:
 @pytest.mark.parametrize("name", ["resnet18", "resnet20", "resnet50"])
 def test_every_model_takes_the_smallest_image(name: str, stem: str) -> None:
     """8 pixels and 2 images, with which batch norm would refuse a single pixel of one image."""
-    net = model.build(name, 3, stem, 0)
+    net = resnet.build(name, 3, stem, 0)
     net(torch.randn(2, 3, 8, 8)).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())

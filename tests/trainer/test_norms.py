@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastlars.trainer import norms
+from fastlars.trainer.model import norms
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

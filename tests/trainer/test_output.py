@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastlars.trainer import recipes, rundir
+from fastlars.trainer.config import recipes
 from fastlars.trainer.errors import TrainerError
-from fastlars.trainer.log import read
-from fastlars.trainer.loop import Loop
-from fastlars.trainer.signals import StopSignals
+from fastlars.trainer.output import directory
+from fastlars.trainer.output.records import read
+from fastlars.trainer.process.signals import StopSignals
+from fastlars.trainer.run.loop import Loop
 from trainer.helpers import Outcome, files_below
 
 Train = Callable[..., Outcome]
@@ -327,14 +328,14 @@ def test_a_directory_that_cannot_be_written(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    run = rundir.RunDirectory(tmp_path / "a" / "b")
+    run = directory.RunDirectory(tmp_path / "a" / "b")
     with pytest.raises(TrainerError, match=r"cannot write in .*/a/b: Permission denied"):
         run.claim()
     assert files_below(tmp_path) == []
 
 
 def test_folders_with_files_of_others_stay(tmp_path: Path) -> None:
-    run = rundir.RunDirectory(tmp_path / "a" / "b")
+    run = directory.RunDirectory(tmp_path / "a" / "b")
     run.claim()
     (tmp_path / "a" / "notes.txt").write_text("mine")
     run.release()
@@ -344,9 +345,9 @@ def test_folders_with_files_of_others_stay(tmp_path: Path) -> None:
 def test_a_restart_by_torchrun_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "checkpoint.pt").write_text("there")
     output = str(tmp_path)
-    assert rundir.to_resume(None, output, restarted=False) is None
-    assert rundir.to_resume(None, output, restarted=True) == tmp_path / "checkpoint.pt"
-    assert rundir.to_resume(None, str(tmp_path / "fresh"), restarted=True) is None
+    assert directory.to_resume(None, output, restarted=False) is None
+    assert directory.to_resume(None, output, restarted=True) == tmp_path / "checkpoint.pt"
+    assert directory.to_resume(None, str(tmp_path / "fresh"), restarted=True) is None
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     with pytest.raises(TrainerError, match="--max-restarts needs --output"):
-        rundir.new("", "digits", "lars")
+        directory.new("", "digits", "lars")

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import fastlars
-from fastlars.trainer.distributed import World
 from fastlars.trainer.errors import TrainerError
-from fastlars.trainer.step import _overlap
+from fastlars.trainer.process.world import World
+from fastlars.trainer.run.step import _overlap
 from trainer.helpers import Outcome, assert_same, load, records
 from trainer.processes import finish, start
 
@@ -102,10 +102,10 @@ def test_one_process_has_nothing_to_overlap(tmp_path: Path, train: Train) -> Non
 
 def test_what_overlap_refuses_is_a_line() -> None:
     layer = nn.Linear(4, 2)
-    parts: Any = SimpleNamespace(
+    context: Any = SimpleNamespace(
         config=SimpleNamespace(compression="none"),
         optimizer=fastlars.LARS(layer.parameters(), lr=0.1),
         world=World(0, 1, torch.device("cpu")),
     )
     with pytest.raises(TrainerError, match=r"^--overlap: overlap needs a torch\.nn\.parallel"):
-        _overlap(layer, parts)  # type: ignore[arg-type]
+        _overlap(layer, context)  # type: ignore[arg-type]

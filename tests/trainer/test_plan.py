@@ -7,11 +7,11 @@ from itertools import islice
 import pytest
 import torch
 
-from fastlars.trainer import plan
+from fastlars.trainer.data import order as plan
 from fastlars.trainer.errors import TrainerError
 
 
-def taken(some: plan.Plan, step: int, steps: int) -> list[tuple[int, list[int]]]:
+def taken(some: plan.BatchOrder, step: int, steps: int) -> list[tuple[int, list[int]]]:
     count = steps * some.micro_batches
     return [(epoch, at.tolist()) for epoch, at in islice(some.from_step(step), count)]
 

@@ -13,7 +13,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fastlars.trainer import layers, plots
+from fastlars.trainer.output import layers, pictures
+from fastlars.trainer.plots import main
 from trainer.helpers import files_below
 
 
@@ -33,7 +34,7 @@ def history(layers: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("layers", [0, 1, 54])
 def test_curves(layers: int) -> None:
     """Four labelled panels with the records' values in them; a line for each layer."""
-    figure = plots.curves(history(layers))
+    figure = pictures.curves(history(layers))
     assert isinstance(figure, Figure)
     assert figure.get_suptitle() == "LARS, some net: 80.00% test accuracy"
     loss, accuracy, rate, ratios = figure.axes[:4]
@@ -137,13 +138,13 @@ def test_all_is_drawn_again_from_the_log(
     records = [*history(3), {"kind": "norms", "step": 0, "layers": {"layer0.weight": [3.0, 1.5]}}]
     text = "".join(json.dumps(record) + "\n" for record in records)
     (tmp_path / "metrics.jsonl").write_text(text)
-    assert plots.main([str(tmp_path)]) == 0
+    assert main([str(tmp_path)]) == 0
     tables, pictures = ["norms.csv", "trust.csv"], ["curves.png", "norms.png", "trust.png"]
     assert files_below(tmp_path) == sorted(["metrics.jsonl", *tables, *pictures])
     assert cells(tmp_path / "norms.csv")[1] == ["layer0.weight", "3.0", "1.5", "2.0"]
     assert cells(tmp_path / "trust.csv")[1] == ["1", "0.1", "0.01", "0.02", "0.03"]
-    assert plots.main([]) == 2
-    assert plots.main([str(tmp_path / "absent")]) == 2
+    assert main([]) == 2
+    assert main([str(tmp_path / "absent")]) == 2
     assert "No such file or directory" in capsys.readouterr().err
 
 
@@ -152,7 +153,7 @@ def test_what_is_no_log_is_not_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(text.encode("latin-1"))
-    assert plots.main([str(tmp_path)]) == 2
+    assert main([str(tmp_path)]) == 2
     assert "metrics.jsonl is no log of the trainer" in capsys.readouterr().err
     assert files_below(tmp_path) == ["metrics.jsonl"]
 
@@ -161,7 +162,7 @@ def test_a_picture_is_written_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "curves.png"
-    plots.draw([{"kind": "start", "title": "LARS"}], path)  # of nothing yet
+    pictures.draw([{"kind": "start", "title": "LARS"}], path)  # of nothing yet
     before = path.read_bytes()
     assert before.startswith(b"\x89PNG")
 
@@ -171,6 +172,6 @@ def test_a_picture_is_written_whole_or_not_at_all(
 
     monkeypatch.setattr(Figure, "savefig", fail)
     with pytest.raises(OSError, match="No space left"):
-        plots.draw(history(1), path)
+        pictures.draw(history(1), path)
     assert files_below(tmp_path) == ["curves.png"]
     assert path.read_bytes() == before

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastlars.trainer import config, recipes
-from fastlars.trainer.config import Config
+from fastlars.trainer.config import command_line, recipes
+from fastlars.trainer.config.command_line import Config
+from fastlars.trainer.config.tables import MLPERF
 from fastlars.trainer.errors import TrainerError
-from fastlars.trainer.optimizer import adapted_ratios, build_optimizer, build_schedule
-from fastlars.trainer.tables import MLPERF
+from fastlars.trainer.model.optimizer import adapted_ratios, build_optimizer, build_schedule
 
 
 def settings(name: str, batch: int | None) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def test_goyal_and_akiba_are_told_apart() -> None:
 @pytest.mark.parametrize("name", recipes.NAMES)
 def test_every_batch_gives_a_valid_run(name: str, data: str) -> None:
     for batch in (2, 100, 256, 3000, 8192, 20000, 100_000):
-        made = config.fresh({"recipe": name, "data": data, "batch_size": batch})
+        made = command_line.fresh({"recipe": name, "data": data, "batch_size": batch})
         assert made.batch_size == batch
         assert "\n" not in recipes.look_up(name, data, batch).source
 
@@ -183,7 +183,7 @@ class Net(nn.Module):
 
 
 def configured(name: str, **given: object) -> Config:
-    return config.fresh({"recipe": name, "data": "a/folder", **given})
+    return command_line.fresh({"recipe": name, "data": "a/folder", **given})
 
 
 NORMS, BIASES, NOBODY = {"norm.weight", "norm.bias"}, {"fc.bias"}, set()

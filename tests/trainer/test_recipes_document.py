@@ -8,9 +8,10 @@ import shlex
 
 import pytest
 
-from fastlars.trainer import config, plan
-from fastlars.trainer.recipes import NAMES
-from fastlars.trainer.tables import LARS, MLPERF, MLPERF_DEFAULT
+from fastlars.trainer.config import command_line
+from fastlars.trainer.config.recipes import NAMES
+from fastlars.trainer.config.tables import LARS, MLPERF, MLPERF_DEFAULT
+from fastlars.trainer.data import order
 from sources import ROOT
 
 TEXT = (ROOT / "docs" / "recipes.md").read_text()
@@ -27,9 +28,9 @@ def gpus(line: str) -> int:
 @pytest.mark.parametrize("line", [line for line in COMMANDS if "/data/imagenet" in line])
 def test_commands_fit_their_gpus(line: str) -> None:
     processes = gpus(line)
-    command = config.parse(shlex.split(line.split(" -m fastlars.trainer ")[1]))
-    made = config.fresh(command.given, processes)
-    steps = plan.make(IMAGENET, made.batch_size, made.micro_batch, 0, processes, made.seed)
+    command = command_line.parse(shlex.split(line.split(" -m fastlars.trainer ")[1]))
+    made = command_line.fresh(command.given, processes)
+    steps = order.make(IMAGENET, made.batch_size, made.micro_batch, 0, processes, made.seed)
     assert steps.micro_batch <= 256
     if made.bn_batch:
         assert steps.micro_batch % made.bn_batch == 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlars.trainer.resident import TEST, Moves, Part, Resident, moved
+from fastlars.trainer.data.device_dataset import TEST, DeviceDataset, Moves, Part, moved
 
 SIDE, MARGIN = 6, 2
 
@@ -28,10 +28,10 @@ def test_moves_are_slices_of_a_frame(dtype: torch.dtype, mirrored: bool) -> None
         assert torch.equal(window, expected.flip(1) if mirrored else expected)
 
 
-def numbered(images: int) -> Resident:
+def numbered(images: int) -> DeviceDataset:
     """Image n is n throughout, its label 10 * n."""
     pixels = torch.arange(images, dtype=torch.uint8).view(-1, 1, 1, 1)
-    return Resident(pixels.expand(-1, SIDE, SIDE, 3).clone(), 10 * torch.arange(images))
+    return DeviceDataset(pixels.expand(-1, SIDE, SIDE, 3).clone(), 10 * torch.arange(images))
 
 
 def test_looking_up() -> None:
@@ -44,7 +44,7 @@ def test_looking_up() -> None:
 
 def test_images_that_are_missing_are_left_out() -> None:
     pixels, labels = torch.zeros(5, SIDE, SIDE, 3, dtype=torch.uint8), torch.arange(5)
-    some, none = Resident(pixels, labels, missing=(1, 4)).read(
+    some, none = DeviceDataset(pixels, labels, missing=(1, 4)).read(
         [(0, torch.tensor([4, 3, 0, 1])), (0, torch.tensor([4, 1]))]
     )
     assert some.labels.tolist() == some.indices.tolist() == [3, 0]
@@ -80,13 +80,13 @@ def test_a_batch_sends_its_indices_and_no_more() -> None:
     """A copy to a GPU may make the host wait: tables go there once an epoch."""
     device = torch.device("meta")
     images = torch.empty(40, SIDE, SIDE, 3, dtype=torch.uint8, device=device)
-    kept = Resident(images, torch.empty(40, dtype=torch.int64, device=device))
+    kept = DeviceDataset(images, torch.empty(40, dtype=torch.int64, device=device))
     moves = Moves(40, 0, MARGIN, mirror=True)
-    parts = kept.read((epoch, torch.arange(8)) for epoch in (0, 0, 0, 0, 1))
+    context = kept.read((epoch, torch.arange(8)) for epoch in (0, 0, 0, 0, 1))
     sent = []
     for _ in range(5):
         with Transfers() as transfers:
-            assert moves.apply(next(parts), 0).pixels.shape == (8, SIDE, SIDE, 3)
+            assert moves.apply(next(context), 0).pixels.shape == (8, SIDE, SIDE, 3)
         sent.append(transfers.count)
     assert sent == [3, 1, 1, 1, 3]
 

@@ -11,14 +11,15 @@ from typing import Any, cast
 import pytest
 import torch
 
-from fastlars.trainer import config, memory, recipes
-from fastlars.trainer.build import build
-from fastlars.trainer.config import Config
-from fastlars.trainer.digits import Digits
-from fastlars.trainer.distributed import World
+from fastlars.trainer.config import command_line, recipes
+from fastlars.trainer.config.command_line import Config
+from fastlars.trainer.config.settings import flag
+from fastlars.trainer.data.digits import Digits
 from fastlars.trainer.errors import TrainerError
-from fastlars.trainer.rundir import RunDirectory
-from fastlars.trainer.settings import flag
+from fastlars.trainer.model import memory
+from fastlars.trainer.model.build import build
+from fastlars.trainer.output.directory import RunDirectory
+from fastlars.trainer.process.world import World
 
 CPU = torch.device("cpu")
 LONGEST = 700  # bytes of a message
@@ -52,7 +53,7 @@ class _Folder(Digits):
 @pytest.fixture(autouse=True)
 def unlimited(monkeypatch: pytest.MonkeyPatch) -> None:
     """The estimate of memory, which would take most of the time here, has tests of its own."""
-    monkeypatch.setattr(memory, "check", lambda _parts: None)
+    monkeypatch.setattr(memory, "check", lambda _context: None)
 
 
 @pytest.fixture(scope="module")
@@ -66,23 +67,23 @@ def attempt(arguments: Sequence[str], images: dict[str, Digits], data: str) -> b
     Everything but a TrainerError of one fair line is an error of the trainer.
     """
     try:
-        command = config.parse(arguments)
+        command = command_line.parse(arguments)
         timedelta(seconds=command.given.get("timeout", 1.0))
-        settings = config.fresh({"data": data} | command.given)
-        parts = build(settings, images[data], RunDirectory(Path()), 0, World(0, 1, CPU))
+        settings = command_line.fresh({"data": data} | command.given)
+        context = build(settings, images[data], RunDirectory(Path()), 0, World(0, 1, CPU))
     except TrainerError as error:
         text = str(error)
         assert text
         assert text.isprintable(), text
         assert len(text.encode()) < LONGEST, text
         return False
-    total = settings.epochs * parts.plan.steps_per_epoch
-    for factor in parts.schedule.lr_lambdas:
+    total = settings.epochs * context.order.steps_per_epoch
+    for factor in context.schedule.lr_lambdas:
         for step in (0, 1, total // 2, total - 1, total):
             assert 0 <= factor(step) <= 1 + 1e-9
-    for parameter in parts.model.parameters():
+    for parameter in context.model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    parts.optimizer.step()
+    context.optimizer.step()
     return True
 
 
@@ -150,7 +151,7 @@ def _is(kind: type[float], text: str) -> bool:
 )
 def test_the_line_says_flag_range_and_value(arguments: tuple[str, ...], message: str) -> None:
     with pytest.raises(TrainerError) as error:
-        config.parse(arguments)
+        command_line.parse(arguments)
     assert str(error.value) == message
 
 
@@ -170,7 +171,7 @@ def test_the_line_says_flag_range_and_value(arguments: tuple[str, ...], message:
 def test_what_the_library_refuses_names_the_flag(
     images: dict[str, Digits], flags: dict[str, Any], message: str
 ) -> None:
-    settings = config.fresh({"batch_size": 64} | flags)
+    settings = command_line.fresh({"batch_size": 64} | flags)
     with pytest.raises(TrainerError) as error:
         build(settings, images["digits"], RunDirectory(Path()), 0, World(0, 1, CPU))
     assert message in str(error.value)

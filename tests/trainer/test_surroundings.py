@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from fastlars.trainer import config, errors, packages
-from fastlars.trainer.loop import Loop
-from fastlars.trainer.tensorboard import TensorBoard
+from fastlars.trainer import errors
+from fastlars.trainer.config import command_line
+from fastlars.trainer.output.tensorboard import TensorBoard
+from fastlars.trainer.process import packages
+from fastlars.trainer.run.loop import Loop
 from trainer.helpers import Outcome, disk_full_after, files_below, load, records
 
 Train = Callable[..., Outcome]
@@ -40,10 +42,10 @@ def command(*arguments: object, before: str = "", after: str = "", **env: str) -
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
-def assert_one_line(outcome: Outcome, *parts: str) -> None:
+def assert_one_line(outcome: Outcome, *context: str) -> None:
     assert outcome.status == 2, outcome
     assert len(outcome.err.splitlines()) == 1, outcome.err
-    assert all(part in outcome.err for part in parts), outcome.err
+    assert all(part in outcome.err for part in context), outcome.err
 
 
 @pytest.mark.parametrize(
@@ -97,7 +99,7 @@ sys.meta_path.insert(0, Slow())
 """,
     "images": """
 import sys, time
-from fastlars.trainer import images
+from fastlars.trainer.data import decode as images
 def decode(_path):
     open({there!r}, "w").close()
     time.sleep(60)
@@ -178,7 +180,7 @@ def test_pictures_that_cannot_be_drawn(
 
 def test_tensorboard_without_disk(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Its thread fails first; whoever writes next is told."""
-    from fastlars.trainer import console
+    from fastlars.trainer.process import console
 
     told: list[str] = []
     with console.guarded():
@@ -335,7 +337,7 @@ def test_what_the_machine_lacks_is_a_line(
     def lacking(*_arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr(config, "fresh", lacking)
+    monkeypatch.setattr(command_line, "fresh", lacking)
     assert_one_line(train(*SHORT), message)
 
 

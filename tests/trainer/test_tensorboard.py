@@ -11,8 +11,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastlars.trainer.errors import TrainerError
-from fastlars.trainer.loop import Loop
-from fastlars.trainer.tensorboard import TensorBoard
+from fastlars.trainer.output.tensorboard import TensorBoard
+from fastlars.trainer.run.loop import Loop
 from trainer.helpers import Outcome, files_below, records
 
 Train = Callable[..., Outcome]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional
 
-from fastlars.trainer.transforms import Augmented, Centre
+from fastlars.trainer.data.augment import Augmented, Centre
 
 
 @pytest.mark.parametrize("size", [(30, 40), (8, 500), (300, 9), (1, 1)])

@@ -1,0 +1,1 @@
+"""The settings of a run: command line, recipes, ranges, defaults."""

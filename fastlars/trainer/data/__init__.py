@@ -1,0 +1,1 @@
+"""Training and test images, in which order, and how they are augmented."""

@@ -1,0 +1,1 @@
+"""What a run writes: checkpoints, records, pictures, tables, lines on the terminal."""

@@ -1,0 +1,1 @@
+"""What surrounds the training: packages, signals, standard output, exit status, other processes."""

@@ -1,0 +1,1 @@
+"""The run: one training loop, --find-lr and --dry-run."""

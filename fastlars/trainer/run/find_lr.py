@@ -1,0 +1,195 @@
+"""A sweep over learning rates: what the loss does while the rate grows with every step.
+
+After Smith 2017 (arXiv:1506.01186), section 3.3, with a rate that grows exponentially.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch.optim.lr_scheduler import LambdaLR
+
+from fastlars.trainer.config.command_line import Config, recipe_of
+from fastlars.trainer.config.settings import flag
+from fastlars.trainer.errors import TrainerError
+from fastlars.trainer.model.context import TrainingContext
+from fastlars.trainer.model.precision import Precision
+from fastlars.trainer.output import atomic, pictures, report
+from fastlars.trainer.output.records import Display
+from fastlars.trainer.process.signals import Interrupted, StopSignals
+from fastlars.trainer.process.world import StopVote
+from fastlars.trainer.run.meter import Meter, figures
+from fastlars.trainer.run.step import Step
+
+STEPS = 100
+_LOW, _HIGH = 1e-3, 1e2  # times --lr
+_LOST = 4.0  # times the lowest loss so far
+_WINDOW = 7  # losses that are averaged
+
+
+# Settings that a sweep has no use for: it has a schedule and a number of steps of its own, and
+# keeps nothing but a picture and a table.
+_UNUSED = (
+    *("epochs", "schedule", "power", "end_lr", "warmup_epochs", "warmup_from", "ema"),
+    *("lr_rmsprop", "rmsprop_center", "rmsprop_period", "rmsprop_transition", "bn_statistics"),
+    *("log_every", "tensorboard", "mllog", "checkpoint_every", "keep_last", "max_steps"),
+)
+
+
+def introduction(context: TrainingContext, given: Iterable[str]) -> Iterator[str]:
+    """What is swept over, and which of the settings given are of no use to that."""
+    yield from report.images_and_model(context)
+    lr = context.config.lr
+    rates = f"lr {_LOW * lr:g} to {_HIGH * lr:g}"
+    yield f"sweep of up to {STEPS} steps, {rates}, {report.share(context)}"
+    recipe = recipe_of(context.config)
+    yield f"recipe {context.config.recipe}, but for its rate and schedule: {recipe.source}"
+    unused = [flag(name) for name in _UNUSED if name in given]
+    if unused:
+        yield f"--find-lr has no use for {', '.join(unused)}"
+
+
+def swept(config: Config) -> Config:
+    """The configuration of a sweep; TrainerError where it would say nothing."""
+    if config.recipe == "akiba":
+        raise TrainerError(
+            "--find-lr: akiba's first steps are RMSprop's, whatever the rate is: sweep with "
+            "--recipe goyal, which akiba becomes",
+            everywhere=True,
+        )
+    # Its own schedule replaces the run's, which must not be what fails.
+    return replace(config, schedule="poly", warmup_epochs=0.0, warmup_from=0.0, end_lr=0.0)
+
+
+def sweep(context: TrainingContext, stop: StopSignals) -> dict[float, float]:
+    """The loss of a step at each learning rate; ends where the loss is lost.
+
+    The model of `context` is trained, and of no use afterwards.
+    """
+    config, world = context.config, context.world
+    stop.note()  # for all processes to end together
+    growth = (_HIGH / _LOW) ** (1 / (STEPS - 1))
+    context.schedule = LambdaLR(context.optimizer, lambda step: _LOW * growth**step)
+    context.display = Display(STEPS * config.batch_size, 0, shown=world.first)
+    step = Step(context, Precision(config.precision, world.device))
+    batches, meter = context.data.train(context.order.from_step(0)), Meter(world.device)
+    vote, losses = StopVote(world), dict[float, float]()
+    with context.display:
+        for _ in range(STEPS):
+            if vote.any(stop.received is not None):
+                received = stop.of_all(world)
+                assert received is not None, "the vote says that a process got one"
+                raise Interrupted(received)
+            meter.reset()
+            step.take(batches, meter)
+            seen = figures(world.total(meter.sums))
+            losses[step.lr] = seen.loss  # a step that fp16 skipped is taken again at its rate
+            context.display.advance(config.batch_size)
+            context.display.figures(seen.loss, seen.accuracy)
+            if is_lost(list(losses.values())):
+                break
+        vote.close()
+    return losses
+
+
+def is_lost(losses: Sequence[float]) -> bool:
+    """Whether the latest losses, of three steps, are no numbers or far above the lowest."""
+    means = np.convolve(losses, np.ones(3) / 3, "valid") if len(losses) > 2 else np.array(losses)
+    return bool(not np.isfinite(losses[-1]) or means[-1] > _LOST * np.nanmin(means))
+
+
+def smoothed(losses: Sequence[float]) -> list[float]:
+    """Means over a window around each loss: no lag, which would shift every rate upwards."""
+    half = _WINDOW // 2
+    return [float(np.mean(losses[max(i - half, 0) : i + half + 1])) for i in range(len(losses))]
+
+
+def suggest(rates: Sequence[float], losses: Sequence[float]) -> tuple[float, float] | None:
+    """The rates at which smoothed losses fall fastest and are lowest; None where they never fall.
+
+    Fastest: the most negative slope from step to step, up to the lowest loss; rates grow by the
+    same factor with every step.
+    """
+    lowest = int(np.argmin(losses))
+    if lowest == 0:
+        return None
+    slopes = np.gradient(np.asarray(losses))[: lowest + 1]
+    return rates[int(np.argmin(slopes))], rates[lowest]
+
+
+def summary(losses: dict[float, float], found: tuple[float, float] | None) -> str:
+    """What a sweep found, in a line; `found` by `suggest` of its smoothed finite losses."""
+    rates = list(losses)
+    last = rates[-1]
+    if found is None:
+        return f"no rate up to {last:.3g} brings the loss below where it begins: nothing to suggest"
+    fastest, lowest = found
+    if not np.isfinite(losses[last]):
+        ended = f"it is no finite number at {last:.3g}"
+    elif is_lost(list(losses.values())):
+        ended = f"it is over {_LOST:g} times as high by {last:.3g}"
+    else:
+        ended = f"{last:.3g} is the highest rate tried"
+    if lowest == [rate for rate in rates if np.isfinite(losses[rate])][-1]:
+        end = f"it still falls at {lowest:.2g}; {ended}"
+    else:
+        end = f"it is lowest at {lowest:.2g}; {ended}"
+    edge = ", the lowest rate tried" if fastest == rates[0] else ""
+    return f"suggested:  --lr {fastest:.2g}{edge}, where the loss falls fastest; {end}"
+
+
+def write(context: TrainingContext, losses: dict[float, float], folder: Path) -> Iterator[str]:
+    """Write lr_find.csv and lr_find.png; what there is to say about them."""
+    finite = {rate: loss for rate, loss in losses.items() if np.isfinite(loss)}
+    if not finite:
+        raise TrainerError(f"--find-lr: the loss is no finite number even at {min(losses):.3g}")
+    rates, means = list(finite), smoothed(list(finite.values()))
+    found = suggest(rates, means) if len(rates) > 1 else None
+    rows = zip(range(1, len(rates) + 1), rates, finite.values(), means, strict=True)
+    heading = ("step", "lr", "loss", "smoothed_loss")
+    try:
+        atomic.write_table([heading, *rows], folder / "lr_find.csv")
+    except OSError as error:
+        raise TrainerError(f"--find-lr: cannot write in {folder}: {error.strerror}") from None
+    drawn = False
+    with pictures.optional(context.display.warn):
+        pictures.save(picture(report.title(context), finite, means, found), folder / "lr_find.png")
+        drawn = True
+    yield summary(losses, found)
+    if drawn:
+        yield f"picture:    {folder / 'lr_find.png'}"
+    yield f"table:      {folder / 'lr_find.csv'}"
+
+
+def picture(
+    title: str,
+    losses: dict[float, float],
+    means: Sequence[float],
+    found: tuple[float, float] | None,
+) -> Figure:
+    """Loss over learning rate, and the rates of `suggest`."""
+    rates = list(losses)
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.plot(rates, list(losses.values()), ".", color="0.6", label="a step's loss")
+    axis.plot(rates, means, label=f"mean of {_WINDOW} steps")
+    if found is not None:
+        fastest, lowest = found
+        axis.axvline(fastest, color="tab:green", ls="--", label=f"falls fastest: {fastest:.2g}")
+        word = "still falls" if lowest == rates[-1] else "is lowest"
+        axis.axvline(lowest, color="tab:red", ls=":", label=f"{word}: {lowest:.2g}")
+    axis.set_xscale("log")
+    # What comes after the loss is lost would squeeze the rest into a line.
+    before = means[: int(np.argmin(means)) + 1]
+    axis.set_ylim(0, 1.5 * max(before))
+    axis.set_title(title, parse_math=False)
+    axis.set(xlabel="learning rate", ylabel="cross-entropy per image")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower left")
+    return figure
