@@ -112,9 +112,9 @@ FAULTS = {
     ),
     "checkpoint": Fault(
         "what was summed since the last line of the log is lost",
-        "fastlars/trainer/run/loop.py",
-        'self.window.sums.copy_(state["window"])',
-        "self.window.reset()",
+        "fastlars/trainer/run/journal.py",
+        'self.meter.sums.copy_(state["window"])',
+        "self.meter.reset()",
     ),
     "images": Fault(
         "of 16 bits of grey the lower eight are taken",

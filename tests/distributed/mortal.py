@@ -16,8 +16,9 @@ from typing import Any
 from fastlars.backends.cpu import Cpu
 from fastlars.trainer.__main__ import main
 from fastlars.trainer.model import resnet
+from fastlars.trainer.model.context import TrainingContext
 from fastlars.trainer.output import pictures
-from fastlars.trainer.run.loop import Loop
+from fastlars.trainer.run import loop
 from trainer.helpers import tiny_net
 
 
@@ -36,10 +37,10 @@ def after(function: Callable[..., Any]) -> Callable[..., Any]:
     return last
 
 
-def arm(loop: Loop, where: str) -> None:
+def arm(context: TrainingContext, where: str) -> None:
     """Let this process die in the step that comes next."""
     if where == "backward":  # the last gradient: others are ready, and travel already
-        next(loop.parts.model.parameters()).register_hook(die)
+        next(context.model.parameters()).register_hook(die)
     elif where == "optimizer":  # the weights of the first list are written, the others not
         Cpu.step = after(Cpu.step)  # type: ignore[method-assign]
     else:  # the new checkpoint lies on the disk, under a name of its own
@@ -50,18 +51,18 @@ deaths = [death.split(":") for death in os.environ.get("DEATHS", "").split()]
 attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 rank, place, step = deaths[attempt] if attempt < len(deaths) else ("", "", "-1")
 seconds = float(os.environ.get("SECONDS", "0"))
-original = Loop._step
+original = loop.step
 
 
-def mortal(self: Loop, *arguments: Any) -> None:
+def mortal(context: TrainingContext, *arguments: Any, **options: Any) -> Any:
     """A step, and whatever is to happen in it."""
-    if rank == os.environ["RANK"] and self.progress.step == int(step):
-        arm(self, place)
+    if rank == os.environ["RANK"] and context.progress.step == int(step):
+        arm(context, place)
     time.sleep(seconds)
-    original(self, *arguments)
+    return original(context, *arguments, **options)
 
 
 resnet.build = tiny_net
 pictures.draw = lambda _records, _path: None
-Loop._step = mortal  # type: ignore[method-assign]
+loop.step = mortal  # type: ignore[method-assign]
 sys.exit(main())

@@ -51,6 +51,21 @@ def write_images(folder: Path, count: int, seed: int, side: int = 16) -> None:
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number:03}.png")
 
 
+def facts(out: str) -> dict[str, str]:
+    """What a command says of itself, by label; what was broken into lines is in one."""
+    found: dict[str, str] = {}
+    label = ""
+    for line in out.splitlines():
+        start, text = line[:10], line[10:]
+        if start.strip() and start.endswith(" ") and start.strip().isalpha():
+            label, found[start.strip()] = start.strip(), text
+        elif label and not start.strip() and text.strip():
+            found[label] += f" {text}"
+        else:
+            label = ""
+    return found
+
+
 def files_below(folder: Path) -> list[str]:
     """Every file and folder in `folder`."""
     return sorted(os.path.relpath(path, folder) for path in folder.rglob("*"))

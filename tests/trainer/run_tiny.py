@@ -16,21 +16,22 @@ from typing import Any
 
 from fastlars.trainer.__main__ import main
 from fastlars.trainer.model import resnet
+from fastlars.trainer.model.context import TrainingContext
 from fastlars.trainer.output import checkpoint, pictures
-from fastlars.trainer.run.loop import Loop
+from fastlars.trainer.run import loop
 from trainer.helpers import tiny_net
 
 resnet.build = tiny_net
 pictures.draw = lambda _records, _path: None
-step = Loop._step
+step = loop.step
 
 
-def mortal(self: Loop, *arguments: object) -> None:
+def mortal(context: TrainingContext, *arguments: Any, **options: Any) -> Any:
     """A step that the process does not survive, once."""
     first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-    if first and os.environ["RANK"] == "1" and self.progress.step == int(os.environ["DIE_AT"]):
+    if first and os.environ["RANK"] == "1" and context.progress.step == int(os.environ["DIE_AT"]):
         os.kill(os.getpid(), signal.Signals[os.environ.get("DIE_BY", "SIGKILL")])
-    step(self, *arguments)  # type: ignore[arg-type]
+    return step(context, *arguments, **options)
 
 
 def full(path: Path, _state: dict[str, Any]) -> None:
@@ -39,7 +40,7 @@ def full(path: Path, _state: dict[str, Any]) -> None:
 
 
 if "DIE_AT" in os.environ:
-    Loop._step = mortal  # type: ignore[method-assign]
+    loop.step = mortal  # type: ignore[assignment]
 if "FULL" in os.environ:
     checkpoint.save = full
 status, line = 0, sys.argv[1:]

@@ -107,7 +107,7 @@ def test_the_last_step_alone_counts() -> None:
     model = net()
     batchnorm.prepare(model, 8, "last")
     for seed in (5, 6):  # the first of two steps leaves nothing behind
-        batchnorm.forget(model)
+        batchnorm.reset_step_statistics(model)
         for micro in images(48, seed).split(24):
             model(micro)
     first = norms(model)[0]
@@ -134,7 +134,7 @@ def test_one_ghost_batch_is_kept_to_the_bit() -> None:
         norm.momentum = 1.0
     batchnorm.prepare(model, 0, "last")
     for seed in (5, 6):
-        batchnorm.forget(model)
+        batchnorm.reset_step_statistics(model)
         assert torch.equal(model(images(16, seed)), once(images(16, seed)))
     for one, other in zip(norms(model), norms(once), strict=True):
         assert torch.equal(one.running_mean, other.running_mean)
@@ -145,7 +145,7 @@ def test_what_is_no_number_is_forgotten() -> None:
     model = net()
     batchnorm.prepare(model, 8, "last")
     model(images(16) * float("nan"))
-    batchnorm.forget(model)
+    batchnorm.reset_step_statistics(model)
     model(images(16))
     assert all(torch.isfinite(norm.running_var).all() for norm in norms(model))
 
@@ -155,7 +155,7 @@ def test_running_averages_are_never_forgotten() -> None:
     batchnorm.prepare(model, 8, "running")
     model(images(16))
     kept = copy.deepcopy(model.state_dict())
-    batchnorm.forget(model)
+    batchnorm.reset_step_statistics(model)
     assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
 
 
@@ -166,7 +166,7 @@ def test_torch_compile_takes_it_in_one_graph() -> None:
     run = torch.compile(compiled, backend="eager", fullgraph=True)
     for seed in (1, 2, 3):
         for one in (model, compiled):
-            batchnorm.forget(one)
+            batchnorm.reset_step_statistics(one)
         assert torch.equal(run(images(24, seed)), model(images(24, seed)))
     for name, value in model.state_dict().items():
         assert torch.equal(compiled.state_dict()[name], value), name
@@ -177,7 +177,7 @@ def statistics(bn_statistics: str) -> tuple[list[torch.Tensor], list[torch.Tenso
     rank = torch.distributed.get_rank()
     model = net()
     batchnorm.prepare(model, 8, bn_statistics)
-    batchnorm.forget(model)
+    batchnorm.reset_step_statistics(model)
     model(images(16, seed=rank))
     own = [buffer.clone() for buffer in model.buffers()]
     batchnorm.share(model, World(rank, 2, torch.device("cpu")), bn_statistics)

@@ -17,10 +17,11 @@ import pytest
 import torch
 
 from fastlars.trainer.errors import TrainerError
+from fastlars.trainer.model.context import TrainingContext
 from fastlars.trainer.output import checkpoint
 from fastlars.trainer.output.directory import RunDirectory
 from fastlars.trainer.output.retention import Retention
-from fastlars.trainer.run.loop import Loop
+from fastlars.trainer.run import loop
 from trainer.helpers import Outcome, assert_same, disk_full_after, files_below, load
 
 Train = Callable[..., Outcome]
@@ -193,15 +194,15 @@ def test_full_disk_during_a_run(
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    step = Loop._step
+    step = loop.step
     with monkeypatch.context() as patch:
 
-        def fills(self: Loop, *arguments: object) -> None:
-            if self.progress.step > 1:  # when the run has its files
+        def fills(context: TrainingContext, *arguments: Any, **options: Any) -> Any:
+            if context.progress.step > 1:  # when the run has its files
                 patch.setattr(os, "fsync", full)
-            step(self, *arguments)  # type: ignore[arg-type]
+            return step(context, *arguments, **options)
 
-        patch.setattr(Loop, "_step", fills)
+        patch.setattr(loop, "step", fills)
         outcome = train("--output", tmp_path, "--resume", "--max-steps", 0)
     assert outcome.status == 2
     *warnings, last = outcome.err.splitlines()

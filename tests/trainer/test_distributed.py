@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastlars.trainer.process.world import StopVote, World
-from trainer.helpers import Outcome, assert_same, load, records
+from trainer.helpers import Outcome, assert_same, facts, load, records
 from trainer.processes import finish, start
 
 Train = Callable[..., Outcome]
@@ -29,7 +29,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     outcome = finish(start(*SETTINGS, "--output", run))
     assert outcome.status == 0, outcome
     assert outcome.out.count("final test accuracy") == 1  # one speaks for both
-    assert "on 2 x cpu, 1 x 32 images a step each" in outcome.out
+    assert "2 processes on cpu, 1 x 32 images a step each" in facts(outcome.out)["steps"]
     return run
 
 

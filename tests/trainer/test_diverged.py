@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from fastlars.trainer.model.context import TrainingContext
 from fastlars.trainer.output import checkpoint
-from fastlars.trainer.run.evaluation import evaluate
-from fastlars.trainer.run.loop import Loop
+from fastlars.trainer.run import journal, loop
+from fastlars.trainer.run.loop import StepResult
 from fastlars.trainer.run.meter import Figures
+from fastlars.trainer.run.replica import Replica
 from trainer.helpers import Outcome, load, records
 from trainer.processes import finish, start
 
@@ -22,10 +25,10 @@ RUN = ("--epochs", 3, "--batch-size", 256)  # five steps an epoch
 pytestmark = pytest.mark.usefixtures("tiny", "no_picture")
 
 
-def broken(loop: Loop, what: str, value: float) -> None:
+def broken(context: TrainingContext, replica: Replica, what: str, value: float) -> None:
     """One number of the model, or of its moving average, is `value`."""
-    average = loop._stepper.average
-    network = loop.context.model if what != "average" or average is None else average.module
+    average = replica.average
+    network = context.model if what != "average" or average is None else average.module
     tensors: dict[str, torch.Tensor] = dict(network.state_dict())
     name = "1.running_var" if what == "statistics" else "5.bias"
     with torch.no_grad():
@@ -34,14 +37,17 @@ def broken(loop: Loop, what: str, value: float) -> None:
 
 def breaking(monkeypatch: pytest.MonkeyPatch, what: str, value: float, at: int) -> None:
     """Break a number after step `at`, which no loss has shown yet."""
-    step = Loop._step
+    step = loop.step
 
-    def taken(self: Loop, *arguments: Any) -> None:
-        step(self, *arguments)
-        if self.progress.step == at:
-            broken(self, what, value)
+    def taken(
+        context: TrainingContext, replica: Replica, *arguments: Any, **options: Any
+    ) -> StepResult:
+        result = step(context, replica, *arguments, **options)
+        if context.progress.step == at:
+            broken(context, replica, what, value)
+        return result
 
-    monkeypatch.setattr(Loop, "_step", taken)
+    monkeypatch.setattr(loop, "step", taken)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -84,7 +90,8 @@ def test_a_test_loss_alone(tmp_path: Path, train: Train, monkeypatch: pytest.Mon
         found = evaluate(*arguments)
         return Figures(float("inf"), found.accuracy, found.images)
 
-    monkeypatch.setattr("fastlars.trainer.run.loop.evaluate", overflowed)
+    evaluate = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", overflowed)
     outcome = train(*RUN, "--output", tmp_path)
     assert outcome.status == 3
     assert "the test loss is no finite number at step 5" in outcome.err
@@ -109,21 +116,17 @@ def test_what_is_looked_at_is_on_one_device(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sums on a GPU take no tensor of the CPU, where a moving average counts its updates."""
-    loops: list[Loop] = []
-    run = Loop.run
+    checked: list[list[nn.Module]] = []
+    count = journal.count_not_finite
 
-    def noted(self: Loop, *arguments: Any) -> bool:
-        loops.append(self)
-        return run(self, *arguments)
+    def noted(networks: list[nn.Module]) -> torch.Tensor:
+        checked.append(networks)
+        return count(networks)
 
-    monkeypatch.setattr(Loop, "run", noted)
+    monkeypatch.setattr(journal, "count_not_finite", noted)
     assert train(*RUN, "--ema", 0.5, "--max-steps", 1, "--output", tmp_path).status == 0
-    loop = loops[0]
-    average = loop._stepper.average
-    assert average is not None
-    loop.context.model.to("meta")
-    average.module.to("meta")
-    assert loop._broken().device.type == "meta"
+    (model, average), *_ = checked
+    assert count([model.to("meta"), average.to("meta")]).device.type == "meta"
 
 
 @pytest.mark.slow

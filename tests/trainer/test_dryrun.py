@@ -14,12 +14,10 @@ from fastlars.trainer.config import command_line
 from fastlars.trainer.data.digits import Digits
 from fastlars.trainer.model import memory, resnet
 from fastlars.trainer.model.build import build
-from fastlars.trainer.model.context import TrainingContext
-from fastlars.trainer.model.precision import Precision
-from fastlars.trainer.output.directory import RunDirectory
+from fastlars.trainer.model.context import Progress, TrainingContext
 from fastlars.trainer.process.world import World
 from fastlars.trainer.run import dry_run
-from trainer.helpers import Outcome, files_below, tiny_net
+from trainer.helpers import Outcome, facts, files_below, tiny_net
 from trainer.processes import finish, start
 
 Train = Callable[..., Outcome]
@@ -32,7 +30,7 @@ KEPT = 1797 * 32 * 32 * 4  # the digits
 
 def context(**settings: object) -> TrainingContext:
     found = command_line.fresh({"data": "digits", **settings}, 1)
-    return build(found, Digits(0, CPU), RunDirectory(Path()), 0, World(0, 1, CPU))
+    return build(found, Digits(0, CPU), Progress(), World(0, 1, CPU))
 
 
 def megabytes(text: str) -> dict[str, float]:
@@ -49,9 +47,11 @@ def test_nothing_is_written(tmp_path: Path, train: Train, monkeypatch: pytest.Mo
     outcome = train("--dry-run", "--lr", 0.5, "--tensorboard", "--mllog")
     assert outcome.status == 0, outcome.err
     assert files_below(tmp_path) == []
-    assert "recipe lars: " in outcome.out
-    assert "instead of the recipe's: --lr 0.5 (1)\n" in outcome.out
-    assert "154 steps: 22 of warm-up from 0, then schedule poly from 0.5\n" in outcome.out
+    said = facts(outcome.out)
+    assert said["recipe"].startswith("lars: ")
+    assert said["changed"] == "--lr 0.5 (recipe: 1)"
+    assert said["rate"].startswith("2 epochs of warm-up from 0, then lr 0.5, schedule poly; ")
+    assert " for 154 steps, " in said["time"]
     assert outcome.out.endswith("nothing was written; a run would write in runs/digits-lars-1\n")
     assert train("--dry-run", "--output", "a/b").out.endswith("a run would write in a/b\n")
     assert files_below(tmp_path) == []
@@ -63,7 +63,7 @@ def test_of_a_run_to_go_on_with(tmp_path: Path, train: Train) -> None:
     before = {name: (tmp_path / name).read_bytes() for name in files_below(tmp_path)}
     outcome = train("--dry-run", "--resume", "--output", tmp_path)
     assert outcome.status == 0, outcome.err
-    assert "\n150 steps: " in outcome.out
+    assert " for 150 steps, " in facts(outcome.out)["time"]
     refused = train("--dry-run", "--output", tmp_path)
     assert refused.status == 2
     assert "holds a run already" in refused.err
@@ -81,7 +81,7 @@ def test_weights_gradients_and_states_are_exact(
     """lamb: two moments, and a counter for each of the 5 parameters."""
     monkeypatch.setattr(memory, "size", lambda count: f"{count} MB")
     monkeypatch.setattr(memory, "_resident", lambda: 10**8 + 4 * PARAMETERS + BUFFERS + KEPT)
-    told = "\n".join(dry_run.describe(context(ema=0.5, **settings), 0))
+    told = facts("\n".join(dry_run.describe(context(ema=0.5, **settings), 0)))["memory"]
     found = megabytes(told)
     workspaces = found.pop("workspaces")
     assert workspaces == pytest.approx(sum(found.values()) / 10, rel=0.001)
@@ -95,7 +95,7 @@ def test_weights_gradients_and_states_are_exact(
         "optimizer states": states,
         "moving average": 4 * PARAMETERS + BUFFERS,
     }
-    whole = re.search(r"memory of a process: ([\d.]+) MB", told)
+    whole = re.search(r"of a process: ([\d.]+) MB", told)
     assert whole is not None
     assert float(whole[1]) == pytest.approx(sum(megabytes(told).values()))
 
@@ -105,8 +105,9 @@ def test_the_time_is_that_of_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """14 epochs of 5 steps, of which 10 are done; a step is 2 forward passes of 128 images."""
     monkeypatch.setattr(dry_run, "_timed_images", lambda *_: 32)
     monkeypatch.setattr(dry_run, "_step_seconds", lambda *_: 0.5)
-    *_, told = dry_run.describe(context(batch_size=256, micro_batch=128), 60)
-    assert told.startswith("time: 4.0 min, 4 s a step, from 3 steps of 32 images a process")
+    lines = dry_run.describe(context(batch_size=256, micro_batch=128), 60)
+    told = facts("\n".join(lines))["time"]
+    assert told.startswith("4.0 min for 60 steps, 4 s a step, from 3 steps of 32 images a process")
 
 
 @pytest.mark.usefixtures("tiny")
@@ -115,7 +116,7 @@ def test_steps_are_timed_after_the_first(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(dry_run.time, "perf_counter", lambda: next(clock))
     job = context(batch_size=64)
     assert isinstance(job.schedule, LambdaLR)
-    assert dry_run._step_seconds(job, Precision("fp32", CPU), 8) == 2.0
+    assert dry_run._step_seconds(job, 8) == 2.0
     assert job.schedule.last_epoch == 4
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional
 
 from fastlars.trainer.data.digits import Digits
-from fastlars.trainer.run.step import Step
+from fastlars.trainer.model.context import TrainingContext
+from fastlars.trainer.run import loop
+from fastlars.trainer.run.loop import StepResult
 from trainer.helpers import Outcome, assert_same, load, records, tiny_net
 
 Train = Callable[..., Outcome]
@@ -23,17 +26,17 @@ def test_average_and_its_evaluation(
 ) -> None:
     """The first step's weights, then 3/4 old and 1/4 new, in float64; buffers too."""
     expected: dict[str, torch.Tensor] = {}
-    take = Step.take
+    step = loop.step
 
-    def followed(self: Step, *arguments: object) -> object:
-        found = take(self, *arguments)  # type: ignore[arg-type]
-        for name, value in self._context.model.state_dict().items():
+    def followed(context: TrainingContext, *arguments: Any, **options: Any) -> StepResult:
+        found = step(context, *arguments, **options)
+        for name, value in context.model.state_dict().items():
             if value.is_floating_point():
                 old = expected.get(name, value.double())
                 expected[name] = 0.75 * old + 0.25 * value.double()
         return found
 
-    monkeypatch.setattr(Step, "take", followed)
+    monkeypatch.setattr(loop, "step", followed)
     outcome = train(*SETTINGS, "--output", tmp_path)
     assert outcome.status == 0
     state = load(tmp_path)

@@ -18,9 +18,9 @@ from torch.nn import functional
 from fastlars.trainer.data.digits import Digits
 from fastlars.trainer.data.order import make
 from fastlars.trainer.model import resnet
-from fastlars.trainer.run import find_lr
-from fastlars.trainer.run.step import Step
-from trainer.helpers import Outcome, files_below, tiny_net
+from fastlars.trainer.run import find_lr, loop
+from fastlars.trainer.run.loop import StepResult
+from trainer.helpers import Outcome, facts, files_below, tiny_net
 from trainer.processes import finish, start
 
 Train = Callable[..., Outcome]
@@ -97,12 +97,12 @@ def test_a_sweep_says_what_it_does_and_not_what_a_run_would(
     flags = ("--lr", 0.5, "--max-steps", 2, "--mllog", "--momentum", 0.8, "--output", tmp_path)
     outcome = train(*SHORT, *flags)
     assert outcome.status == 0, outcome.err
-    assert "sweep of up to 5 steps, lr 0.0005 to 50, weight decay " in outcome.out
+    assert facts(outcome.out)["sweep"].startswith("lr 0.0005 to 50, weight decay 0.0001; up to 5 ")
     with open(tmp_path / "lr_find.csv", newline="") as file:
         rates = [float(row["lr"]) for row in csv.DictReader(file)]
     assert (rates[0], rates[-1]) == (pytest.approx(0.0005), pytest.approx(50))
     assert "epochs of" not in outcome.out
-    assert "--find-lr has no use for --mllog, --max-steps\n" in outcome.out
+    assert facts(outcome.out)["unused"] == "--find-lr has no use for --mllog, --max-steps"
     assert "no use" not in train(*SHORT, "--output", tmp_path).out
 
 
@@ -122,8 +122,9 @@ def test_a_dry_run_of_a_sweep(tmp_path: Path, train: Train) -> None:
     (tmp_path / "checkpoint.pt").write_text("of a run, which a sweep leaves alone")
     outcome = train(*SHORT, "--dry-run", "--output", tmp_path)
     assert outcome.status == 0, outcome.err
-    assert "sweep of up to 100 steps, lr " in outcome.out
-    assert "time: " in outcome.out
+    said = facts(outcome.out)
+    assert "; up to 100 steps of " in said["sweep"]
+    assert " for 100 steps, " in said["time"]
     assert outcome.out.endswith(f"nothing was written; a sweep would write in {tmp_path}\n")
     assert "epochs of" not in outcome.out
     assert files_below(tmp_path) == ["checkpoint.pt"]
@@ -235,14 +236,14 @@ def test_no_room_for_the_picture(
 def test_a_signal_leaves_nothing_behind(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take, count = Step.take, iter(range(100))
+    step, count = loop.step, iter(range(100))
 
-    def interrupted(self: Step, *arguments: Any) -> Any:
+    def interrupted(*arguments: Any) -> StepResult:
         if next(count) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return take(self, *arguments)
+        return step(*arguments)
 
-    monkeypatch.setattr(Step, "take", interrupted)
+    monkeypatch.setattr(loop, "step", interrupted)
     outcome = train(*SHORT, "--output", tmp_path / "a" / "b")
     assert outcome.status == 143
     assert next(count) == 4

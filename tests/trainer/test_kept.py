@@ -14,7 +14,7 @@ import torch
 
 import fastlars
 from fastlars.trainer.output import checkpoint
-from fastlars.trainer.run.loop import Loop
+from fastlars.trainer.run import loop
 from fastlars.trainer.run.meter import Figures
 from trainer.helpers import Outcome, assert_same, files_below, load, records
 
@@ -28,7 +28,9 @@ def accuracies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Epochs reach 20%, 50%, 30% and 40%."""
     reached = {2: 0.2, 4: 0.5, 6: 0.3, 8: 0.4}
     monkeypatch.setattr(
-        Loop, "evaluate", lambda self: Figures(1.0, reached[self.progress.step], 360)
+        loop,
+        "evaluate",
+        lambda context, _replica: Figures(1.0, reached[context.progress.step], 360),
     )
 
 
@@ -190,11 +192,11 @@ def test_a_run_that_fails_at_once_leaves_nothing(
 ) -> None:
     seen: list[str] = []
 
-    def fail(_self: Loop, *_arguments: object) -> None:
+    def fail(*_arguments: object, **_options: object) -> None:
         seen.extend(files_below(tmp_path / "run"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Loop, "_step", fail)
+    monkeypatch.setattr(loop, "step", fail)
     assert train(*RUN, "--output", tmp_path / "run").status == 130
     assert seen == [".lock"]  # no file of the run's before its first step
     assert files_below(tmp_path) == []

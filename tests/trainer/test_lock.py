@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
+from fastlars.trainer.model.context import TrainingContext
 from fastlars.trainer.output.lock import Lock, LockedError, unshared
-from fastlars.trainer.run.loop import Loop
+from fastlars.trainer.run import loop
 from trainer.helpers import Outcome, files_below
 
 Train = Callable[..., Outcome]
@@ -131,11 +132,11 @@ def test_a_run_that_loses_its_directory_stops(
 ) -> None:
     """Another run may write there by now, and its files stay as they are."""
     run, mine = tmp_path / "run", {"checkpoint.pt": "another's", ".lock": "another's"}
-    step = Loop._step
+    step = loop.step
 
-    def losing(self: Loop, *arguments: Any) -> None:
-        step(self, *arguments)
-        if self.progress.step == 1:
+    def losing(context: TrainingContext, *arguments: Any, **options: Any) -> Any:
+        result = step(context, *arguments, **options)
+        if context.progress.step == 1:
             if lost == "lock":
                 (run / ".lock").unlink()
             elif lost == "renamed":
@@ -146,8 +147,9 @@ def test_a_run_that_loses_its_directory_stops(
                 run.mkdir()
                 for name, text in mine.items():
                     (run / name).write_text(text)
+        return result
 
-    monkeypatch.setattr(Loop, "_step", losing)
+    monkeypatch.setattr(loop, "step", losing)
     outcome = train("--epochs", 3, "--batch-size", 512, "--output", run)
     assert outcome.status == 2
     assert f"error: {run} was removed or given to another run: this one, at step 2" in outcome.err

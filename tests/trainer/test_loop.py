@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ import fastlars
 from fastlars.trainer.data.digits import Digits
 from fastlars.trainer.data.order import make
 from fastlars.trainer.model import resnet
-from fastlars.trainer.run.loop import Loop
+from fastlars.trainer.model.context import TrainingContext
+from fastlars.trainer.run import loop
 from trainer.helpers import Outcome, load, records, tiny_net
 
 Train = Callable[..., Outcome]
@@ -86,16 +88,16 @@ def test_a_step_does_not_wait_for_the_gpu(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch, recipe: str
 ) -> None:
     """Steps 2 to 8: plans are made before, and norms are read in the first and the eleventh."""
-    step = Loop._step
+    step = loop.step
 
-    def watched(self: Loop, *arguments: object) -> None:
-        torch.cuda.set_sync_debug_mode("error" if 2 <= self.progress.step < 9 else "default")
+    def watched(context: TrainingContext, *arguments: Any, **options: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error" if 2 <= context.progress.step < 9 else "default")
         try:
-            step(self, *arguments)  # type: ignore[arg-type]
+            return step(context, *arguments, **options)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(Loop, "_step", watched)
+    monkeypatch.setattr(loop, "step", watched)
     settings = ("--batch-size", 128, "--micro-batch", 32, "--max-steps", 10, "--device", "cuda")
     assert train("--recipe", recipe, *settings, "--output", tmp_path).status == 0
 
@@ -153,7 +155,7 @@ def test_images_that_cannot_be_read(tmp_path: Path, train: Train, images: Path) 
     settings = ("--data", images, "--epochs", 2, "--batch-size", 12, "--lr", 0.1, "--workers", 0)
     outcome = train(*settings, "--max-bad-images", 2, "--output", tmp_path / "run")
     assert outcome.status == 0, outcome
-    assert outcome.out.count("(14 images; 1 could not be read)") == 2
+    assert outcome.out.count("14 test images were read, 1 could not be\n") == 2
     found = records(tmp_path / "run")
     assert [r["images"] for r in found if r["kind"] == "test"] == [14, 14]
     assert sum(r["images"] for r in found if r["kind"] == "train") == 2 * 35

@@ -19,8 +19,7 @@ from fastlars.trainer.data.digits import Digits
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.model import memory
 from fastlars.trainer.model.build import build
-from fastlars.trainer.model.context import TrainingContext
-from fastlars.trainer.output.directory import RunDirectory
+from fastlars.trainer.model.context import Progress, TrainingContext
 from fastlars.trainer.process.world import World
 from trainer.helpers import Outcome, files_below, write_images
 
@@ -40,7 +39,7 @@ sys.exit(status)
 
 def context(**settings: object) -> TrainingContext:
     found = command_line.fresh({"data": "digits", **settings}, 1)
-    return build(found, Digits(0, CPU), RunDirectory(Path()), 0, World(0, 1, CPU))
+    return build(found, Digits(0, CPU), Progress(), World(0, 1, CPU))
 
 
 @pytest.mark.usefixtures("tiny")
@@ -119,7 +118,7 @@ def test_a_dry_run_says_what_a_run_takes(tmp_path: Path, flags: tuple[object, ..
         assert found is not None, done.stdout
         return float(found[1]) * {"GB": 1e9, "MB": 1e6}.get(found[found.lastindex or 1], 1024)
 
-    told = number(r"memory of a process: ([\d.]+) (GB|MB)", "--dry-run")
+    told = number(r"memory +of a process: ([\d.]+) (GB|MB)", "--dry-run")
     peak = number(r"peak (\d+)", "--max-steps", 2)
     assert 1 / 1.3 < told / peak < 1.3, f"said {told / 1e6:.0f} MB, took {peak / 1e6:.0f} MB"
 
@@ -169,7 +168,7 @@ def test_what_may_not_fit_is_tried(
     status: int,
     said: str,
 ) -> None:
-    """In context of what is needed, which is the same for every run of the tiny model."""
+    """In parts of what is needed, which is the same for every run of the tiny model."""
     monkeypatch.setattr(memory, "_resident", lambda: 10**10)
     need = sum(memory.needed(context()).values())
     limited(monkeypatch, whole * need, free * need)

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shlex
 import signal
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from fastlars.trainer.config import recipes
 from fastlars.trainer.errors import TrainerError
+from fastlars.trainer.model.context import TrainingContext
 from fastlars.trainer.output import directory
 from fastlars.trainer.output.records import read
 from fastlars.trainer.process.signals import StopSignals
-from fastlars.trainer.run.loop import Loop
-from trainer.helpers import Outcome, files_below
+from fastlars.trainer.run import loop
+from trainer.helpers import Outcome, facts, files_below
 
 Train = Callable[..., Outcome]
 SHORT = ("--epochs", 1, "--batch-size", 512)
@@ -35,7 +38,8 @@ def test_every_file_is_named_at_the_end(tmp_path: Path, train: Train) -> None:
     assert written >= {"checkpoint.pt", "metrics.jsonl", "tensorboard"}
     assert written >= {"curves.png", "trust.csv", "trust.png", "norms.csv", "norms.png"}
     for name in written:
-        assert f"{run / name}\n" in outcome.out
+        assert re.search(rf"^  {re.escape(name)} +\w", outcome.out, re.MULTILINE)
+    assert f"\nfiles in {run}:\n" in outcome.out
     with Image.open(run / "curves.png") as picture:
         picture.load()
         assert picture.size[0] > 1000
@@ -46,14 +50,14 @@ def test_a_run_says_where_its_settings_come_from(tmp_path: Path, train: Train) -
     flags = ("--epochs", 14, "--lr", 0.5, "--max-steps", 1, "--output", tmp_path)
     outcome = train(*flags)
     source = recipes.look_up("lars", "digits", None).source
-    assert f"recipe lars: {source}\n" in outcome.out
-    assert "instead of the recipe's: --lr 0.5 (1)\n" in outcome.out
+    assert facts(outcome.out)["recipe"] == f"lars: {source}"
+    assert facts(outcome.out)["changed"] == "--lr 0.5 (recipe: 1)"
     assert read(tmp_path / "metrics.jsonl")[0]["recipe"] == source
     again = train("--resume", "--output", tmp_path, "--max-steps", 2)
-    assert "instead of the recipe's: --lr 0.5 (1)\n" in again.out
+    assert facts(again.out)["changed"] == "--lr 0.5 (recipe: 1)"
     (tmp_path / "other").mkdir()
     plain = train("--max-steps", 1, "--output", tmp_path / "other")
-    assert "instead of" not in plain.out
+    assert "changed" not in facts(plain.out)
 
 
 @pytest.mark.usefixtures("tiny", "no_picture")
@@ -164,11 +168,11 @@ def test_no_file_is_replaced_before_the_first_step(
     outcome = train(*SHORT, "--output", tmp_path, *mistake)
     assert outcome.status == (0 if mistake == ("--dry-run",) else 2)
 
-    def fail(*_arguments: object) -> None:
+    def fail(*_arguments: object, **_options: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_step", fail)
+        patch.setattr(loop, "step", fail)
         assert train(*SHORT, "--output", tmp_path).status == 130
     assert sorted(files_below(tmp_path)) == sorted(before)
     assert {(tmp_path / name).read_text() for name in names} == {"of an earlier run"}
@@ -251,14 +255,14 @@ def test_how_to_go_on(tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPa
 def test_a_log_that_is_gone_or_edited(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = Loop._step
+    step = loop.step
 
-    def losing(self: Loop, *arguments: object) -> None:
+    def losing(context: TrainingContext, *arguments: Any, **options: Any) -> Any:
         (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
-        step(self, *arguments)  # type: ignore[arg-type]
+        return step(context, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_step", losing)
+        patch.setattr(loop, "step", losing)
         outcome = train(*SHORT, "--output", tmp_path)
     assert outcome.status == 0
     assert "final test accuracy: " in outcome.out

@@ -14,7 +14,7 @@ from torch import nn
 import fastlars
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.process.world import World
-from fastlars.trainer.run.step import _overlap
+from fastlars.trainer.run.replica import _overlap
 from trainer.helpers import Outcome, assert_same, load, records
 from trainer.processes import finish, start
 

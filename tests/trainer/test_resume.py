@@ -10,11 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from fastlars.trainer.run.loop import Loop
+from fastlars.trainer.model.context import TrainingContext
+from fastlars.trainer.run import loop
 from trainer.helpers import Outcome, assert_same, load, records
 
 Train = Callable[..., Outcome]
@@ -68,18 +70,18 @@ def test_signal_during_a_step(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     number = signal.Signals[name]
-    step = Loop._step
+    step = loop.step
 
-    def interrupted(self: Loop, *arguments: object) -> None:
-        if self.progress.step == 6:
+    def interrupted(context: TrainingContext, *arguments: Any, **options: Any) -> Any:
+        if context.progress.step == 6:
             os.kill(os.getpid(), number)
-        step(self, *arguments)  # type: ignore[arg-type]
+        return step(context, *arguments, **options)
 
     whole, context = tmp_path / "whole", tmp_path / "context"
     assert train(*DIGITS, "--output", whole).status == 0
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_step", interrupted)
+        patch.setattr(loop, "step", interrupted)
         outcome = train(*DIGITS, "--output", context)
     assert outcome.status == 128 + number
     last = outcome.out.splitlines()[-1]
@@ -94,16 +96,16 @@ def test_signal_during_a_step(
 def test_second_ctrl_c_ends_at_once(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = Loop._step
+    step = loop.step
 
-    def impatient(self: Loop, *arguments: object) -> None:
-        if self.progress.step == 6:
+    def impatient(context: TrainingContext, *arguments: Any, **options: Any) -> Any:
+        if context.progress.step == 6:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
-        step(self, *arguments)  # type: ignore[arg-type]
+        return step(context, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_step", impatient)
+        patch.setattr(loop, "step", impatient)
         outcome = train(*DIGITS, "--output", tmp_path / "run")
     assert outcome.status == 130
     assert len(outcome.err.splitlines()) == 1
@@ -150,15 +152,15 @@ def test_lines_after_the_checkpoint_are_dropped(
     """A run killed between two checkpoints has logged steps that will come again."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert train(*DIGITS, "--output", whole).status == 0
-    step = Loop._step
+    step = loop.step
 
-    def crashing(self: Loop, *arguments: object) -> None:
-        if self.progress.step == 9:
+    def crashing(context: TrainingContext, *arguments: Any, **options: Any) -> Any:
+        if context.progress.step == 9:
             raise SystemExit(1)
-        step(self, *arguments)  # type: ignore[arg-type]
+        return step(context, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_step", crashing)
+        patch.setattr(loop, "step", crashing)
         with pytest.raises(SystemExit):
             train(*DIGITS, "--output", run)
     assert max(record.get("step", 0) for record in records(run)) == 9

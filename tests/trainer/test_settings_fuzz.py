@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import Field, fields
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -18,7 +17,7 @@ from fastlars.trainer.data.digits import Digits
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.model import memory
 from fastlars.trainer.model.build import build
-from fastlars.trainer.output.directory import RunDirectory
+from fastlars.trainer.model.context import Progress
 from fastlars.trainer.process.world import World
 
 CPU = torch.device("cpu")
@@ -70,7 +69,7 @@ def attempt(arguments: Sequence[str], images: dict[str, Digits], data: str) -> b
         command = command_line.parse(arguments)
         timedelta(seconds=command.given.get("timeout", 1.0))
         settings = command_line.fresh({"data": data} | command.given)
-        context = build(settings, images[data], RunDirectory(Path()), 0, World(0, 1, CPU))
+        context = build(settings, images[data], Progress(), World(0, 1, CPU))
     except TrainerError as error:
         text = str(error)
         assert text
@@ -173,7 +172,7 @@ def test_what_the_library_refuses_names_the_flag(
 ) -> None:
     settings = command_line.fresh({"batch_size": 64} | flags)
     with pytest.raises(TrainerError) as error:
-        build(settings, images["digits"], RunDirectory(Path()), 0, World(0, 1, CPU))
+        build(settings, images["digits"], Progress(), World(0, 1, CPU))
     assert message in str(error.value)
 
 

@@ -18,9 +18,10 @@ from matplotlib.figure import Figure
 
 from fastlars.trainer import errors
 from fastlars.trainer.config import command_line
+from fastlars.trainer.model.context import TrainingContext
 from fastlars.trainer.output.tensorboard import TensorBoard
 from fastlars.trainer.process import packages
-from fastlars.trainer.run.loop import Loop
+from fastlars.trainer.run import loop
 from trainer.helpers import Outcome, disk_full_after, files_below, load, records
 
 Train = Callable[..., Outcome]
@@ -68,13 +69,13 @@ def test_nobody_takes_what_is_printed(tmp_path: Path, after: str, why: str) -> N
 def test_a_terminal_that_hangs_up(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = Loop._step
+    step = loop.step
 
-    def hung_up(self: Loop, *arguments: Any) -> None:
+    def hung_up(context: TrainingContext, *arguments: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGHUP)
-        step(self, *arguments)
+        return step(context, *arguments, **options)
 
-    monkeypatch.setattr(Loop, "_step", hung_up)
+    monkeypatch.setattr(loop, "step", hung_up)
     outcome = train(*SHORT, "--output", tmp_path / "run")
     assert outcome.status == 129
     assert "stopped by SIGHUP at step 1 of " in outcome.out
@@ -304,14 +305,14 @@ def test_the_environment_is_checked_first(
 def test_an_internal_error_leaves_its_trace_in_a_file(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(_self: Loop, *_arguments: object) -> None:
+    def wrong(*_arguments: object, **_options: object) -> None:
         raise KeyError("no such thing")
 
     monkeypatch.chdir(tmp_path)
     name = f"fastlars-trainer-{os.getpid()}.log"
-    for place, where in (("", "_step"), ("run/", "_finish_epoch")):  # before and after a first step
+    for place, where in (("", "step"), ("run/", "evaluate")):  # before and after a first step
         with monkeypatch.context() as patch:
-            patch.setattr(Loop, where, wrong)
+            patch.setattr(loop, where, wrong)
             outcome = train(*SHORT, "--output", "run")
         assert outcome.status == 1
         told = f"internal error: KeyError: 'no such thing'; the trace is in {place}{name}; please"

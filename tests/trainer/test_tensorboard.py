@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.output.tensorboard import TensorBoard
-from fastlars.trainer.run.loop import Loop
+from fastlars.trainer.run import loop
 from trainer.helpers import Outcome, files_below, records
 
 Train = Callable[..., Outcome]
@@ -79,10 +79,10 @@ def test_what_was_before_the_first_event_file(tmp_path: Path, train: Train) -> N
 def test_a_run_that_fails_before_its_first_step_leaves_no_event_files(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_arguments: object) -> None:
+    def fail(*_arguments: object, **_options: object) -> None:
         raise TrainerError("no step")
 
-    monkeypatch.setattr(Loop, "_step", fail)
+    monkeypatch.setattr(loop, "step", fail)
     assert train(*RUN, "--tensorboard", "--output", tmp_path / "run").status == 2
     assert files_below(tmp_path) == []
 

@@ -35,8 +35,8 @@ def prepare(model: nn.Module, bn_batch: int, bn_statistics: str) -> None:
                 parent.register_module(name, ghost)
 
 
-def forget(model: nn.Module) -> None:
-    """Begin a step: statistics of the "last" step are from here on those of the coming one."""
+def reset_step_statistics(model: nn.Module) -> None:
+    """Reset the statistics of the "last" step, before a step."""
     norms = _last(model)
     if norms:
         torch._foreach_zero_([buffer for norm in norms for buffer in norm.buffers()])

@@ -1,47 +1,38 @@
-"""What a configuration needs before its first step: model, optimizer, schedule, plan."""
+"""From settings and images to what is trained: model, optimizer, schedule, order of the images."""
 
 from __future__ import annotations
 
 import torch
 
-from fastlars.trainer.config.command_line import Config
+from fastlars.trainer.config.settings import Config
 from fastlars.trainer.data import order
 from fastlars.trainer.data.dataset import Data
-from fastlars.trainer.model import batchnorm, memory, optimizer, resnet
-from fastlars.trainer.model.context import TrainingContext
-from fastlars.trainer.output.directory import RunDirectory
-from fastlars.trainer.output.records import Display
+from fastlars.trainer.model import batchnorm, optimizer, resnet
+from fastlars.trainer.model.context import Progress, TrainingContext
+from fastlars.trainer.model.precision import Precision
 from fastlars.trainer.process.world import World
 
 
-def build(
-    settings: Config, images: Data, directory: RunDirectory, done: int, here: World
-) -> TrainingContext:
-    """The parts of a run of which `done` steps are taken; nothing is written."""
-    with here.raise_on_all_ranks():
-        steps = order.make(
-            images.train_size,
-            settings.batch_size,
-            settings.micro_batch,
-            here.rank,
-            here.size,
-            settings.seed,
+def build(config: Config, data: Data, progress: Progress, world: World) -> TrainingContext:
+    """Build what `config` names, in every process alike; nothing is written."""
+    with world.raise_on_all_ranks():
+        batches = order.make(
+            data.train_size,
+            config.batch_size,
+            config.micro_batch,
+            world.rank,
+            world.size,
+            config.seed,
         )
-        torch.backends.cudnn.benchmark = here.device.type == "cuda"
-        stem = images.stem if settings.stem == "auto" else settings.stem
-        net = resnet.build(settings.model, len(images.classes), stem, settings.seed)
-        resnet.draw_classifier(net, settings.classifier_std, settings.seed)
-        batchnorm.prepare(net, settings.bn_batch, settings.bn_statistics)
-        net = net.to(here.device)
-        optim = optimizer.build_optimizer(settings, net, steps.steps_per_epoch)
-        schedule = optimizer.build_schedule(settings, optim, steps.steps_per_epoch)
-    display = Display(
-        settings.epochs * steps.steps_per_epoch * settings.batch_size,
-        done * settings.batch_size,
-        shown=here.first,
+        torch.backends.cudnn.benchmark = world.device.type == "cuda"
+        stem = data.stem if config.stem == "auto" else config.stem
+        model = resnet.build(config.model, len(data.classes), stem, config.seed)
+        resnet.draw_classifier(model, config.classifier_std, config.seed)
+        batchnorm.prepare(model, config.bn_batch, config.bn_statistics)
+        model = model.to(world.device)
+        stepper = optimizer.build_optimizer(config, model, batches.steps_per_epoch)
+        schedule = optimizer.build_schedule(config, stepper, batches.steps_per_epoch)
+        precision = Precision(config.precision, world.device)
+    return TrainingContext(
+        config, world, data, batches, model, precision, stepper, schedule, progress
     )
-    context = TrainingContext(
-        settings, here, images, steps, net, optim, schedule, directory, None, display
-    )
-    memory.check(context)
-    return context

@@ -15,7 +15,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.model.context import TrainingContext
-from fastlars.trainer.model.precision import Precision
 
 # Kernels and the allocator take this much on top of the sum: peaks of seven runs on a CPU, of 0.8
 # to 4.7 GB, were 1.08 to 1.12 times everything else.
@@ -57,9 +56,11 @@ def needed(context: TrainingContext) -> dict[str, float]:
     return found | {"workspaces": _SPARE * sum(found.values())}
 
 
-def check(context: TrainingContext) -> None:
-    """Refuse a run that this machine cannot hold, and warn where it may not: before images are
-    read, and in every process alike."""
+def check(context: TrainingContext) -> str:
+    """Refuse a run that this machine cannot hold; a warning where it may not, else "".
+
+    In every process alike, before images are read.
+    """
     need, world = needed(context), context.world
     # Processes of one machine share its memory, but each has a GPU of its own.
     machines = world.gather(platform.node())
@@ -80,8 +81,7 @@ def check(context: TrainingContext) -> None:
             )
         if total > free:
             text = f"{what}, and {where} has {size(free)} free: {_remedy(context, largest)}"
-    if text:
-        context.display.warn(text)
+    return text
 
 
 def _remedy(context: TrainingContext, largest: str) -> str:
@@ -142,7 +142,7 @@ def _kept(context: TrainingContext, images: int) -> int:
 
 
 def _half(context: TrainingContext) -> bool:
-    return Precision(context.config.precision, context.world.device).name != "fp32"
+    return context.precision.name != "fp32"
 
 
 def available(device: torch.device) -> tuple[float, float]:

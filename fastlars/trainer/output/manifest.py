@@ -21,13 +21,17 @@ from fastlars.trainer.config.settings import place
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.model.context import TrainingContext
 from fastlars.trainer.output import atomic
+from fastlars.trainer.output.directory import RunDirectory
 
 
-def write(context: TrainingContext, command: Sequence[str], step: int) -> None:
+def write(
+    context: TrainingContext, directory: RunDirectory, command: Sequence[str], step: int
+) -> None:
     """Add a start to the run's run.json; a run that goes on keeps those before.
 
     Args:
         context: what is trained, in all processes.
+        directory: where run.json is.
         command: the arguments of the command line.
         step: where the run starts, or goes on.
     """
@@ -45,7 +49,7 @@ def write(context: TrainingContext, command: Sequence[str], step: int) -> None:
             "config": asdict(context.config) | {"data": place(context.config.data)},
         }
         recipe = recipe_of(context.config).source
-        path, before = context.run.settings, context.run.came_from
+        path, before = directory.settings, directory.came_from
         starts = _starts(before.with_name(path.name)) if before else []
         text = json.dumps({"recipe": recipe, "starts": [*starts, start]}, indent=2) + "\n"
         try:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
-from fastlars.trainer.model.context import Progress, TrainingContext
+from fastlars.trainer.model.context import TrainingContext
 from fastlars.trainer.output.records import Record
 
 _OPTIMIZERS = {"lars": "lars", "mlperf": "lars", "lamb": "lamb", "goyal": "sgd"}
@@ -20,12 +21,12 @@ class MLLog:
     """Prints a line for every event of a run, beginning with what the run is.
 
     Args:
-        context: the run.
-        progress: the point that it starts from.
+        context: the run, at the point that it starts from.
+        say: prints a line.
     """
 
-    def __init__(self, context: TrainingContext, progress: Progress) -> None:
-        self._say = context.display.say
+    def __init__(self, context: TrainingContext, say: Callable[[str], None]) -> None:
+        self._say, progress = say, context.progress
         self._epochs, self._steps_per_epoch = context.config.epochs, context.order.steps_per_epoch
         self._epoch = progress.evaluated + 1
         self._running = True

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, Protocol
 
-from tqdm import tqdm
-
-from fastlars.trainer.errors import TrainerError, printable
+from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.output import atomic
 from fastlars.trainer.output.checkpoint import NotSavedError
-
-# Its thread would wake a bar up that stands still; where none can be started, tqdm warns at length.
-tqdm.monitor_interval = 0
 
 Record = dict[str, Any]
 
@@ -122,55 +115,6 @@ def read(path: Path) -> list[Record]:
             if isinstance(record, dict) and "kind" in record:
                 records.append(record)
     return records
-
-
-class Display:
-    """Progress for people: a bar on a terminal, and lines that also a file of output gets.
-
-    The bar is there while the context lasts; lines can be said at any time.
-    """
-
-    def __init__(self, total: int, done: int, *, shown: bool) -> None:
-        self._shown, self._total, self._done = shown, total, done
-        self._bar: Any = None
-
-    def advance(self, images: int) -> None:
-        """So many images were trained on."""
-        self._bar.update(images)
-
-    def figures(self, loss: float, accuracy: float) -> None:
-        """The latest loss and accuracy, beside the bar."""
-        self._bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1%}", refresh=False)
-
-    def say(self, text: str) -> None:
-        """A line above the bar."""
-        if self._shown:
-            tqdm.write(printable(text))
-            sys.stdout.flush()
-
-    def warn(self, text: str) -> None:
-        """A line about something that went wrong and does not end the run."""
-        if self._shown:
-            tqdm.write(printable(f"warning: {text}"), file=sys.stderr)
-
-    def __enter__(self) -> Display:
-        self._bar = tqdm(
-            total=self._total,
-            initial=self._done,
-            unit="img",
-            unit_scale=True,
-            dynamic_ncols=True,
-            disable=None if self._shown else True,  # None: where stderr is no terminal
-        )
-        return self
-
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
-        self._bar.close()
 
 
 def _finite(value: Any) -> Any:

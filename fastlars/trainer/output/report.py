@@ -3,28 +3,53 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import textwrap
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from fastlars.trainer.config.command_line import Config, recipe_of
 from fastlars.trainer.config.settings import flag
 from fastlars.trainer.errors import printable
 from fastlars.trainer.model.context import TrainingContext, fingerprint
-from fastlars.trainer.output import manifest, pictures
+from fastlars.trainer.output import manifest
+from fastlars.trainer.output.directory import RunDirectory
 from fastlars.trainer.output.records import read
-from fastlars.trainer.run.loop import Loop
 
-# What lies in a run directory, in the order in which it is listed.
+_LABEL = 10  # characters
+_WIDEST = 100  # characters: longer lines are hard to read
+
+# What may lie in a run directory, in the order in which it is listed.
 _FILES = {
-    "checkpoint": ("checkpoint.pt", "checkpoint-*.pt", "best.pt"),
-    "settings": ("run.json",),
-    "log": ("metrics.jsonl", "tensorboard"),
-    "pictures": ("curves.png", "trust.png", "norms.png"),
-    "tables": ("trust.csv", "norms.csv"),
+    "checkpoint.pt": "the latest state; --resume goes on from it",
+    "checkpoint-*.pt": "the state after that step (--keep-last)",
+    "best.pt": "the state of the highest test accuracy",
+    "run.json": "command, settings, versions and machines of every start",
+    "metrics.jsonl": "every figure of the run, one JSON record a line",
+    "tensorboard": "event files: tensorboard --logdir",
+    "curves.png": "loss, accuracy, learning rate, trust ratios by epoch",
+    "trust.png": "trust ratio of every layer over the run",
+    "trust.csv": "the trust ratios as a table",
+    "norms.png": "norms of every layer's weights and gradient",
+    "norms.csv": "the norms as a table",
 }
+
+
+def fact(label: str, text: str) -> Iterator[str]:
+    """A label and its text, in lines that fit the terminal."""
+    width = min(max(shutil.get_terminal_size().columns, 60), _WIDEST)
+    first, rest = f"{label:<{_LABEL}}", " " * _LABEL
+    # Paths and flags stay in one piece.
+    yield from textwrap.wrap(
+        printable(text),
+        width,
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def title(context: TrainingContext) -> str:
@@ -34,36 +59,49 @@ def title(context: TrainingContext) -> str:
     return f"{config.recipe.upper()}, {config.model}, {data}, batch {config.batch_size}"
 
 
-def images_and_model(context: TrainingContext) -> Iterator[str]:
-    """What is trained."""
-    data = context.data
+def subject(context: TrainingContext) -> Iterator[str]:
+    """What is trained, on what."""
+    config, data = context.config, context.data
     size = sum(parameter.numel() for parameter in context.model.parameters())
-    yield (
-        f"{title(context)}: {size / 1e6:.1f}M parameters, {data.train_size} training and "
-        f"{data.test_size} test images of {len(data.classes)} classes at {data.image_size} pixels"
+    side = data.image_size
+    yield from fact("model", f"{config.model}, {size / 1e6:.1f}M parameters")
+    yield from fact(
+        "images",
+        f"{data.name}: {data.train_size:,} to train, {data.test_size:,} to test, "
+        f"{len(data.classes)} classes, {side} x {side} pixels",
     )
 
 
-def share(context: TrainingContext) -> str:
-    """The weight decay, and where and how a step is taken."""
-    config, order = context.config, context.order
+def batch(context: TrainingContext) -> str:
+    """How the images of a step are divided, and where it is computed."""
+    order, world = context.order, context.world
+    processes = "1 process" if world.size == 1 else f"{world.size} processes"
     return (
-        f"weight decay {config.weight_decay:g}, on {context.world.size} x "
-        f"{context.world.device.type}, {order.micro_batches} x {order.micro_batch} images a step "
-        "each"
+        f"{context.config.batch_size} images; {processes} on {world.device.type}, "
+        f"{order.micro_batches} x {order.micro_batch} images a step each, {context.precision.name}"
     )
 
 
 def introduction(context: TrainingContext) -> Iterator[str]:
     """What is trained, how, and where the settings come from."""
     config, steps = context.config, context.order.steps_per_epoch
-    yield from images_and_model(context)
-    yield f"{config.epochs} epochs of {steps} steps, lr {config.lr:g}, {share(context)}"
     recipe = recipe_of(config)
-    yield f"recipe {config.recipe}: {recipe.source}"
+    yield title(context)
+    yield from subject(context)
+    yield from fact("recipe", f"{config.recipe}: {recipe.source}")
     changed = _changed(config, recipe.settings)
     if changed:
-        yield f"instead of the recipe's: {changed}"
+        yield from fact("changed", changed)
+    yield from fact("steps", f"{config.epochs} epochs of {steps} steps of {batch(context)}")
+    yield from fact("rate", f"{schedule(config)}; weight decay {config.weight_decay:g}")
+
+
+def schedule(config: Config) -> str:
+    """The learning rate over the run."""
+    warmup = ""
+    if config.warmup_epochs:
+        warmup = f"{config.warmup_epochs:g} epochs of warm-up from {config.warmup_from:g}, then "
+    return f"{warmup}lr {config.lr:g}, schedule {config.schedule}"
 
 
 # The rate that --find-lr suggests with resnet20, a batch of 256 and CIFAR-10's 32 pixels.
@@ -72,25 +110,27 @@ _FAR = 4.0
 
 
 def hint(context: TrainingContext, given: Iterable[str]) -> Iterator[str]:
-    """A line where a new run takes a rate that was made for ImageNet and is low for its images.
+    """A hint where a new run takes a rate that was made for ImageNet and is low for its images.
 
     Args:
-        context: the run.
+        context: what is trained.
         given: names of the settings on the command line.
     """
     config = context.config
-    found = _FOR_SMALL.get(config.recipe, 0.0)
-    if "lr" not in given and context.data.stem == "small" and config.lr * _FAR < found:
-        yield (
-            f"hint: lr {config.lr:g} comes from rates for ImageNet; for CIFAR-10's 32 pixels "
-            f"(resnet20, batch 256) --find-lr suggests {found:g}: try --find-lr, or set --lr"
+    suggested = _FOR_SMALL.get(config.recipe, 0.0)
+    low = config.lr * _FAR < suggested
+    if "lr" not in given and context.data.stem == "small" and low:
+        yield from fact(
+            "hint",
+            f"lr {config.lr:g} comes from rates for ImageNet; for CIFAR-10's 32 pixels (resnet20, "
+            f"batch 256) --find-lr suggests {suggested:g}: try --find-lr, or set --lr",
         )
 
 
 def _changed(config: Config, settings: dict[str, Any]) -> str:
-    """The settings that are not as the recipe has them, by flag, with what it has."""
+    """The settings that differ from the recipe's, by flag, with the recipe's value."""
     return ", ".join(
-        f"{flag(name)} {_short(getattr(config, name))} ({_short(value)})"
+        f"{flag(name)} {_short(getattr(config, name))} (recipe: {_short(value)})"
         for name, value in settings.items()
         if getattr(config, name) != value
     )
@@ -115,55 +155,45 @@ def start_record(context: TrainingContext) -> dict[str, Any]:
     }
 
 
-def draw_layers(context: TrainingContext) -> None:
-    """Draw what the records say of layers; where that fails, the run is none the worse."""
-    with pictures.optional(context.display.warn):
-        pictures.draw_layers(read(context.run.log), context.run.path)
+def stopped(
+    context: TrainingContext, directory: RunDirectory, stopped_by: str, *, started: bool
+) -> str:
+    """Where a run stopped, and the command that goes on with it."""
+    if not (started or directory.came_from):
+        return f"stopped by {stopped_by} before the first step"
+    return (
+        f"stopped by {stopped_by} at step {context.progress.step} of {context.total_steps}; go on "
+        f"with: python -m fastlars.trainer {_to_resume(context.config, directory)}"
+    )
 
 
-def conclusion(loop: Loop, stopped_by: str | None, seconds: float) -> Iterator[str]:
-    """The result and the files of the run, or how to go on with it."""
-    context, progress = loop.context, loop.progress
-    if stopped_by is not None and not (loop.begun or context.run.came_from):
-        yield f"stopped by {stopped_by} before the first step"
-        return
-    if stopped_by is not None:
-        yield (
-            f"stopped by {stopped_by} at step {progress.step} of {loop.total_steps}; go on with: "
-            f"python -m fastlars.trainer {_to_resume(context)}"
-        )
-        return
-    if not context.world.first:  # only that one has kept records
-        return
+def conclusion(context: TrainingContext, directory: RunDirectory, seconds: float) -> Iterator[str]:
+    """The result and the files of a run that reached its end."""
+    progress = context.progress
     tests: list[int] = []
     with suppress(OSError):  # it may have been removed
-        tests = [r["images"] for r in read(context.run.log) if r["kind"] == "test"]
+        tests = [r["images"] for r in read(directory.log) if r["kind"] == "test"]
     images = tests[-1] if tests else context.data.test_size  # a checkpoint may come without its log
+    yield ""
     yield (
         f"final test accuracy: {progress.last_accuracy:.2%} "
         f"({round(progress.last_accuracy * images)} of {images}), "
         f"best {progress.best_accuracy:.2%} after epoch {progress.best_epoch}; {seconds:.0f} s"
     )
-    yield from _files(context.run.path)
+    yield f"files in {printable(str(directory.path))}:"
+    for pattern, purpose in _FILES.items():
+        for path in sorted(directory.path.glob(pattern)):
+            yield f"  {path.name:<22}{purpose}"
 
 
-def _to_resume(context: TrainingContext) -> str:
-    """The arguments that go on with a run as it was, without what the checkpoint has."""
-    path = shlex.quote(str(context.run.checkpoint))
+def _to_resume(config: Config, directory: RunDirectory) -> str:
+    """The arguments that go on with a run, without the settings that its checkpoint holds."""
+    path = shlex.quote(str(directory.checkpoint))
     words = [f"--resume={path}" if path.startswith("-") else f"--resume {path}"]
     left_out = ("data", "output", "max_steps")  # in the checkpoint, next to it, and reached
-    for setting in fields(context.config):
-        value = getattr(context.config, setting.name)
+    for setting in fields(config):
+        value = getattr(config, setting.name)
         usual = setting.metadata["fixed_on_resume"] or setting.name in left_out
         if not usual and value != setting.default:
             words.append(flag(setting.name) + ("" if value is True else f" {value}"))
     return " ".join(words)
-
-
-def _files(folder: Path) -> Iterator[str]:
-    """A line for each thing that is there."""
-    for what, patterns in _FILES.items():
-        label = f"{what}:"
-        for path in [path for pattern in patterns for path in sorted(folder.glob(pattern))]:
-            yield f"{label:<12}{path}"
-            label = ""

@@ -14,52 +14,47 @@ import torch
 from fastlars.trainer.data import order
 from fastlars.trainer.model import memory
 from fastlars.trainer.model.context import TrainingContext
-from fastlars.trainer.model.precision import Precision
+from fastlars.trainer.output import report
+from fastlars.trainer.run import loop
 from fastlars.trainer.run.meter import Meter
-from fastlars.trainer.run.step import Step
+from fastlars.trainer.run.replica import Replica
 
 _ROOM = 256e6  # bytes of activations in a timed step on a CPU; a GPU takes what it has
 _STEPS = 3  # timed, after one that is not
 _FILLED = 0.8  # of a GPU's memory, by a timed step
 
 
-def schedule(context: TrainingContext, left: int) -> str:
-    """The steps that are left of a run, and its schedule."""
-    config = context.config
-    warmup = round(config.warmup_epochs * context.order.steps_per_epoch)
-    begin = f"{warmup} of warm-up from {config.warmup_from:g}, then " if warmup else ""
-    return f"{left} steps: {begin}schedule {config.schedule} from {config.lr:g}"
-
-
 def describe(context: TrainingContext, left: int) -> Iterator[str]:
     """Estimates of memory and of the time of `left` steps; every process takes part.
 
     Args:
-        context: the run; its model is trained for some steps, and of no use afterwards.
+        context: its model is trained for some steps, and of no use afterwards.
         left: steps to take.
     """
     config, share = context.config, context.order.micro_batch
-    precision = Precision(config.precision, context.world.device)
     needed = memory.needed(context)
     held = sum(needed.values()) - needed["activations"]
     images = _timed_images(context, held, needed["activations"] / share)
-    seconds = _step_seconds(context, precision, images)
+    seconds = _step_seconds(context, images)
     needed["optimizer states"] = memory.nbytes(_tensors(context.optimizer.state))
     listed = ", ".join(f"{what} {memory.size(count)}" for what, count in needed.items())
     readers = config.workers if config.data != "digits" else 0
-    yield (
-        f"memory of a process: {memory.size(sum(needed.values()))}, of which {listed}; activations "
-        f"are those kept for the backward pass of {share} images"
-        + (f"; the {readers} that read images are not counted" if readers else "")
+    yield from report.fact(
+        "memory",
+        f"of a process: {memory.size(sum(needed.values()))}, of which {listed}; activations are "
+        f"those kept for the backward pass of {share} images"
+        + (f"; the {readers} that read images are not counted" if readers else ""),
     )
     if context.world.device.type == "cuda":
         free, whole = torch.cuda.mem_get_info(context.world.device)
-        amount = f"{memory.size(whole)}, of which {memory.size(free)}"
-        yield f"the GPU has {amount} are free now"
+        yield from report.fact(
+            "GPU", f"{memory.size(whole)}, of which {memory.size(free)} are free"
+        )
     step = max(context.world.gather(seconds)) * context.order.micro_batches * share / images
-    yield (
-        f"time: {_duration(step * left)}, {step:.3g} s a step, from {_STEPS} steps of "
-        f"{images} images a process on this machine; without reading of images and evaluation"
+    yield from report.fact(
+        "time",
+        f"{_duration(step * left)} for {left} steps, {step:.3g} s a step, from {_STEPS} steps of "
+        f"{images} images a process on this machine; without reading of images and evaluation",
     )
 
 
@@ -73,7 +68,7 @@ def _timed_images(context: TrainingContext, held: float, for_each: float) -> int
     return max(least, min(room, context.order.micro_batch))
 
 
-def _step_seconds(context: TrainingContext, precision: Precision, images: int) -> float:
+def _step_seconds(context: TrainingContext, images: int) -> float:
     """Median time of a step with so many images in each process."""
     world = context.world
     batch = images * world.size
@@ -81,13 +76,13 @@ def _step_seconds(context: TrainingContext, precision: Precision, images: int) -
         context.data.train_size, batch, images, world.rank, world.size, context.config.seed
     )
     small = replace(context, config=replace(context.config, batch_size=batch), order=steps)
-    step, meter = Step(small, precision), Meter(world.device)
+    replica, meter = Replica(small), Meter(world.device)
     batches = list(islice(context.data.train(steps.from_step(0)), _STEPS + 1))
     times = []
     for batch_of_one in batches:
         _wait(world.device)
         start = time.perf_counter()
-        step.take(iter([batch_of_one]), meter)
+        loop.step(small, replica, iter([batch_of_one]), meter)
         _wait(world.device)
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])

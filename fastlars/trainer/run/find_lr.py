@@ -5,7 +5,7 @@ After Smith 2017 (arXiv:1506.01186), section 3.3, with a rate that grows exponen
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,13 +18,13 @@ from fastlars.trainer.config.command_line import Config, recipe_of
 from fastlars.trainer.config.settings import flag
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.model.context import TrainingContext
-from fastlars.trainer.model.precision import Precision
 from fastlars.trainer.output import atomic, pictures, report
-from fastlars.trainer.output.records import Display
+from fastlars.trainer.output.display import Display
 from fastlars.trainer.process.signals import Interrupted, StopSignals
 from fastlars.trainer.process.world import StopVote
+from fastlars.trainer.run import loop
 from fastlars.trainer.run.meter import Meter, figures
-from fastlars.trainer.run.step import Step
+from fastlars.trainer.run.replica import Replica
 
 STEPS = 100
 _LOW, _HIGH = 1e-3, 1e2  # times --lr
@@ -43,15 +43,20 @@ _UNUSED = (
 
 def introduction(context: TrainingContext, given: Iterable[str]) -> Iterator[str]:
     """What is swept over, and which of the settings given are of no use to that."""
-    yield from report.images_and_model(context)
-    lr = context.config.lr
-    rates = f"lr {_LOW * lr:g} to {_HIGH * lr:g}"
-    yield f"sweep of up to {STEPS} steps, {rates}, {report.share(context)}"
-    recipe = recipe_of(context.config)
-    yield f"recipe {context.config.recipe}, but for its rate and schedule: {recipe.source}"
+    config, recipe = context.config, recipe_of(context.config)
+    yield report.title(context)
+    yield from report.subject(context)
+    yield from report.fact(
+        "recipe", f"{config.recipe}, except for its rate and schedule: {recipe.source}"
+    )
+    rates = f"lr {_LOW * config.lr:g} to {_HIGH * config.lr:g}"
+    decay = f"weight decay {config.weight_decay:g}"
+    yield from report.fact(
+        "sweep", f"{rates}, {decay}; up to {STEPS} steps of {report.batch(context)}"
+    )
     unused = [flag(name) for name in _UNUSED if name in given]
     if unused:
-        yield f"--find-lr has no use for {', '.join(unused)}"
+        yield from report.fact("unused", f"--find-lr has no use for {', '.join(unused)}")
 
 
 def swept(config: Config) -> Config:
@@ -75,22 +80,21 @@ def sweep(context: TrainingContext, stop: StopSignals) -> dict[float, float]:
     stop.note()  # for all processes to end together
     growth = (_HIGH / _LOW) ** (1 / (STEPS - 1))
     context.schedule = LambdaLR(context.optimizer, lambda step: _LOW * growth**step)
-    context.display = Display(STEPS * config.batch_size, 0, shown=world.first)
-    step = Step(context, Precision(config.precision, world.device))
+    display, replica = Display(STEPS * config.batch_size, 0, shown=world.first), Replica(context)
     batches, meter = context.data.train(context.order.from_step(0)), Meter(world.device)
     vote, losses = StopVote(world), dict[float, float]()
-    with context.display:
+    with display:
         for _ in range(STEPS):
             if vote.any(stop.received is not None):
                 received = stop.of_all(world)
                 assert received is not None, "the vote says that a process got one"
                 raise Interrupted(received)
             meter.reset()
-            step.take(batches, meter)
+            result = loop.step(context, replica, batches, meter)
             seen = figures(world.total(meter.sums))
-            losses[step.lr] = seen.loss  # a step that fp16 skipped is taken again at its rate
-            context.display.advance(config.batch_size)
-            context.display.figures(seen.loss, seen.accuracy)
+            losses[result.lr] = seen.loss  # a step that fp16 skipped is taken again at its rate
+            display.advance(config.batch_size)
+            display.figures(seen.loss, seen.accuracy)
             if is_lost(list(losses.values())):
                 break
         vote.close()
@@ -143,7 +147,12 @@ def summary(losses: dict[float, float], found: tuple[float, float] | None) -> st
     return f"suggested:  --lr {fastest:.2g}{edge}, where the loss falls fastest; {end}"
 
 
-def write(context: TrainingContext, losses: dict[float, float], folder: Path) -> Iterator[str]:
+def write(
+    context: TrainingContext,
+    losses: dict[float, float],
+    folder: Path,
+    warn: Callable[[str], None],
+) -> Iterator[str]:
     """Write lr_find.csv and lr_find.png; what there is to say about them."""
     finite = {rate: loss for rate, loss in losses.items() if np.isfinite(loss)}
     if not finite:
@@ -157,7 +166,7 @@ def write(context: TrainingContext, losses: dict[float, float], folder: Path) ->
     except OSError as error:
         raise TrainerError(f"--find-lr: cannot write in {folder}: {error.strerror}") from None
     drawn = False
-    with pictures.optional(context.display.warn):
+    with pictures.optional(warn):
         pictures.save(picture(report.title(context), finite, means, found), folder / "lr_find.png")
         drawn = True
     yield summary(losses, found)

@@ -18,20 +18,23 @@ from fastlars.trainer.config.command_line import Command, Config
 from fastlars.trainer.data import dataset
 from fastlars.trainer.data.dataset import Data
 from fastlars.trainer.errors import TrainerError, printable
+from fastlars.trainer.model import memory
 from fastlars.trainer.model.build import build
-from fastlars.trainer.model.context import Progress, TrainingContext, fingerprint, progress_of
+from fastlars.trainer.model.context import Progress, TrainingContext, fingerprint
 from fastlars.trainer.model.optimizer import check_environment
-from fastlars.trainer.output import checkpoint, manifest, report, tensorboard
+from fastlars.trainer.output import checkpoint, manifest, pictures, report, tensorboard
 from fastlars.trainer.output import directory as rundir
 from fastlars.trainer.output.directory import RunDirectory
+from fastlars.trainer.output.display import Display
 from fastlars.trainer.output.mllog import MLLog
 from fastlars.trainer.output.records import Records, read
 from fastlars.trainer.output.tensorboard import TensorBoard
 from fastlars.trainer.process import failures
 from fastlars.trainer.process.signals import StopSignals
 from fastlars.trainer.process.world import World, restarted, world
-from fastlars.trainer.run import dry_run, find_lr
-from fastlars.trainer.run.loop import Loop
+from fastlars.trainer.run import dry_run, find_lr, loop
+from fastlars.trainer.run.journal import Journal
+from fastlars.trainer.run.replica import Replica
 
 
 def run(command: Command) -> int:
@@ -54,13 +57,13 @@ class _Job:
     images: Data
     directory: RunDirectory
     source: Path | None  # the checkpoint to go on from,
-    state: dict[str, Any] | None  # and what is in it
+    state: dict[str, Any] | None  # and its contents
     progress: Progress
 
 
 @contextmanager
 def _job(command: Command, here: World) -> Iterator[_Job]:
-    """The run's settings, its images (not yet read) and its directory, which is its own meanwhile.
+    """The run's settings, its images (not yet read), and its directory, locked meanwhile.
 
     The checkpoint is read when the directory is locked: until then another run may replace it.
     """
@@ -86,7 +89,7 @@ def _job(command: Command, here: World) -> Iterator[_Job]:
                     state = checkpoint.load(source)
                     checkpoint.check(state)
                     settings = command_line.resumed(command.given, state["config"], str(source))
-                    progress = progress_of(state["progress"])
+                    progress = Progress.saved(state["progress"])
             if settings.tensorboard and here.first:
                 tensorboard.check(directory.tensorboard)
             images = dataset.load(settings, here.device)
@@ -97,7 +100,7 @@ def _job(command: Command, here: World) -> Iterator[_Job]:
 
 
 def _source(command: Command, again: bool) -> Path | None:
-    """The checkpoint to go on from; in a restart, what the same command line has reached since."""
+    """The checkpoint to go on from; after a restart, what the same command line has reached."""
     output = command.given.get("output", "")
     source = rundir.to_resume(command.resume, output, again)
     if source is None or not again:
@@ -126,20 +129,29 @@ def _claimed(choose: Callable[[], RunDirectory], here: World) -> Iterator[RunDir
         directory.release()
 
 
+def _built(
+    config: Config, images: Data, progress: Progress, here: World
+) -> tuple[TrainingContext, Display]:
+    """What is trained, and its terminal; a run that the memory cannot hold is refused."""
+    context = build(config, images, progress, here)
+    total, done = (n * config.batch_size for n in (context.total_steps, progress.step))
+    display = Display(total, done, shown=here.first)
+    warning = memory.check(context)
+    if warning:
+        display.warn(warning)
+    return context, display
+
+
 def _dry_run(command: Command, here: World) -> int:
     with _job(command, here) as job:
-        done = job.progress.step
-        context = build(job.settings, job.images, job.directory, done, here)
+        context, display = _built(job.settings, job.images, job.progress, here)
         job.images.prepare()
-        total = job.settings.epochs * context.order.steps_per_epoch
-        left = max(min(total, job.settings.max_steps or total) - done, 0)
+        total = min(context.total_steps, job.settings.max_steps or context.total_steps)
+        left = max(total - job.progress.step, 0)
         hint = report.hint(context, command.given) if job.state is None else ()
-        schedule = dry_run.schedule(context, left)
-        for line in chain(
-            report.introduction(context), hint, [schedule], dry_run.describe(context, left)
-        ):
-            context.display.say(line)
-        context.display.say(f"nothing was written; a run would write in {job.directory.path}")
+        for line in chain(report.introduction(context), hint, dry_run.describe(context, left)):
+            display.say(line)
+        display.say(f"nothing was written; a run would write in {job.directory.path}")
     return 0
 
 
@@ -150,37 +162,43 @@ def _find_lr(command: Command, here: World) -> int:
     name = f"{settings.recipe}-lr"
     choose = partial(rundir.where, settings.output, settings.data, name)
     with _claimed(choose, here) as directory, StopSignals() as stop:
-        context = build(settings, images, directory, 0, here)
+        context, display = _built(settings, images, Progress(), here)
         images.prepare()
         for line in find_lr.introduction(context, command.given):
-            context.display.say(line)
+            display.say(line)
         if command.dry_run:
             for line in dry_run.describe(context, find_lr.STEPS):
-                context.display.say(line)
-            context.display.say(f"nothing was written; a sweep would write in {directory.path}")
+                display.say(line)
+            display.say(f"nothing was written; a sweep would write in {directory.path}")
             return 0
         losses = find_lr.sweep(context, stop)
         if here.first:
-            for line in find_lr.write(context, losses, directory.path):
-                context.display.say(line)
+            for line in find_lr.write(context, losses, directory.path, display.warn):
+                display.say(line)
     return 0
 
 
 def _train(command: Command, here: World) -> int:
     started = time.perf_counter()
     with _job(command, here) as job, StopSignals() as stop:
-        loop = _loop(job, command, here)
+        context, display = _built(job.settings, job.images, job.progress, here)
+        replica = Replica(context)
         failures.folder = job.directory.path
-        job.images.prepare()
-        with _records(loop, job), loop.context.display:
-            _introduce(loop, job.state, command)
-            finished = loop.run(stop)
-            # It may have reached another process alone.
-            received = stop.of_all(here)
-            stopped_by = None if finished else received.name if received else "--max-steps"
-            _end(loop, stopped_by)
-    for line in report.conclusion(loop, stopped_by, time.perf_counter() - started):
-        loop.context.display.say(line)
+        with _journal(command, job, context, replica, display) as journal:
+            job.images.prepare()
+            with display:
+                _introduce(journal, job, command)
+                finished = loop.train(context, replica, journal, stop)
+                # The signal may have reached another process alone.
+                received = stop.of_all(here)
+                stopped_by = None if finished else received.name if received else "--max-steps"
+                _end(journal, stopped_by)
+    seconds = time.perf_counter() - started
+    if stopped_by is not None:
+        display.say(report.stopped(context, job.directory, stopped_by, started=journal.started))
+    elif here.first:  # the others keep no records
+        for line in report.conclusion(context, job.directory, seconds):
+            display.say(line)
     return 0 if finished or received is None else 128 + received
 
 
@@ -199,71 +217,70 @@ def _short(value: Any) -> str:
 
 
 @contextmanager
-def _records(loop: Loop, job: _Job) -> Iterator[None]:
-    """Has the first process keep records while the context lasts."""
-    context = loop.context
+def _journal(
+    command: Command, job: _Job, context: TrainingContext, replica: Replica, display: Display
+) -> Iterator[Journal]:
+    """The run's journal, set to the state of the checkpoint that the run goes on from."""
+    world, records, first_step = context.world, None, job.progress.step
+    with world.raise_on_all_ranks():
+        if world.first:
+            keep = job.state["log_lines"] if job.state else 0
+            before = job.source.with_name(job.directory.log.name) if job.source else None
+            records = Records(job.directory.log, keep, before)
+
+    def open_files() -> None:
+        """Write the first files; those of a new run replace an earlier run's."""
+        manifest.write(context, job.directory, command.line, first_step)
+        with world.raise_on_all_ranks():
+            if records is None:
+                return
+            if job.state is None:
+                job.directory.forget()
+            board = job.directory.tensorboard
+            # A board lacks all records where the run was elsewhere or had no --tensorboard.
+            known = job.state["log_lines"] if job.state and board.exists() else 0
+            records.open()
+            if context.config.tensorboard:
+                listener = TensorBoard(board, first_step, display.warn)
+                for record in read(job.directory.log)[known:]:
+                    listener.record(record)
+                records.listeners.append(listener)
+
+    journal = Journal(context, replica, job.directory, records, display, open_files)
     try:
-        with context.world.raise_on_all_ranks():
-            if context.world.first:
-                keep = job.state["log_lines"] if job.state else 0
-                before = job.source.with_name(context.run.log.name) if job.source else None
-                context.log = Records(context.run.log, keep, before)
-                if context.config.mllog:
-                    context.log.listeners.append(MLLog(context, loop.progress))
-        yield
+        if job.state is not None and job.source is not None:
+            with world.raise_on_all_ranks(), checkpoint.fitting(job.source):
+                journal.restore(job.state)
+        yield journal
     finally:
-        if context.log is not None:
-            context.log.close()
+        if records is not None:
+            records.close()
 
 
-def _begin(context: TrainingContext, command: Command, job: _Job, step: int) -> None:
-    """Write the first files of a run from `step` on; a new run replaces those of an earlier one."""
-    manifest.write(context, command.line, step)
-    with context.world.raise_on_all_ranks():
-        if context.log is None:
-            return
-        if job.state is None:
-            context.run.forget()
-        # What a board misses: all, where the run was elsewhere or had no --tensorboard.
-        known = job.state["log_lines"] if job.state and context.run.tensorboard.exists() else 0
-        context.log.open()
-        if context.config.tensorboard:
-            board = TensorBoard(context.run.tensorboard, step, context.display.warn)
-            for record in read(context.run.log)[known:]:
-                board.record(record)
-            context.log.listeners.append(board)
-
-
-def _loop(job: _Job, command: Command, here: World) -> Loop:
-    context = build(job.settings, job.images, job.directory, job.progress.step, here)
-    step = job.progress.step  # which the loop moves on
-    loop = Loop(context, job.progress, lambda: _begin(context, command, job, step))
-    if job.state is not None and job.source is not None:
-        with here.raise_on_all_ranks(), checkpoint.fitting(job.source):
-            loop.restore(job.state)
-    return loop
-
-
-def _introduce(loop: Loop, state: dict[str, Any] | None, command: Command) -> None:
-    """Say what is trained how; a new run's log starts with the same."""
-    context = loop.context
-    hint = report.hint(context, command.given) if state is None else ()
+def _introduce(journal: Journal, job: _Job, command: Command) -> None:
+    """Say what is trained how; a new run's records start with the same."""
+    context, records, display = journal.context, journal.records, journal.display
+    if records is not None and context.config.mllog:
+        records.listeners.append(MLLog(context, display.say))
+    hint = report.hint(context, command.given) if job.state is None else ()
     for line in chain(report.introduction(context), hint):
-        context.display.say(line)
-    if state is not None:
-        context.display.say(f"resumed at step {loop.progress.step} of {loop.total_steps}")
-    elif context.log is not None:
-        context.log.write("start", **report.start_record(context))
+        display.say(line)
+    for line in report.fact("output", str(journal.directory.path)) if context.world.first else ():
+        display.say(line)
+    if job.state is not None:
+        display.say(f"resumed at step {context.progress.step} of {context.total_steps}")
+    elif records is not None:
+        records.write("start", **report.start_record(context))
 
 
-def _end(loop: Loop, stopped_by: str | None) -> None:
+def _end(journal: Journal, stopped_by: str | None) -> None:
     """The last record, and the pictures that are drawn once."""
-    if loop.context.log is not None:
-        step = loop.progress.step
-        epoch = round(step / loop.context.order.steps_per_epoch, 4)
-        finished = stopped_by is None
-        loop.context.log.write(
-            "end", step=step, epoch=epoch, finished=finished, stopped_by=stopped_by
-        )
-        if loop.begun:
-            report.draw_layers(loop.context)
+    context, records = journal.context, journal.records
+    if records is None:
+        return
+    step, finished = context.progress.step, stopped_by is None
+    epoch = round(step / context.order.steps_per_epoch, 4)
+    records.write("end", step=step, epoch=epoch, finished=finished, stopped_by=stopped_by)
+    if journal.started:
+        with pictures.optional(journal.display.warn):
+            pictures.draw_layers(read(journal.directory.log), journal.directory.path)
