@@ -23,6 +23,9 @@ FORBIDDEN = {
     # The trainer is a user: it imports what any user could.
     "fastlars.trainer": ("fastlars._C", "fastlars.backends", "fastlars.rules", "fastlars.optim"),
 }
+# The folders of the trainer, from the lowest to the highest; errors.py is below them, __main__.py and
+# plots.py are above them.
+ROOMS = ("process", "config", "data", "model", "output", "run")
 # Where an address leaves Python: behind one check of layout and device.
 ADDRESSES = ("fastlars/backends/cpu.py", "fastlars/backends/cuda.py", "fastlars/backends/triton/")
 # folder of csrc: the folders that it may include
@@ -68,6 +71,28 @@ def test_packages_import_only_what_lies_below_them(path: str) -> None:
     banned = [names for user, names in FORBIDDEN.items() if within(module_name(path), user)]
     wrong = [n for n in imported(path) for bans in banned for ban in bans if within(n, ban)]
     assert not wrong, f"{path} imports {wrong}"
+
+
+def room_of(module: str) -> int:
+    """The height of a module of the trainer; -1 for what is outside it or below its folders."""
+    parts = module.split(".")
+    return ROOMS.index(parts[2]) if len(parts) > 2 and parts[2] in ROOMS else -1
+
+
+@pytest.mark.parametrize("path", [p for p in PYTHON if p.startswith("fastlars/trainer/")])
+def test_rooms_of_the_trainer_import_only_lower_ones(path: str) -> None:
+    module = module_name(path)
+    if module in ("fastlars.trainer.__main__", "fastlars.trainer.plots"):
+        return
+    higher = [name for name in imported(path) if room_of(name) > room_of(module)]
+    assert not higher, f"{path} imports {higher}"
+    entries = ("fastlars.trainer.__main__", "fastlars.trainer.plots")
+    assert not [n for n in imported(path) for entry in entries if within(n, entry)]
+
+
+def test_every_folder_of_the_trainer_is_a_room() -> None:
+    folders = {path.split("/")[2] for path in PYTHON if path.count("/") > 2 and "trainer/" in path}
+    assert folders == set(ROOMS)
 
 
 def package_of(path: str) -> str:

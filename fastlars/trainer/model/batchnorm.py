@@ -23,7 +23,7 @@ def prepare(model: nn.Module, bn_batch: int, bn_statistics: str) -> None:
     Args:
         model: parameters, buffers and their names stay as they are.
         bn_batch: images per ghost batch in training; 0 for the whole forward pass. A forward pass
-            that it does not divide is cut into parts as near to it as they go.
+            that it does not divide is cut into parts as near to it as possible.
         bn_statistics: "running" averages or those of the "last" step.
     """
     if not bn_batch and bn_statistics == "running":
@@ -45,8 +45,8 @@ def reset_step_statistics(model: nn.Module) -> None:
 def share(model: nn.Module, world: World, bn_statistics: str) -> None:
     """Give all processes the same statistics, before an evaluation or a checkpoint.
 
-    They are the first process's "running" averages, or the mean over processes of the "last"
-    step's means and of its variances.
+    "running": the averages of the first process. "last": the means over all processes of the last
+    step's means and variances.
     """
     if world.size == 1:
         return
@@ -63,7 +63,7 @@ def share(model: nn.Module, world: World, bn_statistics: str) -> None:
 
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm of each ghost batch by itself, as if each were a forward pass of its own.
+    """Batch norm that normalises each ghost batch as a separate forward pass would.
 
     With `last`, running_mean and running_var are the plain means of the statistics of all ghost
     batches since `num_batches_tracked` was 0.
@@ -94,14 +94,14 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         )
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
-            share = 1.0 / self.num_batches_tracked  # on the device: a number would wait for it
+            share = 1.0 / self.num_batches_tracked  # on the device: .item() would wait for it
             self.running_mean.lerp_(mean, share)
             self.running_var.lerp_(var, share)
         return found
 
 
 def _near_equal(images: int, size: int) -> list[int]:
-    """Sizes of parts of a forward pass, as near to `size` and to each other as they go."""
+    """Sizes of parts of a forward pass, as near to `size` and to each other as possible."""
     count = max(math.ceil(images / size - 0.5), 1)  # halves go down: no part of a single image
     return [images // count + (part < images % count) for part in range(count)]
 

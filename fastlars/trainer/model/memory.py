@@ -1,4 +1,4 @@
-"""Memory that a process needs, and what the machine has: found without running the model."""
+"""The memory that a process needs, and the memory of the machine: no model is run."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.model.context import TrainingContext
 
-# Kernels and the allocator take this much on top of the sum: peaks of seven runs on a CPU, of 0.8
+# Kernels and the allocator take this share on top of the sum: the peaks of seven runs on a CPU, 0.8
 # to 4.7 GB, were 1.08 to 1.12 times everything else.
 _SPARE = 0.1
-_FAR_OFF = 1.3  # an estimate beyond the machine by this much is refused, below it warned of
+_REFUSED = 1.3  # times the machine's memory; from 1 on there is a warning
 _OWN_CGROUPS, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _TWO_STATES = ("lamb", "akiba")  # recipes with two tensors of state for each parameter
 
 
 def needed(context: TrainingContext) -> dict[str, float]:
-    """Bytes at the peak of a process, by what they are for: on its GPU, or all that it has.
+    """Peak bytes of a process, by purpose: of its GPU's memory, or of all memory on a CPU.
 
-    To be asked before the first step: what is resident then are Python, its packages, the weights
-    and perhaps the images.
+    Call it before the first step: resident memory is then Python, its packages, the weights and
+    perhaps the images.
     """
     config, data, share = context.config, context.data, context.order.micro_batch
     weights = nbytes([*context.model.parameters(), *context.model.buffers()])
@@ -50,7 +50,7 @@ def needed(context: TrainingContext) -> dict[str, float]:
         found["moving average"] = weights
     if data.kept_bytes:
         found["kept images"] = data.kept_bytes
-    # Half precision keeps a copy of the images; otherwise they are themselves among what is kept.
+    # Half precision keeps a copy of the images; otherwise they are part of the activations.
     found["images of a batch"] = pixels * (5 if _half(context) else 1)
     found["activations"] = fixed + for_each * share
     return found | {"workspaces": _SPARE * sum(found.values())}
@@ -62,7 +62,7 @@ def check(context: TrainingContext) -> str:
     In every process alike, before images are read.
     """
     need, world = needed(context), context.world
-    # Processes of one machine share its memory, but each has a GPU of its own.
+    # Processes on one machine share its memory, but each has its own GPU.
     machines = world.gather(platform.node())
     here = machines.count(platform.node()) if world.device.type == "cpu" else 1
     whole, free = available(world.device)
@@ -75,7 +75,7 @@ def check(context: TrainingContext) -> str:
     where = "this machine" if world.device.type == "cpu" else "the GPU"
     text = ""
     with world.raise_on_all_ranks():
-        if total > _FAR_OFF * whole:
+        if total > _REFUSED * whole:
             raise TrainerError(
                 f"{what}, and {where} has {size(whole)}: {_remedy(context, largest)}"
             )
@@ -97,7 +97,7 @@ def _remedy(context: TrainingContext, largest: str) -> str:
 
 
 def activations(context: TrainingContext) -> tuple[float, float]:
-    """Bytes kept for the backward pass: those of any batch, and those for each image of it."""
+    """Bytes kept for the backward pass: a fixed part, and a part for each image of the batch."""
     few = min(context.config.bn_batch or 2, context.order.micro_batch)
     sizes = [few, 2 * few] if 2 * few <= context.order.micro_batch else [few]
     measured = [_kept(context, size) for size in sizes]
@@ -108,10 +108,11 @@ def activations(context: TrainingContext) -> tuple[float, float]:
 
 
 def _kept(context: TrainingContext, images: int) -> int:
-    """Bytes of all that autograd keeps of a forward pass, each memory once, weights not.
+    """Bytes that autograd keeps of a forward pass, without the weights; each storage counts once.
 
-    On the meta device, where tensors have sizes and no memory. There is no autocast there, so for
-    half precision everything is in it, and the copies that autocast makes of weights are added.
+    The pass runs on the meta device, where tensors have sizes and no memory. That device has no
+    autocast: for half precision every tensor is in it, and the copies that autocast makes of the
+    weights are added.
     """
     half, side = _half(context), context.data.image_size
 
@@ -137,7 +138,7 @@ def _kept(context: TrainingContext, images: int) -> int:
         logits = functional_call(context.model, state, (pixels,))
         loss = torch.nn.functional.cross_entropy(logits.float(), labels)
     count = sum(size for memory, size in kept.items() if memory not in known)
-    del loss  # until here its graph kept every memory, so that none was counted twice
+    del loss  # its graph kept every storage alive, so that no address was used twice
     return count + (nbytes(context.model.parameters()) // 2 if half else 0)
 
 
@@ -146,9 +147,9 @@ def _half(context: TrainingContext) -> bool:
 
 
 def available(device: torch.device) -> tuple[float, float]:
-    """Bytes that the device has at all, and those that this process could have now.
+    """Bytes of the device's memory, and how many of them this process could have now.
 
-    On the CPU swap counts, and limits of a container or a batch system (cgroups) do.
+    On the CPU, swap counts, and so do the limits of a container or a batch system (cgroups).
     """
     if device.type == "cuda":
         free, whole = torch.cuda.mem_get_info(device)
@@ -165,7 +166,7 @@ def available(device: torch.device) -> tuple[float, float]:
 
 
 def _limits() -> Iterable[tuple[int, int]]:
-    """Limit and use in bytes of every cgroup of this process, of version 2 or 1."""
+    """Limit and use in bytes of every cgroup of this process, version 2 or 1."""
     try:
         lines = _OWN_CGROUPS.read_text().splitlines()
     except OSError:
@@ -184,13 +185,13 @@ def _limits() -> Iterable[tuple[int, int]]:
             try:
                 most = int((root / relative / limit).read_text())
                 used = int((root / relative / use).read_text())
-            except (OSError, ValueError):  # not there, or "max"
+            except (OSError, ValueError):  # no such file, or "max"
                 continue
             yield most, used - _numbers(root / relative / "memory.stat").get(cached, 0)
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """The second word of every line of a file, by the first; nothing where it cannot be read."""
+    """The second word of every line of a file, by the first; empty if it cannot be read."""
     try:
         lines = [line.split() for line in path.read_text().splitlines()]
     except OSError:
@@ -199,7 +200,7 @@ def _numbers(path: Path) -> dict[str, int]:
 
 
 def _resident() -> int:
-    """Bytes of this process in memory; where the system does not say it, the most it ever had."""
+    """Resident bytes of this process; its peak, where the system does not report the present."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
@@ -216,7 +217,7 @@ def nbytes(tensors: Iterable[Any]) -> int:
 
 
 def size(count: float) -> str:
-    """A number of bytes for people."""
+    """A number of bytes in MB, GB or TB."""
     for unit, length in (("TB", 1e12), ("GB", 1e9)):
         if count >= length:
             return f"{count / length:.2f} {unit}"

@@ -22,9 +22,10 @@ _OVERRIDES = ("FASTLARS_BACKEND", "FASTLARS_CUDA_PATH", "FASTLARS_CHECK")
 
 
 def check_environment(device: torch.device) -> None:
-    """Raise TrainerError where the environment demands of fastlars what the device cannot have.
+    """Raise TrainerError where a FASTLARS_ variable asks for what the device does not have.
 
-    It is read in a step; the run's first one comes after all images are read.
+    A step reads these variables; without this one, the first step would come after all images
+    were read.
     """
     if not any(os.environ.get(name) for name in _OVERRIDES):
         return
@@ -38,7 +39,7 @@ def check_environment(device: torch.device) -> None:
         raise TrainerError(one_line(error), everywhere=True) from None
 
 
-# The library's words for settings, which its errors have.
+# Settings as the library's errors name them: the flags that the user knows.
 _FLAGS = {"center_steps": "--rmsprop-center", "period_steps": "--rmsprop-period"} | {
     name: flag(name)
     for name in ("lr", "lr_rmsprop", "end_lr", "warmup_from", "power", "momentum", "weight_decay")
@@ -47,7 +48,7 @@ _FLAGS = {"center_steps": "--rmsprop-center", "period_steps": "--rmsprop-period"
 
 @contextmanager
 def _in_a_line(what: str) -> Iterator[None]:
-    """What the library refuses becomes one line that names flags."""
+    """Turn an error of the library into one line that names flags."""
     try:
         yield
     except (ValueError, ArithmeticError) as error:
@@ -57,7 +58,7 @@ def _in_a_line(what: str) -> Iterator[None]:
 
 
 def build_optimizer(config: Config, model: torch.nn.Module, steps_per_epoch: int) -> Optimizer:
-    """The recipe's, with parameters grouped as --no-decay and --no-ratio say."""
+    """The recipe's optimizer; --no-decay and --no-ratio divide the parameters into groups."""
     with _in_a_line(f"--recipe {config.recipe}"):
         return _optimizer(config, model, steps_per_epoch)
 
@@ -71,7 +72,9 @@ def _optimizer(config: Config, model: torch.nn.Module, steps_per_epoch: int) -> 
         no_ratio=config.no_ratio,  # type: ignore[arg-type]
     )
     for group in groups:
-        group["fused_unscale"] = True  # of --precision fp16; nobody else reads the gradients
+        # With --precision fp16 the step itself divides by the loss scale: no other code reads the
+        # gradients afterwards.
+        group["fused_unscale"] = True
     if recipe == "lamb":
         return fastlars.LAMB(
             groups,
@@ -94,7 +97,7 @@ def _optimizer(config: Config, model: torch.nn.Module, steps_per_epoch: int) -> 
         return fastlars.LARS(groups, lr=lr, **sgd)
     form: dict[str, Any] = {"momentum": momentum, "trust_coefficient": config.trust_coefficient}
     if recipe == "mlperf":
-        form = dict(conventions.mlperf_lars(**form, eps=1e-7))  # as its reference turns out to run
+        form = dict(conventions.mlperf_lars(**form, eps=1e-7))  # what its reference code runs with
     return fastlars.LARS(groups, lr=lr, **form)
 
 
@@ -115,7 +118,7 @@ def build_schedule(config: Config, optimizer: Optimizer, steps_per_epoch: int) -
         if config.schedule == "poly":
             return schedules.polynomial(
                 optimizer,
-                # MLPerf's reference divides by one iteration more.
+                # MLPerf's reference counts one iteration more.
                 steps=steps + (config.recipe == "mlperf"),
                 power=config.power,
                 end_lr=config.end_lr,
@@ -132,7 +135,7 @@ def build_schedule(config: Config, optimizer: Optimizer, steps_per_epoch: int) -
 
 
 def adapted_ratios(optimizer: Optimizer, model: torch.nn.Module) -> dict[str, float]:
-    """Last trust ratio of each adapted parameter, by name; empty for optimizers without any."""
+    """Last trust ratio of each adapted parameter, by name; empty for an optimizer without any."""
     adapted = {
         parameter
         for group in optimizer.param_groups

@@ -1,4 +1,4 @@
-"""The precision that the model computes in, and what half precision needs: a gradient scaler."""
+"""The precision of the forward pass, and the gradient scaler that float16 needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from fastlars.trainer.errors import TrainerError
 
-# Of a scale below it, float16 holds gradients up to a thousand million: no batch has larger ones.
+# Below this loss scale float16 already represents gradients up to 1e9: training has diverged.
 _LEAST_SCALE = 2.0**-14
 
 
@@ -33,17 +33,17 @@ class Precision:
         self.gradient_scale = self._scaler.get_scale()
 
     def autocast(self) -> AbstractContextManager[None]:
-        """For a forward pass."""
+        """The context of a forward pass."""
         if self._dtype is None:
             return nullcontext()
         return torch.autocast(self._device, dtype=self._dtype)
 
     def scaled(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss to run backward from: its gradients are `gradient_scale` times their size."""
+        """The loss to run backward from; it makes gradients `gradient_scale` times as large."""
         return self._scaler.scale(loss)
 
     def step(self, optimizer: Optimizer) -> bool:
-        """Step with the gradients of a scaled loss; False where they overflowed, so it did not.
+        """Step with the gradients of a scaled loss; False if they overflowed and it was skipped.
 
         Raises TrainerError where they overflow at any scale.
         """
@@ -52,7 +52,7 @@ class Precision:
             return True
         before = self.gradient_scale
         self._scaler.update()
-        # Waits for the device; so does whoever else wants to know whether to advance a schedule.
+        # This waits for the device: the schedule advances only if the step was not skipped.
         self.gradient_scale = self._scaler.get_scale()
         if self.gradient_scale < _LEAST_SCALE:
             raise TrainerError(
@@ -63,11 +63,11 @@ class Precision:
         return self.gradient_scale >= before
 
     def state_dict(self) -> dict[str, Any]:
-        """The scaler's state; empty without one."""
+        """The scaler's state; empty if there is none."""
         return self._scaler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with a scaler's state; nothing where that run or this one has none."""
+        """Restore a scaler's state, unless it is empty."""
         if state:
             self._scaler.load_state_dict(state)
             self.gradient_scale = self._scaler.get_scale()

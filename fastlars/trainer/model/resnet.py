@@ -18,7 +18,7 @@ def build(name: str, classes: int, stem: str, seed: int) -> nn.Module:
     identity (Goyal et al. 2017, section 5.1). The `small` stem is He et al.'s for CIFAR (2016): a
     3x3 convolution without stride or pooling.
 
-    channels_last also on the CPU: the convolutions there run several times faster in it.
+    channels_last is used on the CPU too: convolutions run several times faster in it there.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -43,7 +43,7 @@ def draw_classifier(model: nn.Module, std: float, seed: int) -> None:
     if not std:
         return
     classifier = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1]
-    # Not from the numbers that the other layers were drawn from.
+    # A seed of its own: the other layers were drawn from `seed`.
     generator = torch.Generator().manual_seed(seed ^ 2**62)
     drawn = torch.empty(classifier.weight.shape).normal_(0.0, std, generator=generator)
     with torch.no_grad():
@@ -83,7 +83,7 @@ class ResNet20(nn.Module):
 
 
 class _Shortcut(nn.Module):
-    """Every second pixel, and as many channels of zeros as there are channels."""
+    """Every second pixel, with as many channels of zeros appended as there are channels."""
 
     def forward(self, images: Tensor) -> Tensor:
         small = images[:, :, ::2, ::2]

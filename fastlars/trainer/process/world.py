@@ -143,7 +143,7 @@ def may_restart() -> bool:
 
 
 @contextmanager
-def world(device: str, timeout: float) -> Iterator[World]:
+def connect(device: str, timeout: float) -> Iterator[World]:
     """The processes of this run, connected for as long as the context lasts.
 
     Args:

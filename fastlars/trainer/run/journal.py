@@ -53,12 +53,8 @@ class Journal:
         display: Display,
         open_files: Callable[[], None],
     ) -> None:
-        self.context, self.directory, self.records, self.display = (
-            context,
-            directory,
-            records,
-            display,
-        )
+        self.context, self.directory = context, directory
+        self.records, self.display = records, display
         self.meter = Meter(context.world.device)
         self.started = False
         self._replica, self._open_files = replica, open_files
@@ -127,30 +123,22 @@ class Journal:
             self.save(final=True)
             self._draw()
 
-    def saved_if_unreadable(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The training batches; where one cannot be read, the steps so far are saved.
-
-        In one process alone, because others may be in the middle of a step, and not between two
-        micro-batches.
-        """
-        try:
+    def guarded(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The training batches; where one cannot be read, the steps so far are saved."""
+        with self.saved_if_unreadable(between_steps=self.context.order.micro_batches == 1):
             yield from batches
-        except TrainerError:
-            alone = self.context.world.size == 1 and self.context.order.micro_batches == 1
-            if self.started and alone:
-                self.save()
-            raise
 
     @contextmanager
-    def saved_if_unreadable_test(self) -> Iterator[None]:
-        """Save if the test images cannot be read: they must not cost an epoch of training.
+    def saved_if_unreadable(self, *, between_steps: bool = True) -> Iterator[None]:
+        """Save before an error of the images ends the run: it must not cost an epoch of training.
 
-        In one process alone, because others may be in the middle of their evaluation.
+        In one process alone, because others may be in the middle of a step or an evaluation, and
+        not between two micro-batches of a step.
         """
         try:
             yield
         except TrainerError:
-            if self.context.world.size == 1:
+            if self.started and self.context.world.size == 1 and between_steps:
                 self.save()
             raise
 

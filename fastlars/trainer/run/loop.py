@@ -44,8 +44,7 @@ def train(context: TrainingContext, replica: Replica, journal: Journal, stop: St
     """
     config, order, progress = context.config, context.order, context.progress
     stop.note()
-    batches = context.data.train(order.from_step(progress.step))
-    batches = journal.saved_if_unreadable(batches)
+    batches = journal.guarded(context.data.train(order.from_step(progress.step)))
     vote, stopped = StopVote(context.world), False
     while progress.evaluated < config.epochs:
         stopped = vote.any(stop.received is not None)
@@ -55,7 +54,7 @@ def train(context: TrainingContext, replica: Replica, journal: Journal, stop: St
             result = step(context, replica, batches, journal.meter, with_norms=journal.wants_norms)
             journal.record_step(result.lr, result.norms)
         else:
-            with journal.saved_if_unreadable_test():
+            with journal.saved_if_unreadable():
                 test = evaluate(context, replica)
             journal.record_epoch(test)
     vote.close()

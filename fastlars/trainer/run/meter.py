@@ -1,4 +1,4 @@
-"""Sums of loss and correct answers, kept on the device so that counting costs no waiting."""
+"""Sums of loss and correct answers, kept on the device so that counting does not wait for it."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class Meter:
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
 
     def add(self, loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Count one batch."""
+        """Add one batch."""
         correct = (logits.argmax(dim=1) == labels).sum()
         images = torch.full_like(correct, len(labels))
         self.sums += torch.stack([loss_sum.detach().double(), correct.double(), images.double()])
 
     def reset(self) -> None:
-        """Start again from nothing."""
+        """Set all sums to 0."""
         self.sums.zero_()
 
 
 def figures(sums: torch.Tensor) -> Figures:
-    """Means of the sums of one meter, or of the meters of all processes added."""
+    """Means from the sums of one meter, or from those of all processes added up."""
     loss, correct, images = sums.tolist()
     count = max(images, 1.0)
     return Figures(loss / count, correct / count, round(images))

@@ -31,7 +31,7 @@ from fastlars.trainer.output.records import Records, read
 from fastlars.trainer.output.tensorboard import TensorBoard
 from fastlars.trainer.process import failures
 from fastlars.trainer.process.signals import StopSignals
-from fastlars.trainer.process.world import World, restarted, world
+from fastlars.trainer.process.world import World, connect, restarted
 from fastlars.trainer.run import dry_run, find_lr, loop
 from fastlars.trainer.run.journal import Journal
 from fastlars.trainer.run.replica import Replica
@@ -41,62 +41,62 @@ def run(command: Command) -> int:
     """Do what the command line says; the process's exit status."""
     device = command.given.get("device", Config.device)
     timeout = command.given.get("timeout", Config.timeout)
-    with world(device, timeout) as here, here.connected():
-        with here.raise_on_all_ranks():
-            check_environment(here.device)
+    with connect(device, timeout) as world, world.connected():
+        with world.raise_on_all_ranks():
+            check_environment(world.device)
         if command.find_lr:
-            return _find_lr(command, here)
-        return _dry_run(command, here) if command.dry_run else _train(command, here)
+            return _find_lr(command, world)
+        return _dry_run(command, world) if command.dry_run else _train(command, world)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What a command line amounts to, before anything is built or written."""
+    """What a command line amounts to, before anything is written."""
 
-    settings: Config
-    images: Data
+    context: TrainingContext
     directory: RunDirectory
+    display: Display
     source: Path | None  # the checkpoint to go on from,
     state: dict[str, Any] | None  # and its contents
-    progress: Progress
 
 
 @contextmanager
-def _job(command: Command, here: World) -> Iterator[_Job]:
-    """The run's settings, its images (not yet read), and its directory, locked meanwhile.
+def _job(command: Command, world: World) -> Iterator[_Job]:
+    """What is to be trained (its images are not yet read), and its directory, locked meanwhile.
 
     The checkpoint is read when the directory is locked: until then another run may replace it.
     """
-    again = restarted(here)
-    with here.raise_on_all_ranks():
+    again = restarted(world)
+    with world.raise_on_all_ranks():
         source = _source(command, again)
         if source is None:
-            settings = command_line.fresh(command.given, here.size)
-    if len(set(here.gather(source and str(source)))) > 1:
+            config = command_line.fresh(command.given, world.size)
+    if len(set(world.gather(source and str(source)))) > 1:
         text = "--resume: the processes do not see the same checkpoint: --output must be on a disk "
         raise TrainerError(text + "that all of them share", everywhere=True)
 
     def choose() -> RunDirectory:
         if source is not None:
             return rundir.continuation_dir(source, command.given.get("output", ""))
-        return rundir.new(settings.output, settings.data, settings.recipe)
+        return rundir.new(config.output, config.data, config.recipe)
 
-    with _claimed(choose, here) as directory:
-        with here.raise_on_all_ranks():
+    with _claimed(choose, world) as directory:
+        with world.raise_on_all_ranks():
             state, progress = None, Progress()
             if source is not None:
                 with checkpoint.fitting(source):
                     state = checkpoint.load(source)
                     checkpoint.check(state)
-                    settings = command_line.resumed(command.given, state["config"], str(source))
+                    config = command_line.resumed(command.given, state["config"], str(source))
                     progress = Progress.saved(state["progress"])
-            if settings.tensorboard and here.first:
+            if config.tensorboard and world.first:
                 tensorboard.check(directory.tensorboard)
-            images = dataset.load(settings, here.device)
+            data = dataset.load(config, world.device)
             if state is not None and source is not None:
                 with checkpoint.fitting(source):
-                    _same_images(images, state)
-        yield _Job(settings, images, directory, source, state, progress)
+                    _check_images(data, state["data"])
+        context, display = _built(config, data, progress, world)
+        yield _Job(context, directory, display, source, state)
 
 
 def _source(command: Command, again: bool) -> Path | None:
@@ -111,15 +111,15 @@ def _source(command: Command, again: bool) -> Path | None:
 
 
 @contextmanager
-def _claimed(choose: Callable[[], RunDirectory], here: World) -> Iterator[RunDirectory]:
+def _claimed(choose: Callable[[], RunDirectory], world: World) -> Iterator[RunDirectory]:
     """Has the first process choose the run's directory, and own it while the context lasts.
 
     The others write nothing.
     """
     directory, warning = RunDirectory(Path()), ""
     try:
-        with here.raise_on_all_ranks():
-            if here.first:
+        with world.raise_on_all_ranks():
+            if world.first:
                 directory = choose()
                 warning = directory.claim()
         if warning:
@@ -130,39 +130,44 @@ def _claimed(choose: Callable[[], RunDirectory], here: World) -> Iterator[RunDir
 
 
 def _built(
-    config: Config, images: Data, progress: Progress, here: World
+    config: Config, data: Data, progress: Progress, world: World
 ) -> tuple[TrainingContext, Display]:
     """What is trained, and its terminal; a run that the memory cannot hold is refused."""
-    context = build(config, images, progress, here)
-    total, done = (n * config.batch_size for n in (context.total_steps, progress.step))
-    display = Display(total, done, shown=here.first)
+    context = build(config, data, progress, world)
+    total, done = (steps * config.batch_size for steps in (context.total_steps, progress.step))
+    display = Display(total, done, shown=world.first)
     warning = memory.check(context)
     if warning:
         display.warn(warning)
     return context, display
 
 
-def _dry_run(command: Command, here: World) -> int:
-    with _job(command, here) as job:
-        context, display = _built(job.settings, job.images, job.progress, here)
-        job.images.prepare()
-        total = min(context.total_steps, job.settings.max_steps or context.total_steps)
-        left = max(total - job.progress.step, 0)
-        hint = report.hint(context, command.given) if job.state is None else ()
-        for line in chain(report.introduction(context), hint, dry_run.describe(context, left)):
-            display.say(line)
-        display.say(f"nothing was written; a run would write in {job.directory.path}")
+def _dry_run(command: Command, world: World) -> int:
+    with _job(command, world) as job:
+        context = job.context
+        context.data.prepare()
+        total = min(context.total_steps, context.config.max_steps or context.total_steps)
+        left = max(total - context.progress.step, 0)
+        for line in chain(_introduction(job, command), dry_run.describe(context, left)):
+            job.display.say(line)
+        job.display.say(f"nothing was written; a run would write in {job.directory.path}")
     return 0
 
 
-def _find_lr(command: Command, here: World) -> int:
-    with here.raise_on_all_ranks():
-        settings = find_lr.swept(command_line.fresh(command.given, here.size))
-        images = dataset.load(settings, here.device)
+def _introduction(job: _Job, command: Command) -> Iterator[str]:
+    yield from report.introduction(job.context)
+    if job.state is None:
+        yield from report.hint(job.context, command.given)
+
+
+def _find_lr(command: Command, world: World) -> int:
+    with world.raise_on_all_ranks():
+        settings = find_lr.swept(command_line.fresh(command.given, world.size))
+        images = dataset.load(settings, world.device)
     name = f"{settings.recipe}-lr"
     choose = partial(rundir.where, settings.output, settings.data, name)
-    with _claimed(choose, here) as directory, StopSignals() as stop:
-        context, display = _built(settings, images, Progress(), here)
+    with _claimed(choose, world) as directory, StopSignals() as stop:
+        context, display = _built(settings, images, Progress(), world)
         images.prepare()
         for line in find_lr.introduction(context, command.given):
             display.say(line)
@@ -172,43 +177,42 @@ def _find_lr(command: Command, here: World) -> int:
             display.say(f"nothing was written; a sweep would write in {directory.path}")
             return 0
         losses = find_lr.sweep(context, stop)
-        if here.first:
+        if world.first:
             for line in find_lr.write(context, losses, directory.path, display.warn):
                 display.say(line)
     return 0
 
 
-def _train(command: Command, here: World) -> int:
+def _train(command: Command, world: World) -> int:
     started = time.perf_counter()
-    with _job(command, here) as job, StopSignals() as stop:
-        context, display = _built(job.settings, job.images, job.progress, here)
+    with _job(command, world) as job, StopSignals() as stop:
+        context, display, directory = job.context, job.display, job.directory
         replica = Replica(context)
-        failures.folder = job.directory.path
-        with _journal(command, job, context, replica, display) as journal:
-            job.images.prepare()
+        failures.folder = directory.path
+        with _journal(command, job, replica) as journal:
+            context.data.prepare()
             with display:
                 _introduce(journal, job, command)
                 finished = loop.train(context, replica, journal, stop)
                 # The signal may have reached another process alone.
-                received = stop.of_all(here)
+                received = stop.of_all(world)
                 stopped_by = None if finished else received.name if received else "--max-steps"
                 _end(journal, stopped_by)
-    seconds = time.perf_counter() - started
     if stopped_by is not None:
-        display.say(report.stopped(context, job.directory, stopped_by, started=journal.started))
-    elif here.first:  # the others keep no records
-        for line in report.conclusion(context, job.directory, seconds):
+        display.say(report.stopped(context, directory, stopped_by, started=journal.started))
+    elif world.first:  # the others keep no records
+        for line in report.conclusion(context, directory, time.perf_counter() - started):
             display.say(line)
     return 0 if finished or received is None else 128 + received
 
 
-def _same_images(images: Data, state: dict[str, Any]) -> None:
-    for what, now in fingerprint(images).items():
-        before = state["data"][what]
-        if now != before:
+def _check_images(data: Data, before: dict[str, Any]) -> None:
+    """Raise TrainerError where the images are not those that the run was started with."""
+    for what, now in fingerprint(data).items():
+        if now != before[what]:
             raise TrainerError(
-                f"--data: {images.name} differs from the images the run was started with: "
-                f"{what} is {_short(now)}, was {_short(before)}"
+                f"--data: {data.name} differs from the images the run was started with: "
+                f"{what} is {_short(now)}, was {_short(before[what])}"
             )
 
 
@@ -217,36 +221,34 @@ def _short(value: Any) -> str:
 
 
 @contextmanager
-def _journal(
-    command: Command, job: _Job, context: TrainingContext, replica: Replica, display: Display
-) -> Iterator[Journal]:
+def _journal(command: Command, job: _Job, replica: Replica) -> Iterator[Journal]:
     """The run's journal, set to the state of the checkpoint that the run goes on from."""
-    world, records, first_step = context.world, None, job.progress.step
+    context, directory, world = job.context, job.directory, job.context.world
+    records, first_step = None, context.progress.step
     with world.raise_on_all_ranks():
         if world.first:
             keep = job.state["log_lines"] if job.state else 0
-            before = job.source.with_name(job.directory.log.name) if job.source else None
-            records = Records(job.directory.log, keep, before)
+            before = job.source.with_name(directory.log.name) if job.source else None
+            records = Records(directory.log, keep, before)
 
     def open_files() -> None:
         """Write the first files; those of a new run replace an earlier run's."""
-        manifest.write(context, job.directory, command.line, first_step)
+        manifest.write(context, directory, command.line, first_step)
         with world.raise_on_all_ranks():
             if records is None:
                 return
             if job.state is None:
-                job.directory.forget()
-            board = job.directory.tensorboard
+                directory.forget()
             # A board lacks all records where the run was elsewhere or had no --tensorboard.
-            known = job.state["log_lines"] if job.state and board.exists() else 0
+            known = job.state["log_lines"] if job.state and directory.tensorboard.exists() else 0
             records.open()
             if context.config.tensorboard:
-                listener = TensorBoard(board, first_step, display.warn)
-                for record in read(job.directory.log)[known:]:
-                    listener.record(record)
-                records.listeners.append(listener)
+                board = TensorBoard(directory.tensorboard, first_step, job.display.warn)
+                for record in read(directory.log)[known:]:
+                    board.record(record)
+                records.listeners.append(board)
 
-    journal = Journal(context, replica, job.directory, records, display, open_files)
+    journal = Journal(context, replica, directory, records, job.display, open_files)
     try:
         if job.state is not None and job.source is not None:
             with world.raise_on_all_ranks(), checkpoint.fitting(job.source):
@@ -259,16 +261,14 @@ def _journal(
 
 def _introduce(journal: Journal, job: _Job, command: Command) -> None:
     """Say what is trained how; a new run's records start with the same."""
-    context, records, display = journal.context, journal.records, journal.display
+    context, records, say = job.context, journal.records, job.display.say
     if records is not None and context.config.mllog:
-        records.listeners.append(MLLog(context, display.say))
-    hint = report.hint(context, command.given) if job.state is None else ()
-    for line in chain(report.introduction(context), hint):
-        display.say(line)
-    for line in report.fact("output", str(journal.directory.path)) if context.world.first else ():
-        display.say(line)
+        records.listeners.append(MLLog(context, say))
+    output = report.fact("output", str(job.directory.path)) if records is not None else ()
+    for line in chain(_introduction(job, command), output):
+        say(line)
     if job.state is not None:
-        display.say(f"resumed at step {context.progress.step} of {context.total_steps}")
+        say(f"resumed at step {context.progress.step} of {context.total_steps}")
     elif records is not None:
         records.write("start", **report.start_record(context))
 
