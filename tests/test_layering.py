@@ -23,8 +23,8 @@ FORBIDDEN = {
     # The trainer is a user: it imports what any user could.
     "fastlars.trainer": ("fastlars._C", "fastlars.backends", "fastlars.rules", "fastlars.optim"),
 }
-# The folders of the trainer, from the lowest to the highest; errors.py is below them, __main__.py and
-# plots.py are above them.
+# The folders of the trainer, from the lowest to the highest; errors.py is below them, and the
+# commands __main__.py and plots.py are above them.
 ROOMS = ("process", "config", "data", "model", "output", "run")
 # Where an address leaves Python: behind one check of layout and device.
 ADDRESSES = ("fastlars/backends/cpu.py", "fastlars/backends/cuda.py", "fastlars/backends/triton/")
