@@ -10,7 +10,7 @@ from fastlars.trainer.data.dataset import Data
 from fastlars.trainer.model import batchnorm, memory, optimizer, resnet
 from fastlars.trainer.model.context import TrainingContext
 from fastlars.trainer.output.directory import RunDirectory
-from fastlars.trainer.output.records import Display
+from fastlars.trainer.output.display import Display
 from fastlars.trainer.process.world import World
 
 

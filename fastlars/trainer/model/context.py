@@ -13,7 +13,8 @@ from fastlars.trainer.config.command_line import Config
 from fastlars.trainer.data.dataset import Data
 from fastlars.trainer.data.order import BatchOrder
 from fastlars.trainer.output.directory import RunDirectory
-from fastlars.trainer.output.records import Display, Records
+from fastlars.trainer.output.display import Display
+from fastlars.trainer.output.records import Records
 from fastlars.trainer.process.world import World
 
 

@@ -20,7 +20,7 @@ from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.model.context import TrainingContext
 from fastlars.trainer.model.precision import Precision
 from fastlars.trainer.output import atomic, pictures, report
-from fastlars.trainer.output.records import Display
+from fastlars.trainer.output.display import Display
 from fastlars.trainer.process.signals import Interrupted, StopSignals
 from fastlars.trainer.process.world import StopVote
 from fastlars.trainer.run.meter import Meter, figures

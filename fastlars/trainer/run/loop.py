@@ -133,7 +133,7 @@ class Loop:
         if self._resumed is not None:
             step, best = self._resumed
             try:
-                self._kept.name(step, best=best)
+                self._kept.add_names(step, best=best)
             except checkpoint.NotSavedError as error:
                 self.context.display.warn(f"{error}; training goes on")
 
@@ -227,7 +227,7 @@ class Loop:
                 context.log.sync()
                 state = self._state(window, states)
                 self._kept.save(state, self.progress.step, best=self._at_best)
-                self._kept.bring(state["progress"])
+                self._kept.adopt_best(state["progress"])
             except checkpoint.NotSavedError as error:
                 problem = str(error)
         # All must know: those for whom this state is saved take no part when it is tried again.

@@ -21,7 +21,7 @@ from fastlars.trainer.errors import TrainerError, printable
 from fastlars.trainer.model.build import build
 from fastlars.trainer.model.context import Progress, TrainingContext, fingerprint, progress_of
 from fastlars.trainer.model.optimizer import check_environment
-from fastlars.trainer.output import checkpoint, manifest, report, tensorboard
+from fastlars.trainer.output import checkpoint, manifest, report, resume, tensorboard
 from fastlars.trainer.output import directory as rundir
 from fastlars.trainer.output.directory import RunDirectory
 from fastlars.trainer.output.mllog import MLLog
@@ -75,8 +75,8 @@ def _job(command: Command, here: World) -> Iterator[_Job]:
 
     def choose() -> RunDirectory:
         if source is not None:
-            return rundir.continuation_dir(source, command.given.get("output", ""))
-        return rundir.new(settings.output, settings.data, settings.recipe)
+            return resume.run_directory(source, command.given.get("output", ""))
+        return rundir.for_new_run(settings.output, settings.data, settings.recipe)
 
     with _claimed(choose, here) as directory:
         with here.raise_on_all_ranks():
@@ -99,7 +99,7 @@ def _job(command: Command, here: World) -> Iterator[_Job]:
 def _source(command: Command, again: bool) -> Path | None:
     """The checkpoint to go on from; in a restart, what the same command line has reached since."""
     output = command.given.get("output", "")
-    source = rundir.to_resume(command.resume, output, again)
+    source = resume.checkpoint_path(command.resume, output, again)
     if source is None or not again:
         return source
     own = RunDirectory(Path(output) if output else source.parent)
@@ -148,7 +148,7 @@ def _find_lr(command: Command, here: World) -> int:
         settings = find_lr.swept(command_line.fresh(command.given, here.size))
         images = dataset.load(settings, here.device)
     name = f"{settings.recipe}-lr"
-    choose = partial(rundir.where, settings.output, settings.data, name)
+    choose = partial(rundir.output_or_unused, settings.output, settings.data, name)
     with _claimed(choose, here) as directory, StopSignals() as stop:
         context = build(settings, images, directory, 0, here)
         images.prepare()
@@ -223,7 +223,7 @@ def _begin(context: TrainingContext, command: Command, job: _Job, step: int) -> 
         if context.log is None:
             return
         if job.state is None:
-            context.run.forget()
+            context.run.remove_old_pictures()
         # What a board misses: all, where the run was elsewhere or had no --tensorboard.
         known = job.state["log_lines"] if job.state and context.run.tensorboard.exists() else 0
         context.log.open()
