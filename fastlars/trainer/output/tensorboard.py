@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from fastlars.trainer.errors import TrainerError
-from fastlars.trainer.output.records import Record
 from fastlars.trainer.process import failures, packages
 
 # (kind of record, key of the value) to the tag that TensorBoard shows it under.
@@ -48,7 +47,7 @@ class TensorBoard:
         with self._optional():
             self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 
-    def record(self, record: Record) -> None:
+    def record(self, record: dict[str, Any]) -> None:
         """Write the values of one record."""
         kind = record["kind"]
         with self._optional() as writer:
