@@ -90,12 +90,12 @@ def test_what_is_no_file(tmp_path: Path, train: Train, kind: str) -> None:
 # What a checkpoint can be made to hold by hand, or by another program.
 CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     f"{key} is {value!r}": lambda state, key=key, value=value: state.update({key: value})  # type: ignore[misc]
-    for key in checkpoint._KINDS
+    for key in checkpoint._CONTENTS
     for value in ("text", [], {})
     if (key, value) not in [("random", []), ("scaler", {}), ("average", {})]  # none is used here
 } | {
     f"no {key}": lambda state, key=key: state.pop(key)  # type: ignore[misc]
-    for key in checkpoint._KINDS
+    for key in checkpoint._CONTENTS
     if key != "average"  # without which None stands for it
 } | {
     "weights of another shape": lambda state: state["model"].update(

@@ -60,7 +60,7 @@ for delay in (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1):
     child = os.fork()
     if child == 0:
         step, kept = checkpoint.load(run.checkpoint)["step"], Retention(run, 2)
-        kept.name(step, best=step % 3 == 0)  # as a resumed run does
+        kept.add_names(step, best=step % 3 == 0)  # as a resumed run does
         while True:
             step += 1
             state = {"step": step, "weights": torch.full((300_000,), float(step))}
@@ -155,7 +155,7 @@ def test_no_room_for_another_name(
         numbers |= {"checkpoint-000004.pt": 4}
     assert left == numbers | {"checkpoint.pt": 4, "best.pt": 2}
     monkeypatch.undo()
-    Retention(run, 2).name(4, best=True)  # as a resumed run does
+    Retention(run, 2).add_names(4, best=True)  # as a resumed run does
     left = {path.name: checkpoint.load(path)["step"] for path in tmp_path.iterdir()}
     names = {"checkpoint-000003.pt": 3, "checkpoint-000004.pt": 4}
     assert left == names | {"checkpoint.pt": 4, "best.pt": 4}
@@ -164,7 +164,7 @@ def test_no_room_for_another_name(
 def test_one_file_has_many_names(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     Retention(run, 3).save(state(1), 1, best=True)
-    Retention(run, 3).name(1, best=True)  # as a resumed run does
+    Retention(run, 3).add_names(1, best=True)  # as a resumed run does
     assert len({path.stat().st_ino for path in tmp_path.iterdir()}) == 1
     assert files_below(tmp_path) == ["best.pt", "checkpoint-000001.pt", "checkpoint.pt"]
 
@@ -232,9 +232,11 @@ def test_damaged(tmp_path: Path, content: bytes | None) -> None:
 
 def test_of_another_version(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
-    torch.save({"format": "fastlars.trainer checkpoint 1"}, path)
-    with pytest.raises(TrainerError, match=r"checkpoint\.pt is of another version of fastlars"):
-        checkpoint.load(path)
+    for version in (1, 4):
+        torch.save({"format": f"fastlars.trainer checkpoint {version}"}, path)
+        message = rf"checkpoint\.pt is of another version of fastlars \(.* checkpoint {version}\)"
+        with pytest.raises(TrainerError, match=message):
+            checkpoint.load(path)
 
 
 def test_cut_short(tmp_path: Path) -> None:

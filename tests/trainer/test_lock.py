@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from fastlars.trainer.model.context import TrainingContext
-from fastlars.trainer.output.lock import Lock, LockedError, unshared
+from fastlars.trainer.output.lock import Lock, LockedError, unreliable_file_system
 from fastlars.trainer.run import loop
 from trainer.helpers import Outcome, files_below
 
@@ -30,7 +30,7 @@ import os, sys, time
 from pathlib import Path
 from fastlars.trainer.output.lock import Lock
 lock = Lock(Path(sys.argv[1]) / ".lock")
-assert lock.take() == ""
+assert lock.acquire() == ""
 worker = os.fork()
 if worker:
     print(worker, flush=True)
@@ -45,12 +45,12 @@ folder, taken = Path(sys.argv[1]), 0
 lock = Lock(folder / ".lock")
 while taken < 150:
     try:
-        lock.take()
+        lock.acquire()
     except LockedError:
         continue
     os.close(os.open(folder / "mine", os.O_CREAT | os.O_EXCL))
     os.unlink(folder / "mine")
-    lock.give_back()
+    lock.release()
     taken += 1
 """
 
@@ -85,11 +85,11 @@ def test_kill_9_releases_it(tmp_path: Path) -> None:
     with owned(tmp_path) as owner:
         for _ in range(2):
             with pytest.raises(LockedError, match=rf"process {owner.pid} on "):
-                lock.take()
+                lock.acquire()
         owner.kill()
         owner.wait()
-        assert lock.take() == ""  # though the child lives
-        lock.give_back()
+        assert lock.acquire() == ""  # though the child lives
+        lock.release()
     assert files_below(tmp_path) == []
 
 
@@ -205,14 +205,16 @@ def test_whether_other_machines_see_it(tmp_path: Path, system: str, found: str) 
     mine = f"36 35 {os.major(device)}:{os.minor(device)} / /data rw,noatime shared:1 - {system}\n"
     mounts = tmp_path / "mountinfo"
     mounts.write_text("21 1 999:9 / / rw - fuse.other x rw\n" + mine)
-    assert unshared(tmp_path, str(mounts)) == found
-    assert unshared(tmp_path, str(tmp_path / "absent")) == ""
+    assert unreliable_file_system(tmp_path, str(mounts)) == found
+    assert unreliable_file_system(tmp_path, str(tmp_path / "absent")) == ""
 
 
 def test_the_note_of_a_disk_whose_locks_are_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastlars.trainer.output.lock.unshared", lambda _folder: "beegfs")
+    monkeypatch.setattr(
+        "fastlars.trainer.output.lock.unreliable_file_system", lambda _folder: "beegfs"
+    )
     lock = Lock(tmp_path / ".lock")
-    assert lock.take() == "locks of this file system (beegfs) may not hold on other machines"
-    lock.give_back()
+    assert lock.acquire() == "locks of this file system (beegfs) may not hold on other machines"
+    lock.release()

@@ -18,7 +18,7 @@ from PIL import Image
 from fastlars.trainer.config import recipes
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.model.context import TrainingContext
-from fastlars.trainer.output import directory
+from fastlars.trainer.output import directory, resume
 from fastlars.trainer.output.records import read
 from fastlars.trainer.process.signals import StopSignals
 from fastlars.trainer.run import loop
@@ -349,9 +349,9 @@ def test_folders_with_files_of_others_stay(tmp_path: Path) -> None:
 def test_a_restart_by_torchrun_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "checkpoint.pt").write_text("there")
     output = str(tmp_path)
-    assert directory.to_resume(None, output, restarted=False) is None
-    assert directory.to_resume(None, output, restarted=True) == tmp_path / "checkpoint.pt"
-    assert directory.to_resume(None, str(tmp_path / "fresh"), restarted=True) is None
+    assert resume.checkpoint_path(None, output, restarted=False) is None
+    assert resume.checkpoint_path(None, output, restarted=True) == tmp_path / "checkpoint.pt"
+    assert resume.checkpoint_path(None, str(tmp_path / "fresh"), restarted=True) is None
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     with pytest.raises(TrainerError, match="--max-restarts needs --output"):
-        directory.new("", "digits", "lars")
+        directory.for_new_run("", "digits", "lars")

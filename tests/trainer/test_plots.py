@@ -13,7 +13,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fastlars.trainer.output import layers, pictures
+from fastlars.trainer.output import pictures
 from fastlars.trainer.plots import main
 from trainer.helpers import files_below
 
@@ -78,7 +78,7 @@ def assert_nothing_is_cut_off(figure: Figure) -> None:
 @pytest.mark.parametrize("count", [1, 54, 161])
 def test_heat_map(count: int) -> None:
     """A row for each layer, a column for each record, the records' ratios in the cells."""
-    figure = layers.heat_map(history(count))
+    figure = pictures.heat_map(history(count))
     axis, scale = figure.axes
     names = [label.get_text() for label in axis.get_yticklabels()]
     assert names == [f"layer{n}.weight" for n in range(count)]
@@ -98,11 +98,11 @@ def test_ratios_without_a_logarithm_are_left_out() -> None:
         {"kind": "trust", "step": step, "epoch": step / 4, "ratios": {"a": a, "b": 2.0}}
         for step, a in ((1, 0.5), (2, 0.0), (5, None))
     ]
-    mesh = layers.heat_map(records).axes[0].collections[0]
+    mesh = pictures.heat_map(records).axes[0].collections[0]
     assert mesh.get_array().mask.tolist() == [[False, True, True], [False, False, False]]
     assert mesh.get_coordinates()[0, :, 0].tolist() == [0.5, 1.5, 3.5, 6.5]
     table = [["step", "epoch", "a", "b"], [1, 0.25, 0.5, 2.0], [2, 0.5, 0.0, 2.0]]
-    assert layers.trust_table(records) == [*table, [5, 1.25, None, 2.0]]
+    assert pictures.trust_table(records) == [*table, [5, 1.25, None, 2.0]]
 
 
 def test_norms_are_shown_and_written() -> None:
@@ -112,7 +112,7 @@ def test_norms_are_shown_and_written() -> None:
         {"kind": "start", "title": "AlexNet-BN"},
         {"kind": "norms", "step": 0, "layers": found},
     ]
-    figure = layers.norms(records)
+    figure = pictures.norms(records)
     pairs, ratio, numbers = figure.axes
     assert figure.get_suptitle() == "AlexNet-BN"
     assert pairs.get_title() == "Norms at the first step"
@@ -125,11 +125,11 @@ def test_norms_are_shown_and_written() -> None:
     heads, rows = ["|w|", "|g|", "|w|/|g|"], ["1.86", "0.22", "8.45", "0.098", "0.017", "5.76"]
     assert texts == [*heads, *rows, "3", "0", "-"]
     assert_nothing_is_cut_off(figure)
-    assert layers.norm_table(records)[3] == ["still", 3.0, 0.0, None]
+    assert pictures.norm_table(records)[3] == ["still", 3.0, 0.0, None]
 
     later = [*records, {"kind": "norms", "step": 10, "layers": {"still": [3.0, 2.0]}}]
-    assert layers.norms(later).axes[0].get_title() == "Norms after 10 steps"
-    assert layers.norm_table(later)[1:] == [["still", 3.0, 2.0, 1.5]]
+    assert pictures.norms(later).axes[0].get_title() == "Norms after 10 steps"
+    assert pictures.norm_table(later)[1:] == [["still", 3.0, 2.0, 1.5]]
 
 
 def test_all_is_drawn_again_from_the_log(

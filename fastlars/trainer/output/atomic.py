@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever ends the writing."""
+"""Atomic replacement of files: whenever the writing is interrupted, each file is complete."""
 
 from __future__ import annotations
 
@@ -7,64 +7,46 @@ import errno
 import io
 import os
 import shutil
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 
-def write(path: Path, fill: Callable[[BinaryIO], object], partial: Path | None = None) -> None:
-    """Replace the file at `path` by what `fill` writes.
-
-    The new one is written next to it and is on the disk before it takes the name. `partial` is its
-    name until then.
-    """
-    partial = partial or path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            fill(file)
-            file.flush()
-            sync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+    """Replace the file at `path` by one that `fill` writes; on any error, `path` is unchanged."""
+    partial = path.with_name(f".{path.name}.partial")
+    with _renamed(partial, path):
+        _write_to_disk(partial, fill)
 
 
 def write_table(rows: Iterable[Iterable[Any]], path: Path) -> None:
-    """Write rows of comma-separated values; None is an empty field."""
+    """Write rows of comma-separated values; None becomes an empty field."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     write(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def duplicate(source: Path, path: Path) -> None:
-    """Have `path` hold what `source` does, also when `source` is replaced later.
+    """Make `path` a hard link to `source`, or a copy where the file system has no hard links.
 
-    A second name of the same file; a copy on disks that have no such names.
+    Either way, `path` keeps its content when `source` is replaced later.
     """
-    # One name for all, and not one a step: what a kill leaves goes with the next one.
+    # A fixed temporary name: a leftover from a killed run is removed by the next.
     partial = path.with_name(".duplicate.partial")
     partial.unlink(missing_ok=True)
     if path.exists() and path.samefile(source):
-        return  # os.replace would leave both names of one file
-    try:
-        os.link(source, partial)
-    except OSError:
-        with open(source, "rb") as file:
-            write(path, lambda copy: shutil.copyfileobj(file, copy), partial)
-        return
-    try:
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+        return  # os.replace does nothing if both names are links to one file
+    with _renamed(partial, path):
+        try:
+            os.link(source, partial)
+        except OSError:
+            with open(source, "rb") as file:
+                _write_to_disk(partial, lambda copy: shutil.copyfileobj(file, copy))
 
 
 def sync(descriptor: int) -> None:
-    """Have a file on the disk, where its file system knows what that means."""
+    """Flush a file to disk, on file systems that support fsync."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -72,14 +54,26 @@ def sync(descriptor: int) -> None:
             raise
 
 
-def _sync_folder(folder: Path) -> None:
-    """Have a renaming on the disk, or a power cut could undo it.
+def _write_to_disk(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+    with open(path, "wb") as file:
+        fill(file)
+        file.flush()
+        sync(file.fileno())
 
-    Many network file systems do not know of it. The file is whole under its new name already, so
-    that an error here would report a failure that did not happen.
-    """
+
+@contextmanager
+def _renamed(partial: Path, path: Path) -> Iterator[None]:
+    """Rename `partial`, which the context creates, to `path`; on any error, remove `partial`."""
+    try:
+        yield
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    # Flush the directory entry: without it, a power cut could undo the rename. Many network file
+    # systems do not support that. Errors are ignored, because the file is complete under its name.
     with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

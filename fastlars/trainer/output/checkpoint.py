@@ -1,4 +1,8 @@
-"""Checkpoints that a kill or a full disk cannot destroy, and that load without running code."""
+"""One checkpoint file: written atomically, verified by a digest, loaded without running its code.
+
+A file is a torch.save archive followed by a digest of it. The state that is saved has a value for
+each key of `_CONTENTS`.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +22,12 @@ import torch
 from fastlars.trainer.errors import TrainerError, one_line
 from fastlars.trainer.output import atomic
 
-NAME = "checkpoint.pt"
-NUMBERED = "checkpoint-*.pt"  # those that --keep-last keeps, by step
 _KIND = "fastlars.trainer checkpoint"
-_FORMAT, _BEFORE = f"{_KIND} 3", f"{_KIND} 2"  # which had no digest
-_MARK = b"fastlars digest "  # after the archive, and before the digest of all that is before it
-_DIGEST = 32  # bytes
-# What is in the checkpoint of a run.
-_KINDS: dict[str, type | tuple[type, ...]] = {
+_FORMAT = f"{_KIND} 3"
+_FORMAT_WITHOUT_DIGEST = f"{_KIND} 2"  # the previous one, which can still be loaded
+_DIGEST_MARK = b"fastlars digest "  # between the archive and its digest
+_DIGEST_SIZE = 32  # bytes
+_CONTENTS: dict[str, type | tuple[type, ...]] = {
     "config": dict,
     "data": dict,
     "model": dict,
@@ -41,12 +43,12 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 
 
 class NotSavedError(Exception):
-    """The checkpoint could not be written; the previous one is as it was."""
+    """A checkpoint could not be written; the previous one is unchanged."""
 
 
 @contextmanager
 def not_saved(path: Path) -> Iterator[None]:
-    """What a disk refuses becomes a NotSavedError that names `path`."""
+    """Turn an error while writing `path` into a NotSavedError."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -54,32 +56,32 @@ def not_saved(path: Path) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """The system's word; torch's writer raises a RuntimeError of its own on top of it."""
-    below: BaseException | None = error
-    while below is not None:
-        if isinstance(below, OSError) and below.strerror:
-            return below.strerror
-        below = below.__context__
+    """The system's message; torch.save hides it in the context of its own RuntimeError."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__context__
     return one_line(error)
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Replace the checkpoint at `path` by `state`, whole or not at all."""
+    """Replace the checkpoint at `path` by `state`; NotSavedError if that fails."""
 
     def fill(file: BinaryIO) -> None:
-        hashed = _Hashed(file)
+        hashed = _HashedFile(file)
         torch.save({"format": _FORMAT} | state, hashed)  # type: ignore[arg-type]
-        file.write(_MARK + hashed.digest.digest())
+        file.write(_DIGEST_MARK + hashed.digest.digest())
 
     with not_saved(path):
         atomic.write(path, fill)
 
 
-class _Hashed:
-    """A file to write to, and the digest of what is written."""
+class _HashedFile:
+    """Passes data on to a file and computes its digest."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self.digest = file, hashlib.blake2b(digest_size=_DIGEST)
+        self._file, self.digest = file, hashlib.blake2b(digest_size=_DIGEST_SIZE)
 
     def write(self, data: bytes) -> int:
         self.digest.update(data)
@@ -90,23 +92,25 @@ class _Hashed:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state saved at `path`; TrainerError where there is none."""
-    with readable(path) as file:
-        sound = _is_sound(file)
-        state = _read(file, checked=sound is True) if sound is not False else None
+    """The state saved at `path`; TrainerError if it is missing, damaged or no checkpoint."""
+    with open_for_reading(path) as file:
+        intact = _matches_digest(file)
+        state = None if intact is False else _read_archive(file, verify=intact is None)
     found = state.get("format") if isinstance(state, dict) else None
-    known = (_FORMAT,) if sound else (_BEFORE,)
-    if isinstance(found, str) and found.startswith(_KIND) and found not in (_FORMAT, _BEFORE):
-        raise TrainerError(f"--resume: {path} is of another version of fastlars: go on with that")
-    if not isinstance(state, dict) or found not in known:
-        raise TrainerError(f"--resume: {path} is damaged or not a checkpoint of this trainer")
-    return state
+    if isinstance(state, dict) and found == (_FORMAT if intact else _FORMAT_WITHOUT_DIGEST):
+        return state
+    known = found in (_FORMAT, _FORMAT_WITHOUT_DIGEST)
+    if isinstance(found, str) and found.startswith(_KIND) and not known:
+        raise TrainerError(
+            f"--resume: {path} is of another version of fastlars ({found}): resume with that one"
+        )
+    raise TrainerError(f"--resume: {path} is damaged or not a checkpoint of this trainer")
 
 
-def readable(path: Path) -> BinaryIO:
-    """The file at `path`, open for reading; TrainerError where that is not possible."""
+def open_for_reading(path: Path) -> BinaryIO:
+    """Open a regular file; TrainerError if `path` cannot be read or is something else."""
     try:
-        # Without waiting for a writer of a FIFO; of a regular file the flag means nothing.
+        # O_NONBLOCK: do not wait for the writer of a FIFO. It has no effect on a regular file.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
@@ -116,28 +120,30 @@ def readable(path: Path) -> BinaryIO:
         raise TrainerError(f"--resume: cannot read {path}: {error.strerror}") from None
 
 
-def _is_sound(file: BinaryIO) -> bool | None:
-    """Whether a file is what `save` wrote, to the bit; None where it has no digest.
+def _matches_digest(file: BinaryIO) -> bool | None:
+    """Whether every bit of a file is as `save` wrote it; None if the file has no digest.
 
-    The checksums in the archive would not do: they do not cover its directory.
+    The archive's own checksums are not enough: they do not cover the archive's directory.
     """
-    digest = hashlib.blake2b(digest_size=_DIGEST)
-    left = max(os.fstat(file.fileno()).st_size - len(_MARK) - _DIGEST, 0)
+    digest = hashlib.blake2b(digest_size=_DIGEST_SIZE)
+    left = max(os.fstat(file.fileno()).st_size - len(_DIGEST_MARK) - _DIGEST_SIZE, 0)
     while left and (part := file.read(min(left, 2**20))):
         digest.update(part)
         left -= len(part)
     end = file.read()
     file.seek(0)
-    return end == _MARK + digest.digest() if end.startswith(_MARK) else None
+    return end == _DIGEST_MARK + digest.digest() if end.startswith(_DIGEST_MARK) else None
 
 
-def _read(file: BinaryIO, *, checked: bool) -> Any:
-    """What torch.save wrote into a file; None where that cannot be read.
+def _read_archive(file: BinaryIO, *, verify: bool) -> Any:
+    """What torch.save wrote into a file; None if it cannot be read.
 
-    Without a digest that was `checked`, the archive's checksums are: torch.load does not do it.
+    Args:
+        file: the file.
+        verify: check the archive's checksums, which torch.load does not do.
     """
     try:
-        if not checked:
+        if verify:
             with zipfile.ZipFile(file) as archive:
                 if archive.testzip() is not None:
                     return None
@@ -145,20 +151,20 @@ def _read(file: BinaryIO, *, checked: bool) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception:  # of a damaged file, zipfile, pickle and torch raise almost anything
+    except Exception:  # a damaged file makes zipfile, pickle and torch raise almost any exception
         return None
 
 
 def check(state: dict[str, Any]) -> None:
-    """Raise ValueError unless `state` has all that a run goes on from."""
-    for key, kind in _KINDS.items():
+    """Raise ValueError if `state` lacks something that a resumed run needs."""
+    for key, kind in _CONTENTS.items():
         if not isinstance(state.get(key), kind):
             raise ValueError(f"{key} is missing, or not what it should be")
 
 
 @contextmanager
 def fitting(path: Path) -> Iterator[None]:
-    """States of the checkpoint at `path` that do not fit each other become a TrainerError."""
+    """Turn an error from parts of the checkpoint at `path` that do not fit into a TrainerError."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -171,12 +177,12 @@ def fitting(path: Path) -> Iterator[None]:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every generator that code of this process may draw from."""
+    """The states of all random number generators that this process may use."""
     kind, keys, *rest = np.random.get_state(legacy=True)
     version, numbers, normal = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        # Asking for it would set up a GPU that a run on the CPU does not touch.
+        # Without this condition, a run on the CPU would initialise a GPU that it does not use.
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
         "numpy": (kind, [int(key) for key in keys], *rest),
         "python": (version, list(numbers), normal),
@@ -184,7 +190,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Set every generator to what `random_state` returned."""
+    """Set all random number generators to what `random_state` returned."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda"])

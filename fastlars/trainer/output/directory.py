@@ -1,7 +1,7 @@
-"""The directory of a run: which one, who has it, and whether it can be written.
+"""The directory of a run: its files, its owner, and which directory a new run writes in.
 
-os.path.exists, not Path.exists: of a path that may not be looked at, pathlib raises before Python
-3.14. Reading or writing it later gives the reason.
+This module calls os.path.exists, not Path.exists, which before Python 3.14 raises if the path may
+not be looked up. Reading or writing such a path later raises an error with the reason.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from fastlars.trainer.errors import TrainerError
-from fastlars.trainer.output import checkpoint
 from fastlars.trainer.output.lock import Lock, LockedError
 from fastlars.trainer.process.world import may_restart
 
+NUMBERED = "checkpoint-*.pt"  # the checkpoints that --keep-last keeps; * is the step
 _DEFAULT = Path("runs")
-_LONGEST_NAME = 100  # characters of the folder of images; file systems take 255 bytes in all
+_LONGEST_NAME = 100  # characters from the name of --data; file systems allow 255 bytes in all
 
 
 class RunDirectory:
@@ -26,34 +26,45 @@ class RunDirectory:
 
     Args:
         path: the directory.
-        came_from: the checkpoint that the run goes on from.
+        came_from: the checkpoint that the run resumes from.
     """
 
     def __init__(self, path: Path, came_from: Path | None = None) -> None:
         self.path, self.came_from = path, came_from
-        self.checkpoint = path / checkpoint.NAME
+        self.checkpoint = path / "checkpoint.pt"
         self.best = path / "best.pt"
         self.settings = path / "run.json"
         self.log = path / "metrics.jsonl"
         self.picture = path / "curves.png"
         self.tensorboard = path / "tensorboard"
         self._lock = Lock(path / ".lock")
-        self._made: list[Path] = []
+        self._made: list[Path] = []  # the innermost folder first
 
     @property
     def holds_a_run(self) -> bool:
-        """Whether there is a checkpoint of any kind."""
-        numbered = glob.glob(checkpoint.NUMBERED, root_dir=self.path)
+        """Whether the directory contains a checkpoint of any name."""
+        numbered = glob.glob(NUMBERED, root_dir=self.path)
         return bool(numbered) or any(map(os.path.exists, (self.checkpoint, self.best)))
 
-    def claim(self) -> str:
-        """Create the directory and lock it; a warning where the lock may not hold, else "".
+    def make(self) -> bool:
+        """Create the directory and its parents; return whether this call created the directory."""
+        made = False
+        missing = [p for p in (self.path, *self.path.parents) if not os.path.exists(p)]
+        for folder in reversed(missing):
+            with suppress(FileExistsError):  # another run created it in the meantime
+                folder.mkdir()
+                self._made.insert(0, folder)
+                made = folder == self.path
+        return made
 
-        Raises TrainerError where another run has it, or no file can be written in it.
+    def claim(self) -> str:
+        """Create and lock the directory; return a warning if the lock may be unreliable, or "".
+
+        Raises TrainerError if another run holds the lock or no file can be written.
         """
         try:
             self.make()
-            problem = self._lock.take()
+            problem = self._lock.acquire()
             with tempfile.TemporaryFile(dir=self.path):
                 pass
         except LockedError as error:
@@ -65,39 +76,26 @@ class RunDirectory:
 
     @property
     def is_owned(self) -> bool:
-        """Whether the directory is still there and locked by this process."""
+        """Whether the directory still exists and is locked by this process."""
         return self._lock.is_held()
 
-    def make(self) -> bool:
-        """Create the directory; whether it was not there, nor made by another run meanwhile."""
-        made = False
-        missing = [p for p in (self.path, *self.path.parents) if not os.path.exists(p)]
-        for folder in reversed(missing):
-            with suppress(FileExistsError):
-                folder.mkdir()
-                self._made.insert(0, folder)
-                made = folder == self.path
-        return made
-
     def release(self) -> None:
-        """Unlock the directory, and remove the folders that `claim` made if nothing is in them."""
-        self._lock.give_back()
-        with suppress(OSError):  # there are files in it
+        """Unlock the directory, and remove the folders that `make` created if they are empty."""
+        self._lock.release()
+        with suppress(OSError):  # not empty
             for folder in self._made:
                 folder.rmdir()
         self._made = []
 
-    def forget(self) -> None:
-        """Remove what an earlier run drew, of which a new run may draw only a part."""
-        for name in ("trust", "norms"):
-            for suffix in (".csv", ".png"):
-                (self.path / name).with_suffix(suffix).unlink(missing_ok=True)
-        self.picture.unlink(missing_ok=True)
+    def remove_old_pictures(self) -> None:
+        """Remove pictures and tables of an earlier run: a new run may not draw all of them."""
+        for name in (self.picture.name, "trust.csv", "trust.png", "norms.csv", "norms.png"):
+            (self.path / name).unlink(missing_ok=True)
 
 
-def new(output: str, data: str, recipe: str) -> RunDirectory:
-    """Where a new run writes, as `where` says."""
-    run = where(output, data, recipe)
+def for_new_run(output: str, data: str, recipe: str) -> RunDirectory:
+    """The directory of a new run, as `output_or_unused`; TrainerError if it holds a run already."""
+    run = output_or_unused(output, data, recipe)
     if run.holds_a_run:
         raise TrainerError(
             f"--output: {output} holds a run already: add --resume to go on with it, "
@@ -106,11 +104,17 @@ def new(output: str, data: str, recipe: str) -> RunDirectory:
     return run
 
 
-def where(output: str, data: str, name: str) -> RunDirectory:
-    """`output`, or the next free name under runs/, which is created before another run takes it."""
+def output_or_unused(output: str, data: str, name: str) -> RunDirectory:
+    """`output`, or the next unused name in runs/, created so that no other run can take it.
+
+    Args:
+        output: --output, "" if it is not given.
+        data: --data, inside whose images no run may write. It is part of the unused name.
+        name: the other part of the unused name.
+    """
     for part in ("train", "val", "test") if output and data != "digits" else ():
         images = os.path.realpath(os.path.join(data, part))
-        if Path(images) in (inside := Path(os.path.realpath(output)), *inside.parents):
+        if Path(os.path.realpath(output)).is_relative_to(images):
             raise TrainerError(f"--output: {output} is inside the images of --data, in {images}")
     if output:
         return RunDirectory(Path(output))
@@ -129,37 +133,3 @@ def where(output: str, data: str, name: str) -> RunDirectory:
 
 def _cannot_write(folder: Path, error: OSError) -> TrainerError:
     return TrainerError(f"--output: cannot write in {folder}: {error.strerror}")
-
-
-def continuation_dir(source: Path, output: str) -> RunDirectory:
-    """Where a run writes that goes on from a checkpoint: `output`, or where the checkpoint is."""
-    checkpoint.readable(source).close()
-    run = RunDirectory(Path(output) if output else source.parent, came_from=source)
-    elsewhere = not os.path.exists(run.path) or not os.path.samefile(run.path, source.parent)
-    if (elsewhere and run.holds_a_run) or (
-        os.path.exists(run.checkpoint) and not run.checkpoint.samefile(source)
-    ):
-        raise TrainerError(f"--output: {run.path} holds another run than {source}")
-    return run
-
-
-def to_resume(resume: str | None, output: str, restarted: bool) -> Path | None:
-    """The checkpoint to go on from, if any.
-
-    Args:
-        resume: what --resume names: a file, a run directory, "" for the one in `output`, "auto" for
-            that one if it is there, or None.
-        output: what --output names, "" for nothing.
-        restarted: whether torchrun started the run again.
-    """
-    if resume and resume != "auto":
-        path = Path(resume)
-        return path / checkpoint.NAME if os.path.isdir(path) else path
-    in_output = Path(output) / checkpoint.NAME if output else None
-    if resume is not None and in_output is None:
-        what = "auto needs" if resume else "needs the PATH of a checkpoint, or"
-        raise TrainerError(f"--resume {what} --output with one in it")
-    # torchrun repeats the command line as it was: a restart means going on.
-    if resume == "auto" or (resume is None and restarted):
-        return in_output if in_output is not None and os.path.exists(in_output) else None
-    return in_output if resume is not None else None

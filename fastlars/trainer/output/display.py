@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
@@ -69,14 +68,9 @@ class Display:
             unit="img",
             unit_scale=True,
             dynamic_ncols=True,
-            disable=None if self._shown else True,  # None: where stderr is no terminal
+            disable=None if self._shown else True,  # None: disabled if stderr is no terminal
         )
         return self
 
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._bar.close()

@@ -1,119 +1,128 @@
-"""Pictures and tables of a run, drawn from its log."""
+"""Pictures and tables of a run, drawn from the records in its metrics.jsonl.
+
+The norms at the first step correspond to table 2 of the LARS paper (You, Gitman and Ginsburg 2017).
+"""
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fastlars.trainer.errors import printable
-from fastlars.trainer.output import atomic, layers
+from fastlars.trainer.output import atomic
 from fastlars.trainer.process import failures
 
 Records = list[dict[str, Any]]
+Table = list[list[Any]]
+
+_ROW = 0.16  # inches of height for one layer's name
+_MAX_NAMES = 300  # in one picture; with more layers, only every second (third, ...) name is shown
 
 
 @contextmanager
 def optional(warn: Callable[[str], None]) -> Iterator[None]:
-    """A picture that cannot be drawn, for whatever reason, is a warning: the run is worth more."""
+    """Turn any error while drawing into a warning: a run must not end because a picture failed."""
     try:
-        with _plainly():
+        with _plain_text():
             yield
     except Exception as error:
         warn(f"no picture: {failures.reason(error)}")
 
 
-def draw(records: Records, path: Path) -> None:
-    """Write the picture of a log's records that `path` is named for."""
-    save(PICTURES[path.name](records), path)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
-    atomic.write(path, lambda file: figure.savefig(file, format="png", dpi=110))
-
-
-def draw_all(records: Records, folder: Path) -> None:
-    """Write every picture and table of a log."""
-    with _plainly():
-        draw(records, folder / "curves.png")
-        draw_layers(records, folder)
-
-
 @contextmanager
-def _plainly() -> Iterator[None]:
-    """Without LaTeX, for which names are formulas, and without a line for each missing glyph."""
+def _plain_text() -> Iterator[None]:
+    """Draw names without LaTeX, which would read them as formulas, and silence missing glyphs."""
     with rc_context({"text.usetex": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         yield
 
 
+def draw_all(records: Records, folder: Path) -> None:
+    """Write every picture and table of a run."""
+    with _plain_text():
+        draw(records, folder / "curves.png")
+        draw_layers(records, folder)
+
+
 def draw_layers(records: Records, folder: Path) -> None:
-    """Write what a log says of layers: trust.csv and .png, norms.csv and .png."""
-    tables = {name: tabulate(records) for name, tabulate in TABLES.items()}
-    found = [name for name, table in tables.items() if len(table) > 1]
-    for name in found:
-        atomic.write_table(tables[name], folder / f"{name}.csv")
-    for name in found:  # after all tables: a picture may fail
+    """Write trust.csv, norms.csv and a picture of each; none of a table without rows."""
+    tables = {"trust": trust_table(records), "norms": norm_table(records)}
+    filled = {name: table for name, table in tables.items() if len(table) > 1}
+    for name, table in filled.items():
+        atomic.write_table(table, folder / f"{name}.csv")
+    for name in filled:  # after both tables, which a failing picture must not prevent
         draw(records, folder / f"{name}.png")
+
+
+def draw(records: Records, path: Path) -> None:
+    """Write curves.png, trust.png or norms.png, depending on the name in `path`."""
+    pictures = {"curves.png": curves, "trust.png": heat_map, "norms.png": norms}
+    save(pictures[path.name](records), path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG, completely or not at all."""
+    atomic.write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+def trust_table(records: Records) -> Table:
+    """Step, epoch and the trust ratio of each layer, after a row of headings."""
+    trust = _of_kind("trust", records)
+    layers = list(dict.fromkeys(name for record in trust for name in record["ratios"]))
+    rows = [[r["step"], r["epoch"], *(r["ratios"].get(name) for name in layers)] for r in trust]
+    return [["step", "epoch", *layers], *rows]
+
+
+def norm_table(records: Records) -> Table:
+    """Layer, |w|, |g| and |w|/|g| (None if the gradient is 0) at the last step with norms."""
+    found = _latest_norms(records).get("layers", {})
+    rows = [[name, w, g, w / g if w is not None and g else None] for name, (w, g) in found.items()]
+    return [["layer", "weight_norm", "gradient_norm", "ratio"], *rows]
 
 
 def curves(records: Records) -> Figure:
     """Loss, accuracy, learning rate and trust ratios over the epochs."""
-    train = [record for record in records if record["kind"] == "train"]
-    test = [record for record in records if record["kind"] == "test"]
-    trust = [record for record in records if record["kind"] == "trust"]
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2)
-    figure.suptitle(printable(_title(records, test)), parse_math=False)
+    test = _of_kind("test", records)
+    title = _title(records)
+    if test:
+        title = f"{title}: {test[-1]['accuracy']:.2%} test accuracy"
+    figure = _figure(title, height=8)
+    (loss, accuracy), (rate, ratios) = figure.subplots(2, 2)
+    train = _of_kind("train", records)
 
-    _training_and_test(axes[0, 0], train, test, "loss")
-    axes[0, 0].set(title="Loss", ylabel="cross-entropy per image")
-    axes[0, 0].set_ylim(bottom=0)
+    for axis, key in ((loss, "loss"), (accuracy, "accuracy")):
+        _plot(axis, [(r["epoch"], r[key]) for r in train], label="training, augmented", alpha=0.8)
+        _plot(axis, [(r["epoch"], r[key]) for r in test], label="test", marker="o", markersize=4)
+        axis.legend()
+    loss.set(title="Loss", ylabel="cross-entropy per image")
+    loss.set_ylim(bottom=0)
+    accuracy.set(title="Accuracy", ylabel="images classified correctly")
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
 
-    _training_and_test(axes[0, 1], train, test, "accuracy")
-    axes[0, 1].set(title="Accuracy", ylabel="images classified correctly")
-    axes[0, 1].yaxis.set_major_formatter(PercentFormatter(1.0))
+    _plot(rate, [(r["epoch"], r["lr"]) for r in train], color="tab:green")
+    rate.set(title="Learning rate", ylabel="learning rate")
+    rate.set_ylim(bottom=0)
 
-    axes[1, 0].plot(*_series(train, "lr"), color="tab:green")
-    axes[1, 0].set(title="Learning rate", ylabel="learning rate")
-    axes[1, 0].set_ylim(bottom=0)
-
-    _ratios(figure, axes[1, 1], trust)
-    for axis in axes.flat:
+    _plot_ratios(figure, ratios, _of_kind("trust", records))
+    for axis in (loss, accuracy, rate, ratios):
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
     return figure
 
 
-def _title(records: Records, test: Records) -> str:
-    title = next((record["title"] for record in records if record["kind"] == "start"), "")
-    return f"{title}: {test[-1]['accuracy']:.2%} test accuracy" if test else title
-
-
-def _series(records: Records, key: str) -> tuple[list[float], list[float]]:
-    points = [(r["epoch"], r[key]) for r in records if r[key] is not None]
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def _training_and_test(axis: Axes, train: Records, test: Records, key: str) -> None:
-    axis.plot(*_series(train, key), label="training, augmented", alpha=0.8)
-    axis.plot(*_series(test, key), label="test", marker="o", markersize=4)
-    axis.legend()
-
-
-def _ratios(figure: Figure, axis: Axes, trust: Records) -> None:
+def _plot_ratios(figure: Figure, axis: Axes, trust: Records) -> None:
     axis.set(title="Trust ratio of each layer", ylabel="trust ratio")
     if not trust:
         axis.text(0.5, 0.5, "this optimizer has none", ha="center", transform=axis.transAxes)
@@ -121,11 +130,9 @@ def _ratios(figure: Figure, axis: Axes, trust: Records) -> None:
     layers = list(trust[0]["ratios"])
     colours, scale = colormaps["viridis"], Normalize(1, max(len(layers), 2))
     for depth, layer in enumerate(layers, start=1):
-        points = [(r["epoch"], r["ratios"].get(layer)) for r in trust]
-        points = [(x, y) for x, y in points if y is not None and y > 0]
-        axis.plot(
-            [x for x, _ in points], [y for _, y in points], color=colours(scale(depth)), lw=0.9
-        )
+        ratios = [(r["epoch"], r["ratios"].get(layer)) for r in trust]
+        positive = [(epoch, ratio) for epoch, ratio in ratios if ratio and ratio > 0]
+        _plot(axis, positive, color=colours(scale(depth)), lw=0.9)
     axis.set_yscale("log")
     figure.colorbar(
         ScalarMappable(scale, colours),
@@ -135,9 +142,141 @@ def _ratios(figure: Figure, axis: Axes, trust: Records) -> None:
     )
 
 
-PICTURES: dict[str, Callable[[Records], Figure]] = {
-    "curves.png": curves,
-    "trust.png": layers.heat_map,
-    "norms.png": layers.norms,
-}
-TABLES = {"trust": layers.trust_table, "norms": layers.norm_table}
+def heat_map(records: Records) -> Figure:
+    """Trust ratios: a row for each layer, a column for each record, colour on a logarithmic scale.
+
+    A ratio without a logarithm (missing, 0 or negative) is grey.
+    """
+    (_, _, *layers), *rows = trust_table(records)
+    ratios = _masked([row[2:] for row in rows]).T
+    figure, (axis,) = _panels(records, layers, [1])
+    axis.set(xlabel="step", title="Trust ratio of each layer", facecolor="0.8")
+    low, high = (ratios.min(), ratios.max()) if ratios.count() else (1.0, 1.0)
+    if low == high:  # a colour scale needs two different ends
+        low, high = low / 2, high * 2
+    steps, depths = _borders([row[0] for row in rows]), _borders(range(len(layers)))
+    mesh = axis.pcolormesh(steps, depths, ratios, norm=LogNorm(low, high))
+    thin = 4 * figure.get_figheight()
+    figure.colorbar(mesh, ax=axis, label="trust ratio", pad=0.01, aspect=thin)
+    return figure
+
+
+def norms(records: Records) -> Figure:
+    """Norms of weights and gradients and their ratio, as points and as numbers."""
+    _, *table = norm_table(records)
+    values = _masked([row[1:] for row in table])
+    figure, (pairs, ratio, numbers) = _panels(records, [row[0] for row in table], [3, 3, 2])
+    rows = np.arange(len(table))
+    pairs.plot(values[:, 0], rows, "o", ms=4, label="weights |w|")
+    pairs.plot(values[:, 1], rows, "s", ms=4, label="gradient |g|")
+    step = _latest_norms(records).get("step")
+    when = f"after {step} steps" if step else "at the first step"
+    pairs.set(title=f"Norms {when}", xlabel="norm")
+    ratio.plot(values[:, 2], rows, "D", ms=4, color="tab:green")
+    ratio.set(title="Ratio |w|/|g|", xlabel="ratio")
+    for axis in (pairs, ratio):
+        if values.count():
+            axis.set_xscale("log")
+        axis.grid(alpha=0.3)
+    # Outside of the panel: inside, the legend would hide some of the points.
+    figure.legend(*pairs.get_legend_handles_labels(), loc="outside lower left", ncols=2)
+    numbers.set(xlim=(0, 3))
+    numbers.set_axis_off()
+    for row, cells in enumerate([["", "|w|", "|g|", "|w|/|g|"], *table], start=-1):
+        for column, value in enumerate(cells[1:]):
+            at = column + 0.9, row
+            numbers.text(*at, _short(value), ha="right", va="center", fontsize=7)
+    return figure
+
+
+def sweep(
+    title: str,
+    losses: dict[float, float],
+    means: Sequence[float],
+    found: tuple[float, float] | None,
+    window: int,
+) -> Figure:
+    """Loss over learning rate.
+
+    Args:
+        title: of the picture.
+        losses: loss of a step, by rate.
+        means: means of `window` of these losses.
+        found: rates at which the means fall fastest and are lowest.
+        window: number of losses in a mean.
+    """
+    rates = list(losses)
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(rates, list(losses.values()), ".", color="0.6", label="a step's loss")
+    axis.plot(rates, means, label=f"mean of {window} steps")
+    if found is not None:
+        fastest, lowest = found
+        axis.axvline(fastest, color="tab:green", ls="--", label=f"falls fastest: {fastest:.2g}")
+        word = "still falls" if lowest == rates[-1] else "is lowest"
+        axis.axvline(lowest, color="tab:red", ls=":", label=f"{word}: {lowest:.2g}")
+    axis.set_xscale("log")
+    # The losses of a diverged model would squeeze all others into a line.
+    before = means[: int(np.argmin(means)) + 1]
+    axis.set_ylim(0, 1.5 * max(before))
+    axis.set_title(title, parse_math=False)
+    axis.set(xlabel="learning rate", ylabel="cross-entropy per image")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower left")
+    return figure
+
+
+def _of_kind(kind: str, records: Records) -> Records:
+    return [record for record in records if record["kind"] == kind]
+
+
+def _latest_norms(records: Records) -> dict[str, Any]:
+    return max(_of_kind("norms", records), key=lambda record: record["step"], default={})
+
+
+def _title(records: Records) -> str:
+    return next((record["title"] for record in _of_kind("start", records)), "")
+
+
+def _figure(title: str, height: float) -> Figure:
+    figure = Figure(figsize=(12, height), layout="constrained")
+    figure.suptitle(printable(title), parse_math=False)
+    return figure
+
+
+def _panels(
+    records: Records, layers: Sequence[str], widths: Sequence[int]
+) -> tuple[Figure, list[Axes]]:
+    """Panels next to each other with one row for each layer, the first layer at the top."""
+    figure = _figure(_title(records), height=max(4.0, 1.6 + _ROW * min(len(layers), _MAX_NAMES)))
+    axes = figure.subplots(1, len(widths), sharey=True, width_ratios=widths, squeeze=False)[0]
+    every = math.ceil(len(layers) / _MAX_NAMES) or 1
+    axes[0].set_yticks(range(0, len(layers), every), layers[::every], fontsize=7, parse_math=False)
+    axes[0].set(ylabel="layer", ylim=(max(len(layers), 1) - 0.5, -0.5))
+    return figure, list(axes)
+
+
+def _plot(axis: Axes, points: Iterable[tuple[float, float | None]], **style: Any) -> None:
+    """Draw a line through the points that have a value."""
+    known = [(x, y) for x, y in points if y is not None]
+    axis.plot([x for x, _ in known], [y for _, y in known], **style)
+
+
+def _short(value: Any) -> str:
+    """A number with three digits; a whole number of four digits or more completely."""
+    if not isinstance(value, float):
+        return "-" if value is None else str(value)
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def _masked(table: Sequence[Sequence[float | None]]) -> np.ma.MaskedArray[Any, Any]:
+    """The values of a table, with a mask over those that a logarithmic scale cannot show."""
+    return np.ma.masked_less_equal(np.ma.masked_invalid(np.array(table, float)), 0)
+
+
+def _borders(centres: Sequence[float]) -> np.ndarray[Any, Any]:
+    """Borders of cells: halfway between neighbouring centres. A single cell is 1 wide."""
+    at = np.asarray(centres, float)
+    gaps = np.diff(at) if len(at) > 1 else np.ones(1)
+    middles = at[:-1] + np.diff(at) / 2
+    return np.concatenate([at[:1] - gaps[:1] / 2, middles, at[-1:] + gaps[-1:] / 2])

@@ -1,9 +1,8 @@
-"""What a run tells: records for programs, a progress bar and lines for people."""
+"""The records of a run: metrics.jsonl, and listeners that show the same records elsewhere."""
 
 from __future__ import annotations
 
 import json
-import math
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -17,29 +16,30 @@ Record = dict[str, Any]
 
 
 class Listener(Protocol):
-    """What else wants a run's records."""
+    """A further output for records, such as TensorBoard."""
 
     def record(self, record: Record) -> None:
-        """Take one record, as it stands in metrics.jsonl."""
+        """Take one record, with the values that metrics.jsonl has."""
 
     def sync(self) -> None:
-        """Have on the disk what was taken."""
+        """Flush all records so far to disk."""
 
     def close(self) -> None:
-        """No more records."""
+        """End the output: no more records follow."""
 
 
 class Records:
-    """The records of a run: lines of metrics.jsonl, and whatever its listeners make of them.
+    """Writes the records of a run to metrics.jsonl and passes them to listeners.
 
     A record has a kind: start, norms, train, trust, test or end; all but start have step and epoch.
-    Records are kept in memory until `open`, so that a run that fails at its start replaces nothing;
-    and while the disk is full, until there is room again.
+    Records stay in memory until `open` is called, so that a run that fails at its start replaces no
+    earlier log, and while the disk is full.
 
     Args:
         path: the file.
-        keep: lines of `source` to keep, those written before the checkpoint; 0 for a new run.
-        source: where those lines are; the same file, or that of the run to go on from.
+        keep: how many lines of `source` to keep: those written before the checkpoint that the run
+            resumes from; 0 for a new run.
+        source: the log of that earlier part of the run: the same file or that in another directory.
     """
 
     def __init__(self, path: Path, keep: int = 0, source: Path | None = None) -> None:
@@ -57,7 +57,7 @@ class Records:
         self._file: BinaryIO | None = None
 
     def open(self) -> None:
-        """Write the lines that are kept and the records so far; later ones are written at once."""
+        """Write the kept lines and all records so far; from now on, records are written at once."""
         try:
             atomic.write(self._path, lambda file: file.write(self._waiting))
             self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - see close()
@@ -66,13 +66,14 @@ class Records:
         self._waiting = b""
 
     def write(self, kind: str, **values: Any) -> None:
-        """Append one record, and hand it to every listener.
+        """Append one record and pass it to every listener.
 
-        Floats that are no finite numbers become None: JSON has no inf or nan.
+        Infinite and NaN floats become None, because JSON has neither.
         """
-        record = _finite({"kind": kind} | values)
+        text = json.dumps({"kind": kind} | values)
+        record = json.loads(text, parse_constant=lambda _infinite_or_nan: None)
         self._waiting += json.dumps(record, allow_nan=False).encode() + b"\n"
-        with suppress(OSError):  # `sync` tells of it
+        with suppress(OSError):  # the next `sync` reports the error if it persists
             self._flush()
         self.lines += 1
         for listener in self.listeners:
@@ -83,8 +84,8 @@ class Records:
             self._waiting = self._waiting[self._file.write(self._waiting) :]
 
     def sync(self) -> None:
-        """Have all records on the disk, before a checkpoint that counts on them."""
-        assert self._file is not None, "no checkpoint comes before `open`"
+        """Flush all records to disk: a checkpoint saved next stores how many there are."""
+        assert self._file is not None, "no checkpoint is saved before `open`"
         try:
             self._flush()
             atomic.sync(self._file.fileno())
@@ -94,7 +95,7 @@ class Records:
             raise NotSavedError(f"cannot write {self._path}: {error.strerror}") from error
 
     def close(self) -> None:
-        """No more records."""
+        """Write what is still in memory, if possible, and close the file and the listeners."""
         if self._file is not None:
             with suppress(OSError):
                 self._flush()
@@ -104,7 +105,7 @@ class Records:
 
 
 def read(path: Path) -> list[Record]:
-    """All records of a log; a line that a kill cut short is left out."""
+    """All records of a metrics.jsonl, up to a line that a kill cut short."""
     records = []
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
@@ -115,11 +116,3 @@ def read(path: Path) -> list[Record]:
             if isinstance(record, dict) and "kind" in record:
                 records.append(record)
     return records
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

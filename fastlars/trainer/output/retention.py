@@ -8,69 +8,70 @@ from typing import Any
 
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.output import atomic, checkpoint
-from fastlars.trainer.output.directory import RunDirectory
-
-_STEP = re.compile(r"checkpoint-(\d{6,})\.pt")
+from fastlars.trainer.output.directory import NUMBERED, RunDirectory
 
 
 class Retention:
-    """The checkpoints in one run's directory.
+    """The checkpoints in a run's directory.
 
-    checkpoint.pt is always the latest. Of more than one to keep, the latest ones are there by
-    number too: checkpoint-000123.pt of step 123. best.pt is that of the highest test accuracy.
-    These are further names of what checkpoint.pt was, and take no room beyond the files' own.
+    checkpoint.pt is always the latest one. If more than one is to be kept, the latest ones also
+    have numbered names, such as checkpoint-000123.pt of step 123. best.pt is the one with the
+    highest test accuracy. A checkpoint with several names takes the space of one, on file systems
+    with hard links.
 
     Args:
         run: the run's directory.
-        last: how many of the latest to keep, at least 1.
+        last: how many of the latest checkpoints to keep, at least 1.
     """
 
     def __init__(self, run: RunDirectory, last: int) -> None:
         self._run, self._last = run, last
-        self._before = run.came_from
+        self._adopt_from = run.came_from
 
     def save(self, state: dict[str, Any], step: int, *, best: bool) -> None:
-        """Save a state; only when it has all its names is an older one given up.
+        """Save a state; an older checkpoint is removed only when the new one has all its names.
 
-        Raises NotSavedError where the disk is full or fails; the others are as they were.
+        Raises NotSavedError if the disk is full or fails; the other checkpoints are unchanged.
         """
         checkpoint.save(self._run.checkpoint, state)
-        self.name(step, best=best)
+        self.add_names(step, best=best)
 
-    def name(self, step: int, *, best: bool) -> None:
-        """Give checkpoint.pt its other names, unless it has them, and prune.
+    def add_names(self, step: int, *, best: bool) -> None:
+        """Give checkpoint.pt its other names and remove old numbered checkpoints.
 
-        Where a kill came between a checkpoint and its names, a resumed run makes up for it.
+        A resumed run calls this too, in case a kill came between the saving and the naming.
         """
         names = [self._run.path / f"checkpoint-{step:06}.pt"] if self._last > 1 else []
         for path in (*names, self._run.best) if best else names:
             with checkpoint.not_saved(path):
                 atomic.duplicate(self._run.checkpoint, path)
-        # With 1, the default, a resumed run must not give up what it was once asked to keep.
+        # With --keep-last 1, the default, older ones stay: the run may have been resumed without
+        # the --keep-last that it was started with.
         for path in self._numbered()[: -self._last] if self._last > 1 else []:
             with checkpoint.not_saved(path):
                 path.unlink(missing_ok=True)
 
-    def bring(self, progress: dict[str, Any]) -> None:
-        """Take over the best checkpoint of the directory that the run comes from, if it has one.
+    def adopt_best(self, progress: dict[str, Any]) -> None:
+        """On the first call, copy best.pt from the directory that the run resumed from, if any.
 
         Args:
-            progress: the run's. A better checkpoint made after the one it goes on from is not its.
+            progress: that of the run. A best.pt that does not match it was saved after the
+                checkpoint that the run resumed from, and is not part of this run.
         """
-        source, self._before = self._before, None
+        source, self._adopt_from = self._adopt_from, None
         best = source.with_name(self._run.best.name) if source else None
         if best is None or self._run.best.exists() or not best.exists():
             return
         try:
-            its = checkpoint.load(best).get("progress", {})
+            found = checkpoint.load(best).get("progress", {})
         except TrainerError:  # damaged
             return
-        if all(its.get(key) == progress[key] for key in ("best_epoch", "best_accuracy")):
+        if all(found.get(key) == progress[key] for key in ("best_epoch", "best_accuracy")):
             with checkpoint.not_saved(self._run.best):
                 atomic.duplicate(best, self._run.best)
 
     def _numbered(self) -> list[Path]:
-        """In the order of steps."""
-        numbered = self._run.path.glob(checkpoint.NUMBERED)
-        found = [(_STEP.fullmatch(path.name), path) for path in numbered]
-        return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+        """The run's numbered checkpoints in the order of steps; not a user's checkpoint-mine.pt."""
+        paths = self._run.path.glob(NUMBERED)
+        numbered = [path for path in paths if re.fullmatch(r"checkpoint-\d{6,}", path.stem)]
+        return sorted(numbered, key=lambda path: int(path.stem.removeprefix("checkpoint-")))

@@ -1,4 +1,4 @@
-"""A run's records as TensorBoard's event files."""
+"""Writes the records of a run as TensorBoard event files."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fastlars.trainer.errors import TrainerError
-from fastlars.trainer.output.records import Record
 from fastlars.trainer.process import failures, packages
 
-# Kind of record and name of value: where TensorBoard shows it.
-_SCALARS = {
+# (kind of record, key of the value) to the tag that TensorBoard shows it under.
+_TAGS = {
     ("train", "loss"): "loss/training",
     ("train", "accuracy"): "accuracy/training",
     ("train", "lr"): "learning_rate",
@@ -24,7 +23,7 @@ _SCALARS = {
 
 
 def check(folder: Path) -> None:
-    """Raise TrainerError where event files cannot be written in `folder`."""
+    """Raise TrainerError if event files cannot be written in `folder`."""
     packages.load("torch.utils.tensorboard", "--tensorboard", "tensorboard")
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise TrainerError(f"--tensorboard: {folder} is no folder")
@@ -35,9 +34,9 @@ class TensorBoard:
 
     Args:
         folder: where the event files go.
-        step: the step that the run goes on from; what an earlier part of it wrote about later steps
-            is not shown any more.
-        warn: what to do with a line that says why nothing more is shown.
+        step: the step that the run resumes from, 0 for a new run. TensorBoard discards what an
+            earlier part of the run wrote about later steps.
+        warn: called with the reason if the event files cannot be written any more.
     """
 
     def __init__(self, folder: Path, step: int, warn: Callable[[str], None]) -> None:
@@ -48,46 +47,45 @@ class TensorBoard:
         with self._optional():
             self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 
-    def record(self, record: Record) -> None:
-        """Show one record."""
-        kind, step = record["kind"], record.get("step", 0)
-        shown = {tag: record[key] for (k, key), tag in _SCALARS.items() if k == kind}
-        if kind == "trust":
-            shown = {f"trust_ratio/{name}": ratio for name, ratio in record["ratios"].items()}
+    def record(self, record: dict[str, Any]) -> None:
+        """Write the values of one record."""
+        kind = record["kind"]
         with self._optional() as writer:
             if kind == "start":
                 writer.add_text("run", record["title"])
-            for tag, value in shown.items():
+            values = {tag: record[key] for (of, key), tag in _TAGS.items() if of == kind}
+            if kind == "trust":
+                values = {f"trust_ratio/{name}": ratio for name, ratio in record["ratios"].items()}
+            for tag, value in values.items():
                 if value is not None:
-                    writer.add_scalar(tag, value, step)
+                    writer.add_scalar(tag, value, record["step"])
 
     def sync(self) -> None:
-        """Have all on the disk that a checkpoint counts on."""
+        """Flush all records so far to the event file."""
         with self._optional() as writer:
             writer.flush()
 
     def close(self) -> None:
-        """No more records."""
+        """Close the event file."""
         with self._optional() as writer:
             writer.close()
-            self._writer = _Nothing()
 
     @contextmanager
     def _optional(self) -> Iterator[Any]:
-        """Gives the board up where it cannot be written: the run is worth more.
+        """Turn the first error into a warning and write nothing more: the run must not end for it.
 
-        SummaryWriter writes in a thread; its error, of any class, is raised by the next call.
+        SummaryWriter writes in a thread. An error there can have any class and is raised by a later
+        call.
         """
         try:
             yield self._writer
         except Exception as error:
             self._writer = _Nothing()
-            why = failures.reason(error)
-            self._warn(f"no more TensorBoard in {self._folder}: {why}")
+            self._warn(f"no more TensorBoard in {self._folder}: {failures.reason(error)}")
 
 
 class _Nothing:
-    """A writer that was given up."""
+    """Replaces a writer after an error: accepts every call and does nothing."""
 
     def __getattr__(self, _name: str) -> Callable[..., None]:
         return lambda *_arguments: None

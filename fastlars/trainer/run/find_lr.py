@@ -10,8 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastlars.trainer.config.command_line import Config, recipe_of
@@ -167,38 +165,10 @@ def write(
         raise TrainerError(f"--find-lr: cannot write in {folder}: {error.strerror}") from None
     drawn = False
     with pictures.optional(warn):
-        pictures.save(picture(report.title(context), finite, means, found), folder / "lr_find.png")
+        figure = pictures.sweep(report.title(context), finite, means, found, _WINDOW)
+        pictures.save(figure, folder / "lr_find.png")
         drawn = True
     yield summary(losses, found)
     if drawn:
         yield f"picture:    {folder / 'lr_find.png'}"
     yield f"table:      {folder / 'lr_find.csv'}"
-
-
-def picture(
-    title: str,
-    losses: dict[float, float],
-    means: Sequence[float],
-    found: tuple[float, float] | None,
-) -> Figure:
-    """Loss over learning rate, and the rates of `suggest`."""
-    rates = list(losses)
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    axis.plot(rates, list(losses.values()), ".", color="0.6", label="a step's loss")
-    axis.plot(rates, means, label=f"mean of {_WINDOW} steps")
-    if found is not None:
-        fastest, lowest = found
-        axis.axvline(fastest, color="tab:green", ls="--", label=f"falls fastest: {fastest:.2g}")
-        word = "still falls" if lowest == rates[-1] else "is lowest"
-        axis.axvline(lowest, color="tab:red", ls=":", label=f"{word}: {lowest:.2g}")
-    axis.set_xscale("log")
-    # What comes after the loss is lost would squeeze the rest into a line.
-    before = means[: int(np.argmin(means)) + 1]
-    axis.set_ylim(0, 1.5 * max(before))
-    axis.set_title(title, parse_math=False)
-    axis.set(xlabel="learning rate", ylabel="cross-entropy per image")
-    axis.grid(alpha=0.3)
-    axis.legend(loc="lower left")
-    return figure

@@ -173,7 +173,7 @@ class Journal:
                 self.records.sync()
                 state = self._state(window, random_states, self.records.lines)
                 self._retention.save(state, progress.step, best=self._is_best)
-                self._retention.bring(state["progress"])
+                self._retention.adopt_best(state["progress"])
             except checkpoint.NotSavedError as error:
                 problem = str(error)
         # Every process must know: one that takes this state for saved takes no part when it is
@@ -218,7 +218,7 @@ class Journal:
         if self._resumed is not None:
             step, best = self._resumed
             try:
-                self._retention.name(step, best=best)
+                self._retention.add_names(step, best=best)
             except checkpoint.NotSavedError as error:
                 self.display.warn(f"{error}; training goes on")
 

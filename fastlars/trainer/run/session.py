@@ -22,7 +22,7 @@ from fastlars.trainer.model import memory
 from fastlars.trainer.model.build import build
 from fastlars.trainer.model.context import Progress, TrainingContext, fingerprint
 from fastlars.trainer.model.optimizer import check_environment
-from fastlars.trainer.output import checkpoint, manifest, pictures, report, tensorboard
+from fastlars.trainer.output import checkpoint, manifest, pictures, report, resume, tensorboard
 from fastlars.trainer.output import directory as rundir
 from fastlars.trainer.output.directory import RunDirectory
 from fastlars.trainer.output.display import Display
@@ -77,8 +77,8 @@ def _job(command: Command, world: World) -> Iterator[_Job]:
 
     def choose() -> RunDirectory:
         if source is not None:
-            return rundir.continuation_dir(source, command.given.get("output", ""))
-        return rundir.new(config.output, config.data, config.recipe)
+            return resume.continuation_dir(source, command.given.get("output", ""))
+        return rundir.for_new_run(config.output, config.data, config.recipe)
 
     with _claimed(choose, world) as directory:
         with world.raise_on_all_ranks():
@@ -102,7 +102,7 @@ def _job(command: Command, world: World) -> Iterator[_Job]:
 def _source(command: Command, again: bool) -> Path | None:
     """The checkpoint to go on from; after a restart, what the same command line has reached."""
     output = command.given.get("output", "")
-    source = rundir.to_resume(command.resume, output, again)
+    source = resume.checkpoint_path(command.resume, output, again)
     if source is None or not again:
         return source
     own = RunDirectory(Path(output) if output else source.parent)
@@ -165,7 +165,7 @@ def _find_lr(command: Command, world: World) -> int:
         settings = find_lr.swept(command_line.fresh(command.given, world.size))
         images = dataset.load(settings, world.device)
     name = f"{settings.recipe}-lr"
-    choose = partial(rundir.where, settings.output, settings.data, name)
+    choose = partial(rundir.output_or_unused, settings.output, settings.data, name)
     with _claimed(choose, world) as directory, StopSignals() as stop:
         context, display = _built(settings, images, Progress(), world)
         images.prepare()
@@ -238,7 +238,7 @@ def _journal(command: Command, job: _Job, replica: Replica) -> Iterator[Journal]
             if records is None:
                 return
             if job.state is None:
-                directory.forget()
+                directory.remove_old_pictures()
             # A board lacks all records where the run was elsewhere or had no --tensorboard.
             known = job.state["log_lines"] if job.state and directory.tensorboard.exists() else 0
             records.open()
