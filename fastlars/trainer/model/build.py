@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from fastlars.trainer.config.command_line import Config
-from fastlars.trainer.data import order
 from fastlars.trainer.data.dataset import Data
+from fastlars.trainer.data.order import BatchOrder
 from fastlars.trainer.model import batchnorm, memory, optimizer, resnet
 from fastlars.trainer.model.context import TrainingContext
 from fastlars.trainer.output.directory import RunDirectory
@@ -19,7 +19,7 @@ def build(
 ) -> TrainingContext:
     """The parts of a run of which `done` steps are taken; nothing is written."""
     with here.raise_on_all_ranks():
-        steps = order.make(
+        steps = BatchOrder(
             images.train_size,
             settings.batch_size,
             settings.micro_batch,

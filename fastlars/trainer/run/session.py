@@ -15,8 +15,8 @@ from typing import Any
 
 from fastlars.trainer.config import command_line
 from fastlars.trainer.config.command_line import Command, Config
-from fastlars.trainer.data import dataset
 from fastlars.trainer.data.dataset import Data
+from fastlars.trainer.data.load import load_data
 from fastlars.trainer.errors import TrainerError, printable
 from fastlars.trainer.model.build import build
 from fastlars.trainer.model.context import Progress, TrainingContext, fingerprint, progress_of
@@ -89,7 +89,7 @@ def _job(command: Command, here: World) -> Iterator[_Job]:
                     progress = progress_of(state["progress"])
             if settings.tensorboard and here.first:
                 tensorboard.check(directory.tensorboard)
-            images = dataset.load(settings, here.device)
+            images = load_data(settings, here.device)
             if state is not None and source is not None:
                 with checkpoint.fitting(source):
                     _same_images(images, state)
@@ -146,7 +146,7 @@ def _dry_run(command: Command, here: World) -> int:
 def _find_lr(command: Command, here: World) -> int:
     with here.raise_on_all_ranks():
         settings = find_lr.swept(command_line.fresh(command.given, here.size))
-        images = dataset.load(settings, here.device)
+        images = load_data(settings, here.device)
     name = f"{settings.recipe}-lr"
     choose = partial(rundir.where, settings.output, settings.data, name)
     with _claimed(choose, here) as directory, StopSignals() as stop:
