@@ -29,7 +29,12 @@ class Listing(NamedTuple):
 
 def find(root: str) -> Listing:
     """The images below `root`; TrainerError if the folder does not have the layout above."""
-    train, test = _parts(Path(root))
+    names = _subfolders(Path(root))
+    held_out = "val" if "val" in names else "test"
+    for name, missing in (("train", "train/"), (held_out, "val/ or test/")):
+        if name not in names:
+            raise TrainerError(f"--data: {Path(root)} has no folder {missing}")
+    train, test = Path(root, "train"), Path(root, held_out)
     classes, test_classes = _subfolders(train), _subfolders(test)
     for folder, found in ((train, classes), (test, test_classes)):
         if not found:
@@ -39,16 +44,6 @@ def find(root: str) -> Listing:
         has, lacks = (train, test) if name in classes else (test, train)
         raise TrainerError(f"--data: class {name} is in {has} but not in {lacks}")
     return Listing(tuple(classes), _files(train, classes), _files(test, classes))
-
-
-def _parts(root: Path) -> tuple[Path, Path]:
-    names = _subfolders(root)
-    if "train" not in names:
-        raise TrainerError(f"--data: {root} has no folder train/")
-    for name in ("val", "test"):
-        if name in names:
-            return root / "train", root / name
-    raise TrainerError(f"--data: {root} has no folder val/ or test/")
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -83,7 +78,7 @@ def _files(folder: Path, classes: Sequence[str]) -> Files:
 
 
 def _check_link(folder: Path) -> None:
-    """Refuse a link to a folder that contains the link: its images would be listed repeatedly."""
+    """Refuse a link to a folder that contains the link: its images would be listed many times."""
     if folder.is_symlink() and os.path.realpath(folder) in map(os.path.realpath, folder.parents):
         raise TrainerError(f"--data: {folder} leads back to a folder that it is in")
 

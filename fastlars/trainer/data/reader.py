@@ -1,8 +1,8 @@
 """Worker processes that read image files a few batches ahead of the training.
 
 One DataLoader serves both training and tests, so that --workers N starts N processes. A loader for
-each would be simpler, but where workers are not forked (Python 3.14's default) the second set takes
-600 MB a process for a list of ImageNet's files, and seconds to start.
+each would be simpler, but would double the processes. Where workers are not forked (the default of
+Python 3.14), each takes 600 MB with the list of ImageNet's files, and seconds to start.
 """
 
 from __future__ import annotations
@@ -88,8 +88,9 @@ class _Reading:
 class _Requests:
     """The loader's sampler: requests of the current reading, to its end.
 
-    The loader asks for one request whenever a batch arrives. So a reading that begins amid another
-    first receives the batches of the other one, which wait there.
+    The loader takes one request whenever a batch arrives, and the batches arrive in the order of
+    the requests. So a test first receives the training batches in flight, which then wait in
+    `arrived` of their reading.
 
     Attributes:
         current: the reading that waits for a batch.
@@ -149,8 +150,9 @@ class Reader:
         reading, requests = _Reading(split, iter(batches)), self._requests
         while reading.arrived or reading in requests.in_flight or not reading.exhausted:
             requests.current = reading
-            # After a test the workers have nothing to do. They start before the training takes the
-            # batches that wait for it, unless so many wait that more would take too much memory.
+            # Nothing is in flight at first and after a test. The workers get new requests before
+            # the waiting batches are used up, or they would idle meanwhile; but not while so many
+            # batches wait that more would take too much memory.
             if not (requests.in_flight or reading.exhausted or len(reading.arrived) > self._ahead):
                 self._start()
             if reading.arrived:
@@ -159,9 +161,9 @@ class Reader:
                 self._receive()
 
     def _start(self) -> None:
-        """Have the loader iterate over the requests again; it asks for some at once."""
-        # When a worker dies, torch's handler of SIGCHLD raises wherever the trainer is, even amid a
-        # checkpoint. Without it the next batch reports the death, within 5 s.
+        """Start the loader on the requests of the current reading."""
+        # When a worker dies, torch's handler of SIGCHLD raises wherever the trainer is, even while
+        # it writes a checkpoint. Without it the next batch reports the death, within 5 s.
         handler = signal.getsignal(signal.SIGCHLD)
         try:
             with _worker_errors_in_one_line():
@@ -180,7 +182,7 @@ class Reader:
             self._requests.in_flight.popleft().arrived.append(result)
 
     def _on_device(self, split: int, result: _Result) -> PixelBatch:
-        """The batch, after its bad images are counted."""
+        """Count the bad images, and move the batch of the others to the device."""
         files, _ = self._splits[split]
         for index, reason in result.bad:
             self._bad_images.add(files[index][0], reason)
