@@ -46,7 +46,7 @@ def test_the_same_pictures(tmp_path: Path, workers: int) -> None:
 def test_files_are_read_once(images: Path) -> None:
     others = set(multiprocessing.active_children())
     kept = folder(images, "on", workers=1)
-    assert set(multiprocessing.active_children()) <= others  # nobody is left to read
+    assert set(multiprocessing.active_children()) <= others  # the workers have ended
     for path in images.rglob("*.png"):
         path.unlink()
     labels = torch.cat([labels for _, labels in kept.test([torch.arange(15)])])
@@ -120,7 +120,7 @@ def test_large_images_cannot_be_kept(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("tiny", "no_picture")
 def test_resuming_with_and_without(tmp_path: Path, train: Train, images: Path) -> None:
-    """--cache may differ: the run is the same."""
+    """--cache does not change the run."""
     settings = ("--data", images, "--epochs", 2, "--batch-size", 8, "--lr", 0.1, "--workers", 0)
     whole, context = tmp_path / "whole", tmp_path / "context"
     kept = train(*settings, "--cache", "on", "--output", whole)
@@ -134,7 +134,7 @@ def test_resuming_with_and_without(tmp_path: Path, train: Train, images: Path) -
 
 @pytest.mark.gpu
 def test_on_a_gpu(images: Path) -> None:
-    """The very bytes that the CPU has, and auto keeps them there."""
+    """The same bytes as on the CPU; auto keeps them on the GPU."""
     gpu, cpu = folder(images, "auto", device=torch.device("cuda")), folder(images, "auto")
     asked = [next(BatchOrder(36, 36, 0, 0, 1, 0).from_step(0))]
     (one, labels), (other, expected) = next(gpu.train(asked)), next(cpu.train(asked))

@@ -21,7 +21,7 @@ NO_IMAGE = "not an image (JPEG, PNG, GIF, BMP, PPM, TIFF, WebP), or damaged"
 
 
 def smooth() -> Image.Image:
-    """Colours that vary slowly, so that lossy formats keep them."""
+    """Colours that vary slowly, so that lossy formats preserve them."""
     x, y = np.meshgrid(np.linspace(0, 200, WIDTH), np.linspace(0, 250, HEIGHT))
     return Image.fromarray(np.stack([x, y, 255 - x], axis=-1).astype(np.uint8))
 
@@ -34,7 +34,7 @@ def expected(mode: str) -> torch.Tensor:
 
 @pytest.fixture(params=["torchvision", "PIL"], autouse=True)
 def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PIL alone is what remains when torchvision gives up decoding."""
+    """With torchvision's decoder, and with PIL alone, as when torchvision has removed its decoders."""
     if request.param == "PIL":
         monkeypatch.setattr(decode, "decode_image", None)
 
@@ -126,7 +126,7 @@ def test_floats_are_refused(tmp_path: Path) -> None:
 
 
 def tiff(values: np.ndarray, tags: dict[int, tuple[int, ...]]) -> bytes:
-    """A little-endian TIFF of one strip; `tags` come on top, or in place, of what it must have."""
+    """A little-endian TIFF of one strip; `tags` are added to the required ones or replace them."""
     height, width, channels = (*values.shape, 1)[:3]
     data, at = values.tobytes(), 1000
     every = {
@@ -211,7 +211,7 @@ def test_colours_of_16_bits(tmp_path: Path) -> None:
 def test_one_limit_for_all_formats(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """PIL's, which is twice what it warns of; of that nothing is said."""
+    """PIL's, which is twice the size that it warns of; the warning is silenced."""
     smooth().save(tmp_path / "image", kind)
     path = str(tmp_path / "image")
     with warnings.catch_warnings():
@@ -243,7 +243,7 @@ def test_a_header_that_lies(tmp_path: Path, side: int, why: str) -> None:
 def test_what_the_machine_lacks_is_no_bad_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """--max-bad-images would leave out good ones."""
+    """Otherwise --max-bad-images would leave out good images."""
 
     def lacking(*_arguments: object, **_options: object) -> None:
         raise error
@@ -256,7 +256,7 @@ def test_what_the_machine_lacks_is_no_bad_image(
 
 
 def test_no_plain_files(tmp_path: Path) -> None:
-    """None of them is opened: that of a FIFO would wait for ever."""
+    """None of them is opened: opening a FIFO would wait endlessly."""
     os.mkfifo(tmp_path / "fifo.jpg")
     (tmp_path / "device.jpg").symlink_to("/dev/zero")
     with socket.socket(socket.AF_UNIX) as listening:

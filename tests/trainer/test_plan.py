@@ -35,7 +35,7 @@ def test_going_on_from_a_step(step: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_processes_share_what_one_would_see(size: int) -> None:
-    """Step by step, the same micro-batches as one process accumulates."""
+    """In each step, the same micro-batches that one process accumulates."""
     alone = plan.BatchOrder(103, 16, 4, 0, 1, seed=1)
     several = [plan.BatchOrder(103, 16, 4, rank, size, seed=1) for rank in range(size)]
     for step in range(8):

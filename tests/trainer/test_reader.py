@@ -55,7 +55,7 @@ def test_workers_stay_from_one_reading_to_the_next(images: Path) -> None:
     assert not found[0] & {child.pid for child in multiprocessing.active_children()}
 
 
-def test_a_reading_may_be_given_up(images: Path) -> None:
+def test_a_reading_may_be_abandoned(images: Path) -> None:
     some = made(images, 2, none_bad())
     first = next(some([(TEST, torch.arange(n)) for n in range(2, 9)]))
     assert len(first.labels) == 2
@@ -72,7 +72,7 @@ def of_both_splits(root: Path, workers: int) -> list[Read]:
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_a_test_amid_the_training(images: Path, workers: int) -> None:
-    """By the same workers, in inference mode; neither sees anything of the other."""
+    """By the same workers, in inference mode; neither affects the other."""
     asked = [(epoch, torch.arange(epoch % 3, 30, 3)) for epoch in range(20)]
     tests = [(TEST, torch.arange(n)) for n in (5, 1, 15)]
     alone, expected = (
@@ -86,7 +86,7 @@ def test_a_test_amid_the_training(images: Path, workers: int) -> None:
         found += [next(reading) for _ in range(amount)]
         with torch.inference_mode():
             assert_same([tuple(part) for part in testing(tests)], [*map(tuple, expected)])
-            next(testing(tests))  # one that is given up
+            next(testing(tests))  # one that is abandoned
         assert len(set(multiprocessing.active_children()) - others) == workers
     assert_same([tuple(part) for part in found], [tuple(part) for part in alone])
     assert not any(part.labels.is_inference() for part in found)
@@ -96,7 +96,7 @@ def test_a_test_amid_the_training(images: Path, workers: int) -> None:
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("rounds", [2, 29])
 def test_a_test_asks_for_little_of_the_training(images: Path, workers: int, rounds: int) -> None:
-    """However short the epochs are, what waits for the training does not grow."""
+    """However short the epochs are, the number of waiting training batches does not grow."""
     asked = 0
 
     def requests() -> Iterator[EpochIndices]:
@@ -112,7 +112,7 @@ def test_a_test_asks_for_little_of_the_training(images: Path, workers: int, roun
         tests = 9 if taken % 5 == 0 else 1
         assert len(list(testing([(TEST, torch.arange(3))] * tests))) == tests
         assert taken <= asked <= taken + 2 * workers * reader._PREFETCH
-    for _ in range(30):  # then all workers have something to do again
+    for _ in range(30):  # afterwards all workers have something to do again
         next(reading)
     assert asked == rounds + 30 + workers * reader._PREFETCH
 
@@ -133,7 +133,7 @@ def test_the_queue_is_bounded(images: Path, workers: int) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_skipping(images: Path, capfd: pytest.CaptureFixture[str], workers: int) -> None:
-    """Bad images leave their batches, are told of once, and count once."""
+    """Bad images are left out of their batches, reported once, and counted once."""
     bad = [damage(images / "train" / name) for name in ("ant/003.png", "bee/007.png")]
     bad_images = BadImages(2, shown=True)
     some = made(images, workers, bad_images)
@@ -168,8 +168,8 @@ def test_too_many(images: Path, limit: int, message: str) -> None:
         list(made(images, 0, BadImages(limit, shown=True))([(0, torch.arange(36))]))
 
 
-def test_a_lost_worker(images: Path) -> None:
-    """It does not disturb what goes on meanwhile; whoever asks for the next images is told."""
+def test_a_dead_worker(images: Path) -> None:
+    """It disturbs nothing until the next batch is asked for, which is an error."""
     found = made(images, 1, none_bad())([(TEST, torch.arange(4))] * 9)
     next(found)
     for child in multiprocessing.active_children():
@@ -180,7 +180,7 @@ def test_a_lost_worker(images: Path) -> None:
 
 
 def test_ctrl_c_is_the_trainers(images: Path) -> None:
-    """A terminal sends it to workers too; those read on until the trainer ends them."""
+    """A terminal sends it to workers too; they go on until the trainer ends them."""
 
     def requests() -> Iterator[EpochIndices]:
         for _ in range(20):
@@ -194,7 +194,7 @@ def test_ctrl_c_is_the_trainers(images: Path) -> None:
 
 
 def test_what_travels_to_workers_that_are_not_forked(images: Path) -> None:
-    """They get it pickled."""
+    """They receive the data set pickled."""
     files = find(str(images)).train
     dataset = reader._ImageFiles([(files, CentreCrop(16, whole=True)), (files, CropAndFlip(16, 3))])
     copy = pickle.loads(pickle.dumps(dataset))
@@ -207,7 +207,7 @@ def test_what_travels_to_workers_that_are_not_forked(images: Path) -> None:
 @pytest.mark.usefixtures("tiny", "no_picture")
 @pytest.mark.parametrize("side", [16, 72])
 def test_resuming_within_an_epoch(tmp_path: Path, train: Train, side: int) -> None:
-    """With workers that had read ahead; bad images leave the same batches."""
+    """With workers that had read ahead; bad images are missing from the same batches."""
     for part, count in (("train", 18), ("val", 3)):
         for seed, name in enumerate(("ant", "bee")):
             write_images(tmp_path / "images" / part / name, count, seed, side)
