@@ -34,7 +34,7 @@ def expected(mode: str) -> torch.Tensor:
 
 @pytest.fixture(params=["torchvision", "PIL"], autouse=True)
 def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With torchvision's decoder, and with PIL alone, as when torchvision has removed its decoders."""
+    """torchvision's decoder, and PIL alone: torchvision is going to remove its decoders."""
     if request.param == "PIL":
         monkeypatch.setattr(decode, "decode_image", None)
 

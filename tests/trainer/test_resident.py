@@ -17,7 +17,7 @@ SIDE, MARGIN = 6, 2
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("flipped", [False, True])
 def test_shifts_are_slices_of_a_padded_image(dtype: torch.dtype, flipped: bool) -> None:
-    """Against slicing, for every offset, all in one batch; what comes in is background."""
+    """Compared with slicing, for every offset, all in one batch; the padding is background."""
     offsets = torch.cartesian_prod(*[torch.arange(2 * MARGIN + 1)] * 2)
     images = torch.randint(0, 256, (len(offsets), SIDE, SIDE, 3)).to(dtype)
     found = shifted(images, MARGIN, offsets, torch.full((len(offsets),), flipped), 7)
@@ -93,7 +93,7 @@ def test_a_batch_sends_its_indices_and_no_more() -> None:
 
 
 def test_every_shift_occurs_as_often() -> None:
-    """And half of the images are flipped: a picture of one corner shows where it went."""
+    """And half of the images are mirrored: the position of one bright pixel shows both."""
     count = 20_000
     corner = torch.zeros(1, SIDE, SIDE, 1, dtype=torch.uint8)
     corner[0, MARGIN, MARGIN] = 1  # inside at every offset

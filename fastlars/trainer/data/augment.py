@@ -35,7 +35,8 @@ class CropAndFlip:
         """The crop of image number `index` in this epoch."""
         key = f"{self._seed}/{epoch}/{index}".encode()
         seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
-        # torchvision draws from the global generator, whose state a resumed run must not see moved.
+        # torchvision draws from the global generator. Its state is part of a checkpoint, so it must
+        # be the same afterwards.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return self._crop(image)

@@ -31,7 +31,7 @@ _MARGIN = 1 / 8  # 4 of 32 pixels, as in He et al. (2016) for CIFAR
 _MEAN = (123.675, 116.28, 103.53)
 _STD = (58.395, 57.12, 57.375)
 
-_SAMPLED = 256  # images whose headers tell the size, spread over the classes
+_SAMPLED = 256  # images that decide the size by their headers, spread over the classes
 _SAMPLED_CLASSES = 1024  # of more classes than this, only so many are sampled, one image each
 
 # What --cache auto may take.
