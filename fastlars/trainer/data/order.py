@@ -1,8 +1,8 @@
 """Which image is used when: a pure function of seed, step and process.
 
 Each epoch's permutation is cut into global batches, each batch into the shares of the processes,
-each share into micro-batches (Goyal et al. 2017, remark 4). No state of a generator has to be saved:
-a run can be resumed at any step, and k processes see what one process with k times as many
+each share into micro-batches (Goyal et al. 2017, remark 4). No generator state has to be saved: a
+run can be resumed at any step, and k processes see what one process with k times as many
 micro-batches sees.
 """
 
