@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import fastlars
 from fastlars.trainer.data.digits import Digits
-from fastlars.trainer.data.order import make
+from fastlars.trainer.data.order import BatchOrder
 from fastlars.trainer.model import batchnorm, resnet
 from trainer.helpers import Outcome, load, tiny_net
 
@@ -44,7 +44,7 @@ def test_steps_and_statistics(tmp_path: Path, train: Callable[..., Outcome]) -> 
         lr_rmsprop=1e-3,
     )
     data = Digits(0, torch.device("cpu"))
-    batches = data.train(make(data.train_size, 128, 64, 0, 1, 0).from_step(0))
+    batches = data.train(BatchOrder(data.train_size, 128, 64, 0, 1, 0).from_step(0))
     for step in range(STEPS):
         # 40, 70 and 85 of 90 epochs, in a run of 22 steps: 9.78, 17.11 and 20.78
         factor = 0.5 if step < 10 else 0.075 if step < 17 else 0.01

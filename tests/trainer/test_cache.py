@@ -12,9 +12,9 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from fastlars.trainer.data import cache, order
-from fastlars.trainer.data import decode as images
+from fastlars.trainer.data import decode, image_folder
 from fastlars.trainer.data.image_folder import Folder
+from fastlars.trainer.data.order import BatchOrder
 from fastlars.trainer.errors import TrainerError
 from trainer.helpers import Outcome, assert_same, load, write_images
 
@@ -46,7 +46,7 @@ def test_the_same_pictures(tmp_path: Path, workers: int) -> None:
 def test_files_are_read_once(images: Path) -> None:
     others = set(multiprocessing.active_children())
     kept = folder(images, "on", workers=1)
-    assert set(multiprocessing.active_children()) <= others  # nobody is left to read
+    assert set(multiprocessing.active_children()) <= others  # the workers have ended
     for path in images.rglob("*.png"):
         path.unlink()
     labels = torch.cat([labels for _, labels in kept.test([torch.arange(15)])])
@@ -55,7 +55,7 @@ def test_files_are_read_once(images: Path) -> None:
 
 
 def test_the_bar_counts_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Good ones and bad ones, in context of which the last is smaller."""
+    """Good ones and bad ones, in batches of which the last is smaller."""
     counts, said = [], []
 
     class Bar(tqdm):  # type: ignore[type-arg]
@@ -70,7 +70,7 @@ def test_the_bar_counts_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         def write(cls, s: str, *_args: Any, **_options: Any) -> None:
             said.append(s)
 
-    monkeypatch.setattr(cache, "tqdm", Bar)
+    monkeypatch.setattr(image_folder, "tqdm", Bar)
     for part, count in (("train", 299), ("test", 7)):
         write_images(tmp_path / part / "ant", count, 0)
     (tmp_path / "train" / "ant" / "bad.png").write_text("hello")
@@ -83,15 +83,15 @@ def test_the_bar_counts_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def decodings(root: Path, keep: str, monkeypatch: pytest.MonkeyPatch) -> int:
     """Images decoded to make a folder's data."""
-    count, decode = 0, images.decode
+    count, original = 0, decode.decode
 
     def counted(path: str) -> torch.Tensor:
         nonlocal count
         count += 1
-        return decode(path)
+        return original(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr("fastlars.trainer.data.decode.decode", counted)
+        patch.setattr(decode, "decode", counted)
         folder(root, keep)
     return count
 
@@ -104,9 +104,9 @@ def test_auto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert decodings(tmp_path / "small", "auto", monkeypatch) == 8
     assert decodings(tmp_path / "small", "off", monkeypatch) == 0
     assert decodings(tmp_path / "large", "auto", monkeypatch) == 0
-    monkeypatch.setattr(cache, "_ON_CPU", 8 * 64 * 64 * 3)
+    monkeypatch.setattr(image_folder, "_BYTES_ON_CPU", 8 * 64 * 64 * 3)
     assert decodings(tmp_path / "small", "auto", monkeypatch) == 8
-    monkeypatch.setattr(cache, "_ON_CPU", 8 * 64 * 64 * 3 - 1)
+    monkeypatch.setattr(image_folder, "_BYTES_ON_CPU", 8 * 64 * 64 * 3 - 1)
     assert decodings(tmp_path / "small", "auto", monkeypatch) == 0
     assert decodings(tmp_path / "small", "on", monkeypatch) == 8
 
@@ -120,7 +120,7 @@ def test_large_images_cannot_be_kept(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("tiny", "no_picture")
 def test_resuming_with_and_without(tmp_path: Path, train: Train, images: Path) -> None:
-    """--cache may differ: the run is the same."""
+    """--cache does not change the run."""
     settings = ("--data", images, "--epochs", 2, "--batch-size", 8, "--lr", 0.1, "--workers", 0)
     whole, context = tmp_path / "whole", tmp_path / "context"
     kept = train(*settings, "--cache", "on", "--output", whole)
@@ -134,9 +134,9 @@ def test_resuming_with_and_without(tmp_path: Path, train: Train, images: Path) -
 
 @pytest.mark.gpu
 def test_on_a_gpu(images: Path) -> None:
-    """The very bytes that the CPU has, and auto keeps them there."""
+    """The same bytes as on the CPU; auto keeps them on the GPU."""
     gpu, cpu = folder(images, "auto", device=torch.device("cuda")), folder(images, "auto")
-    asked = [next(order.make(36, 36, 0, 0, 1, 0).from_step(0))]
+    asked = [next(BatchOrder(36, 36, 0, 0, 1, 0).from_step(0))]
     (one, labels), (other, expected) = next(gpu.train(asked)), next(cpu.train(asked))
     assert one.device.type == labels.device.type == "cuda"
     torch.testing.assert_close(one.cpu(), other, rtol=1e-6, atol=1e-6)

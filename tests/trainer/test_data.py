@@ -37,7 +37,7 @@ def start(*arguments: object, processes: int = 0) -> subprocess.Popen[str]:
 
 
 def alive(group: int) -> list[int]:
-    """The processes of a group, without those that are dead and not yet buried."""
+    """The processes of a group, without zombies."""
     found = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -50,7 +50,7 @@ def alive(group: int) -> list[int]:
 
 
 def evaluated(run: Path, images: Folder) -> tuple[float, int]:
-    """Mean loss on all test images of the model in a run's checkpoint, and how many they are."""
+    """Mean loss of a run's checkpoint on all test images, and the number of images."""
     net = tiny_net("", len(images.classes), "", 0)
     net.load_state_dict(load(run)["model"])
     pictures, labels = next(images.test([torch.arange(images.test_size)]))
@@ -73,7 +73,7 @@ def test_three_processes_test_every_image_once(tmp_path: Path) -> None:
     )  # fmt: skip
     _, err = started.communicate(timeout=600)
     assert started.returncode == 0, err
-    assert err.count("warning: skipped image") == 2  # all three read it, one tells of it
+    assert err.count("warning: skipped image") == 2  # all three read it, one reports it
     (test,) = [record for record in records(run) if record["kind"] == "test"]
     loss, count = evaluated(
         run, Folder(str(images), 0, 0, 0, torch.device("cpu"), max_bad_images=2)

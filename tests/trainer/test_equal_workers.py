@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 from fastlars.trainer.data.digits import Digits
-from fastlars.trainer.data.order import make
+from fastlars.trainer.data.order import BatchOrder
 from trainer.helpers import Outcome, load, tiny_net
 from trainer.processes import finish, start
 
@@ -40,7 +40,7 @@ def statistics(run: Path) -> dict[str, torch.Tensor]:
 def written_out() -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """The mean gradient, and the mean statistics, of the plan's first batch in float64."""
     data = Digits(0, torch.device("cpu"))
-    plan = make(data.train_size, 128, 32, 0, 1, 0)
+    plan = BatchOrder(data.train_size, 128, 32, 0, 1, 0)
     net = tiny_net("", 10, "", 0).double()
     means, variances = [], []
     for (images, labels), _ in zip(data.train(plan.from_step(0)), range(4), strict=False):

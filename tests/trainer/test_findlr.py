@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from fastlars.trainer.data.digits import Digits
-from fastlars.trainer.data.order import make
+from fastlars.trainer.data.order import BatchOrder
 from fastlars.trainer.model import resnet
 from fastlars.trainer.run import find_lr, loop
 from fastlars.trainer.run.loop import StepResult
@@ -160,7 +160,7 @@ def written_out(rates: list[float]) -> list[float]:
     groups = [{"params": others, "weight_decay": 1e-4}, {"params": norms, "weight_decay": 0.0}]
     optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9, nesterov=True)
     data = Digits(0, torch.device("cpu"))
-    batches = data.train(make(data.train_size, 32, 0, 0, 1, 0).from_step(0))
+    batches = data.train(BatchOrder(data.train_size, 32, 0, 0, 1, 0).from_step(0))
     losses = []
     for rate in rates:
         for group in optimizer.param_groups:

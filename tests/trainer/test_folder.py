@@ -48,7 +48,7 @@ def test_large_images_become_224(tmp_path: Path) -> None:
 
 
 def test_what_is_hidden_is_left_out(images: Path) -> None:
-    """At every depth: what macOS, Jupyter and file managers keep beside images."""
+    """At every depth: files that macOS, Jupyter and file managers put next to images."""
     for place in (images, images / "train", images / "val" / "bee", images / "train" / "ant"):
         write_images(place / ".ipynb_checkpoints" / "deep", 2, 0)
     (images / "train" / "cat" / "._000.png").write_bytes(bytes(99))
@@ -83,7 +83,7 @@ def sized(root: Path, sides: dict[str, list[int]]) -> Path:
 def test_the_size_that_images_are_brought_to(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], sides: dict[str, list[int]], size: int
 ) -> None:
-    """One line tells of it where images are enlarged that would have been used as they are."""
+    """One line reports it if images are enlarged that would have been used as they are."""
     assert Folder(str(sized(tmp_path, sides)), 0, 0, 0, CPU).image_size == size
     every = sorted(side for each in sides.values() for side in each)
     told = every[0] <= 64 and every[0] < every[-1]
@@ -94,7 +94,7 @@ def test_the_size_that_images_are_brought_to(
 
 
 def test_some_images_of_every_class_are_looked_at() -> None:
-    """No more than it takes: headers may come from far away."""
+    """Only as many as needed: reading headers from a remote disk is slow."""
     few = [("", label) for label in (0, 0, 0, 1) + (2,) * 1000]
     found = [label for _, label in _sample(few)]
     assert [found.count(label) for label in range(3)] == [3, 1, 85]
@@ -144,7 +144,7 @@ def test_half_of_the_images_are_mirrored(tmp_path: Path, side: int) -> None:
 def test_a_batch_of_bad_images_is_left_out_of_a_test(images: Path, keep: str) -> None:
     for name in ("002.png", "003.png"):
         damage(images / "val" / "ant" / name)
-    # One that is asked for its size: the others tell.
+    # Its size is asked for, and known from the others.
     (images / "train" / "ant" / "000.png").write_text("hello")
     some = Folder(str(images), 0, 0, 0, CPU, keep=keep, max_bad_images=3)
     assert some.image_size == 16

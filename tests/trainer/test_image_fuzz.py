@@ -133,14 +133,14 @@ def valid_sums(data: bytearray) -> bytes:
 
 
 def read_all(kinds: dict[str, bytes], count: int, folder: Path, decoded: Any) -> None:
-    """Ends the process with status 1 at any exception but BAD."""
+    """Ends the process with status 1 at any exception but BadImageError."""
     for number, (name, content) in enumerate(kinds.items()):
         draw, path = random.Random(name), folder / f"{number}.jpg"
         for _ in range(count):
             path.write_bytes(damaged(content, draw))
             try:
                 image = decode.decode(str(path))
-            except decode.BAD:
+            except decode.BadImageError:
                 continue
             assert (image.dtype, image.ndim, len(image)) == (torch.uint8, 3, 3)
             decoded[number] += 1

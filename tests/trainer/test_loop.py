@@ -15,7 +15,7 @@ from torch.nn import functional
 
 import fastlars
 from fastlars.trainer.data.digits import Digits
-from fastlars.trainer.data.order import make
+from fastlars.trainer.data.order import BatchOrder
 from fastlars.trainer.model import resnet
 from fastlars.trainer.model.context import TrainingContext
 from fastlars.trainer.run import loop
@@ -66,7 +66,7 @@ def test_steps_against_a_loop_written_out(tmp_path: Path, train: Train) -> None:
     net = tiny_net("", 10, "", 0).train()
     optimizer = fastlars.LARS(fastlars.parameter_groups(net, 1e-3), lr=2.0, trust_coefficient=0.002)
     data = Digits(0, torch.device("cpu"))
-    batches = data.train(make(data.train_size, 64, 16, 0, 1, 0).from_step(0))
+    batches = data.train(BatchOrder(data.train_size, 64, 16, 0, 1, 0).from_step(0))
     steps_per_epoch = 1437 // 64
     for step in range(3):
         for group in optimizer.param_groups:
@@ -110,7 +110,7 @@ def test_batch_norm_of_the_last_step(tmp_path: Path, train: Train) -> None:
     assert train(*settings, *flags).status == 0
 
     net, data = tiny_net("", 10, "", 0), Digits(0, torch.device("cpu"))
-    batches = data.train(make(data.train_size, 64, 16, 0, 1, 0).from_step(2))
+    batches = data.train(BatchOrder(data.train_size, 64, 16, 0, 1, 0).from_step(2))
     with torch.no_grad():
         features = [net[0](next(batches)[0]) for _ in range(4)]
     expected = [torch.stack([f(x) for x in features]).mean(0) for f in (mean, variance)]

@@ -17,7 +17,7 @@ def taken(some: plan.BatchOrder, step: int, steps: int) -> list[tuple[int, list[
 
 
 def test_an_epoch_uses_each_image_once_but_the_rest() -> None:
-    some = plan.make(103, 20, 0, 0, 1, seed=0)
+    some = plan.BatchOrder(103, 20, 0, 0, 1, seed=0)
     assert (some.steps_per_epoch, some.micro_batches) == (5, 1)
     epochs = [[i for _, at in taken(some, 5 * epoch, 5) for i in at] for epoch in range(3)]
     for order in epochs:
@@ -29,15 +29,15 @@ def test_an_epoch_uses_each_image_once_but_the_rest() -> None:
 
 @pytest.mark.parametrize("step", [1, 4, 5, 12])
 def test_going_on_from_a_step(step: int) -> None:
-    some = plan.make(103, 20, 5, 0, 1, seed=3)
+    some = plan.BatchOrder(103, 20, 5, 0, 1, seed=3)
     assert taken(some, 0, 20)[step * 4 :] == taken(some, step, 20 - step)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_processes_share_what_one_would_see(size: int) -> None:
-    """Step by step, the same micro-batches as one process accumulates."""
-    alone = plan.make(103, 16, 4, 0, 1, seed=1)
-    several = [plan.make(103, 16, 4, rank, size, seed=1) for rank in range(size)]
+    """In each step, the same micro-batches that one process accumulates."""
+    alone = plan.BatchOrder(103, 16, 4, 0, 1, seed=1)
+    several = [plan.BatchOrder(103, 16, 4, rank, size, seed=1) for rank in range(size)]
     for step in range(8):
         assert taken(alone, step, 1) == [m for some in several for m in taken(some, step, 1)]
 
@@ -73,4 +73,4 @@ def test_evaluation_sees_each_image_once(images: int, size: int) -> None:
 )
 def test_what_does_not_divide(arguments: tuple[int, ...], message: str) -> None:
     with pytest.raises(TrainerError, match=message):
-        plan.make(*arguments)
+        plan.BatchOrder(*arguments)

@@ -7,28 +7,35 @@ import os
 import pickle
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastlars.trainer.data import reader
-from fastlars.trainer.data.augment import Augmented, Centre
-from fastlars.trainer.data.device_dataset import TEST
+from fastlars.trainer.data.augment import CentreCrop, CropAndFlip
+from fastlars.trainer.data.device_dataset import TEST, PixelBatch
 from fastlars.trainer.data.listing import find
-from fastlars.trainer.data.reader import Reader, Skipped, readers
+from fastlars.trainer.data.reader import BadImages, Reader
 from fastlars.trainer.errors import TrainerError
 from trainer.helpers import Outcome, assert_same, load, records, write_images
 
 Train = Callable[..., Outcome]
-Asked = tuple[int, torch.Tensor]
+EpochIndices = tuple[int, torch.Tensor]
+Read = Callable[[Iterable[EpochIndices]], Iterator[PixelBatch]]
 CPU = torch.device("cpu")
 
 
-def made(root: Path, workers: int, limit: int = 0) -> Reader:
-    kinds = [(find(str(root)).train, Centre(16, whole=True))]
-    return readers(kinds, workers, CPU, Skipped(limit))[0]
+def none_bad() -> BadImages:
+    return BadImages(0, shown=True)
+
+
+def made(root: Path, workers: int, bad_images: BadImages) -> Read:
+    """What reads the training images."""
+    splits = [(find(str(root)).train, CentreCrop(16, whole=True))]
+    return partial(Reader(splits, workers, CPU, bad_images).read, 0)
 
 
 def damage(path: Path) -> str:
@@ -37,10 +44,10 @@ def damage(path: Path) -> str:
 
 
 def test_workers_stay_from_one_reading_to_the_next(images: Path) -> None:
-    some = made(images, 2)
+    some = made(images, 2, none_bad())
     found = []
     for _ in range(3):
-        assert [len(part.labels) for part in some.read([(TEST, torch.arange(9))] * 3)] == [9] * 3
+        assert [len(part.labels) for part in some([(TEST, torch.arange(9))] * 3)] == [9] * 3
         found.append({child.pid for child in multiprocessing.active_children()})
     assert found[0] == found[1] == found[2]
     assert len(found[0]) == 2
@@ -48,37 +55,38 @@ def test_workers_stay_from_one_reading_to_the_next(images: Path) -> None:
     assert not found[0] & {child.pid for child in multiprocessing.active_children()}
 
 
-def test_a_reading_may_be_given_up(images: Path) -> None:
-    some = made(images, 2)
-    first = next(some.read([(TEST, torch.arange(n)) for n in range(2, 9)]))
+def test_a_reading_may_be_abandoned(images: Path) -> None:
+    some = made(images, 2, none_bad())
+    first = next(some([(TEST, torch.arange(n)) for n in range(2, 9)]))
     assert len(first.labels) == 2
-    again = [len(part.labels) for part in some.read([(TEST, torch.arange(n)) for n in (7, 5)])]
+    again = [len(part.labels) for part in some([(TEST, torch.arange(n)) for n in (7, 5)])]
     assert again == [7, 5]
 
 
-def of_both_kinds(root: Path, workers: int) -> list[Reader]:
+def of_both_splits(root: Path, workers: int) -> list[Read]:
     found = find(str(root))
-    kinds = [(found.train, Augmented(16, 3)), (found.test, Centre(16, whole=True))]
-    return readers(kinds, workers, CPU, Skipped(0))
+    splits = [(found.train, CropAndFlip(16, 3)), (found.test, CentreCrop(16, whole=True))]
+    reader = Reader(splits, workers, CPU, none_bad())
+    return [partial(reader.read, split) for split in range(2)]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_a_test_amid_the_training(images: Path, workers: int) -> None:
-    """By the same workers, in inference mode; neither sees anything of the other."""
+    """By the same workers, in inference mode; neither affects the other."""
     asked = [(epoch, torch.arange(epoch % 3, 30, 3)) for epoch in range(20)]
     tests = [(TEST, torch.arange(n)) for n in (5, 1, 15)]
     alone, expected = (
-        list(some.read(batches))
-        for some, batches in zip(of_both_kinds(images, 0), (asked, tests), strict=True)
+        list(some(batches))
+        for some, batches in zip(of_both_splits(images, 0), (asked, tests), strict=True)
     )
     others = set(multiprocessing.active_children())
-    training, testing = of_both_kinds(images, workers)
-    found, reading = [], training.read(asked)
+    training, testing = of_both_splits(images, workers)
+    found, reading = [], training(asked)
     for amount in (1, 9, 0, 10):
         found += [next(reading) for _ in range(amount)]
         with torch.inference_mode():
-            assert_same([tuple(part) for part in testing.read(tests)], [*map(tuple, expected)])
-            next(testing.read(tests))  # one that is given up
+            assert_same([tuple(part) for part in testing(tests)], [*map(tuple, expected)])
+            next(testing(tests))  # one that is abandoned
         assert len(set(multiprocessing.active_children()) - others) == workers
     assert_same([tuple(part) for part in found], [tuple(part) for part in alone])
     assert not any(part.labels.is_inference() for part in found)
@@ -88,56 +96,56 @@ def test_a_test_amid_the_training(images: Path, workers: int) -> None:
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("rounds", [2, 29])
 def test_a_test_asks_for_little_of_the_training(images: Path, workers: int, rounds: int) -> None:
-    """However short the epochs are, what waits for the training does not grow."""
+    """However short the epochs are, the number of waiting training batches does not grow."""
     asked = 0
 
-    def requests() -> Iterator[Asked]:
+    def requests() -> Iterator[EpochIndices]:
         nonlocal asked
         while True:
             asked += 1
             yield 0, torch.arange(4)
 
-    training, testing = of_both_kinds(images, workers)
-    reading = training.read(requests())
+    training, testing = of_both_splits(images, workers)
+    reading = training(requests())
     for taken in range(1, rounds + 1):
         next(reading)
         tests = 9 if taken % 5 == 0 else 1
-        assert len(list(testing.read([(TEST, torch.arange(3))] * tests))) == tests
-        assert taken <= asked <= taken + 2 * workers * reader._AHEAD
-    for _ in range(30):  # then all workers have something to do again
+        assert len(list(testing([(TEST, torch.arange(3))] * tests))) == tests
+        assert taken <= asked <= taken + 2 * workers * reader._PREFETCH
+    for _ in range(30):  # afterwards all workers have something to do again
         next(reading)
-    assert asked == rounds + 30 + workers * reader._AHEAD
+    assert asked == rounds + 30 + workers * reader._PREFETCH
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_the_queue_is_bounded(images: Path, workers: int) -> None:
     asked = 0
 
-    def requests() -> Iterator[Asked]:
+    def requests() -> Iterator[EpochIndices]:
         nonlocal asked
         while True:
             asked += 1
             yield TEST, torch.arange(4)
 
-    for taken, _ in zip(range(1, 6), made(images, workers).read(requests()), strict=False):
-        assert taken <= asked <= taken + max(workers, 1) * reader._AHEAD
+    for taken, _ in zip(range(1, 6), made(images, workers, none_bad())(requests()), strict=False):
+        assert taken <= asked <= taken + max(workers, 1) * reader._PREFETCH
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_skipping(images: Path, capfd: pytest.CaptureFixture[str], workers: int) -> None:
-    """Bad images leave their batches, are told of once, and count once."""
+    """Bad images are left out of their batches, reported once, and counted once."""
     bad = [damage(images / "train" / name) for name in ("ant/003.png", "bee/007.png")]
-    skipped = Skipped(2)
-    [some] = readers([(find(str(images)).train, Centre(16, whole=True))], workers, CPU, skipped)
+    bad_images = BadImages(2, shown=True)
+    some = made(images, workers, bad_images)
     for _ in range(2):
-        one, other, none = some.read(
+        one, other, none = some(
             [(0, torch.tensor([20, 19, 3, 0])), (0, torch.tensor([2, 4])), (0, torch.tensor([3]))]
         )
         assert one.indices.tolist() == [20, 0]
         assert one.labels.tolist() == [1, 0]
         assert other.indices.tolist() == [2, 4]
         assert len(none.labels) == len(none.pixels) == 0
-    assert len(skipped) == 2
+    assert len(bad_images) == 2
     lines = capfd.readouterr().err.splitlines()
     assert [line.split(": ")[:2] for line in lines] == [
         ["warning", f"skipped image {path}"] for path in reversed(bad)
@@ -157,12 +165,12 @@ def test_too_many(images: Path, limit: int, message: str) -> None:
     for path in (images / "train" / "ant").iterdir():
         damage(path)
     with pytest.raises(TrainerError, match=message):
-        list(made(images, 0, limit).read([(0, torch.arange(36))]))
+        list(made(images, 0, BadImages(limit, shown=True))([(0, torch.arange(36))]))
 
 
-def test_a_lost_worker(images: Path) -> None:
-    """It does not disturb what goes on meanwhile; whoever asks for the next images is told."""
-    found = made(images, 1).read([(TEST, torch.arange(4))] * 9)
+def test_a_dead_worker(images: Path) -> None:
+    """It disturbs nothing until the next batch is asked for, which is an error."""
+    found = made(images, 1, none_bad())([(TEST, torch.arange(4))] * 9)
     next(found)
     for child in multiprocessing.active_children():
         os.kill(child.pid or 0, signal.SIGKILL)
@@ -172,32 +180,34 @@ def test_a_lost_worker(images: Path) -> None:
 
 
 def test_ctrl_c_is_the_trainers(images: Path) -> None:
-    """A terminal sends it to workers too; those read on until the trainer ends them."""
+    """A terminal sends it to workers too; they go on until the trainer ends them."""
 
-    def requests() -> Iterator[Asked]:
+    def requests() -> Iterator[EpochIndices]:
         for _ in range(20):
             for child in multiprocessing.active_children():
                 os.kill(child.pid or 0, signal.SIGINT)
             yield TEST, torch.arange(4)
 
-    some = made(images, 1)
-    list(some.read([(TEST, torch.arange(4))]))  # the worker has started by now
-    assert len(list(some.read(requests()))) == 20
+    some = made(images, 1, none_bad())
+    list(some([(TEST, torch.arange(4))]))  # the worker has started by now
+    assert len(list(some(requests()))) == 20
 
 
 def test_what_travels_to_workers_that_are_not_forked(images: Path) -> None:
-    """They get it pickled."""
+    """They receive the data set pickled."""
     files = find(str(images)).train
-    for prepare in (Centre(16, whole=True), Augmented(16, 3)):
-        pictures = reader._Images(files, prepare)
-        copy = pickle.loads(pickle.dumps(pictures))
-        assert_same(tuple(copy[(2, [5, 30])]), tuple(pictures[(2, [5, 30])]))
+    dataset = reader._ImageFiles([(files, CentreCrop(16, whole=True)), (files, CropAndFlip(16, 3))])
+    copy = pickle.loads(pickle.dumps(dataset))
+    for split in range(2):
+        copied, original = (some[(split, 2, [5, 30])] for some in (copy, dataset))
+        assert_same(tuple(copied.batch), tuple(original.batch))
+        assert copied.bad == original.bad == []
 
 
 @pytest.mark.usefixtures("tiny", "no_picture")
 @pytest.mark.parametrize("side", [16, 72])
 def test_resuming_within_an_epoch(tmp_path: Path, train: Train, side: int) -> None:
-    """With workers that had read ahead; bad images leave the same batches."""
+    """With workers that had read ahead; bad images are missing from the same batches."""
     for part, count in (("train", 18), ("val", 3)):
         for seed, name in enumerate(("ant", "bee")):
             write_images(tmp_path / "images" / part / name, count, seed, side)

@@ -11,7 +11,7 @@ import pytest
 from fastlars.trainer.config import command_line
 from fastlars.trainer.config.recipes import NAMES
 from fastlars.trainer.config.tables import LARS, MLPERF, MLPERF_DEFAULT
-from fastlars.trainer.data import order
+from fastlars.trainer.data.order import BatchOrder
 from sources import ROOT
 
 TEXT = (ROOT / "docs" / "recipes.md").read_text()
@@ -30,7 +30,7 @@ def test_commands_fit_their_gpus(line: str) -> None:
     processes = gpus(line)
     command = command_line.parse(shlex.split(line.split(" -m fastlars.trainer ")[1]))
     made = command_line.fresh(command.given, processes)
-    steps = order.make(IMAGENET, made.batch_size, made.micro_batch, 0, processes, made.seed)
+    steps = BatchOrder(IMAGENET, made.batch_size, made.micro_batch, 0, processes, made.seed)
     assert steps.micro_batch <= 256
     if made.bn_batch:
         assert steps.micro_batch % made.bn_batch == 0

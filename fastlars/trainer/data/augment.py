@@ -1,7 +1,7 @@
-"""Crops and flips of one image, bytes [3, height, width], by torchvision's transforms.
+"""All augmentation: crops of one image in a worker, shifts of a whole batch on the device.
 
-What is random is drawn from a generator that starts from (seed, epoch, image): the same image
-looks the same in every process, and a run can go on from any step.
+Random numbers depend on seed, epoch and image alone. So an image looks the same in every process
+and every batch, and a run can be resumed at any step.
 """
 
 from __future__ import annotations
@@ -9,47 +9,123 @@ from __future__ import annotations
 import hashlib
 
 import torch
+from torch.nn import functional
 from torchvision.transforms import v2
 
-_SHORT_SIDE = 256 / 224  # of a test image, before its centre is cut out
-_LONGEST = 8  # times the shorter side; the rest shows in no centre, and may take gigabytes
+from fastlars.trainer.data.device_dataset import TEST, PixelBatch
+from fastlars.trainer.data.order import generator
+
+_SHORT_SIDE = 256 / 224  # the shorter side of a test image is resized to this times the crop's side
+# An image is at most this many times longer than wide before it is resized: the rest would not be
+# in the crop, and could take gigabytes.
+_MAX_ASPECT = 8
 
 
-class Augmented:
-    """A random part of random aspect, at `side` pixels, and a coin's flip (Szegedy et al. 2015)."""
+class CropAndFlip:
+    """A random crop of random aspect, resized to `side` pixels, half of them mirrored.
+
+    Szegedy et al. 2015. For single images, bytes [3, height, width].
+    """
 
     def __init__(self, side: int, seed: int) -> None:
         self._seed = seed
         self._crop = v2.Compose([v2.RandomResizedCrop(side), v2.RandomHorizontalFlip()])
 
     def __call__(self, image: torch.Tensor, epoch: int, index: int) -> torch.Tensor:
-        """The image as its epoch sees it."""
-        name = f"{self._seed}/{epoch}/{index}".encode()
-        start = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
+        """The crop of image number `index` in this epoch."""
+        key = f"{self._seed}/{epoch}/{index}".encode()
+        seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
+        # torchvision draws from the global generator. Its state is part of a checkpoint, so it must
+        # be the same afterwards.
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(start)
+            torch.default_generator.manual_seed(seed)
             return self._crop(image)
 
 
-class Centre:
-    """The middle of an image at `side` pixels; one of that size is taken as it is.
+class CentreCrop:
+    """The centre of an image, resized to `side` pixels; an image of that size stays as it is.
+
+    For single images, bytes [3, height, width].
 
     Args:
         side: in pixels.
-        whole: cut off only what the square lacks, not the margin that ImageNet's tests leave out.
+        whole: crop only to a square, without the margin that tests on ImageNet leave out.
     """
 
     def __init__(self, side: int, *, whole: bool) -> None:
         self._side = side
         short = side if whole else round(side * _SHORT_SIDE)
-        self._cut = v2.Compose([v2.Resize(short), v2.CenterCrop(side)])
+        self._crop = v2.Compose([v2.Resize(short), v2.CenterCrop(side)])
 
     def __call__(self, image: torch.Tensor, _epoch: int, _index: int) -> torch.Tensor:
-        """The same in every epoch."""
-        if image.shape[-2:] == (self._side, self._side):
-            return image
+        """The same crop in every epoch."""
         sides = image.shape[-2:]
-        most = _LONGEST * min(sides)
-        if max(sides) > most:
-            image = v2.functional.center_crop(image, [min(side, most) for side in sides])
-        return self._cut(image)
+        if sides == (self._side, self._side):
+            return image
+        longest = _MAX_ASPECT * min(sides)
+        if max(sides) > longest:
+            image = v2.functional.center_crop(image, [min(side, longest) for side in sides])
+        return self._crop(image)
+
+
+class ShiftAndFlip:
+    """Shifts each image of a batch, and mirrors half of them: on the device, for all at once.
+
+    Args:
+        images: the number of images in the data set.
+        seed: of the run.
+        margin: the largest shift in each direction, in pixels.
+        flip: mirror images at all.
+    """
+
+    def __init__(self, images: int, seed: int, margin: int, *, flip: bool) -> None:
+        self._images, self._seed, self._margin, self._flip = images, seed, margin, flip
+        self._epoch = TEST
+        self._offsets = torch.empty(0, 2, dtype=torch.int64)
+        self._flipped = torch.empty(0, dtype=torch.bool)
+
+    def apply(self, batch: PixelBatch, background: float) -> PixelBatch:
+        """The batch with its images shifted over a background of that value."""
+        if batch.epoch != self._epoch:
+            self._draw(batch.epoch, batch.pixels.device)
+        offsets, flipped = self._offsets[batch.indices], self._flipped[batch.indices]
+        pixels = shifted(batch.pixels, self._margin, offsets, flipped, background)
+        return batch._replace(pixels=pixels)
+
+    def _draw(self, epoch: int, device: torch.device) -> None:
+        """Draw one table for all images: what an image gets does not depend on its batch.
+
+        Drawn on the host, so that all devices get the same numbers, and sent once an epoch.
+        """
+        random, positions = generator(self._seed, epoch), 2 * self._margin + 1
+        offsets = torch.randint(0, positions, (self._images, 2), generator=random)
+        if self._flip:
+            flipped = torch.randint(0, 2, (self._images,), generator=random).bool()
+        else:
+            flipped = torch.zeros(self._images, dtype=torch.bool)
+        self._offsets, self._flipped = offsets.to(device), flipped.to(device)
+        self._epoch = epoch
+
+
+def shifted(
+    images: torch.Tensor,
+    margin: int,
+    offsets: torch.Tensor,
+    flipped: torch.Tensor,
+    background: float,
+) -> torch.Tensor:
+    """Windows of [n, side, side, channels] images that are padded by `margin` pixels.
+
+    Args:
+        images: of any type, on any device.
+        margin: width of the padding in pixels.
+        offsets: [n, 2], top and left corner of each window, from 0 to 2 * margin.
+        flipped: [n], whether the window is mirrored left to right.
+        background: value of the padding.
+    """
+    padded = functional.pad(images, (0, 0) + (margin,) * 4, value=background)
+    line = torch.arange(images.shape[1], device=images.device)
+    rows, columns = offsets[:, :1] + line, offsets[:, 1:] + line
+    columns = torch.where(flipped[:, None], columns.flip(1), columns)
+    numbers = torch.arange(len(images), device=images.device)[:, None, None]
+    return padded[numbers, rows[:, :, None], columns[:, None, :]]

@@ -1,6 +1,7 @@
 """scikit-learn's handwritten digits: 1,797 grey images of 8x8 pixels, part of the package.
 
-They are test data of UCI's "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak 1998).
+They are the test set of "Optical Recognition of Handwritten Digits" at UCI (Alpaydin and Kaynak
+1998).
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.nn import functional
 
+from fastlars.trainer.data.augment import ShiftAndFlip
 from fastlars.trainer.data.dataset import Batch
-from fastlars.trainer.data.device_dataset import TEST, DeviceDataset, Moves
+from fastlars.trainer.data.device_dataset import TEST, DeviceDataset
 
-_SPLIT_SEED = 0  # not --seed: every run is tested on the same images
-_SIDE = 32  # ResNet's five halvings bring it to one pixel
-_SHIFT = 2  # augmentation, in pixels of the enlarged image: half a pixel of the original
+_SPLIT_SEED = 0  # not --seed: all runs are tested on the same images
+_SIDE = 32  # pixels; ResNet halves it five times, to one pixel
+_SHIFT = 2  # pixels of the enlarged image: half a pixel of the original
 
 
 class Digits:
@@ -29,7 +31,7 @@ class Digits:
     image_size = _SIDE
     prepared = True
     skipped = 0
-    stem = "imagenet"  # it brings the enlarged images back to their real 8x8
+    stem = "imagenet"  # reduces the enlarged images to their original 8x8
 
     def __init__(self, seed: int, device: torch.device) -> None:
         images, labels = load_digits(return_X_y=True)
@@ -49,20 +51,20 @@ class Digits:
         self._background = (-mean / std).item()
         self.train_size, self.test_size = len(train_labels), len(test_labels)
         self.kept_bytes = 4 * _SIDE**2 * (self.train_size + self.test_size)
-        self._moves = Moves(self.train_size, seed, _SHIFT, mirror=False)
+        self._shift = ShiftAndFlip(self.train_size, seed, _SHIFT, flip=False)
 
     def prepare(self) -> None:
-        """Nothing to do: they are there."""
+        """Nothing to do: the constructor has read all images."""
 
     def train(self, batches: Iterable[tuple[int, torch.Tensor]]) -> Iterator[Batch]:
-        """Each image moved by up to half a pixel of the original in each direction."""
-        for part in self._train.read(batches):
-            yield _as_colour(self._moves.apply(part, self._background).pixels), part.labels
+        """Each image shifted by up to half a pixel of the original in each direction."""
+        for batch in self._train.read(batches):
+            yield _as_colour(self._shift.apply(batch, self._background).pixels), batch.labels
 
     def test(self, batches: Iterable[torch.Tensor]) -> Iterator[Batch]:
-        """The images in their place."""
-        for part in self._test.read((TEST, indices) for indices in batches):
-            yield _as_colour(part.pixels), part.labels
+        """The images without a shift."""
+        for batch in self._test.read((TEST, indices) for indices in batches):
+            yield _as_colour(batch.pixels), batch.labels
 
 
 def _enlarge(images: torch.Tensor) -> torch.Tensor:
@@ -73,6 +75,6 @@ def _enlarge(images: torch.Tensor) -> torch.Tensor:
 
 
 def _as_colour(images: torch.Tensor) -> torch.Tensor:
-    """Three equal channels, for the same model that photographs train."""
+    """Three equal channels, so that the model is the one for photographs."""
     grey = images.permute(0, 3, 1, 2)
     return grey.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)

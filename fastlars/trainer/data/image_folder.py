@@ -1,9 +1,11 @@
-"""Folders of images in ImageNet's layout: train/ and val/ (or test/), one folder a class."""
+"""Folders of images in ImageNet's layout: train/ and val/ (or test/), with one folder a class."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from typing import TypeVar
@@ -12,38 +14,49 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from fastlars.trainer.data import cache, decode, listing
-from fastlars.trainer.data.augment import Augmented, Centre
+from fastlars.trainer.data import decode, listing
+from fastlars.trainer.data.augment import CentreCrop, CropAndFlip, ShiftAndFlip
 from fastlars.trainer.data.dataset import Batch
-from fastlars.trainer.data.device_dataset import TEST, DeviceDataset, Moves, Part
+from fastlars.trainer.data.device_dataset import TEST, DeviceDataset, PixelBatch
 from fastlars.trainer.data.listing import Files
-from fastlars.trainer.data.reader import Prepare, Reader, Skipped, readers
+from fastlars.trainer.data.reader import BadImages, Reader
 from fastlars.trainer.errors import TrainerError
 
-_SMALL = cache.LARGEST
+# Pixels. Small images are used whole, and may be kept on the device. Larger ones are not kept,
+# because the workers cut another crop from them in every epoch.
+_SMALL = 64
 _LARGE = 224
-_LOOKED_AT = 256  # images whose headers tell the size, spread over the classes
-_MOST_CLASSES = 1024  # of which one is looked at, where there are more than that
 _MARGIN = 1 / 8  # 4 of 32 pixels, as in He et al. (2016) for CIFAR
-# Mean and deviation of ImageNet's channels, on the scale of bytes.
+# Mean and standard deviation of ImageNet's channels, on the scale of bytes.
 _MEAN = (123.675, 116.28, 103.53)
 _STD = (58.395, 57.12, 57.375)
+
+_SAMPLED = 256  # images that decide the size by their headers, spread over the classes
+_SAMPLED_CLASSES = 1024  # of more classes than this, only so many are sampled, one image each
+
+# What --cache auto may take.
+_BYTES_ON_CPU = 2 * 2**30
+_SHARE_OF_GPU = 1 / 4  # of the free memory
+_READ_AT_ONCE = 256  # images of one request while the kept ones are read
+
+Read = Callable[[Iterable[tuple[int, torch.Tensor]]], Iterator[PixelBatch]]
+T = TypeVar("T")
 
 
 class Folder:
     """Images that worker processes read from files, once or whenever they are needed.
 
-    Small ones are moved and mirrored on the device, so it does not show whether they are kept
-    there; of large ones the workers cut random context.
+    Small ones are shifted and mirrored on the device, so training is the same whether they are kept
+    there or not; of large ones the workers cut random crops.
 
     Args:
         root: the folder.
-        image_size: side in pixels that images are brought to; 0: their own if they are small.
+        image_size: side in pixels to which images are resized; 0: their own size if they are small.
         seed: of the augmentation.
-        workers: processes that read; 0: this one.
+        workers: the number of processes that read; 0: this process reads.
         device: where the batches are put.
-        keep: 'on', 'off' or 'auto': whether small images stay on the device.
-        max_bad_images: how many may be skipped because they cannot be read.
+        keep: 'on', 'off' or 'auto': whether small images are kept on the device.
+        max_bad_images: how many images that cannot be read are skipped before that is an error.
     """
 
     def __init__(
@@ -60,102 +73,147 @@ class Folder:
         self.name = root
         self.classes, train, test = listing.find(root)
         self.train_size, self.test_size = len(train), len(test)
-        count = len(train) + len(test)
         first = not dist.is_initialized() or dist.get_rank() == 0
-        self._skipped = Skipped(max_bad_images, shown=first)
-        self.image_size = image_size or _native_size(train, self._skipped)
-        kept = cache.wanted(keep, self.image_size, count, device)
-        # What is kept every process reads alike, and the first tells of it.
-        self._skipped.shown = self._shown = first or not kept
+        self._bad_images = BadImages(max_bad_images, shown=first)
+        self.image_size = image_size or _native_size(train, self._bad_images)
+        count = len(train) + len(test)
+        self._kept = _is_kept(keep, self.image_size, count, device)
+        # All processes read the images that are kept, so the first one reports for all. Of images
+        # that are not kept, each process reads others.
+        self._bad_images.shown = self._shown = first or not self._kept
         small = self.image_size <= _SMALL
         self.stem = "small" if small else "imagenet"
-        centre = Centre(self.image_size, whole=small)
+        centre = CentreCrop(self.image_size, whole=small)
         margin = round(self.image_size * _MARGIN)
-        self._moves = Moves(len(train), seed, margin, mirror=True) if small else None
-
-        self._files = train, test
-        self._workers, self._device, self._kept = workers, device, kept
-        self._prepares: tuple[Prepare, Prepare] = (
-            centre if small else Augmented(self.image_size, seed),
-            centre,
+        self._shift = ShiftAndFlip(len(train), seed, margin, flip=True) if small else None
+        self._splits = (
+            (train, centre if small else CropAndFlip(self.image_size, seed)),
+            (test, centre),
         )
-        self._sources: list[Reader | DeviceDataset] = []
+        self._workers, self._device = workers, device
+        self._sources: list[Read] = []  # of training and test images, once they are prepared
         self._mean = torch.tensor(_MEAN, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(_STD, device=device).view(1, 3, 1, 1)
 
     def prepare(self) -> None:
-        """Read what is kept on the device; the first batch would do so too."""
-        if not self._sources:
-            kinds = list(zip(self._files, self._prepares, strict=True))
-            made = readers(kinds, self._workers, self._device, self._skipped)
-            if self._kept:
-                self._sources = [*map(self._read, made, ("training", "test"))]
-            else:
-                self._sources = [*made]
-
-    def _read(self, reader: Reader, what: str) -> DeviceDataset:
-        return cache.keep(reader, self.image_size, self._device, what=what, shown=self._shown)
+        """Read the images that are kept on the device; otherwise the first batch does so."""
+        if self._sources:
+            return
+        reader = Reader(self._splits, self._workers, self._device, self._bad_images)
+        sources: list[Read] = [partial(reader.read, split) for split in range(2)]
+        if self._kept:
+            sources = [
+                self._read_all(read, files, what).read
+                for read, (files, _), what in zip(
+                    sources, self._splits, ("training", "test"), strict=True
+                )
+            ]
+        self._sources = sources
 
     @property
     def kept_bytes(self) -> int:
-        """What is kept on the device takes so much there, once it is read."""
+        """Bytes that the images kept on the device take there, once they are read."""
         count = self.train_size + self.test_size if self._kept else 0
-        return 3 * count * self.image_size**2
+        return count * _bytes(self.image_size)
 
     @property
     def prepared(self) -> bool:
-        """Whether it is read."""
+        """Whether `prepare` has run."""
         return bool(self._sources)
 
     @property
     def skipped(self) -> int:
-        """Images that this process could not read so far."""
-        return len(self._skipped)
+        """Number of images that this process could not read so far."""
+        return len(self._bad_images)
 
     def train(self, batches: Iterable[tuple[int, torch.Tensor]]) -> Iterator[Batch]:
-        """Augmented by epoch and image, whatever worker or process reads it."""
+        """Augmented by epoch and image, whichever worker or process reads them."""
         self.prepare()
-        for part in self._sources[0].read(batches):
-            if len(part.labels) < 2:
+        for batch in self._sources[0](batches):
+            if len(batch.labels) < 2:
                 raise TrainerError(
-                    f"{len(part.labels)} images of a forward pass could be read, and batch norm "
+                    f"{len(batch.labels)} images of a forward pass could be read, and batch norm "
                     "needs 2: set a larger --batch-size or --micro-batch, or mend the images"
                 )
-            yield self._normal(part if self._moves is None else self._moves.apply(part, 0))
+            yield self._normalised(batch if self._shift is None else self._shift.apply(batch, 0))
 
     def test(self, batches: Iterable[torch.Tensor]) -> Iterator[Batch]:
         """The images' centres; a batch of which no image can be read is left out."""
         self.prepare()
-        for part in self._sources[1].read((TEST, indices) for indices in batches):
-            if len(part.labels):
-                yield self._normal(part)
+        for batch in self._sources[1]((TEST, indices) for indices in batches):
+            if len(batch.labels):
+                yield self._normalised(batch)
 
-    def _normal(self, part: Part) -> Batch:
-        # Rows of pixels of three bytes, read as channels first, are channels_last.
-        return (part.pixels.permute(0, 3, 1, 2).float() - self._mean) / self._std, part.labels
+    def _normalised(self, batch: PixelBatch) -> Batch:
+        # Pixels of three bytes next to each other, seen as channels first, are channels_last.
+        return (batch.pixels.permute(0, 3, 1, 2).float() - self._mean) / self._std, batch.labels
+
+    def _read_all(self, read: Read, files: Files, what: str) -> DeviceDataset:
+        """All images of a split, on the device, with a progress bar meanwhile."""
+        count, side, started = len(files), self.image_size, time.perf_counter()
+        try:
+            pixels = torch.empty(count, side, side, 3, dtype=torch.uint8, device=self._device)
+        except RuntimeError as error:
+            raise TrainerError(
+                f"--cache: {count} images take {count * _bytes(side) / 2**30:.1f} GiB, more than "
+                f"{self._device} has"
+            ) from error
+        missing = set(range(count))
+        requests = torch.arange(count).split(_READ_AT_ONCE)
+        hidden = None if self._shown else True  # None: hidden if standard error is no terminal
+        with tqdm(total=count, desc=f"reading {what} images", unit="img", disable=hidden) as bar:
+            found = read((TEST, indices) for indices in requests)
+            for indices, batch in zip(requests, found, strict=True):
+                pixels[batch.indices] = batch.pixels
+                missing.difference_update(batch.indices.tolist())
+                bar.update(len(indices))
+        if self._shown:
+            seconds = time.perf_counter() - started
+            tqdm.write(
+                f"read {count - len(missing)} {what} images in {seconds:.1f} s: "
+                f"{pixels.nbytes / 1e6:.1f} MB, kept on {self._device.type}"
+            )
+        labels = torch.tensor([label for _, label in files], device=self._device)
+        return DeviceDataset(pixels, labels, missing)
 
 
-_T = TypeVar("_T")
+def _bytes(side: int) -> int:
+    """Bytes of one image."""
+    return 3 * side * side
 
 
-def _native_size(files: Files, skipped: Skipped) -> int:
-    """The side of small images, which are used as they are; 224 for others."""
-    looked_at, found = _sample(files), set()
-    for path, _ in looked_at:
+def _is_kept(cache: str, side: int, images: int, device: torch.device) -> bool:
+    """Whether `images` of `side` pixels are kept on the device, by the value of --cache."""
+    if side > _SMALL and cache == "on":
+        raise TrainerError(
+            f"--cache on keeps images of up to {_SMALL} pixels, and these are brought to {side}: "
+            "set a smaller --image-size"
+        )
+    if side > _SMALL or cache != "auto":
+        return cache == "on"
+    on_gpu = device.type == "cuda"
+    limit = torch.cuda.mem_get_info(device)[0] * _SHARE_OF_GPU if on_gpu else _BYTES_ON_CPU
+    return images * _bytes(side) <= limit
+
+
+def _native_size(files: Files, bad_images: BadImages) -> int:
+    """The largest side of small images, which are used as they are; 224 for others."""
+    sample, found = _sample(files), set()
+    for path, _ in sample:
         try:
             found.add(max(decode.sides(path)))
-        except decode.BAD as error:
-            skipped.add(path, decode.reason(error))
+        except decode.BadImageError as error:
+            bad_images.add(path, str(error))
     if not found:
         raise TrainerError(
-            f"--data: none of {len(looked_at)} training images can be read, so their size is not "
+            f"--data: none of {len(sample)} training images can be read, so their size is not "
             "known: set --image-size"
         )
     smallest, largest = min(found), max(found)
     side = max(largest, 8) if largest <= _SMALL else _LARGE
-    if smallest < largest and smallest <= _SMALL and skipped.shown:
+    if smallest < largest and smallest <= _SMALL and bad_images.shown:
         tqdm.write(
-            f"warning: the longer sides of {len(looked_at)} training images are from {smallest} to "
+            f"warning: the longer sides of {len(sample)} training images are from {smallest} to "
             f"{largest} pixels: all are brought to {side} (--image-size sets another)",
             file=sys.stderr,
         )
@@ -163,13 +221,13 @@ def _native_size(files: Files, skipped: Skipped) -> int:
 
 
 def _sample(files: Files) -> Files:
-    """Some images of every class, always the same."""
+    """Some images of every class, the same in every run."""
     classes = [list(group) for _, group in groupby(files, key=itemgetter(1))]
-    each = max(_LOOKED_AT // len(classes), 1)
-    return [file for group in _spread(classes, _MOST_CLASSES) for file in _spread(group, each)]
+    each = max(_SAMPLED // len(classes), 1)
+    return [file for group in _spread(classes, _SAMPLED_CLASSES) for file in _spread(group, each)]
 
 
-def _spread(items: Sequence[_T], most: int) -> list[_T]:
-    """At most that many of the items, from the first on, evenly."""
+def _spread(items: Sequence[T], most: int) -> list[T]:
+    """At most that many of the items, evenly spaced from the first on."""
     count = min(len(items), most)
     return [items[i * len(items) // count] for i in range(count)]

@@ -1,6 +1,8 @@
-"""Which images a folder holds: train/ and val/ (or test/), one folder a class.
+"""Which images a folder holds: train/ and val/ (or test/), with one folder a class.
 
-What is hidden, by a dot, is left out at every depth: what systems and editors keep next to images.
+Unlike torchvision's ImageFolder, this leaves out hidden files and folders (.ipynb_checkpoints,
+._image.jpg), refuses links that lead round in a circle, and checks that both parts have the same
+classes.
 """
 
 from __future__ import annotations
@@ -26,44 +28,34 @@ class Listing(NamedTuple):
 
 
 def find(root: str) -> Listing:
-    """The images below `root`; TrainerError where the folder is not laid out as it must be."""
-    train, test = _folders(Path(root))
-    classes = _classes(train, test)
-    return Listing(classes, _files(train, classes), _files(test, classes))
+    """The images below `root`; TrainerError if the folder does not have the layout above."""
+    names = _subfolders(Path(root))
+    held_out = "val" if "val" in names else "test"
+    for name, missing in (("train", "train/"), (held_out, "val/ or test/")):
+        if name not in names:
+            raise TrainerError(f"--data: {Path(root)} has no folder {missing}")
+    train, test = Path(root, "train"), Path(root, held_out)
+    classes, test_classes = _subfolders(train), _subfolders(test)
+    for folder, found in ((train, classes), (test, test_classes)):
+        if not found:
+            raise TrainerError(f"--data: {folder} has no class folders")
+    if classes != test_classes:
+        name = min(set(classes) ^ set(test_classes))
+        has, lacks = (train, test) if name in classes else (test, train)
+        raise TrainerError(f"--data: class {name} is in {has} but not in {lacks}")
+    return Listing(tuple(classes), _files(train, classes), _files(test, classes))
 
 
-def _folders(root: Path) -> tuple[Path, Path]:
-    names = {path.name for path in _subfolders(root)}
-    held_out = next((name for name in ("val", "test") if name in names), None)
-    if "train" not in names or held_out is None:
-        missing = "train/" if "train" not in names else "val/ or test/"
-        raise TrainerError(f"--data: {root} has no folder {missing}")
-    return root / "train", root / held_out
-
-
-def _subfolders(folder: Path) -> list[Path]:
+def _subfolders(folder: Path) -> list[str]:
     try:
         with os.scandir(folder) as entries:
-            found = [Path(entry.path) for entry in entries if entry.is_dir()]
+            return sorted(e.name for e in entries if e.is_dir() and not _is_hidden(e.name))
     except OSError as error:
         _refuse(error)
-    return sorted(path for path in found if not _hidden(path.name))
 
 
-def _hidden(name: str) -> bool:
+def _is_hidden(name: str) -> bool:
     return name.startswith(".")
-
-
-def _classes(train: Path, test: Path) -> tuple[str, ...]:
-    names, test_names = ({path.name for path in _subfolders(part)} for part in (train, test))
-    for folder, there in ((train, names), (test, test_names)):
-        if not there:
-            raise TrainerError(f"--data: {folder} has no class folders")
-    if names != test_names:
-        name = min(names ^ test_names)
-        has, lacks = (train, test) if name in names else (test, train)
-        raise TrainerError(f"--data: class {name} is in {has} but not in {lacks}")
-    return tuple(sorted(names))
 
 
 def _files(folder: Path, classes: Sequence[str]) -> Files:
@@ -71,13 +63,13 @@ def _files(folder: Path, classes: Sequence[str]) -> Files:
     for label, name in enumerate(classes):
         before = len(files)
         for place, subfolders, names in os.walk(folder / name, onerror=_refuse, followlinks=True):
-            subfolders[:] = sorted(name for name in subfolders if not _hidden(name))
+            subfolders[:] = sorted(name for name in subfolders if not _is_hidden(name))
             for subfolder in subfolders:
                 _check_link(Path(place, subfolder))
             files += [
                 (os.path.join(place, file), label)
                 for file in sorted(names)
-                if file.lower().endswith(_SUFFIXES) and not _hidden(file)
+                if file.lower().endswith(_SUFFIXES) and not _is_hidden(file)
             ]
         if len(files) == before:
             kinds = ", ".join(_SUFFIXES)
@@ -86,7 +78,7 @@ def _files(folder: Path, classes: Sequence[str]) -> Files:
 
 
 def _check_link(folder: Path) -> None:
-    """Refuse a link to a folder that it is in: its images would be there many times over."""
+    """Refuse a link to a folder that contains the link: its images would be listed many times."""
     if folder.is_symlink() and os.path.realpath(folder) in map(os.path.realpath, folder.parents):
         raise TrainerError(f"--data: {folder} leads back to a folder that it is in")
 

@@ -1,4 +1,9 @@
-"""Worker processes that read image files, some batches ahead of the training."""
+"""Worker processes that read image files a few batches ahead of the training.
+
+One DataLoader serves both training and tests, so that --workers N starts N processes. A loader for
+each would be simpler, but would double the processes. Where workers are not forked (the default of
+Python 3.14), each takes 600 MB with the list of ImageNet's files, and seconds to start.
+"""
 
 from __future__ import annotations
 
@@ -17,41 +22,44 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
 from fastlars.trainer.data import decode, sharing
-from fastlars.trainer.data.device_dataset import Part
+from fastlars.trainer.data.device_dataset import PixelBatch
 from fastlars.trainer.data.listing import Files
 from fastlars.trainer.errors import TrainerError, one_line, printable
 from fastlars.trainer.process import failures
 
-_AHEAD = 2  # batches that each worker may have finished
-# A worker that cannot open a file to send it closes the connection, without saying why.
+_PREFETCH = 2  # batches that each worker reads ahead
+# A worker that cannot open a file to send it closes the connection without giving a reason.
 _MAYBE_FILES = "too few open files (ulimit -n)"
 _LOST = f"--workers: a worker process died; is memory or /dev/shm full, or {_MAYBE_FILES}?"
 _NAMED = 5  # bad images that the error names
 
-Prepare = Callable[[torch.Tensor, int, int], torch.Tensor]  # image, epoch, index
-Asked = tuple[int, list[int]]  # epoch, indices
+# The user chose the number of workers: torch's advice on it is not wanted.
+warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+
+Transform = Callable[[torch.Tensor, int, int], torch.Tensor]  # of image, epoch and index
+Request = tuple[int, int, list[int]]  # split, epoch, indices
 
 
-class Skipped:
-    """The images that a process could not read: each is told of once, up to a limit.
+class BadImages:
+    """The images that a process could not read: each is reported once, up to a limit.
 
     Args:
         limit: how many there may be.
         shown: print a warning for each.
     """
 
-    def __init__(self, limit: int, *, shown: bool = True) -> None:
+    def __init__(self, limit: int, *, shown: bool) -> None:
         self._limit, self.shown = limit, shown
-        self._found: dict[str, str] = {}
+        self._reasons: dict[str, str] = {}
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._reasons)
 
     def add(self, path: str, reason: str) -> None:
-        """Count the image at `path`; TrainerError where there are too many."""
-        if path in self._found:
+        """Count the image at `path`; TrainerError if there are too many."""
+        if path in self._reasons:
             return
-        self._found[path] = reason
+        self._reasons[path] = reason
         if len(self) > self._limit:
             raise TrainerError(self._error())
         if self.shown:
@@ -59,253 +67,200 @@ class Skipped:
             tqdm.write(printable(text), file=sys.stderr)
 
     def _error(self) -> str:
-        first = [f"{path}: {why}" for path, why in list(self._found.items())[:_NAMED]]
+        named = [f"{path}: {reason}" for path, reason in list(self._reasons.items())[:_NAMED]]
         if self._limit == 0:
-            return f"cannot read image {first[0]} (--max-bad-images would skip some)"
-        more = f"; and {len(self) - _NAMED} more" if len(self) > _NAMED else ""
-        return (
-            f"more than --max-bad-images {self._limit} cannot be read: " + "; ".join(first) + more
-        )
-
-
-class Reader:
-    """Reads images of one kind. Made by `readers`; its workers may read another kind meanwhile."""
-
-    def __init__(self, pool: _Pool, kind: int, files: Files, skipped: Skipped) -> None:
-        self._pool, self._kind, self.files, self._skipped = pool, kind, files, skipped
-
-    def read(self, batches: Iterable[tuple[int, torch.Tensor]]) -> Iterator[Part]:
-        """The images at each (epoch, indices), in that order, without those that are bad."""
-        device = self._pool.device
-        for batch in self._pool.read(self._kind, batches):
-            for index, why in zip(batch.bad, batch.reasons, strict=True):
-                self._skipped.add(self.files[index][0], why)
-            pixels = batch.pixels.to(device, non_blocking=True)
-            labels = batch.labels.to(device, non_blocking=True)
-            indices = batch.indices.to(device, non_blocking=True)
-            yield Part(pixels, labels, batch.epoch, indices)
-
-
-def readers(
-    kinds: Sequence[tuple[Files, Prepare]], workers: int, device: torch.device, skipped: Skipped
-) -> list[Reader]:
-    """A reader for each kind of images, all with the same worker processes.
-
-    Args:
-        kinds: the images, and what is done to each; the results must be of one shape.
-        workers: processes that read; 0: the calling one.
-        device: where the batches are put.
-        skipped: where images that cannot be read are counted.
-    """
-    pool = _Pool([_Images(*kind) for kind in kinds], workers, device)
-    return [Reader(pool, number, files, skipped) for number, (files, _) in enumerate(kinds)]
+            return f"cannot read image {named[0]} (--max-bad-images would skip some)"
+        if len(self) > _NAMED:
+            named.append(f"and {len(self) - _NAMED} more")
+        return f"more than --max-bad-images {self._limit} cannot be read: " + "; ".join(named)
 
 
 @dataclass(eq=False)
 class _Reading:
-    """Batches of one kind that somebody goes through."""
+    """One pass over batches of a split: the training, or one test."""
 
-    kind: int
+    split: int
     batches: Iterator[tuple[int, torch.Tensor]]
-    arrived: deque[_Batch] = field(default_factory=deque)
-    on_their_way: int = 0
-    asked_all: bool = False
+    arrived: deque[_Result] = field(default_factory=deque)
+    exhausted: bool = False
 
 
 class _Requests:
-    """What the loader is to fetch: for the reading that began last, then for those before it.
+    """The loader's sampler: requests of the current reading, to its end.
 
-    When nothing is left to fetch, it stays ended until everything has arrived; then the loader
-    starts again. Without that the loader, which asks only when a batch arrives, would keep one
-    worker busy and leave the others idle.
+    The loader takes one request whenever a batch arrives, and the batches arrive in the order of
+    the requests. So a test first receives the training batches in flight, which then wait in
+    `arrived` of their reading.
+
+    Attributes:
+        current: the reading that waits for a batch.
+        in_flight: the reading that each requested batch belongs to, in order.
+    """
+
+    def __init__(self) -> None:
+        self.current = _Reading(0, iter(()))
+        self.in_flight: deque[_Reading] = deque()
+
+    def __iter__(self) -> Iterator[Request]:
+        while (batch := next(self.current.batches, None)) is not None:
+            self.in_flight.append(self.current)
+            # A list: a tensor would travel to the worker through a file of its own.
+            yield self.current.split, batch[0], batch[1].tolist()
+        self.current.exhausted = True
+
+
+class Reader:
+    """Reads the images of several splits, all with the same worker processes.
 
     Args:
-        ahead: how many batches may be on their way; as many may wait for a reading.
+        splits: the files of each split (training, test), and how their images are transformed; the
+            results within a split must be of one shape.
+        workers: the number of processes; 0: the calling process reads.
+        device: where the batches are put.
+        bad_images: where images that cannot be read are counted.
     """
 
-    def __init__(self, ahead: int) -> None:
-        self._ahead, self._ended = ahead, False
-        self.readings: list[_Reading] = []
-        self.sent: deque[_Reading] = deque()  # whose the batches on their way are, in order
+    def __init__(
+        self,
+        splits: Sequence[tuple[Files, Transform]],
+        workers: int,
+        device: torch.device,
+        bad_images: BadImages,
+    ) -> None:
+        self._splits, self._device, self._bad_images = splits, device, bad_images
+        self._ahead = workers * _PREFETCH
+        self._requests = _Requests()
+        self._loader: DataLoader[Any] = DataLoader(
+            _ImageFiles(splits),
+            batch_size=None,  # a request is a whole batch
+            sampler=self._requests,
+            num_workers=workers,
+            prefetch_factor=_PREFETCH if workers else None,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_start_worker,
+            # By default the loader draws from the global generator, and a resumed run would draw
+            # more often than an uninterrupted one.
+            generator=torch.Generator(),
+        )
+        self._results: Iterator[_Result | sharing.Packed[_Result]] = iter(())
 
-    def __iter__(self) -> Iterator[tuple[int, Asked]]:
-        self._ended = False
-        return self
+    def read(self, split: int, batches: Iterable[tuple[int, torch.Tensor]]) -> Iterator[PixelBatch]:
+        """The images of a split at each (epoch, indices), in order, without the bad ones."""
+        reading, requests = _Reading(split, iter(batches)), self._requests
+        while reading.arrived or reading in requests.in_flight or not reading.exhausted:
+            requests.current = reading
+            # Nothing is in flight at first and after a test. The workers get new requests before
+            # the waiting batches are used up, or they would idle meanwhile; but not while so many
+            # batches wait that more would take too much memory.
+            if not (requests.in_flight or reading.exhausted or len(reading.arrived) > self._ahead):
+                self._start()
+            if reading.arrived:
+                yield self._on_device(split, reading.arrived.popleft())
+            else:
+                self._receive()
 
-    def __next__(self) -> tuple[int, Asked]:
-        for reading in [] if self._ended else reversed(self.readings):
-            if reading is not self.readings[-1] and not len(reading.arrived) <= self._ahead > 0:
-                break
-            for epoch, indices in reading.batches:
-                self.sent.append(reading)
-                reading.on_their_way += 1
-                # Lists: a tensor would travel to the worker through a file of its own.
-                return reading.kind, (epoch, indices.tolist())
-            reading.asked_all = True
-        self._ended = True
-        raise StopIteration
-
-
-class _Pool:
-    """One set of workers for training and test images.
-
-    What the training has asked for by then arrives first, and waits for it.
-    """
-
-    def __init__(self, kinds: Sequence[_Images], workers: int, device: torch.device) -> None:
-        self.device = device
-        self._requests = _Requests(workers * _AHEAD)
-        with _unwarned():
-            self._loader: DataLoader[Any] = DataLoader(
-                _Kinds(kinds),
-                batch_size=None,  # a request is a whole batch
-                sampler=self._requests,
-                num_workers=workers,
-                prefetch_factor=_AHEAD if workers else None,
-                persistent_workers=workers > 0,
-                pin_memory=device.type == "cuda",
-                worker_init_fn=_start_worker,
-                # Without one of its own the loader draws from the global generator, and a resumed
-                # run would no longer be where the undisturbed one is.
-                generator=torch.Generator(),
-            )
-        self._found: Iterator[_Sent] = iter(())
-
-    def read(self, kind: int, batches: Iterable[tuple[int, torch.Tensor]]) -> Iterator[_Batch]:
-        """The batches of one kind, in order."""
-        requests = self._requests
-        reading = _Reading(kind, iter(batches))
-        requests.readings.append(reading)
+    def _start(self) -> None:
+        """Start the loader on the requests of the current reading."""
+        # When a worker dies, torch's handler of SIGCHLD raises wherever the trainer is, even while
+        # it writes a checkpoint. Without it the next batch reports the death, within 5 s.
+        handler = signal.getsignal(signal.SIGCHLD)
         try:
-            while reading.arrived or reading.on_their_way or not reading.asked_all:
-                if reading.arrived:
-                    yield reading.arrived.popleft()
-                else:
-                    self._receive()
+            with _worker_errors_in_one_line():
+                self._results = iter(self._loader)
         finally:
-            requests.readings.remove(reading)
+            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
     def _receive(self) -> None:
-        """Hand the next batch, where there is one, to whoever asked for it."""
-        # A test takes place in inference mode, and a batch of the training may arrive meanwhile.
-        with torch.inference_mode(False), _worker_errors_in_a_line():
-            if not self._requests.sent:
-                with _child_signals_as_they_are(), _unwarned():
-                    self._found = iter(self._loader)
-            batch = next(self._found, None)
-            if isinstance(batch, sharing.Packed):
-                batch = batch.open()
-        if batch is not None:
-            reading = self._requests.sent.popleft()
-            reading.on_their_way -= 1
-            reading.arrived.append(batch)
+        """Hand the next batch, if there is one, to the reading that requested it."""
+        # A test runs in inference mode, and a training batch may arrive meanwhile.
+        with torch.inference_mode(False), _worker_errors_in_one_line():
+            result = next(self._results, None)
+            if isinstance(result, sharing.Packed):
+                result = result.open()
+        if result is not None:
+            self._requests.in_flight.popleft().arrived.append(result)
+
+    def _on_device(self, split: int, result: _Result) -> PixelBatch:
+        """Count the bad images, and move the batch of the others to the device."""
+        files, _ = self._splits[split]
+        for index, reason in result.bad:
+            self._bad_images.add(files[index][0], reason)
+        pixels, labels, epoch, indices = result.batch
+        return PixelBatch(
+            pixels.to(self._device, non_blocking=True),
+            labels.to(self._device, non_blocking=True),
+            epoch,
+            indices.to(self._device, non_blocking=True),
+        )
 
 
 @contextmanager
-def _worker_errors_in_a_line() -> Iterator[None]:
-    """What goes wrong between the trainer and its workers is a TrainerError."""
+def _worker_errors_in_one_line() -> Iterator[None]:
+    """Turn what goes wrong between the trainer and its workers into a TrainerError."""
     try:
         yield
-    except (OSError, EOFError, RuntimeError) as error:  # torch's has no class of its own
+    except (OSError, EOFError, RuntimeError) as error:  # RuntimeError: torch has no class for these
         text = str(error)
         if failures.short_of_files(text):
-            said = f"--workers: Too many open files: {failures.FILES}"
+            line = f"--workers: Too many open files: {failures.FILES}"
         elif isinstance(error, ConnectionError) or "DataLoader worker (pid" in text:
-            said = f"{_LOST} {one_line(error)}"
+            line = f"{_LOST} {one_line(error)}"
         elif isinstance(error, RuntimeError):
             raise
         else:
-            why = (
-                failures.reason(error)
-                if isinstance(error, OSError)
-                else f"a pipe is closed: {_MAYBE_FILES}?"
-            )
-            full = " in /dev/shm" if isinstance(error, OSError) and error.errno == ENOSPC else ""
-            said = f"--workers: {why}{full}; with --workers 0 the trainer reads alone"
-        raise TrainerError(said) from error
+            reason = f"a pipe is closed: {_MAYBE_FILES}?"
+            if isinstance(error, OSError):
+                place = " in /dev/shm" if error.errno == ENOSPC else ""
+                reason = failures.reason(error) + place
+            line = f"--workers: {reason}; with --workers 0 the trainer reads alone"
+        raise TrainerError(line) from error
 
 
-@contextmanager
-def _unwarned() -> Iterator[None]:
-    """Without torch's advice on the number of workers, which the user has chosen."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-        yield
-
-
-class _Batch(NamedTuple):
+class _Result(NamedTuple):
     """What a worker sends."""
 
-    pixels: torch.Tensor  # [n, side, side, 3]
-    labels: torch.Tensor
-    epoch: int
-    indices: torch.Tensor
-    bad: list[int]
-    reasons: list[str]
+    batch: PixelBatch
+    bad: list[tuple[int, str]]  # index and reason of each image that cannot be read
 
 
-_Sent = _Batch | sharing.Packed[_Batch]
+class _ImageFiles(Dataset[Any]):
+    """Reads whole batches; picklable, for workers that are not forked."""
 
+    def __init__(self, splits: Sequence[tuple[Files, Transform]]) -> None:
+        self._splits = splits
 
-class _Images(Dataset[_Sent]):
-    """Reads a batch; picklable, for workers that are not forked."""
-
-    def __init__(self, files: Sequence[tuple[str, int]], prepare: Prepare) -> None:
-        self._files, self._prepare = files, prepare
-
-    def __getitem__(self, request: tuple[int, list[int]]) -> _Sent:
-        epoch, indices = request
-        pixels, labels, good, bad, reasons = [], [], [], [], []
-        for index in indices:
-            path, label = self._files[index]
+    def __getitem__(self, request: Request) -> _Result | sharing.Packed[_Result]:
+        split, epoch, requested = request
+        files, transform = self._splits[split]
+        pixels, labels, indices, bad = [], [], [], []
+        for index in requested:
+            path, label = files[index]
             try:
-                image = self._prepare(decode.decode(path), epoch, index)
-            except decode.BAD as error:
-                bad.append(index)
-                reasons.append(decode.reason(error))
+                image = transform(decode.decode(path), epoch, index)
+            except decode.BadImageError as error:
+                bad.append((index, str(error)))
             else:
                 pixels.append(image.permute(1, 2, 0))
                 labels.append(label)
-                good.append(index)
-        working = get_worker_info() is not None
-        stack = sharing.stack if working else torch.stack
-        together = stack(pixels) if pixels else torch.empty(0, 1, 1, 3, dtype=torch.uint8)
-        label_tensor, index_tensor = (torch.tensor(n, dtype=torch.int64) for n in (labels, good))
-        batch = _Batch(together, label_tensor, epoch, index_tensor, bad, reasons)
-        return sharing.Packed(batch) if working else batch
-
-
-class _Kinds(Dataset[_Sent]):
-    """The batches of several kinds."""
-
-    def __init__(self, kinds: Sequence[_Images]) -> None:
-        self._kinds = kinds
-
-    def __getitem__(self, request: tuple[int, Asked]) -> _Sent:
-        kind, asked = request
-        return self._kinds[kind][asked]
-
-
-@contextmanager
-def _child_signals_as_they_are() -> Iterator[None]:
-    """Keeps torch from handling SIGCHLD.
-
-    When a worker dies its handler raises wherever the trainer happens to be, even half-way through
-    a checkpoint. Without it the next batch finds out, within 5 s.
-    """
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        if signal.getsignal(signal.SIGCHLD) != before:
-            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+                indices.append(index)
+        in_worker = get_worker_info() is not None
+        stack = sharing.stack if in_worker else torch.stack
+        batch = PixelBatch(
+            stack(pixels) if pixels else torch.empty(0, 1, 1, 3, dtype=torch.uint8),
+            torch.tensor(labels, dtype=torch.int64),
+            epoch,
+            torch.tensor(indices, dtype=torch.int64),
+        )
+        result = _Result(batch, bad)
+        return sharing.Packed(result) if in_worker else result
 
 
 def _start_worker(_worker: int) -> None:
-    # Its threads would print stack traces; what ends a batch is sent to the trainer.
+    # Threads of the worker would print stack traces; the trainer gets the error with the batch.
     sys.excepthook = lambda _kind, _error, _trace: None
-    # Ctrl-C and a terminal's end reach workers too, but the training process decides; it ends them
-    # with SIGTERM.
+    # A terminal sends Ctrl-C and its hang-up to workers too, but the trainer decides when they end;
+    # it ends them with SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

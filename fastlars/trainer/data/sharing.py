@@ -1,7 +1,9 @@
-"""How a worker hands a batch to the trainer: in shared memory, or through the pipe.
+"""How a worker hands a batch to the trainer: in shared memory if there is room, else in a pipe.
 
-torch's queue pickles in a thread. Where /dev/shm is full or no file can be opened, that thread
-drops the batch, and the trainer waits for it for ever. So a batch is pickled before it is sent.
+The pipe alone would be simpler, but 256 images of 224 pixels then cost the trainer 70 ms of CPU
+time instead of 3 ms (on a VM with two cores). torch's queue alone could hang the run: it pickles in
+a thread, and where /dev/shm is full or no file can be opened, that thread drops the batch for which
+the trainer waits. So a batch is pickled here, before it is sent.
 """
 
 from __future__ import annotations
@@ -15,11 +17,11 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import multiprocessing
 
-Item = TypeVar("Item")
+T = TypeVar("T")
 
 
 class _Pickler(ForkingPickler):
-    """Names tensors that are in shared memory, and copies those that are not."""
+    """Pickles a reference to tensors in shared memory, and a copy of all others."""
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor) and not value.is_shared():
@@ -27,43 +29,42 @@ class _Pickler(ForkingPickler):
         return NotImplemented
 
 
-class Packed(Generic[Item]):
-    """Something pickled; what `stack` made is handed on without a copy."""
+class Packed(Generic[T]):
+    """A pickled object; a tensor that `stack` made is handed over without a copy."""
 
-    def __init__(self, item: Item) -> None:
+    def __init__(self, item: T) -> None:
         pickled = io.BytesIO()
         try:
             _Pickler(pickled, pickle.DEFAULT_PROTOCOL).dump(item)
             self._pickled = pickled.getvalue()
-        except (OSError, RuntimeError):  # e.g. too many open files: copy everything
+        except (OSError, RuntimeError):  # e.g. too many open files: copy all tensors
             self._pickled = pickle.dumps(item)
 
-    def open(self) -> Item:
-        """What was packed; once."""
-        found: Item = pickle.loads(self._pickled)
-        return found
+    def open(self) -> T:
+        """The object; can be called once."""
+        item: T = pickle.loads(self._pickled)
+        return item
 
-    def pin_memory(self) -> Item:
-        """torch's loader calls this in a thread of its own."""
+    def pin_memory(self) -> T:
+        """The object with its tensors pinned; torch's DataLoader calls this in a thread."""
         from torch.utils.data._utils.pin_memory import pin_memory
 
         return pin_memory(self.open())
 
 
 def stack(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Like torch.stack, in shared memory where there is room."""
+    """torch.stack, into shared memory if there is room."""
     first = tensors[0]
-    shape = (len(tensors), *first.shape)
     if multiprocessing.get_sharing_strategy() == "file_descriptor":
         try:
             size = len(tensors) * first.nbytes
             storage = torch.UntypedStorage._new_shared(size)
-            # tmpfs promises more than it has: a page that is not there when it is written to
-            # would kill the worker.
+            # tmpfs promises more memory than it has; writing to a page that it lacks would kill
+            # the worker.
             os.posix_fallocate(storage._share_fd_cpu_()[0], 0, size)
         except (OSError, RuntimeError):
             pass
         else:
             out = torch.empty(0, dtype=first.dtype).set_(storage)
-            return torch.stack(tensors, out=out.view(shape))
+            return torch.stack(tensors, out=out.view(len(tensors), *first.shape))
     return torch.stack(tensors)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from fastlars.trainer.config.settings import Config
-from fastlars.trainer.data import order
 from fastlars.trainer.data.dataset import Data
+from fastlars.trainer.data.order import BatchOrder
 from fastlars.trainer.model import batchnorm, optimizer, resnet
 from fastlars.trainer.model.context import Progress, TrainingContext
 from fastlars.trainer.model.precision import Precision
@@ -16,7 +16,7 @@ from fastlars.trainer.process.world import World
 def build(config: Config, data: Data, progress: Progress, world: World) -> TrainingContext:
     """Build what `config` names, in every process alike; nothing is written."""
     with world.raise_on_all_ranks():
-        batches = order.make(
+        batches = BatchOrder(
             data.train_size,
             config.batch_size,
             config.micro_batch,

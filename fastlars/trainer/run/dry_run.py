@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastlars.trainer.data import order
+from fastlars.trainer.data.order import BatchOrder
 from fastlars.trainer.model import memory
 from fastlars.trainer.model.context import TrainingContext
 from fastlars.trainer.output import report
@@ -72,7 +72,7 @@ def _step_seconds(context: TrainingContext, images: int) -> float:
     """Median time of a step with so many images in each process."""
     world = context.world
     batch = images * world.size
-    steps = order.make(
+    steps = BatchOrder(
         context.data.train_size, batch, images, world.rank, world.size, context.config.seed
     )
     small = replace(context, config=replace(context.config, batch_size=batch), order=steps)

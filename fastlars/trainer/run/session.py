@@ -15,8 +15,8 @@ from typing import Any
 
 from fastlars.trainer.config import command_line
 from fastlars.trainer.config.command_line import Command, Config
-from fastlars.trainer.data import dataset
 from fastlars.trainer.data.dataset import Data
+from fastlars.trainer.data.load import load_data
 from fastlars.trainer.errors import TrainerError, printable
 from fastlars.trainer.model import memory
 from fastlars.trainer.model.build import build
@@ -91,7 +91,7 @@ def _job(command: Command, world: World) -> Iterator[_Job]:
                     progress = Progress.saved(state["progress"])
             if config.tensorboard and world.first:
                 tensorboard.check(directory.tensorboard)
-            data = dataset.load(config, world.device)
+            data = load_data(config, world.device)
             if state is not None and source is not None:
                 with checkpoint.fitting(source):
                     _check_images(data, state["data"])
@@ -163,7 +163,7 @@ def _introduction(job: _Job, command: Command) -> Iterator[str]:
 def _find_lr(command: Command, world: World) -> int:
     with world.raise_on_all_ranks():
         settings = find_lr.swept(command_line.fresh(command.given, world.size))
-        images = dataset.load(settings, world.device)
+        images = load_data(settings, world.device)
     name = f"{settings.recipe}-lr"
     choose = partial(rundir.output_or_unused, settings.output, settings.data, name)
     with _claimed(choose, world) as directory, StopSignals() as stop:
