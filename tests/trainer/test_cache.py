@@ -122,14 +122,14 @@ def test_large_images_cannot_be_kept(tmp_path: Path) -> None:
 def test_resuming_with_and_without(tmp_path: Path, train: Train, images: Path) -> None:
     """--cache does not change the run."""
     settings = ("--data", images, "--epochs", 2, "--batch-size", 8, "--lr", 0.1, "--workers", 0)
-    whole, context = tmp_path / "whole", tmp_path / "context"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
     kept = train(*settings, "--cache", "on", "--output", whole)
     assert kept.status == 0
     assert "read 36 training images in " in kept.out
-    first = train(*settings, "--cache", "off", "--output", context, "--max-steps", 3)
+    first = train(*settings, "--cache", "off", "--output", parts, "--max-steps", 3)
     assert first.status == 0
-    assert train("--resume", "--output", context, "--cache", "on", "--max-steps", 0).status == 0
-    assert_same(load(context)["model"], load(whole)["model"])
+    assert train("--resume", "--output", parts, "--cache", "on", "--max-steps", 0).status == 0
+    assert_same(load(parts)["model"], load(whole)["model"])
 
 
 @pytest.mark.gpu

@@ -59,13 +59,13 @@ def test_average_and_its_evaluation(
 
 
 def test_resumed(tmp_path: Path, train: Train) -> None:
-    whole, context = tmp_path / "whole", tmp_path / "context"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(*SETTINGS, "--output", whole).status == 0
-    assert train(*SETTINGS, "--output", context, "--max-steps", 3).status == 0
-    assert train("--resume", "--output", context, "--max-steps", 0).status == 0
+    assert train(*SETTINGS, "--output", parts, "--max-steps", 3).status == 0
+    assert train("--resume", "--output", parts, "--max-steps", 0).status == 0
     assert load(whole)["average"]["n_averaged"] == 10
-    assert_same(load(whole), load(context))
-    assert records(whole) == records(context)
+    assert_same(load(whole), load(parts))
+    assert records(whole) == records(parts)
 
 
 def test_none_by_default(tmp_path: Path, train: Train) -> None:

@@ -119,15 +119,15 @@ def test_the_latest_by_its_number(tmp_path: Path, train: Train) -> None:
 
 def test_resume_auto(tmp_path: Path, train: Train) -> None:
     """The same command line starts the run and goes on with it."""
-    whole, context = tmp_path / "whole", tmp_path / "context"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(*RUN, "--output", whole).status == 0
     for steps in (3, 5, 0):
-        line = (*RUN, "--output", context, "--resume", "auto", "--max-steps", steps)
+        line = (*RUN, "--output", parts, "--resume", "auto", "--max-steps", steps)
         outcome = train(*line)
         assert outcome.status == 0
         assert ("resumed at step" in outcome.out) is (steps != 3)
-    assert_same(load(whole), load(context))
-    assert records(whole)[:-1] == [r for r in records(context) if r["kind"] != "end"]
+    assert_same(load(whole), load(parts))
+    assert records(whole)[:-1] == [r for r in records(parts) if r["kind"] != "end"]
     refused = train(*RUN, "--resume", "auto")
     assert refused.status == 2
     assert "--resume auto needs --output" in refused.err

@@ -98,17 +98,17 @@ def test_norms_before_the_first_step_that_is_taken(
 @pytest.mark.usefixtures("tiny", "no_picture")
 def test_resumed_scaler(tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scale and its count of good steps are those of a run that was not stopped."""
-    whole, context = tmp_path / "whole", tmp_path / "context"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
     with monkeypatch.context() as patch:
         overflowing(patch, range(1))
         assert train(*FP16, "--output", whole).status == 0
     with monkeypatch.context() as patch:
         overflowing(patch, range(1))
-        assert train(*FP16, "--output", context, "--max-steps", 3).status == 0
-    assert train("--resume", "--output", context, "--max-steps", 0).status == 0
-    assert load(whole)["scaler"] == load(context)["scaler"]
+        assert train(*FP16, "--output", parts, "--max-steps", 3).status == 0
+    assert train("--resume", "--output", parts, "--max-steps", 0).status == 0
+    assert load(whole)["scaler"] == load(parts)["scaler"]
     assert load(whole)["scaler"]["_growth_tracker"] == 9
-    assert_same(load(whole), load(context))
+    assert_same(load(whole), load(parts))
 
 
 @pytest.mark.slow

@@ -212,17 +212,17 @@ def test_resuming_within_an_epoch(tmp_path: Path, train: Train, side: int) -> No
         for seed, name in enumerate(("ant", "bee")):
             write_images(tmp_path / "images" / part / name, count, seed, side)
     damage(tmp_path / "images" / "train" / "bee" / "007.png")
-    whole, context = tmp_path / "whole", tmp_path / "context"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
     settings = (
         "--data", tmp_path / "images", "--image-size", side, "--cache", "off", "--epochs", 1,
         "--max-bad-images", 1, "--batch-size", 8, "--lr", 0.1, "--log-every", 1,
     )  # fmt: skip
     assert train(*settings, "--workers", 0, "--output", whole).status == 0
     for flags in (("--max-steps", 3), ("--max-steps", 0, "--resume")):
-        outcome = train(*settings, "--workers", 2, "--output", context, *flags)
+        outcome = train(*settings, "--workers", 2, "--output", parts, *flags)
         assert outcome.status == 0, outcome
-    assert_same(load(context), load(whole))
-    assert records(context) == records(whole)
+    assert_same(load(parts), load(whole))
+    assert records(parts) == records(whole)
     seen = [record["images"] for record in records(whole) if record["kind"] == "train"]
     assert sorted(set(seen)) == [7, 8]
 

@@ -83,11 +83,11 @@ def test_a_batch_sends_its_indices_and_no_more() -> None:
     images = torch.empty(40, SIDE, SIDE, 3, dtype=torch.uint8, device=device)
     kept = DeviceDataset(images, torch.empty(40, dtype=torch.int64, device=device))
     shift = ShiftAndFlip(40, 0, MARGIN, flip=True)
-    context = kept.read((epoch, torch.arange(8)) for epoch in (0, 0, 0, 0, 1))
+    batches = kept.read((epoch, torch.arange(8)) for epoch in (0, 0, 0, 0, 1))
     sent = []
     for _ in range(5):
         with Transfers() as transfers:
-            assert shift.apply(next(context), 0).pixels.shape == (8, SIDE, SIDE, 3)
+            assert shift.apply(next(batches), 0).pixels.shape == (8, SIDE, SIDE, 3)
         sent.append(transfers.count)
     assert sent == [3, 1, 1, 1, 3]
 

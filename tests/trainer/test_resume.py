@@ -35,17 +35,17 @@ def assert_same_runs(one: Path, other: Path) -> None:
 @pytest.mark.parametrize("recipe", ["lars", "lamb", "goyal", "akiba", "mlperf"])
 def test_stopped_anywhere(tmp_path: Path, train: Train, recipe: str) -> None:
     """In an epoch, at its end, within a window of the log, and just before the end."""
-    whole, context = tmp_path / "whole", tmp_path / "context"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
     settings = (*DIGITS, "--recipe", recipe)
     assert train(*settings, "--output", whole).status == 0
     for steps in (1, 3, 5, 9, 10):
         resume = () if steps == 1 else ("--resume",)
-        outcome = train(*settings, "--output", context, "--max-steps", steps, *resume)
+        outcome = train(*settings, "--output", parts, "--max-steps", steps, *resume)
         assert outcome.status == 0
         assert f"stopped by --max-steps at step {steps} of 10" in outcome.out
-        assert load(context)["progress"]["step"] == steps
-    assert train("--output", context, "--resume", "--max-steps", 0).status == 0
-    assert_same_runs(whole, context)
+        assert load(parts)["progress"]["step"] == steps
+    assert train("--output", parts, "--resume", "--max-steps", 0).status == 0
+    assert_same_runs(whole, parts)
 
 
 @pytest.mark.usefixtures("tiny", "no_picture")
@@ -54,14 +54,14 @@ def test_stopped_within_an_epoch_of_a_folder(
     tmp_path: Path, train: Train, images: Path, workers: int
 ) -> None:
     """Augmentation goes on where it was, whatever the number of workers before and after."""
-    whole, context = tmp_path / "whole", tmp_path / "context"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
     settings = (*FOLDER, "--data", images, "--cache", "off")
     assert train(*settings, "--workers", 0, "--output", whole).status == 0
-    first = train(*settings, "--workers", 2 - workers, "--output", context, "--max-steps", 6)
+    first = train(*settings, "--workers", 2 - workers, "--output", parts, "--max-steps", 6)
     assert first.status == 0
-    again = train("--resume", "--output", context, "--workers", workers, "--max-steps", 0)
+    again = train("--resume", "--output", parts, "--workers", workers, "--max-steps", 0)
     assert again.status == 0
-    assert_same_runs(whole, context)
+    assert_same_runs(whole, parts)
 
 
 @pytest.mark.usefixtures("tiny", "no_picture")
@@ -77,19 +77,19 @@ def test_signal_during_a_step(
             os.kill(os.getpid(), number)
         return step(context, *arguments, **options)
 
-    whole, context = tmp_path / "whole", tmp_path / "context"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(*DIGITS, "--output", whole).status == 0
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         patch.setattr(loop, "step", interrupted)
-        outcome = train(*DIGITS, "--output", context)
+        outcome = train(*DIGITS, "--output", parts)
     assert outcome.status == 128 + number
     last = outcome.out.splitlines()[-1]
-    command = f"python -m fastlars.trainer --resume {context / 'checkpoint.pt'}"
+    command = f"python -m fastlars.trainer --resume {parts / 'checkpoint.pt'}"
     assert last == f"stopped by {name} at step 7 of 10; go on with: {command}"
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     assert train(*command.split()[3:]).status == 0
-    assert_same_runs(whole, context)
+    assert_same_runs(whole, parts)
 
 
 @pytest.mark.usefixtures("tiny", "no_picture")

@@ -43,10 +43,10 @@ def command(*arguments: object, before: str = "", after: str = "", **env: str) -
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
-def assert_one_line(outcome: Outcome, *context: str) -> None:
+def assert_one_line(outcome: Outcome, *parts: str) -> None:
     assert outcome.status == 2, outcome
     assert len(outcome.err.splitlines()) == 1, outcome.err
-    assert all(part in outcome.err for part in context), outcome.err
+    assert all(part in outcome.err for part in parts), outcome.err
 
 
 @pytest.mark.parametrize(
