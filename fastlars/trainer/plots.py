@@ -6,8 +6,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fastlars.trainer.errors import printable
-from fastlars.trainer.process import command, failures, packages
+from fastlars.trainer.errors import printable, reason
+from fastlars.trainer.process import packages
+from fastlars.trainer.process.exit import end_process, run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         packages.load_all()
         return lambda: _draw(given)
 
-    return command.run("fastlars.trainer.plots", load)
+    return run_command("fastlars.trainer.plots", load)
 
 
 def _draw(arguments: Sequence[str]) -> int:
@@ -35,7 +36,7 @@ def _draw(arguments: Sequence[str]) -> int:
             raise ValueError("no records")
         pictures.draw_all(records, run)
     except OSError as error:
-        print(f"fastlars.trainer.plots: error: {failures.reason(error)}", file=sys.stderr)
+        print(f"fastlars.trainer.plots: error: {reason(error)}", file=sys.stderr)
         return 2
     except (KeyError, TypeError, ValueError):
         text = printable(f"{run / 'metrics.jsonl'} is no log of the trainer")
@@ -45,4 +46,4 @@ def _draw(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    command.end(main())
+    end_process(main())

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from fastlars.trainer.config.command_line import Config
+from fastlars.trainer.config.settings import Config
 from fastlars.trainer.process import packages
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # normalised images in channels_last, class indices

@@ -19,8 +19,14 @@ from tqdm import tqdm
 from fastlars.trainer.data import decode, sharing
 from fastlars.trainer.data.device_dataset import Part
 from fastlars.trainer.data.listing import Files
-from fastlars.trainer.errors import TrainerError, one_line, printable
-from fastlars.trainer.process import failures
+from fastlars.trainer.errors import (
+    FILE_LIMIT_HINT,
+    TrainerError,
+    hits_file_limit,
+    one_line,
+    printable,
+    reason,
+)
 
 _AHEAD = 2  # batches that each worker may have finished
 # A worker that cannot open a file to send it closes the connection, without saying why.
@@ -208,15 +214,15 @@ def _worker_errors_in_a_line() -> Iterator[None]:
         yield
     except (OSError, EOFError, RuntimeError) as error:  # torch's has no class of its own
         text = str(error)
-        if failures.short_of_files(text):
-            said = f"--workers: Too many open files: {failures.FILES}"
+        if hits_file_limit(text):
+            said = f"--workers: Too many open files: {FILE_LIMIT_HINT}"
         elif isinstance(error, ConnectionError) or "DataLoader worker (pid" in text:
             said = f"{_LOST} {one_line(error)}"
         elif isinstance(error, RuntimeError):
             raise
         else:
             why = (
-                failures.reason(error)
+                reason(error)
                 if isinstance(error, OSError)
                 else f"a pipe is closed: {_MAYBE_FILES}?"
             )

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from fastlars.trainer.config.command_line import Config
+from fastlars.trainer.config.settings import Config
 from fastlars.trainer.data.dataset import Data
 from fastlars.trainer.data.order import BatchOrder
 from fastlars.trainer.output.directory import RunDirectory

@@ -16,9 +16,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from fastlars.trainer.errors import printable
+from fastlars.trainer.errors import printable, reason
 from fastlars.trainer.output import atomic, layers
-from fastlars.trainer.process import failures
 
 Records = list[dict[str, Any]]
 
@@ -30,7 +29,7 @@ def optional(warn: Callable[[str], None]) -> Iterator[None]:
         with _plainly():
             yield
     except Exception as error:
-        warn(f"no picture: {failures.reason(error)}")
+        warn(f"no picture: {reason(error)}")
 
 
 def draw(records: Records, path: Path) -> None:

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastlars.trainer.errors import TrainerError
+from fastlars.trainer.errors import TrainerError, reason
 from fastlars.trainer.output.records import Record
-from fastlars.trainer.process import failures, packages
+from fastlars.trainer.process import packages
 
 # Kind of record and name of value: where TensorBoard shows it.
 _SCALARS = {
@@ -82,7 +82,7 @@ class TensorBoard:
             yield self._writer
         except Exception as error:
             self._writer = _Nothing()
-            why = failures.reason(error)
+            why = reason(error)
             self._warn(f"no more TensorBoard in {self._folder}: {why}")
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fastlars.trainer.config import command_line
-from fastlars.trainer.config.command_line import Command, Config
+from fastlars.trainer.config.command_line import Command
+from fastlars.trainer.config.settings import Config
 from fastlars.trainer.data import dataset
 from fastlars.trainer.data.dataset import Data
 from fastlars.trainer.errors import TrainerError, printable
@@ -27,9 +28,9 @@ from fastlars.trainer.output.directory import RunDirectory
 from fastlars.trainer.output.mllog import MLLog
 from fastlars.trainer.output.records import Records, read
 from fastlars.trainer.output.tensorboard import TensorBoard
-from fastlars.trainer.process import failures
+from fastlars.trainer.process.exit import traces_in
 from fastlars.trainer.process.signals import StopSignals
-from fastlars.trainer.process.world import World, restarted, world
+from fastlars.trainer.process.world import World, connect, restarted
 from fastlars.trainer.run import dry_run, find_lr
 from fastlars.trainer.run.loop import Loop
 
@@ -38,7 +39,7 @@ def run(command: Command) -> int:
     """Do what the command line says; the process's exit status."""
     device = command.given.get("device", Config.device)
     timeout = command.given.get("timeout", Config.timeout)
-    with world(device, timeout) as here, here.connected():
+    with connect(device, timeout) as here:
         with here.raise_on_all_ranks():
             check_environment(here.device)
         if command.find_lr:
@@ -68,7 +69,7 @@ def _job(command: Command, here: World) -> Iterator[_Job]:
     with here.raise_on_all_ranks():
         source = _source(command, again)
         if source is None:
-            settings = command_line.fresh(command.given, here.size)
+            settings = command_line.new_config(command.given, here.size)
     if len(set(here.gather(source and str(source)))) > 1:
         text = "--resume: the processes do not see the same checkpoint: --output must be on a disk "
         raise TrainerError(text + "that all of them share", everywhere=True)
@@ -85,7 +86,9 @@ def _job(command: Command, here: World) -> Iterator[_Job]:
                 with checkpoint.fitting(source):
                     state = checkpoint.load(source)
                     checkpoint.check(state)
-                    settings = command_line.resumed(command.given, state["config"], str(source))
+                    settings = command_line.resumed_config(
+                        command.given, state["config"], str(source)
+                    )
                     progress = progress_of(state["progress"])
             if settings.tensorboard and here.first:
                 tensorboard.check(directory.tensorboard)
@@ -145,7 +148,7 @@ def _dry_run(command: Command, here: World) -> int:
 
 def _find_lr(command: Command, here: World) -> int:
     with here.raise_on_all_ranks():
-        settings = find_lr.swept(command_line.fresh(command.given, here.size))
+        settings = find_lr.swept(command_line.new_config(command.given, here.size))
         images = dataset.load(settings, here.device)
     name = f"{settings.recipe}-lr"
     choose = partial(rundir.where, settings.output, settings.data, name)
@@ -168,15 +171,14 @@ def _find_lr(command: Command, here: World) -> int:
 
 def _train(command: Command, here: World) -> int:
     started = time.perf_counter()
-    with _job(command, here) as job, StopSignals() as stop:
+    with _job(command, here) as job, traces_in(job.directory.path), StopSignals() as stop:
         loop = _loop(job, command, here)
-        failures.folder = job.directory.path
         job.images.prepare()
         with _records(loop, job), loop.context.display:
             _introduce(loop, job.state, command)
             finished = loop.run(stop)
             # It may have reached another process alone.
-            received = stop.of_all(here)
+            received = here.first_given(stop.received)
             stopped_by = None if finished else received.name if received else "--max-steps"
             _end(loop, stopped_by)
     for line in report.conclusion(loop, stopped_by, time.perf_counter() - started):
