@@ -6,7 +6,7 @@ import argparse
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn
 
 from fastlars.trainer.config import recipes
 from fastlars.trainer.config.settings import GROUPS, Config, check, flag
@@ -77,17 +77,17 @@ class _Parser(argparse.ArgumentParser):
         raise TrainerError(message, everywhere=True)
 
 
+_BLANK = "\xa0"  # a space at which no line is broken
+
+
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28)
 
     def _split_lines(self, text: str, width: int) -> list[str]:
-        """Keep "--batch-size", and the words between _BLANK, on one line."""
+        """Keep flags such as "--batch-size", and words joined by _BLANK, on one line."""
         lines = textwrap.wrap(text, width, break_on_hyphens=False)
         return [line.replace(_BLANK, " ") for line in lines]
-
-
-_BLANK = "\xa0"  # where no line is broken
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,18 +100,17 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         add_help=False,
     )
-    kinds = get_type_hints(Config)
     for setting in fields(Config):
         if setting.name in GROUPS:
             group = parser.add_argument_group(GROUPS[setting.name])
-        group.add_argument(flag(setting.name), **_argument(setting, kinds[setting.name]))
+        group.add_argument(flag(setting.name), **_argument(setting))
         if setting.name == "recipe":
             _add_actions(group)
     return parser
 
 
 def _add_actions(group: argparse._ArgumentGroup) -> None:
-    """The flags that are no settings: what to do, instead of or before training a new run."""
+    """Add the flags that are not settings: they say what to do instead of starting a new run."""
     group.add_argument(
         "--resume",
         nargs="?",
@@ -129,23 +128,24 @@ def _add_actions(group: argparse._ArgumentGroup) -> None:
     group.add_argument("-h", "--help", action="help", help="print this help and exit")
 
 
-def _argument(setting: Field[Any], kind: Any) -> dict[str, Any]:
+def _argument(setting: Field[Any]) -> dict[str, Any]:
     """The arguments of add_argument for a setting; a bool becomes --name and --no-name."""
     meta, default = setting.metadata, setting.default
+    is_switch = isinstance(default, bool)
     if setting.name in _SET_BY_RECIPES:
         shown = "the recipe's"
-    elif kind is bool:
+    elif is_switch:
         shown = "on" if default else "off"
     else:
-        shown = f"{default:g}" if kind is float else str(default)
+        shown = f"{default:g}" if isinstance(default, float) else str(default)
     text = meta["help"]
     if shown:
         text += _note("; ".join(part for part in (meta["bounds"], f"default: {shown}") if part))
     text = text.replace("%", "%%")  # argparse formats help with %
-    if kind is bool:
+    if is_switch:
         return {"action": argparse.BooleanOptionalAction, "help": text}
     metavar = None if meta["choices"] else (meta["unit"] or "number").upper()
-    return {"type": kind, "choices": meta["choices"], "help": text, "metavar": metavar}
+    return {"type": type(default), "choices": meta["choices"], "help": text, "metavar": metavar}
 
 
 def _note(text: str) -> str:

@@ -66,26 +66,17 @@ def _setting(
     return field(default=default, metadata=metadata)
 
 
-def _number(default: float, text: str, *, unit: str = "", most: float = _HIGHEST) -> Any:
-    return _setting(
-        default,
-        text,
-        unit=unit,
-        check=lambda x: 0 <= x <= most,
-        within=f"from 0 to {most:g}",
-        bounds="0 or more",
-    )
-
-
-def _positive(default: float, text: str, *, unit: str = "", most: float = _HIGHEST) -> Any:
-    least = 1 / _HIGHEST
+def _number(
+    default: float, text: str, *, unit: str = "", positive: bool = False, most: float = _HIGHEST
+) -> Any:
+    least = 1 / _HIGHEST if positive else 0
     return _setting(
         default,
         text,
         unit=unit,
         check=lambda x: least <= x <= most,
         within=f"from {least:g} to {most:g}",
-        bounds="above 0",
+        bounds="above 0" if positive else "0 or more",
     )
 
 
@@ -123,24 +114,14 @@ def _count(
     )
 
 
-def _one_of(
-    default: str, text: str, choices: Sequence[str], *, fixed_on_resume: bool = True
-) -> Any:
-    return _setting(default, text, choices=choices, fixed_on_resume=fixed_on_resume)
-
-
-def _switch(text: str, *, default: bool = False, fixed_on_resume: bool = True) -> Any:
-    return _setting(default, text, fixed_on_resume=fixed_on_resume)
-
-
 @dataclass(frozen=True)
 class Config:
     """All settings of a run. Flags come first, then the recipe, then the defaults below."""
 
-    recipe: str = _one_of(
+    recipe: str = _setting(
         "lars",
         "optimizer, with the settings that its paper has for the batch size",
-        recipes.NAMES,
+        choices=recipes.NAMES,
     )
 
     data: str = _setting(
@@ -158,11 +139,11 @@ class Config:
         most=2**15,
         or_zero=True,
     )
-    cache: str = _one_of(
+    cache: str = _setting(
         "auto",
         "keep a folder's decoded images, of up to 64 pixels, on the device; 'auto': if they take "
         "at most a quarter of a GPU's free memory, or 2 GiB on the CPU",
-        ("auto", "on", "off"),
+        choices=("auto", "on", "off"),
         fixed_on_resume=False,
     )
     workers: int = _count(
@@ -180,16 +161,16 @@ class Config:
         fixed_on_resume=False,
     )
 
-    model: str = _one_of(
+    model: str = _setting(
         "resnet50",
         "torchvision's ResNet of that depth; resnet20: He et al.'s for small images",
-        ("resnet18", "resnet20", "resnet34", "resnet50", "resnet101", "resnet152"),
+        choices=("resnet18", "resnet20", "resnet34", "resnet50", "resnet101", "resnet152"),
     )
-    stem: str = _one_of(
+    stem: str = _setting(
         "auto",
         "first layers: 'imagenet' (7x7, stride 2, pooling) or 'small' (3x3, stride 1, for images "
         "of up to 64 pixels); 'auto': what suits the data",
-        ("auto", "imagenet", "small"),
+        choices=("auto", "imagenet", "small"),
     )
     classifier_std: float = _number(
         0.0,
@@ -205,28 +186,28 @@ class Config:
         least=2,
         or_zero=True,
     )
-    bn_statistics: str = _one_of(
+    bn_statistics: str = _setting(
         "running",
         "statistics of batch norm in evaluation: 'running' averages, or those of the 'last' step, "
         "averaged over processes and ghost batches",
-        ("running", "last"),
+        choices=("running", "last"),
     )
-    precision: str = _one_of(
+    precision: str = _setting(
         "auto",
         "autocast to 'bf16' or 'fp16' (with a gradient scaler), or 'fp32'; 'auto': bf16 on a GPU "
         "that has it, else fp32",
-        ("auto", "fp32", "bf16", "fp16"),
+        choices=("auto", "fp32", "bf16", "fp16"),
     )
-    compile: bool = _switch("run the model through torch.compile")
-    lr: float = _positive(1.0, "peak learning rate", unit="rate")
-    schedule: str = _one_of(
+    compile: bool = _setting(False, "run the model through torch.compile")
+    lr: float = _number(1.0, "peak learning rate", unit="rate", positive=True)
+    schedule: str = _setting(
         "poly",
         "learning rate after the warm-up: 'poly' decay; 'step', a tenth at 1/3, 2/3 and 8/9 of the "
         "run; or 'slow-start', 1/2, 0.075, 0.01 and 0.001 of --lr from 0, 40/90, 70/90 and 85/90 "
         "of the run on",
-        ("poly", "step", "slow-start"),
+        choices=("poly", "step", "slow-start"),
     )
-    power: float = _positive(2.0, "exponent of the 'poly' decay", most=1e3)
+    power: float = _number(2.0, "exponent of the 'poly' decay", most=1e3, positive=True)
     end_lr: float = _number(0.0, "learning rate at the end of the 'poly' decay", unit="rate")
     warmup_epochs: float = _number(
         0.0,
@@ -239,30 +220,33 @@ class Config:
     weight_decay: float = _number(
         0.0, "weight decay of the parameters that --no-decay does not exclude"
     )
-    no_decay: str = _one_of("norms+biases", "parameters without weight decay", _EXCLUDED)
-    no_ratio: str = _one_of("norms+biases", "parameters without trust ratio", _EXCLUDED)
-    trust_coefficient: float = _positive(0.001, "trust coefficient of lars and mlperf")
-    bias_correction: bool = _switch("bias correction of lamb's moments", default=True)
+    no_decay: str = _setting("norms+biases", "parameters without weight decay", choices=_EXCLUDED)
+    no_ratio: str = _setting("norms+biases", "parameters without trust ratio", choices=_EXCLUDED)
+    trust_coefficient: float = _number(0.001, "trust coefficient of lars and mlperf", positive=True)
+    bias_correction: bool = _setting(True, "bias correction of lamb's moments")
     max_grad_norm: float = _number(
         0.0, "norm to which lamb clips all gradients together; 0: no clipping"
     )
-    lr_rmsprop: float = _positive(3e-4, "learning rate of akiba's RMSprop phase", unit="rate")
+    lr_rmsprop: float = _number(
+        3e-4, "learning rate of akiba's RMSprop phase", unit="rate", positive=True
+    )
     rmsprop_center: float = _number(
         10.0,
         "time at which RMSprop and SGD share akiba's step evenly",
         unit="epochs",
         most=_MOST_EPOCHS,
     )
-    rmsprop_period: float = _positive(
+    rmsprop_period: float = _number(
         5.0,
         "length of akiba's transition from RMSprop to SGD",
         unit="epochs",
         most=_MOST_EPOCHS,
+        positive=True,
     )
-    rmsprop_transition: str = _one_of(
+    rmsprop_transition: str = _setting(
         "smooth",
         "shape of akiba's transition: continuous, or as 'printed' in the paper",
-        ("smooth", "printed"),
+        choices=("smooth", "printed"),
     )
     label_smoothing: float = _fraction(0.0, "label smoothing of the training loss")
     ema: float = _fraction(
@@ -292,18 +276,19 @@ class Config:
     seed: int = _count(
         0, "random seed of weights, order of images and augmentation", most=2**63 - 1
     )
-    overlap: bool = _switch(
-        "with several processes, step each bucket of gradients while backward computes the next"
+    overlap: bool = _setting(
+        False,
+        "with several processes, step each bucket of gradients while backward computes the next",
     )
-    compression: str = _one_of(
+    compression: str = _setting(
         "none",
         "precision in which gradients travel between several processes; needs --overlap",
-        ("none", "fp16", "bf16"),
+        choices=("none", "fp16", "bf16"),
     )
-    device: str = _one_of(
+    device: str = _setting(
         "auto",
         "where to train; 'auto': on a GPU if PyTorch sees one, else on the CPU",
-        ("auto", "cpu", "cuda"),
+        choices=("auto", "cpu", "cuda"),
         fixed_on_resume=False,
     )
     timeout: float = _setting(
@@ -338,8 +323,10 @@ class Config:
     log_every: int = _count(
         0, "steps between lines of the log; 0: a tenth of an epoch, at most 50", unit="steps"
     )
-    tensorboard: bool = _switch("also write TensorBoard's event files", fixed_on_resume=False)
-    mllog: bool = _switch("print MLPerf's :::MLLOG lines", fixed_on_resume=False)
+    tensorboard: bool = _setting(
+        False, "also write TensorBoard's event files", fixed_on_resume=False
+    )
+    mllog: bool = _setting(False, "print MLPerf's :::MLLOG lines", fixed_on_resume=False)
 
     def __post_init__(self) -> None:
         for setting in fields(self):

@@ -32,9 +32,8 @@ class World:
     rank: int
     size: int
     device: torch.device
-    host_group: Any = (
-        None  # gloo, also where gradients use NCCL: messages must not wait for the GPU
-    )
+    # gloo, even if gradients use NCCL: messages of the CPU must not wait for the GPU
+    host_group: Any = None
 
     @property
     def first(self) -> bool:
