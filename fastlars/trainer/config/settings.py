@@ -20,7 +20,7 @@ GROUPS = {
     "data": "data (images, and how they are read)",
     "model": "model (network, precision, optimizer, schedule)",
     "epochs": "run (length, batch, processes, device)",
-    "output": "output (run directory, checkpoints, log)",
+    "output": "output (run directory, log, checkpoints)",
 }
 
 # Larger values are of no use to anybody, and products of two of these are exact or finite.
@@ -307,6 +307,13 @@ class Config:
         unit="folder",
         fixed_on_resume=False,
     )
+    log_every: int = _count(
+        0, "steps between lines of the log; 0: a tenth of an epoch, at most 50", unit="steps"
+    )
+    tensorboard: bool = _setting(
+        False, "also write TensorBoard's event files", fixed_on_resume=False
+    )
+    mllog: bool = _setting(False, "print MLPerf's :::MLLOG lines", fixed_on_resume=False)
     checkpoint_every: int = _count(
         0,
         "steps between checkpoints, in addition to those after each epoch; 0: none",
@@ -320,13 +327,6 @@ class Config:
         least=1,
         fixed_on_resume=False,
     )
-    log_every: int = _count(
-        0, "steps between lines of the log; 0: a tenth of an epoch, at most 50", unit="steps"
-    )
-    tensorboard: bool = _setting(
-        False, "also write TensorBoard's event files", fixed_on_resume=False
-    )
-    mllog: bool = _setting(False, "print MLPerf's :::MLLOG lines", fixed_on_resume=False)
 
     def __post_init__(self) -> None:
         for setting in fields(self):
