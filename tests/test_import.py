@@ -52,7 +52,7 @@ def test_modules_that_are_imported_on_demand_are_listed() -> None:
 def test_torch_is_imported_when_it_is_needed() -> None:
     """A command line is parsed, and answers Ctrl-C, before the seconds that torch takes."""
     code = (
-        "import sys, fastlars.trainer.process.command\n"
+        "import sys, fastlars.trainer.process.exit\n"
         "assert {'LARS', 'optim', 'backends'} <= {*dir(fastlars)}\n"
         "assert 'torch' not in sys.modules\n"
         "assert fastlars.LARS.__module__ == 'fastlars.optim.lars'; assert 'torch' in sys.modules\n"
@@ -60,6 +60,19 @@ def test_torch_is_imported_when_it_is_needed() -> None:
     )
     done = run(code, ROOT)
     assert done.stdout == "True\n", done.stderr
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys\n"
+        "from fastlars.trainer.__main__ import main\n"
+        "assert main(['--epochs', 'x']) == 2\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules)\n"
+    )
+    done = run(code, ROOT)
+    assert done.stdout.endswith("\n0 False\n"), done.stderr
+    assert done.stderr == ("fastlars.trainer: error: argument --epochs: invalid int value: 'x'\n")
 
 
 def test_threads_that_need_it_at_once() -> None:

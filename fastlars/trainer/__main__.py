@@ -5,25 +5,29 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from fastlars.trainer.process import command, packages
+from fastlars.trainer.process.exit import end_process, run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train; the exit status: 0 done, 2 a mistake of the user, 3 diverged, 128 + n signal n.
+    """Train, and return the exit status.
 
-    1 is an error of the trainer itself. Whatever it is, the user gets one line.
+    0: done; 1: an error of the trainer itself; 2: a mistake of the user; 3: the training diverged;
+    128 + n: stopped by signal n. For all but 0 the user gets one line.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
 
     def load() -> Callable[[], int]:
-        packages.load_all()
         from fastlars.trainer.config import command_line
+        from fastlars.trainer.process import packages
+
+        command = command_line.parse(given)  # first: --help and mistakes do not wait for torch
+        packages.load_all()
         from fastlars.trainer.run import session
 
-        return lambda: session.run(command_line.parse(given))
+        return lambda: session.run(command)
 
-    return command.run("fastlars.trainer", load)
+    return run_command("fastlars.trainer", load)
 
 
 if __name__ == "__main__":
-    command.end(main())
+    end_process(main())

@@ -1,18 +1,30 @@
-"""Errors that users of the trainer are meant to see, and text that fits into one line."""
+"""Errors that the trainer reports to its users, each as one line of text."""
 
 from __future__ import annotations
 
+import errno
+import os
+
+FILE_LIMIT_HINT = "raise the limit of open files (ulimit -n), or lower --workers"
+PROCESS_LIMIT_HINT = "is there a limit of processes (ulimit -u)?"
+_HINTS = {
+    errno.EMFILE: FILE_LIMIT_HINT,
+    errno.ENFILE: FILE_LIMIT_HINT,
+    errno.EAGAIN: PROCESS_LIMIT_HINT,
+}
+_LONGEST = 600  # bytes of a line
+
 
 class TrainerError(Exception):
-    """Something the user can put right; the text is one line that says what and where.
+    """An error that the user can put right; its text is one line that says what and where.
 
     Attributes:
-        status: exit status of the process that ends with it.
+        status: the exit status of a process that ends with it.
 
     Args:
-        text: the line. Names in it appear as they are on disk, with escapes for what a terminal
-            would not show.
-        everywhere: every process of the run raises it, so one of them is to print it.
+        text: the line. Names in it appear as they are on disk, with escapes for characters that a
+            terminal would not show.
+        everywhere: every process of the run raises this error, so only the first one prints it.
     """
 
     status = 2
@@ -28,11 +40,41 @@ class DivergedError(TrainerError):
     status = 3
 
 
-_LONGEST = 600  # bytes of a line
+def printable(text: str) -> str:
+    """`text` with escapes for line ends, control characters and bytes that are not UTF-8."""
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an exception's text, or the name of its class if the text is empty.
+
+    For an error in a worker, torch's loader gives a trace: its last line names the error.
+    """
+    lines = [" ".join(line.split()) for line in str(error).splitlines()]
+    lines = [line for line in lines if line]
+    if "Original Traceback (most recent call last):" in lines:
+        return lines[-1]
+    return lines[0] if lines else type(error).__name__
+
+
+def reason_of(error: Exception) -> str:
+    """The text of an error in one line; an OSError's with the file's name and a hint, if any."""
+    if not isinstance(error, OSError):
+        return one_line(error)
+    text = error.strerror or one_line(error)
+    named = f"{os.fsdecode(error.filename)}: {text}" if error.filename else text
+    hint = _HINTS.get(error.errno or 0)
+    return printable(f"{named}: {hint}" if hint else named)
+
+
+def hits_file_limit(text: str) -> bool:
+    """Whether the text of an error says that no more files can be opened."""
+    # "ancdata" is Python's word for the message in which processes pass open files to each other.
+    return "Too many open files" in text or "ancdata" in text
 
 
 def _shortened(text: str) -> str:
-    """`text`, or its start and its end, which say what is wrong; what was typed is between."""
+    """The start and the end of a long text: the middle is what the user typed."""
     line = text.encode()
     if len(line) <= _LONGEST:
         return text
@@ -40,24 +82,7 @@ def _shortened(text: str) -> str:
     return f"{begin.decode(errors='ignore')} ... {end.decode(errors='ignore')}"
 
 
-def printable(text: str) -> str:
-    """`text` with escapes for line ends, control characters and bytes that are no UTF-8."""
-    return "".join(c if c.isprintable() else _escaped(c) for c in text)
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of what another library's exception says; its class where it says nothing.
-
-    What torch's loader says of an error in a worker is a trace, whose last line names the error.
-    """
-    lines = [" ".join(line.split()) for line in str(error).splitlines()]
-    said = [line for line in lines if line]
-    if "Original Traceback (most recent call last):" in said:
-        said.reverse()
-    return said[0] if said else type(error).__name__
-
-
 def _escaped(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":  # how Python keeps a byte that is no UTF-8
+    if "\udc80" <= character <= "\udcff":  # Python's stand-in for a byte that is not UTF-8
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode()

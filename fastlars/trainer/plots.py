@@ -6,43 +6,41 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fastlars.trainer.errors import printable
-from fastlars.trainer.process import command, failures, packages
+from fastlars.trainer.errors import TrainerError, reason_of
+from fastlars.trainer.process import packages
+from fastlars.trainer.process.exit import end_process, run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw curves.png, trust.png and norms.png, and write their tables; the exit status."""
+    """Draw curves.png, trust.png and norms.png, write their tables, and return the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
 
     def load() -> Callable[[], int]:
+        if len(given) != 1 or given[0].startswith("-"):
+            print("usage: python -m fastlars.trainer.plots RUN", file=sys.stderr)
+            return lambda: 2
         packages.load_all()
-        return lambda: _draw(given)
+        return lambda: _draw(Path(given[0]))
 
-    return command.run("fastlars.trainer.plots", load)
+    return run_command("fastlars.trainer.plots", load)
 
 
-def _draw(arguments: Sequence[str]) -> int:
+def _draw(run: Path) -> int:
     from fastlars.trainer.output import pictures
     from fastlars.trainer.output.records import read
 
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m fastlars.trainer.plots RUN", file=sys.stderr)
-        return 2
-    run = Path(arguments[0])
+    log = run / "metrics.jsonl"
     try:
-        records = read(run / "metrics.jsonl")
+        records = read(log)
         if not records:
             raise ValueError("no records")
         pictures.draw_all(records, run)
     except OSError as error:
-        print(f"fastlars.trainer.plots: error: {failures.reason(error)}", file=sys.stderr)
-        return 2
+        raise TrainerError(reason_of(error)) from None
     except (KeyError, TypeError, ValueError):
-        text = printable(f"{run / 'metrics.jsonl'} is no log of the trainer")
-        print(f"fastlars.trainer.plots: error: {text}", file=sys.stderr)
-        return 2
+        raise TrainerError(f"{log} is no log of the trainer") from None
     return 0
 
 
 if __name__ == "__main__":
-    command.end(main())
+    end_process(main())

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 
 import pytest
 
 from fastlars.trainer.config import command_line, recipes
-from fastlars.trainer.config.command_line import Config
+from fastlars.trainer.config.settings import Config, flag
 from fastlars.trainer.errors import TrainerError
 
 
 def configured(*arguments: str) -> Config:
-    return command_line.fresh(command_line.parse(arguments).given)
+    return command_line.new_config(command_line.parse(arguments).given)
 
 
 @pytest.mark.parametrize("batch", [None, 512])
@@ -85,16 +86,18 @@ def test_a_bad_flag_is_named(arguments: tuple[str, ...], message: str) -> None:
 def test_bn_batch_must_fit_if_it_is_given() -> None:
     given = {"batch_size": 192, "bn_batch": 64}
     assert (
-        command_line.fresh(given).bn_batch == command_line.fresh(given, processes=3).bn_batch == 64
+        command_line.new_config(given).bn_batch
+        == command_line.new_config(given, processes=3).bn_batch
+        == 64
     )
-    assert command_line.fresh(given | {"micro_batch": 128}, processes=2).bn_batch == 64
+    assert command_line.new_config(given | {"micro_batch": 128}, processes=2).bn_batch == 64
     for more, images in (({}, 96), ({"micro_batch": 48}, 48), ({"batch_size": 65}, 32)):
         with pytest.raises(TrainerError) as error:
-            command_line.fresh(given | more, processes=2)
+            command_line.new_config(given | more, processes=2)
         assert str(error.value) == (
             f"--bn-batch 64 does not divide the {images} images of a forward pass"
         )
-    assert command_line.fresh({"recipe": "goyal", "batch_size": 40}).bn_batch == 32
+    assert command_line.new_config({"recipe": "goyal", "batch_size": 40}).bn_batch == 32
 
 
 def test_compression_needs_overlap() -> None:
@@ -114,10 +117,64 @@ def test_resume_takes_a_path_or_none() -> None:
     assert command_line.parse(["--resume", "runs/a"]).resume == "runs/a"
 
 
-def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+def help_text(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> str:
+    monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit) as end:
         command_line.parse(["--help"])
     assert end.value.code == 0
-    text = capsys.readouterr().out
-    for setting in fields(Config):
-        assert command_line.flag(setting.name) in text
+    return capsys.readouterr().out
+
+
+def entries(text: str) -> dict[str, str]:
+    """The help of each flag, by its first name, in one line."""
+    parts = re.split(r"\n  (?=-)", text)[1:]
+    blocks = [part.split("\n\n")[0] for part in parts]
+    return {re.split(r"[ ,\n]", block)[0]: " ".join(block.split()) for block in blocks}
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_lists_every_flag_in_a_group_with_its_default(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = help_text(columns, capsys, monkeypatch)
+    assert max(map(len, text.splitlines())) <= columns
+    assert "\xa0" not in text
+    groups = re.findall(r"^(\w+) \(.*\):$", text, re.MULTILINE)
+    assert groups == ["config", "data", "model", "run", "output"]
+    found = entries(text)
+    actions = {"--resume", "--find-lr", "--dry-run", "-h"}
+    assert found.keys() == {flag(setting.name) for setting in fields(Config)} | actions
+    with_default = r" \(([^()]*; )?default: [^()]+\)$"
+    assert [name for name, line in found.items() if not re.search(with_default, line)] == ["-h"]
+
+
+def test_help_names_groups_units_ranges_and_defaults(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = help_text(80, capsys, monkeypatch)
+    groups = {part.split(" ")[0]: part for part in re.split(r"\n\n(?=\w+ \()", text)}
+    for group, names in (
+        ("config", ("--recipe ", "--resume ", "--find-lr ", "--dry-run ")),
+        ("data", ("--data ", "--image-size ", "--workers ")),
+        ("model", ("--model ", "--bn-batch ", "--precision ", "--lr ", "--schedule ")),
+        ("run", ("--epochs ", "--batch-size ", "--device ", "--timeout ")),
+        ("output", ("--output ", "--log-every ", "--checkpoint-every ")),
+    ):
+        assert all(f"\n  {name}" in groups[group] for name in names), group
+    found = entries(text)
+    for name, unit, note in (
+        ("--batch-size", "IMAGES", "(1 or more; default: the recipe's)"),
+        ("--image-size", "PIXELS", "(0, or 8 to 32,768; default: 0)"),
+        ("--warmup-epochs", "EPOCHS", "(0 or more; default: the recipe's)"),
+        ("--max-steps", "STEPS", "(0 or more; default: 0)"),
+        ("--timeout", "SECONDS", "(0.001 or more; default: 1800)"),
+        ("--output", "FOLDER", "(default: a new one under runs/)"),
+        ("--recipe", "{lars,lamb,goyal,akiba,mlperf}", "(default: lars)"),
+        ("--tensorboard", ", --no-tensorboard", "(default: off)"),
+        ("--overlap", ", --no-overlap", "(default: the recipe's)"),
+    ):
+        line = found[name]
+        assert line.startswith(f"{name} {unit}".replace(" ,", ","))
+        assert line.endswith(note)

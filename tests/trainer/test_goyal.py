@@ -56,7 +56,7 @@ def test_momentum_correction_makes_both_forms_equal(
 
 def test_the_recipe_is_torchs_sgd() -> None:
     """Form (9), with Nesterov's momentum, which needs no correction."""
-    made = command_line.fresh({"recipe": "goyal", "data": "a/folder", "batch_size": 8192})
+    made = command_line.new_config({"recipe": "goyal", "data": "a/folder", "batch_size": 8192})
 
     def ours(weights: list[nn.Parameter]) -> Optimizer:
         model = nn.Module()

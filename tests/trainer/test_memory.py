@@ -38,7 +38,7 @@ sys.exit(status)
 
 
 def context(**settings: object) -> TrainingContext:
-    found = command_line.fresh({"data": "digits", **settings}, 1)
+    found = command_line.new_config({"data": "digits", **settings}, 1)
     return build(found, Digits(0, CPU), Progress(), World(0, 1, CPU))
 
 

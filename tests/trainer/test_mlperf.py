@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlars.trainer.config import command_line
-from fastlars.trainer.config.command_line import Config
+from fastlars.trainer.config.settings import Config
 from fastlars.trainer.model.optimizer import build_optimizer, build_schedule
 
 STEPS_PER_EPOCH = 3
@@ -70,7 +70,7 @@ def test_step_by_step_to_rounding(batch: int) -> None:
     The errors allowed are those of float64 at the largest weight there has been, 100 times:
     momentum multiplies them by up to 1 / (1 - mu) = 21, and over the steps they add up.
     """
-    made = command_line.fresh({"recipe": "mlperf", "data": "a/folder", "batch_size": batch})
+    made = command_line.new_config({"recipe": "mlperf", "data": "a/folder", "batch_size": batch})
     torch.manual_seed(batch)
     model = Net().double()
     published = Published(model, made)
@@ -103,7 +103,7 @@ def test_step_by_step_to_rounding(batch: int) -> None:
 
 def test_the_ends_of_the_schedule() -> None:
     """At 32,768: 0, then 21.2 after 16 epochs, and at the last step still above 1e-4."""
-    made = command_line.fresh({"recipe": "mlperf", "data": "a/folder", "batch_size": 32768})
+    made = command_line.new_config({"recipe": "mlperf", "data": "a/folder", "batch_size": 32768})
     optimizer = build_optimizer(made, Net(), 39)
     schedule = build_schedule(made, optimizer, 39)
     seen = []

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from fastlars.trainer.config import command_line, recipes
-from fastlars.trainer.config.command_line import Config
-from fastlars.trainer.config.tables import MLPERF
+from fastlars.trainer.config.recipes import MLPERF
+from fastlars.trainer.config.settings import Config
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.model.optimizer import adapted_ratios, build_optimizer, build_schedule
 
@@ -72,7 +72,8 @@ def test_mlperf_between_two_rows() -> None:
     assert found["warmup_epochs"] == pytest.approx(6)
     assert found["epochs"] == 45
     assert (found["momentum"], found["weight_decay"], found["bn_batch"]) == (0.9, 2e-4, 64)
-    assert "8,192; lr, warm-up and epochs on the way to the one at 13,056" in source("mlperf", 9408)
+    expected = "8,192; lr, warm-up and epochs interpolated towards the point at 13,056"
+    assert expected in source("mlperf", 9408)
 
 
 def test_mlperf_does_not_interpolate_from_a_default() -> None:
@@ -86,7 +87,7 @@ def test_mlperf_beyond_its_table() -> None:
     assert (small["lr"], small["warmup_epochs"], small["epochs"]) == (7.4 / 4, 2, 37)
     assert "at 1,632, its rate scaled linearly down to 408" in source("mlperf", 408)
     assert (large["lr"], large["momentum"], large["epochs"]) == (24.699, 0.951807, 91)
-    assert "at 67,840, where the table ends" in source("mlperf", 131072)
+    assert "at 67,840, the last row of the table" in source("mlperf", 131072)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_mlperf_beyond_its_table() -> None:
         (32768, 29.0, "table 4: at 32,768"),
         (4096, 6.4, "the rate at 8,192, scaled linearly down to 4,096"),
         (128, 0.2, "the rate at 8,192, scaled linearly down to 128"),
-        (65536, 29.0, "the rate at 32,768, where it ends"),
+        (65536, 29.0, "the rate at 32,768, its last row"),
         # half way in the logarithm: the geometric mean of both
         (11585, (12.8 * 25.0) ** 0.5, "between 8,192 and 16,384 as a power of the batch"),
         (23170, (25.0 * 29.0) ** 0.5, "between 16,384 and 32,768 as a power of the batch"),
@@ -167,7 +168,7 @@ def test_goyal_and_akiba_are_told_apart() -> None:
 @pytest.mark.parametrize("name", recipes.NAMES)
 def test_every_batch_gives_a_valid_run(name: str, data: str) -> None:
     for batch in (2, 100, 256, 3000, 8192, 20000, 100_000):
-        made = command_line.fresh({"recipe": name, "data": data, "batch_size": batch})
+        made = command_line.new_config({"recipe": name, "data": data, "batch_size": batch})
         assert made.batch_size == batch
         assert "\n" not in recipes.look_up(name, data, batch).source
 
@@ -183,7 +184,7 @@ class Net(nn.Module):
 
 
 def configured(name: str, **given: object) -> Config:
-    return command_line.fresh({"recipe": name, "data": "a/folder", **given})
+    return command_line.new_config({"recipe": name, "data": "a/folder", **given})
 
 
 NORMS, BIASES, NOBODY = {"norm.weight", "norm.bias"}, {"fc.bias"}, set()

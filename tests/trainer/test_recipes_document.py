@@ -9,8 +9,7 @@ import shlex
 import pytest
 
 from fastlars.trainer.config import command_line
-from fastlars.trainer.config.recipes import NAMES
-from fastlars.trainer.config.tables import LARS, MLPERF, MLPERF_DEFAULT
+from fastlars.trainer.config.recipes import LARS, MLPERF, MLPERF_DEFAULT, NAMES
 from fastlars.trainer.data.order import BatchOrder
 from sources import ROOT
 
@@ -29,7 +28,7 @@ def gpus(line: str) -> int:
 def test_commands_fit_their_gpus(line: str) -> None:
     processes = gpus(line)
     command = command_line.parse(shlex.split(line.split(" -m fastlars.trainer ")[1]))
-    made = command_line.fresh(command.given, processes)
+    made = command_line.new_config(command.given, processes)
     steps = BatchOrder(IMAGENET, made.batch_size, made.micro_batch, 0, processes, made.seed)
     assert steps.micro_batch <= 256
     if made.bn_batch:

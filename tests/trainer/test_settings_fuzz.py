@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from fastlars.trainer.config import command_line, recipes
-from fastlars.trainer.config.command_line import Config
-from fastlars.trainer.config.settings import flag
+from fastlars.trainer.config.settings import Config, flag
 from fastlars.trainer.data.digits import Digits
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.model import memory
@@ -68,7 +67,7 @@ def attempt(arguments: Sequence[str], images: dict[str, Digits], data: str) -> b
     try:
         command = command_line.parse(arguments)
         timedelta(seconds=command.given.get("timeout", 1.0))
-        settings = command_line.fresh({"data": data} | command.given)
+        settings = command_line.new_config({"data": data} | command.given)
         context = build(settings, images[data], Progress(), World(0, 1, CPU))
     except TrainerError as error:
         text = str(error)
@@ -170,7 +169,7 @@ def test_the_line_says_flag_range_and_value(arguments: tuple[str, ...], message:
 def test_what_the_library_refuses_names_the_flag(
     images: dict[str, Digits], flags: dict[str, Any], message: str
 ) -> None:
-    settings = command_line.fresh({"batch_size": 64} | flags)
+    settings = command_line.new_config({"batch_size": 64} | flags)
     with pytest.raises(TrainerError) as error:
         build(settings, images["digits"], Progress(), World(0, 1, CPU))
     assert message in str(error.value)

@@ -338,7 +338,7 @@ def test_what_the_machine_lacks_is_a_line(
     def lacking(*_arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr(command_line, "fresh", lacking)
+    monkeypatch.setattr(command_line, "new_config", lacking)
     assert_one_line(train(*SHORT), message)
 
 

@@ -1,16 +1,32 @@
-"""The configuration of a run: from the command line over the recipe, or from a checkpoint."""
+"""The command line: what it asks for, and the configuration of a new or a resumed run."""
 
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, NoReturn, get_type_hints
+from dataclasses import Field, dataclass, fields, replace
+from typing import Any, NoReturn
 
 from fastlars.trainer.config import recipes
-from fastlars.trainer.config.settings import Config as Config
-from fastlars.trainer.config.settings import check, flag
+from fastlars.trainer.config.settings import GROUPS, Config, check, flag
 from fastlars.trainer.errors import TrainerError
+
+_DESCRIPTION = """\
+Train ResNets with fastlars' optimizers, on a folder of images or on the
+handwritten digits of scikit-learn. A recipe has a paper's settings for each
+batch size, and the run prints their source; a flag overrides its setting.
+
+  python -m fastlars.trainer
+  python -m fastlars.trainer --data FOLDER --recipe lars --batch-size 8192
+  torchrun --nproc-per-node=8 -m fastlars.trainer --data FOLDER
+"""
+_SET_BY_RECIPES = {
+    name
+    for recipe in recipes.NAMES
+    for data in ("digits", "a folder")
+    for name in recipes.look_up(recipe, data, None).settings
+}
 
 
 @dataclass(frozen=True)
@@ -19,11 +35,11 @@ class Command:
 
     Attributes:
         given: the settings named on it.
-        resume: what --resume names: "" where the checkpoint is the one in --output, "auto" where it
-            may be missing, None without --resume.
+        resume: the argument of --resume: "" for the checkpoint in --output, "auto" if it may be
+            missing there, a path, or None without --resume.
         find_lr: sweep over learning rates instead of training.
-        dry_run: say what would be done, and do nothing.
-        line: the arguments as they were.
+        dry_run: print what would be done, without doing it.
+        line: the arguments as they were given.
     """
 
     given: dict[str, Any]
@@ -33,20 +49,122 @@ class Command:
     line: tuple[str, ...]
 
 
-def fresh(given: Mapping[str, Any], processes: int = 1) -> Config:
-    """The configuration of a new run: the flags given, over the recipe, over the defaults.
+def parse(arguments: Sequence[str]) -> Command:
+    """What the command line asks for; a setting out of its range is a TrainerError."""
+    parser = _parser()
+    if any("\0" in argument for argument in arguments):
+        parser.error("an argument has a NUL character in it")
+    given = vars(parser.parse_args(arguments))
+    for name, value in given.items():
+        if isinstance(value, list):  # what argparse makes of --flag=--
+            parser.error(f"argument {flag(name)}: expected one argument")
+    resume = given.pop("resume", None)
+    find_lr, dry_run = (bool(given.pop(name, False)) for name in ("find_lr", "dry_run"))
+    if find_lr and resume is not None:
+        parser.error("--find-lr starts from new weights: leave out --resume")
+    # Now, and not only in Config: --device and --timeout are used before there is a Config.
+    for setting in fields(Config):
+        if setting.name in given:
+            check(setting, given[setting.name])
+    for name in ("data", "output"):
+        if given.get(name) == "":
+            parser.error(f"{flag(name)} is empty: name a directory, or leave it out")
+    return Command(given, resume, find_lr, dry_run, tuple(arguments))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise TrainerError(message, everywhere=True)
+
+
+_BLANK = "\xa0"  # a space at which no line is broken
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        """Keep flags such as "--batch-size", and words joined by _BLANK, on one line."""
+        lines = textwrap.wrap(text, width, break_on_hyphens=False)
+        return [line.replace(_BLANK, " ") for line in lines]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m fastlars.trainer",
+        usage="python -m fastlars.trainer [FLAG ...]",
+        description=_DESCRIPTION,
+        formatter_class=_Formatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    for setting in fields(Config):
+        if setting.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[setting.name])
+        group.add_argument(flag(setting.name), **_argument(setting))
+        if setting.name == "recipe":
+            _add_actions(group)
+    return parser
+
+
+def _add_actions(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that are not settings: they say what to do instead of starting a new run."""
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="continue from a checkpoint, by default the one in --output, with its settings; "
+        "'auto': if there is one in --output, else start a new run"
+        + _note("default: start a new run"),
+    )
+    for name, text in (
+        ("--find-lr", "train briefly at growing learning rates, draw the loss, suggest a rate"),
+        ("--dry-run", "print model, recipe, steps and estimates of memory and time, then stop"),
+    ):
+        group.add_argument(name, action="store_true", help=text + _note("default: off"))
+    group.add_argument("-h", "--help", action="help", help="print this help and exit")
+
+
+def _argument(setting: Field[Any]) -> dict[str, Any]:
+    """The arguments of add_argument for a setting; a bool becomes --name and --no-name."""
+    meta, default = setting.metadata, setting.default
+    is_switch = isinstance(default, bool)
+    if setting.name in _SET_BY_RECIPES:
+        shown = "the recipe's"
+    elif is_switch:
+        shown = "on" if default else "off"
+    else:
+        shown = f"{default:g}" if isinstance(default, float) else str(default)
+    text = meta["help"]
+    if shown:
+        text += _note("; ".join(part for part in (meta["bounds"], f"default: {shown}") if part))
+    text = text.replace("%", "%%")  # argparse formats help with %
+    if is_switch:
+        return {"action": argparse.BooleanOptionalAction, "help": text}
+    metavar = None if meta["choices"] else (meta["unit"] or "number").upper()
+    return {"type": type(default), "choices": meta["choices"], "help": text, "metavar": metavar}
+
+
+def _note(text: str) -> str:
+    return " (" + text.replace(" ", _BLANK) + ")"
+
+
+def new_config(given: Mapping[str, Any], processes: int = 1) -> Config:
+    """The configuration of a new run: the flags given, then the recipe, then the defaults.
 
     A recipe's --bn-batch adapts to the forward pass of each of the `processes`; one that was given
-    must divide it.
+    as a flag must divide it.
     """
     start = Config()
     name, data = given.get("recipe", start.recipe), given.get("data", start.data)
     recipe = recipes.look_up(name, data, given.get("batch_size")).settings
     settings = recipe | dict(given)
     if settings["epochs"] < recipe["epochs"]:
-        settings |= {key: value for key, value in _shortened(settings, recipe).items()
-                     if key not in given}  # fmt: skip
-    if "warmup_from" not in given:  # small batches scale the peak below the recipe's start
+        settings |= _shortened(recipe, settings["epochs"]) | dict(given)
+    if "warmup_from" not in given:  # a low --lr may be below the rate that the warm-up starts from
         settings["warmup_from"] = min(settings["warmup_from"], settings["lr"])
     if not settings["overlap"] and "compression" not in given:
         settings["compression"] = "none"
@@ -60,19 +178,14 @@ def fresh(given: Mapping[str, Any], processes: int = 1) -> Config:
     return made
 
 
-def recipe_of(config: Config) -> recipes.Recipe:
-    """The recipe that a configuration starts from."""
-    return recipes.look_up(config.recipe, config.data, config.batch_size)
+def _shortened(recipe: Mapping[str, Any], epochs: int) -> dict[str, float]:
+    """The settings in epochs of a recipe, for a run of fewer epochs than the recipe's own.
 
-
-def _shortened(settings: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, float]:
-    """What a recipe says in epochs, in a run of fewer epochs than its own.
-
-    The transition of akiba shrinks as its schedule does; a warm-up stays as it is, as long as it
-    takes no more than a quarter of the run.
+    akiba's transition shrinks in proportion, as its schedule does. A warm-up keeps its length as
+    long as it takes at most a quarter of the run; else it takes that quarter, or the recipe's own
+    share of the run if that is more.
     """
-    epochs, shrink = settings["epochs"], settings["epochs"] / recipe["epochs"]
-    warmup = recipe["warmup_epochs"]
+    shrink, warmup = epochs / recipe["epochs"], recipe["warmup_epochs"]
     found = {"warmup_epochs": min(warmup, max(epochs / 4, warmup * shrink))}
     for key in ("rmsprop_center", "rmsprop_period"):
         if key in recipe:
@@ -80,10 +193,10 @@ def _shortened(settings: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[s
     return found
 
 
-def resumed(given: Mapping[str, Any], saved: Mapping[str, Any], path: str) -> Config:
-    """The configuration of the run saved in `path`; flags that contradict it are an error.
+def resumed_config(given: Mapping[str, Any], saved: Mapping[str, Any], path: str) -> Config:
+    """The configuration of the run saved in `path`; a flag that contradicts it is an error.
 
-    Raises TrainerError for flags, ValueError or TypeError for what is saved.
+    Raises TrainerError for a flag, ValueError or TypeError for what is saved.
     """
     known = {f.name: f for f in fields(Config)}
     start = {name: value for name, value in saved.items() if name in known}
@@ -100,65 +213,3 @@ def resumed(given: Mapping[str, Any], saved: Mapping[str, Any], path: str) -> Co
                 "was started: leave it out to resume, or start a new run with another --output"
             )
     return Config(**start | dict(given))
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise TrainerError(message, everywhere=True)
-
-
-def parse(arguments: Sequence[str]) -> Command:
-    """What the command line asks for; settings out of their range are an error."""
-    parser = _Parser(
-        prog="python -m fastlars.trainer",
-        description="Train ResNets with fastlars' optimizers. Flags left out are the recipe's.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    hints = get_type_hints(Config)
-    for setting in fields(Config):
-        parser.add_argument(flag(setting.name), **_argument(setting.name, hints, setting.metadata))
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="PATH",
-        help="go on from a checkpoint (default: the one in --output) with the settings in it; "
-        "'auto': where there is one in --output, else start a new run",
-    )
-    for action, text in (
-        ("--find-lr", "train shortly at growing learning rates, draw the loss, suggest a rate"),
-        ("--dry-run", "print model, recipe, steps and estimates of memory and time; do nothing"),
-    ):
-        parser.add_argument(action, action="store_true", help=text)
-    if any("\0" in argument for argument in arguments):
-        parser.error("an argument has a NUL character in it")
-    given = vars(parser.parse_args(arguments))
-    for name, value in given.items():
-        if isinstance(value, list):  # what argparse makes of --flag=--
-            parser.error(f"argument {flag(name)}: expected one argument")
-    resume = given.pop("resume", None)
-    find_lr, dry_run = (bool(given.pop(name, False)) for name in ("find_lr", "dry_run"))
-    if find_lr and resume is not None:
-        parser.error("--find-lr starts from new weights: leave out --resume")
-    for setting in fields(Config):  # before processes connect, which takes some of them
-        if setting.name in given:
-            check(setting, given[setting.name])
-    for name in ("data", "output"):
-        if given.get(name) == "":
-            parser.error(f"{flag(name)} is empty: name a directory, or leave it out")
-    return Command(given, resume, find_lr, dry_run, tuple(arguments))
-
-
-def _argument(name: str, hints: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
-    """How argparse is to take a setting: a switch as --name and --no-name, all else as a value."""
-    # argparse formats help with %, which none of ours means.
-    text = meta["help"].replace("%", "%%")
-    if hints[name] is bool:
-        return {"action": argparse.BooleanOptionalAction, "help": text}
-    return {
-        "type": hints[name],
-        "choices": meta["choices"],
-        "help": text,
-        "metavar": None if meta["choices"] else name.upper(),
-    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastlars.trainer.config.command_line import Config
+from fastlars.trainer.config.settings import Config
 from fastlars.trainer.data.dataset import Data
 from fastlars.trainer.process import packages
 

@@ -24,8 +24,14 @@ from tqdm import tqdm
 from fastlars.trainer.data import decode, sharing
 from fastlars.trainer.data.device_dataset import PixelBatch
 from fastlars.trainer.data.listing import Files
-from fastlars.trainer.errors import TrainerError, one_line, printable
-from fastlars.trainer.process import failures
+from fastlars.trainer.errors import (
+    FILE_LIMIT_HINT,
+    TrainerError,
+    hits_file_limit,
+    one_line,
+    printable,
+    reason_of,
+)
 
 _PREFETCH = 2  # batches that each worker reads ahead
 # A worker that cannot open a file to send it closes the connection without giving a reason.
@@ -202,8 +208,8 @@ def _worker_errors_in_one_line() -> Iterator[None]:
         yield
     except (OSError, EOFError, RuntimeError) as error:  # RuntimeError: torch has no class for these
         text = str(error)
-        if failures.short_of_files(text):
-            line = f"--workers: Too many open files: {failures.FILES}"
+        if hits_file_limit(text):
+            line = f"--workers: Too many open files: {FILE_LIMIT_HINT}"
         elif isinstance(error, ConnectionError) or "DataLoader worker (pid" in text:
             line = f"{_LOST} {one_line(error)}"
         elif isinstance(error, RuntimeError):
@@ -212,7 +218,7 @@ def _worker_errors_in_one_line() -> Iterator[None]:
             reason = f"a pipe is closed: {_MAYBE_FILES}?"
             if isinstance(error, OSError):
                 place = " in /dev/shm" if error.errno == ENOSPC else ""
-                reason = failures.reason(error) + place
+                reason = reason_of(error) + place
             line = f"--workers: {reason}; with --workers 0 the trainer reads alone"
         raise TrainerError(line) from error
 

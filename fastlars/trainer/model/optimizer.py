@@ -14,8 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import fastlars
 from fastlars import conventions, schedules
-from fastlars.trainer.config.command_line import Config
-from fastlars.trainer.config.settings import flag
+from fastlars.trainer.config.settings import Config, flag
 from fastlars.trainer.errors import TrainerError, one_line
 
 _OVERRIDES = ("FASTLARS_BACKEND", "FASTLARS_CUDA_PATH", "FASTLARS_CHECK")

@@ -16,8 +16,7 @@ import torch
 import torchvision
 
 import fastlars
-from fastlars.trainer.config.command_line import recipe_of
-from fastlars.trainer.config.settings import place
+from fastlars.trainer.config.settings import absolute_data, recipe_of
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.model.context import TrainingContext
 from fastlars.trainer.output import atomic
@@ -46,7 +45,7 @@ def write(
             "processes": context.world.size,
             "machines": machines,
             "versions": versions(),
-            "config": asdict(context.config) | {"data": place(context.config.data)},
+            "config": asdict(context.config) | {"data": absolute_data(context.config.data)},
         }
         recipe = recipe_of(context.config).source
         path, before = directory.settings, directory.came_from

@@ -20,9 +20,8 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from fastlars.trainer.errors import printable
+from fastlars.trainer.errors import printable, reason_of
 from fastlars.trainer.output import atomic
-from fastlars.trainer.process import failures
 
 Records = list[dict[str, Any]]
 Table = list[list[Any]]
@@ -38,7 +37,7 @@ def optional(warn: Callable[[str], None]) -> Iterator[None]:
         with _plain_text():
             yield
     except Exception as error:
-        warn(f"no picture: {failures.reason(error)}")
+        warn(f"no picture: {reason_of(error)}")
 
 
 @contextmanager

@@ -10,8 +10,7 @@ from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
-from fastlars.trainer.config.command_line import Config, recipe_of
-from fastlars.trainer.config.settings import flag
+from fastlars.trainer.config.settings import Config, flag, recipe_of
 from fastlars.trainer.errors import printable
 from fastlars.trainer.model.context import TrainingContext, fingerprint
 from fastlars.trainer.output import manifest

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastlars.trainer.errors import TrainerError
-from fastlars.trainer.process import failures, packages
+from fastlars.trainer.errors import TrainerError, reason_of
+from fastlars.trainer.process import packages
 
 # (kind of record, key of the value) to the tag that TensorBoard shows it under.
 _TAGS = {
@@ -81,7 +81,7 @@ class TensorBoard:
             yield self._writer
         except Exception as error:
             self._writer = _Nothing()
-            self._warn(f"no more TensorBoard in {self._folder}: {failures.reason(error)}")
+            self._warn(f"no more TensorBoard in {self._folder}: {reason_of(error)}")
 
 
 class _Nothing:

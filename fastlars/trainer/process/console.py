@@ -1,4 +1,4 @@
-"""Standard output and error that cannot end a run."""
+"""Standard output and error whose failures cannot end a run."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from typing import Any, TextIO
 
 from fastlars.trainer.errors import one_line
 
-_PATIENCE = 5.0  # seconds for a slow reader to take what is left at the end
+_PATIENCE = 5.0  # seconds that a slow reader gets at the end to take the rest of the output
 
 
 class Stream:
-    """A text stream whose `write` and `flush` never raise; all else is the stream's own.
+    """A text stream whose `write` and `flush` never raise; all other attributes are the stream's.
 
-    The first failure drops the stream: a reader that went away does not come back, and a full disk
-    would lose a line here and there.
+    After its first failure the stream is given up: a reader that went away does not come back, and
+    on a full disk single lines would be missing from the output.
 
     Args:
-        stream: None: nothing is written, as when the process was started without one.
-        on_drop: called once with the reason when the stream is dropped.
+        stream: the stream; None if the process was started without it, so that nothing is written.
+        on_drop: called once with the error when the stream is given up.
     """
 
     def __init__(
@@ -35,27 +35,20 @@ class Stream:
         self._stream, self._on_drop = stream, on_drop
 
     def write(self, text: str) -> int:
-        """Write text; what the encoding does not know is escaped."""
+        """Write text, with escapes for characters that the encoding does not have."""
         self._try(lambda stream: stream.write(_encodable(text, stream.encoding)))
         return len(text)
 
     def flush(self) -> None:
-        """Hand on what was written."""
+        """Flush the stream."""
         self._try(lambda stream: stream.flush())
 
     def isatty(self) -> bool:
-        """Whether it is a terminal."""
-        found = False
-
-        def ask(stream: TextIO) -> None:
-            nonlocal found
-            found = stream.isatty()
-
-        self._try(ask)
-        return found
+        """Whether the stream is a terminal."""
+        return bool(self._try(lambda stream: stream.isatty()))
 
     def finish(self) -> None:
-        """Flush; a reader that takes its time gets some."""
+        """Flush; wait for a slow reader, but not for long."""
         end = time.monotonic() + _PATIENCE
         while self._stream is not None and time.monotonic() < end:
             try:
@@ -68,20 +61,20 @@ class Stream:
         if self._stream is not None:
             self._drop(TimeoutError(errno.ETIMEDOUT, "its reader takes nothing"))
 
-    def _try(self, action: Callable[[TextIO], object]) -> None:
-        if self._stream is None:
-            return
+    def _try(self, action: Callable[[TextIO], object]) -> object:
+        """The action's result; None if it fails or there is no stream."""
         try:
-            action(self._stream)
-        except BlockingIOError:  # a full pipe that must not be waited for: what fits is kept
+            return None if self._stream is None else action(self._stream)
+        except BlockingIOError:  # a full non-blocking pipe: what does not fit stays in the buffer
             pass
         except (OSError, ValueError) as error:
             self._drop(error)
+        return None
 
     def _drop(self, error: OSError | ValueError, *, report: bool = True) -> None:
         stream, self._stream = self._stream, None
         with suppress(OSError, ValueError, AttributeError):
-            # Python flushes its own streams once more when it ends, and would complain.
+            # Python flushes its own streams again at exit, and would report the error there.
             if stream in (sys.__stdout__, sys.__stderr__):
                 with open(os.devnull, "wb") as nothing:
                     os.dup2(nothing.fileno(), stream.fileno())  # type: ignore[union-attr]
@@ -91,28 +84,29 @@ class Stream:
     def __getattr__(self, name: str) -> Any:
         if self._stream is not None:
             return getattr(self._stream, name)
-        return getattr(io.StringIO(), name)  # e.g. its encoding: None; it has no fileno
+        return getattr(io.StringIO(), name)  # its encoding is None, it has no file descriptor
 
 
 def _encodable(text: str, encoding: str | None) -> str:
+    encoding = encoding or "utf-8"
     try:
-        text.encode(encoding or "utf-8")
+        text.encode(encoding)
     except UnicodeEncodeError:
-        return text.encode(encoding or "utf-8", "backslashreplace").decode(encoding or "utf-8")
+        return text.encode(encoding, "backslashreplace").decode(encoding)
     return text
 
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """While the context lasts, nothing that is printed can fail, and no thread prints a trace."""
+    """While the context lasts, no print can fail, and no thread prints a stack trace."""
     _open_missing()
     before = sys.stdout, sys.stderr, threading.excepthook, sys.unraisablehook
     err = Stream(sys.stderr, lambda _: None)
-    out = Stream(sys.stdout, lambda error: _tell(err, f"standard output ({_reason(error)})"))
+    out = Stream(sys.stdout, lambda error: _report_lost_output(error, err))
     sys.stdout, sys.stderr = out, err
-    # Python ignores these errors, e.g. of a loader that never came to start its workers.
+    # Errors that Python only prints, such as of a loader that did not get to start its workers.
     sys.unraisablehook = lambda _problem: None
-    threading.excepthook = lambda problem: _thread(problem, err)
+    threading.excepthook = lambda problem: _report_thread(problem, err)
     try:
         yield
     finally:
@@ -123,10 +117,10 @@ def guarded() -> Iterator[None]:
 
 @contextmanager
 def muted() -> Iterator[None]:
-    """While the context lasts, what C and C++ libraries print to standard error is lost."""
+    """While the context lasts, discard what C and C++ libraries print to standard error."""
     try:
         kept = os.dup(2)
-    except OSError:  # there is none
+    except OSError:  # standard error is closed
         yield
         return
     try:
@@ -139,28 +133,25 @@ def muted() -> Iterator[None]:
 
 
 def _open_missing() -> None:
-    """Open /dev/null as 0, 1 and 2 where they are closed.
+    """Open /dev/null in place of those of the descriptors 0, 1 and 2 that are closed.
 
-    Else the next file would get that number, and what is printed would go into it.
+    Otherwise the next file to be opened would get that number, and receive all printed text.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets this descriptor
 
 
-def _tell(err: Stream, reason: str) -> None:
-    err.write(f"warning: cannot write to {reason}; the run goes on without it\n")
+def _report_lost_output(error: OSError | ValueError, err: Stream) -> None:
+    why = getattr(error, "strerror", None) or one_line(error)
+    err.write(f"warning: cannot write to standard output ({why}); the run goes on without it\n")
     err.flush()
 
 
-def _reason(error: OSError | ValueError) -> str:
-    return getattr(error, "strerror", None) or one_line(error)
-
-
-def _thread(problem: threading.ExceptHookArgs, err: Stream) -> None:
-    # TensorBoard's hands its error on to who writes next.
+def _report_thread(problem: threading.ExceptHookArgs, err: Stream) -> None:
+    # TensorBoard's thread hands its error on to the next call of its writer.
     if problem.exc_value is None or type(problem.thread).__module__.startswith("tensorboard"):
         return
     kind, text = type(problem.exc_value).__name__, one_line(problem.exc_value)

@@ -1,4 +1,4 @@
-"""Packages that the trainer needs beyond fastlars' own."""
+"""The packages that the trainer needs in addition to those of fastlars."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from types import ModuleType
 
 from fastlars.trainer.errors import TrainerError, one_line
 
-# What `import` needs of them; each as far as the trainer uses it.
-# Those that others import come first, or the error would name the others.
+# The submodules that the trainer uses. A package comes before those that import it: otherwise the
+# error would name the importing one.
 _ALWAYS = (
     "numpy",
     "tqdm",
@@ -21,20 +21,25 @@ _ALWAYS = (
     "torchvision.transforms",
     "fastlars.optim.lars",
 )
-_DISTRIBUTED_AS = {"PIL": "Pillow", "sklearn": "scikit-learn"}
+_NAMES_ON_PYPI = {"PIL": "Pillow", "sklearn": "scikit-learn"}
 
 
 def load_all() -> None:
-    """Import what every run needs; TrainerError names what is not there or does not load."""
-    os.environ["MPLBACKEND"] = "agg"  # the one that is used; matplotlib refuses misspelt ones
+    """Import what every run needs; TrainerError names a package that is missing or broken."""
+    os.environ["MPLBACKEND"] = "agg"  # matplotlib refuses to load with a misspelt name in it
     for module in _ALWAYS:
         load(module)
 
 
 def load(module: str, wanted_by: str = "", package: str = "") -> ModuleType:
-    """Import a module of a package, for the flag that wants it if there is one."""
+    """Import a module; TrainerError if its package is missing or broken.
+
+    Args:
+        module: the module's full name.
+        wanted_by: the flag that needs it, if there is one.
+        package: the package to name in an error, by default the first part of `module`.
+    """
     package = package or module.split(".")[0]
-    name = _DISTRIBUTED_AS.get(package, package)
     prefix = f"{wanted_by}: " if wanted_by else ""
     try:
         return import_module(module)
@@ -43,11 +48,12 @@ def load(module: str, wanted_by: str = "", package: str = "") -> ModuleType:
             text = f"{prefix}{package} is not installed: pip install 'fastlars[trainer]'"
             raise TrainerError(text, everywhere=True) from None
         why = one_line(error)
-    except Exception as error:  # any: each library fails in its own way
+    except Exception as error:  # a broken package may raise anything
         why = one_line(error)
-    cure = f"mend it, or reinstall it (pip install --force-reinstall {name})"
     if "failed to map" in why or "llocate memory" in why:
         cure = "is the memory limited (ulimit -v)?"
-    raise TrainerError(
-        f"{prefix}{package} is there but does not load: {why}: {cure}", everywhere=True
-    )
+    else:
+        name = _NAMES_ON_PYPI.get(package, package)
+        cure = f"mend it, or reinstall it (pip install --force-reinstall {name})"
+    text = f"{prefix}{package} is there but does not load: {why}: {cure}"
+    raise TrainerError(text, everywhere=True)

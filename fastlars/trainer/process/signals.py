@@ -1,4 +1,4 @@
-"""What signals do: they end the process in a line, or are a wish that the training loop grants."""
+"""SIGINT, SIGTERM and SIGHUP: end the process with one line, or request a stop of the training."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # signals are handled before torch is imported
-    from fastlars.trainer.process.world import World
 
 Handler = Callable[[int, FrameType | None], None]
 
@@ -19,7 +15,7 @@ _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal came while there was nothing to save; libraries take it for Ctrl-C."""
+    """A signal arrived before there was anything to save; libraries treat this as Ctrl-C."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -27,41 +23,40 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def leaving() -> Iterator[None]:
+def ending_process() -> Iterator[None]:
     """While the context lasts, a signal ends the process at once, with one line.
 
-    For imports: many swallow KeyboardInterrupt, or make another error of it.
+    For imports: many packages swallow a KeyboardInterrupt, or turn it into another error.
     """
-    with _handled(_leave):
+    with _handled(_end_process):
         yield
 
 
 @contextmanager
-def raising() -> Iterator[None]:
+def raising_interrupted() -> Iterator[None]:
     """While the context lasts, a signal raises Interrupted."""
     with _handled(lambda number, _: _interrupt(number)):
         yield
 
 
 class StopSignals:
-    """While the context lasts, and once there is something to save, the first signal is noted.
+    """Turn signals into a stop request, which the training loop honours after the current step.
 
-    Until then a signal ends the process, and so does a second Ctrl-C later on. Under torchrun that
-    does not: there one Ctrl-C arrives twice, from the terminal and from torchrun.
+    Before `note` is called, a signal raises Interrupted. So does a second Ctrl-C later on, except
+    under torchrun: there each Ctrl-C arrives twice, from the terminal and from torchrun.
+
+    Attributes:
+        received: the first signal since `note`, None if there was none.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._noting = False
-        self._handled = _handled(self._note)
+        self._handled = _handled(self._handle)
 
     def note(self) -> None:
-        """From now on there is something to save."""
+        """From now on there is something to save: note the first signal instead of raising."""
         self._noting = True
-
-    def of_all(self, world: World) -> signal.Signals | None:
-        """The signal that the first process to get one got; every process must ask."""
-        return next((number for number in world.gather(self.received) if number is not None), None)
 
     def __enter__(self) -> StopSignals:
         self._handled.__enter__()
@@ -75,7 +70,7 @@ class StopSignals:
     ) -> None:
         self._handled.__exit__(kind, error, trace)
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
         if not self._noting:
             _interrupt(number)
         again = self.received is not None and number == signal.SIGINT
@@ -85,21 +80,23 @@ class StopSignals:
 
 
 def _interrupt(number: int) -> None:
-    # A process that is forked to read images has these handlers for a moment; the trainer decides.
+    # A process forked to read images has these handlers until it installs its own. There, Ctrl-C
+    # is left to the trainer, which gets it too and stops its workers.
     if multiprocessing.parent_process() is None:
         raise Interrupted(number)
     if number == signal.SIGTERM:
         os._exit(128 + number)
 
 
-def _leave(number: int, _frame: FrameType | None) -> None:
-    with suppress(OSError):  # not sys.stderr, which may be half-way through a line
+def _end_process(number: int, _frame: FrameType | None) -> None:
+    with suppress(OSError):  # not sys.stderr, which may be in the middle of a line
         os.write(2, f"fastlars.trainer: stopped by {signal.Signals(number).name}\n".encode())
     os._exit(128 + number)
 
 
 @contextmanager
 def _handled(handler: Handler) -> Iterator[None]:
+    """Handle the signals with `handler`, and put the previous handlers back at the end."""
     before = {number: signal.getsignal(number) for number in _STOPPING}
     if before[signal.SIGHUP] is signal.SIG_IGN:  # nohup: the run is to outlive its terminal
         del before[signal.SIGHUP]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import time
@@ -11,43 +10,48 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
-from torch.nn.parallel import DistributedDataParallel
 
 from fastlars.trainer.errors import TrainerError, one_line
 from fastlars.trainer.process import console
 
 _ADVICE = "start the processes with torchrun, or unset WORLD_SIZE"
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run, and the few exchanges the trainer needs."""
+    """This process among those of the run, and the few collectives that the trainer needs."""
 
     rank: int
     size: int
     device: torch.device
-    host_group: Any = None  # gloo, also beside NCCL: host messages must not wait for the GPU
+    # gloo, even if gradients use NCCL: messages of the CPU must not wait for the GPU
+    host_group: Any = None
 
     @property
     def first(self) -> bool:
-        """Whether this process writes files and speaks to the user."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """`value` of every process, in the order of ranks."""
+        """The `value` of every process, in the order of their ranks."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.host_group)
         return values
 
+    def first_given(self, value: _T | None) -> _T | None:
+        """The first `value`, in the order of ranks, that is not None; None if all are."""
+        return next((given for given in self.gather(value) if given is not None), None)
+
     def total(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Sum over all processes; a new tensor on the host."""
+        """The sum over all processes, as a new tensor on the host."""
         numbers = numbers.detach().to("cpu", copy=True)
         if self.size > 1:
             dist.all_reduce(numbers, group=self.host_group)
@@ -55,35 +59,22 @@ class World:
 
     @contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
-        """What goes wrong for the user in one process is raised in all: none is left waiting."""
-        mine = None
+        """A TrainerError in one process is raised in all, so that none is left waiting."""
+        mine: str | None = None
         try:
             yield
         except TrainerError as error:
             mine = str(error)
-        first = next((text for text in self.gather(mine) if text is not None), None)
+        first = self.first_given(mine)
         if first is not None:
             raise TrainerError(first, everywhere=True)
 
-    @contextmanager
-    def connected(self) -> Iterator[None]:
-        """Where another process ended, this one says so in a line, not in a stack trace."""
-        try:
-            yield
-        except RuntimeError as error:  # gloo's has no class of its own
-            if self.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-                raise
-            # gloo puts a place in its C++ before what happened, and advice after it.
-            why = re.sub(r"^\[[^]]*\] ", "", one_line(error)).split(". ")[0]
-            text = f"process {self.rank} lost another one: {why}"
-            raise TrainerError(text) from error
-
 
 class StopVote:
-    """Whether any process wants to stop, in the same step for all.
+    """Whether any process wants to stop; all processes learn it at the same step.
 
-    The answer to one call's question arrives during the step and is read by the next call, so
-    that asking costs no waiting.
+    A call starts an all-reduce, which proceeds during the step, and the next call reads its result:
+    voting costs no waiting.
     """
 
     def __init__(self, world: World) -> None:
@@ -91,7 +82,7 @@ class StopVote:
         self._pending: tuple[torch.Tensor, Any] | None = None
 
     def any(self, mine: bool) -> bool:
-        """True in all processes at the first call after one of them said True."""
+        """True in all processes at the first call after one in which `mine` was True anywhere."""
         if self._world.size == 1:
             return mine
         if self.close():
@@ -104,7 +95,7 @@ class StopVote:
         return False
 
     def close(self) -> bool:
-        """Read the last answer, so that none is under way when the processes part."""
+        """Wait for the last vote, so that none is under way when the processes disconnect."""
         if self._pending is None:
             return False
         vote, work = self._pending
@@ -113,38 +104,25 @@ class StopVote:
         return bool(vote.item())
 
 
-def parallel(model: torch.nn.Module, world: World) -> torch.nn.Module:
-    """The model, with gradients averaged over all processes.
-
-    Buffers are not sent in every step: `batchnorm.share` gives all processes the same ones before
-    an evaluation.
-    """
-    if world.size == 1:
-        return model
-    keywords = inspect.signature(DistributedDataParallel.__init__).parameters
-    # The name that torch 2.15 deprecates, and the one that earlier releases do not know.
-    name = "forward_sync_buffers" if "forward_sync_buffers" in keywords else "broadcast_buffers"
-    devices = [world.device.index] if world.device.type == "cuda" else None
-    options: dict[str, Any] = {name: False}
-    return DistributedDataParallel(model, device_ids=devices, **options)
-
-
 def restarted(here: World) -> bool:
-    """Whether torchrun started these processes again after one had failed.
+    """Whether torchrun started these processes again after a failure.
 
-    Each host's torchrun counts its own failures: one that was itself started again begins at 0.
+    The answer combines all hosts: each torchrun counts its own restarts, from 0 if torchrun itself
+    was started again.
     """
     return any(here.gather(_number("TORCHELASTIC_RESTART_COUNT", "0", range(2**31)) > 0))
 
 
 def may_restart() -> bool:
-    """Whether torchrun was told to start processes again."""
+    """Whether torchrun has --max-restarts."""
     return _number("TORCHELASTIC_MAX_RESTARTS", "0", range(2**31)) > 0
 
 
 @contextmanager
 def connect(device: str, timeout: float) -> Iterator[World]:
-    """The processes of this run, connected for as long as the context lasts.
+    """The processes of this run, connected while the context lasts.
+
+    If the connection to another process is lost, that is a TrainerError of one line.
 
     Args:
         device: "cpu", "cuda" or "auto".
@@ -157,24 +135,30 @@ def connect(device: str, timeout: float) -> Iterator[World]:
         return
     cuda, patience = place.type == "cuda", timedelta(seconds=timeout)
     try:
-        with console.muted():  # torch prints stacks of its C++ next to the exception
+        with console.muted():  # torch's C++ prints stack traces in addition to the exception
             dist.init_process_group(
                 "nccl" if cuda else "gloo", store=_store(rank, size, patience), rank=rank,
                 world_size=size, timeout=patience, device_id=place if cuda else None,
             )  # fmt: skip
             group = dist.new_group(backend="gloo", timeout=patience)
-    except (RuntimeError, ValueError) as error:  # also DistError, e.g. of a port that is taken
+    except (RuntimeError, ValueError) as error:  # also DistError, such as for a port in use
         where = f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
         text = f"process {rank} does not reach the others at {where}: {one_line(error)}"
         raise TrainerError(text) from error
     try:
         yield World(rank, size, place, group)
+    except RuntimeError as error:  # gloo raises RuntimeError itself, so only the text tells
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        # gloo's text begins with a line of its C++ source, and ends with advice.
+        why = re.sub(r"^\[[^]]*\] ", "", one_line(error)).split(". ")[0]
+        raise TrainerError(f"process {rank} lost another one: {why}") from error
     finally:
         dist.destroy_process_group()
 
 
 def _numbers() -> tuple[int, int, int]:
-    """RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them; 0, 1 and 0 in a process alone."""
+    """RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; 0, 1, 0 without torchrun."""
     size = _number("WORLD_SIZE", "1", range(1, 2**31))
     if size == 1:
         return 0, 1, _number("LOCAL_RANK", "0", range(2**31))
@@ -187,7 +171,7 @@ def _numbers() -> tuple[int, int, int]:
 
 def _number(name: str, default: str, allowed: range) -> int:
     text = os.environ.get(name) or default
-    # int() would take more: signs, spaces, underscores.
+    # int() alone would also accept signs, spaces and underscores.
     if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) in allowed):
         limits = f"a number from {allowed.start} to {allowed.stop - 1}"
         raise TrainerError(f"{name} must be {limits}, got {text!r}: {_ADVICE}")
@@ -195,10 +179,11 @@ def _number(name: str, default: str, allowed: range) -> int:
 
 
 def _store(rank: int, size: int, patience: timedelta) -> Store:
-    """Where the processes find each other.
+    """The store through which the processes of one attempt connect.
 
-    torchrun keeps one store over restarts, with the addresses of the processes that died still
-    in it, and gloo would try those (pytorch#135712): hence a prefix for each attempt.
+    Each attempt has its own prefix, which torch's env:// lacks. torchrun keeps its store over a
+    restart, with the addresses of the dead processes in it, and with env:// a process that connects
+    before the others fails at their old addresses (pytorch#135712; seen with torch 2.14.1).
     """
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = TCPStore(
@@ -212,26 +197,27 @@ def _store(rank: int, size: int, patience: timedelta) -> Store:
 
 
 def _attempt(store: Store, rank: int, size: int, patience: timedelta) -> str:
-    """A name that this attempt's processes share, and no earlier one's.
+    """A name that all processes of this attempt share, and that no earlier attempt had.
 
-    TORCHELASTIC_RESTART_COUNT would not do: hosts disagree about it where only one of them saw a
-    failure, or where one's torchrun was started anew. So every process says that it is here, and
-    takes a name from the first one only in answer to that very word.
+    TORCHELASTIC_RESTART_COUNT is no such name: hosts disagree about it if only one of them saw a
+    failure, or if one's torchrun was started again. So every process leaves a new random word in
+    the store, and takes the name from an answer of process 0 only if that repeats this word.
     """
     end = time.monotonic() + patience.total_seconds()
-    mine = uuid.uuid4().hex
+    word = uuid.uuid4().hex  # that of process 0 becomes the name
     if rank > 0:
-        store.set(f"here-{rank}", mine)
+        store.set(f"here-{rank}", word)
     while time.monotonic() < end:
-        for other in range(1, size) if rank == 0 else ():
-            if store.check([f"here-{other}"]):
-                word = store.get(f"here-{other}").decode()
-                store.set(f"answer-{other}", f"{word} {mine}")
-        if rank == 0 and store.add(f"met-{mine}", 0) == size - 1:
-            return mine
-        if rank > 0 and store.check([f"answer-{rank}"]):
-            word, name = store.get(f"answer-{rank}").decode().split()
-            if word == mine:
+        if rank == 0:
+            for other in range(1, size):
+                if store.check([f"here-{other}"]):
+                    theirs = store.get(f"here-{other}").decode()
+                    store.set(f"answer-{other}", f"{theirs} {word}")
+            if store.add(f"met-{word}", 0) == size - 1:
+                return word
+        elif store.check([f"answer-{rank}"]):
+            repeated, name = store.get(f"answer-{rank}").decode().split()
+            if repeated == word:
                 store.add(f"met-{name}", 1)
                 return name
         time.sleep(0.02)

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 from torch.optim.lr_scheduler import LambdaLR
 
-from fastlars.trainer.config.command_line import Config, recipe_of
-from fastlars.trainer.config.settings import flag
+from fastlars.trainer.config.settings import Config, flag, recipe_of
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.model.context import TrainingContext
 from fastlars.trainer.output import atomic, pictures, report
@@ -84,7 +83,7 @@ def sweep(context: TrainingContext, stop: StopSignals) -> dict[float, float]:
     with display:
         for _ in range(STEPS):
             if vote.any(stop.received is not None):
-                received = stop.of_all(world)
+                received = world.first_given(stop.received)
                 assert received is not None, "the vote says that a process got one"
                 raise Interrupted(received)
             meter.reset()

@@ -70,15 +70,14 @@ class Replica:
 
 
 def _parallel(model: nn.Module, world: World) -> nn.Module:
-    """The model, with gradients averaged over all processes.
+    """The model, wrapped so that gradients are averaged over all processes.
 
-    Buffers are not sent in every step: `batchnorm.share` gives all processes the same ones before
-    an evaluation.
+    Buffers are not sent at every step: `batchnorm.share` makes them equal before an evaluation.
     """
     if world.size == 1:
         return model
     keywords = inspect.signature(DistributedDataParallel.__init__).parameters
-    # torch 2.15 deprecates the second name; earlier releases do not have the first.
+    # torch 2.14 warns of the old name, broadcast_buffers, and torch 2.11 has only that one.
     name = "forward_sync_buffers" if "forward_sync_buffers" in keywords else "broadcast_buffers"
     devices = [world.device.index] if world.device.type == "cuda" else None
     options: dict[str, Any] = {name: False}

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fastlars.trainer.config import command_line
-from fastlars.trainer.config.command_line import Command, Config
+from fastlars.trainer.config.command_line import Command
+from fastlars.trainer.config.settings import Config
 from fastlars.trainer.data.dataset import Data
 from fastlars.trainer.data.load import load_data
 from fastlars.trainer.errors import TrainerError, printable
@@ -29,7 +30,7 @@ from fastlars.trainer.output.display import Display
 from fastlars.trainer.output.mllog import MLLog
 from fastlars.trainer.output.records import Records, read
 from fastlars.trainer.output.tensorboard import TensorBoard
-from fastlars.trainer.process import failures
+from fastlars.trainer.process.exit import traces_in
 from fastlars.trainer.process.signals import StopSignals
 from fastlars.trainer.process.world import World, connect, restarted
 from fastlars.trainer.run import dry_run, find_lr, loop
@@ -41,7 +42,7 @@ def run(command: Command) -> int:
     """Do what the command line says; the process's exit status."""
     device = command.given.get("device", Config.device)
     timeout = command.given.get("timeout", Config.timeout)
-    with connect(device, timeout) as world, world.connected():
+    with connect(device, timeout) as world:
         with world.raise_on_all_ranks():
             check_environment(world.device)
         if command.find_lr:
@@ -70,7 +71,7 @@ def _job(command: Command, world: World) -> Iterator[_Job]:
     with world.raise_on_all_ranks():
         source = _source(command, again)
         if source is None:
-            config = command_line.fresh(command.given, world.size)
+            config = command_line.new_config(command.given, world.size)
     if len(set(world.gather(source and str(source)))) > 1:
         text = "--resume: the processes do not see the same checkpoint: --output must be on a disk "
         raise TrainerError(text + "that all of them share", everywhere=True)
@@ -87,7 +88,8 @@ def _job(command: Command, world: World) -> Iterator[_Job]:
                 with checkpoint.fitting(source):
                     state = checkpoint.load(source)
                     checkpoint.check(state)
-                    config = command_line.resumed(command.given, state["config"], str(source))
+                    given, saved = command.given, state["config"]
+                    config = command_line.resumed_config(given, saved, str(source))
                     progress = Progress.saved(state["progress"])
             if config.tensorboard and world.first:
                 tensorboard.check(directory.tensorboard)
@@ -162,7 +164,7 @@ def _introduction(job: _Job, command: Command) -> Iterator[str]:
 
 def _find_lr(command: Command, world: World) -> int:
     with world.raise_on_all_ranks():
-        settings = find_lr.swept(command_line.fresh(command.given, world.size))
+        settings = find_lr.swept(command_line.new_config(command.given, world.size))
         images = load_data(settings, world.device)
     name = f"{settings.recipe}-lr"
     choose = partial(rundir.output_or_unused, settings.output, settings.data, name)
@@ -185,17 +187,16 @@ def _find_lr(command: Command, world: World) -> int:
 
 def _train(command: Command, world: World) -> int:
     started = time.perf_counter()
-    with _job(command, world) as job, StopSignals() as stop:
+    with _job(command, world) as job, traces_in(job.directory.path), StopSignals() as stop:
         context, display, directory = job.context, job.display, job.directory
         replica = Replica(context)
-        failures.folder = directory.path
         with _journal(command, job, replica) as journal:
             context.data.prepare()
             with display:
                 _introduce(journal, job, command)
                 finished = loop.train(context, replica, journal, stop)
                 # The signal may have reached another process alone.
-                received = stop.of_all(world)
+                received = world.first_given(stop.received)
                 stopped_by = None if finished else received.name if received else "--max-steps"
                 _end(journal, stopped_by)
     if stopped_by is not None:
