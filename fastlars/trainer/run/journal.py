@@ -162,7 +162,6 @@ class Journal:
         window = world.total(self.meter.sums)
         self._check(math.isfinite(window[0].item()), "the loss")
         self._check(not world.total(count_not_finite(networks)).item(), "a weight")
-        random_states = world.gather(checkpoint.random_state())
         with world.raise_on_all_ranks():
             if not self.directory.is_owned:
                 lost = f"{self.directory.path} was removed or given to another run"
@@ -171,7 +170,7 @@ class Journal:
         if self.records is not None:
             try:
                 self.records.sync()
-                state = self._state(window, random_states, self.records.lines)
+                state = self._state(window, self.records.lines)
                 self._retention.save(state, progress.step, best=self._is_best)
                 self._retention.adopt_best(state["progress"])
             except checkpoint.NotSavedError as error:
@@ -198,8 +197,6 @@ class Journal:
             self._replica.average.load_state_dict(state["average"])
         if context.world.first:  # sums of all processes
             self.meter.sums.copy_(state["window"])
-        if context.world.rank < len(state["random"]):
-            checkpoint.restore_random_state(state["random"][context.world.rank])
         if context.world.first and self.directory.checkpoint.exists():
             self._resumed = context.progress.step, self._is_best
 
@@ -271,7 +268,7 @@ class Journal:
             epoch = step / self.context.order.steps_per_epoch
             self.records.write(kind, step=step, epoch=round(epoch, 4), **values)
 
-    def _state(self, window: torch.Tensor, random: list[Any], lines: int) -> dict[str, Any]:
+    def _state(self, window: torch.Tensor, lines: int) -> dict[str, Any]:
         context, average = self.context, self._replica.average
         return {
             "config": context.config.shaping(),
@@ -283,7 +280,6 @@ class Journal:
             "average": average.state_dict() if average is not None else None,
             "progress": asdict(context.progress),
             "window": window,
-            "random": random,
             "log_lines": lines,
         }
 
