@@ -97,9 +97,10 @@ def introduction(context: TrainingContext) -> Iterator[str]:
 
 def schedule(config: Config) -> str:
     """The learning rate over the run."""
-    warmup = ""
-    if config.warmup_epochs:
-        warmup = f"{config.warmup_epochs:g} epochs of warm-up from {config.warmup_from:g}, then "
+    epochs, warmup = config.warmup_epochs, ""
+    if epochs:
+        unit = "epoch" if epochs == 1 else "epochs"
+        warmup = f"{epochs:g} {unit} of warm-up from {config.warmup_from:g}, then "
     return f"{warmup}lr {config.lr:g}, schedule {config.schedule}"
 
 

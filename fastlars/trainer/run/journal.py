@@ -69,9 +69,8 @@ class Journal:
         # Of the epoch, as far as this process has trained it: a resumed one begins in its middle.
         self._epoch_sums = torch.zeros_like(self.meter.sums, device="cpu")
         self._lr = 0.0  # of the last step
-        self._clock, self._clock_step = time.perf_counter(), context.progress.step
-        self._epoch_clock, self._epoch_step = self._clock, self._clock_step
-        self._drawn = time.perf_counter()
+        self._clock = self._epoch_clock = self._drawn = time.perf_counter()
+        self._clock_step = context.progress.step
 
     @property
     def wants_norms(self) -> bool:
@@ -113,8 +112,8 @@ class Journal:
         self.save()
         if time.perf_counter() - self._drawn > _PICTURE_EVERY:
             self._draw()
-        self._clock, self._clock_step = time.perf_counter(), progress.step
-        self._epoch_clock, self._epoch_step = self._clock, self._clock_step
+        self._clock = self._epoch_clock = time.perf_counter()
+        self._clock_step = progress.step
         self._epoch_sums.zero_()
 
     def finish(self, *, stopped: bool) -> None:
@@ -125,6 +124,7 @@ class Journal:
 
     def guarded(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The training batches; where one cannot be read, the steps so far are saved."""
+        self._clock = self._epoch_clock = time.perf_counter()  # without the reading of kept images
         with self.saved_if_unreadable(between_steps=self.context.order.micro_batches == 1):
             yield from batches
 
@@ -235,18 +235,13 @@ class Journal:
 
     def _show_epoch(self, test: Figures) -> None:
         context, progress = self.context, self.context.progress
-        seen, trained = figures(self._epoch_sums), progress.step - self._epoch_step
-        seconds = self._clock - self._epoch_clock
-        self.display.row(
-            f"{progress.evaluated}/{context.config.epochs}",
-            f"{self._lr:.3g}" if trained else "-",
-            f"{seen.loss:.4f}" if trained else "-",
-            f"{seen.accuracy:.2%}" if trained else "-",
-            f"{test.loss:.4f}",
-            f"{test.accuracy:.2%}",
-            f"{progress.best_accuracy:.2%}",
-            f"{trained * context.config.batch_size / seconds:.0f}" if trained else "-",
-        )
+        seen, lr, loss, accuracy, rate = figures(self._epoch_sums), "-", "-", "-", "-"
+        if seen.images:  # none if the run was resumed at the end of this epoch
+            lr, loss, accuracy = f"{self._lr:.3g}", f"{seen.loss:.4f}", f"{seen.accuracy:.2%}"
+            rate = f"{seen.images / (self._clock - self._epoch_clock):.0f}"
+        tested = f"{test.loss:.4f}", f"{test.accuracy:.2%}", f"{progress.best_accuracy:.2%}"
+        number = f"{progress.evaluated}/{context.config.epochs}"
+        self.display.row(number, lr, loss, accuracy, *tested, rate)
         unread = context.data.test_size - test.images
         if unread:
             self.display.say(f"{test.images} test images were read, {unread} could not be")
