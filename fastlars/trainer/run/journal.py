@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 from fastlars.trainer.data.dataset import Batch
 from fastlars.trainer.errors import DivergedError, TrainerError
@@ -22,7 +23,6 @@ from fastlars.trainer.output.display import Display
 from fastlars.trainer.output.records import Records, read
 from fastlars.trainer.output.retention import Retention
 from fastlars.trainer.run.meter import Figures, Meter, figures
-from fastlars.trainer.run.replica import Replica
 
 _PICTURE_EVERY = 30.0  # seconds; drawing takes about one
 _RATIO_RECORDS = 200  # of a whole run
@@ -37,7 +37,7 @@ class Journal:
 
     Args:
         context: what is trained.
-        replica: its moving average is saved too.
+        average: the moving average of the model, if there is one.
         directory: where the files go.
         records: metrics.jsonl, in the first process alone.
         display: the terminal.
@@ -47,7 +47,7 @@ class Journal:
     def __init__(
         self,
         context: TrainingContext,
-        replica: Replica,
+        average: AveragedModel | None,
         directory: RunDirectory,
         records: Records | None,
         display: Display,
@@ -57,7 +57,7 @@ class Journal:
         self.records, self.display = records, display
         self.meter = Meter(context.world.device)
         self.started = False
-        self._replica, self._open_files = replica, open_files
+        self._average, self._open_files = average, open_files
         self._retention = Retention(directory, context.config.keep_last)
         steps = context.order.steps_per_epoch
         self._log_every = context.config.log_every or min(steps // 10 or 1, 50)
@@ -153,8 +153,8 @@ class Journal:
             return
         self._start()
         networks = [context.model]
-        if self._replica.average is not None:
-            networks.append(self._replica.average.module)
+        if self._average is not None:
+            networks.append(self._average.module)
         if context.config.bn_statistics == "last":
             # Every process has its own; "running" ones are saved as the first process has them.
             for network in networks:
@@ -193,8 +193,8 @@ class Journal:
         context.optimizer.load_state_dict(state["optimizer"])
         context.schedule.load_state_dict(state["schedule"])
         context.precision.load_state_dict(state["scaler"])
-        if self._replica.average is not None:
-            self._replica.average.load_state_dict(state["average"])
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
         if context.world.first:  # sums of all processes
             self.meter.sums.copy_(state["window"])
         if context.world.first and self.directory.checkpoint.exists():
@@ -264,7 +264,7 @@ class Journal:
             self.records.write(kind, step=step, epoch=round(epoch, 4), **values)
 
     def _state(self, window: torch.Tensor, lines: int) -> dict[str, Any]:
-        context, average = self.context, self._replica.average
+        context, average = self.context, self._average
         return {
             "config": context.config.shaping(),
             "data": fingerprint(context.data),
