@@ -13,8 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from fastlars.trainer.config import command_line
 from fastlars.trainer.data.digits import Digits
 from fastlars.trainer.model import memory, resnet
-from fastlars.trainer.model.build import build
-from fastlars.trainer.model.context import Progress, TrainingContext
+from fastlars.trainer.model.context import Progress, TrainingContext, build
 from fastlars.trainer.process.world import World
 from fastlars.trainer.run import dry_run
 from trainer.helpers import Outcome, facts, files_below, tiny_net

@@ -52,9 +52,9 @@ def test_what_is_hidden_is_left_out(images: Path) -> None:
     for place in (images, images / "train", images / "val" / "bee", images / "train" / "ant"):
         write_images(place / ".ipynb_checkpoints" / "deep", 2, 0)
     (images / "train" / "cat" / "._000.png").write_bytes(bytes(99))
-    listed = listing.find(str(images))
-    assert (len(listed.train), len(listed.test)) == (36, 15)
-    assert not [path for path, _ in listed.train + listed.test if "/." in path]
+    _, train, test = listing.find(str(images))
+    assert (len(train), len(test)) == (36, 15)
+    assert not [path for path, _ in train + test if "/." in path]
 
 
 def sized(root: Path, sides: dict[str, list[int]]) -> Path:
@@ -107,7 +107,7 @@ def test_some_images_of_every_class_are_looked_at() -> None:
 def test_a_bad_image_in_the_sample_counts(images: Path) -> None:
     damage(images / "train" / "bee" / "004.png")
     (images / "train" / "ant" / "000.png").write_text("hello")
-    assert Folder(str(images), 0, 0, 0, CPU, max_bad_images=1).skipped == 1
+    assert len(Folder(str(images), 0, 0, 0, CPU, max_bad_images=1).bad_images) == 1
     with pytest.raises(TrainerError, match=r"ant/000\.png"):
         Folder(str(images), 0, 0, 0, CPU)
     for path in (images / "train").glob("*/*.png"):
@@ -150,7 +150,7 @@ def test_a_batch_of_bad_images_is_left_out_of_a_test(images: Path, keep: str) ->
     assert some.image_size == 16
     counts = [len(labels) for _, labels in some.test(torch.arange(15).split(2))]
     assert counts == [2, 2, 2, 2, 2, 2, 1]
-    assert some.skipped == 3
+    assert len(some.bad_images) == 3
     assert some.test_size == 15
 
 

@@ -18,8 +18,7 @@ from fastlars.trainer.config import command_line
 from fastlars.trainer.data.digits import Digits
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.model import memory
-from fastlars.trainer.model.build import build
-from fastlars.trainer.model.context import Progress, TrainingContext
+from fastlars.trainer.model.context import Progress, TrainingContext, build
 from fastlars.trainer.process.world import World
 from trainer.helpers import Outcome, files_below, write_images
 

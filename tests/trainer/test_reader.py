@@ -16,7 +16,7 @@ import torch
 
 from fastlars.trainer.data import reader
 from fastlars.trainer.data.augment import CentreCrop, CropAndFlip
-from fastlars.trainer.data.device_dataset import TEST, PixelBatch
+from fastlars.trainer.data.dataset import TEST, PixelBatch
 from fastlars.trainer.data.listing import find
 from fastlars.trainer.data.reader import BadImages, Reader
 from fastlars.trainer.errors import TrainerError
@@ -34,7 +34,8 @@ def none_bad() -> BadImages:
 
 def made(root: Path, workers: int, bad_images: BadImages) -> Read:
     """What reads the training images."""
-    splits = [(find(str(root)).train, CentreCrop(16, whole=True))]
+    _, train, _ = find(str(root))
+    splits = [(train, CentreCrop(16, whole=True))]
     return partial(Reader(splits, workers, CPU, bad_images).read, 0)
 
 
@@ -64,8 +65,8 @@ def test_a_reading_may_be_abandoned(images: Path) -> None:
 
 
 def of_both_splits(root: Path, workers: int) -> list[Read]:
-    found = find(str(root))
-    splits = [(found.train, CropAndFlip(16, 3)), (found.test, CentreCrop(16, whole=True))]
+    _, train, test = find(str(root))
+    splits = [(train, CropAndFlip(16, 3)), (test, CentreCrop(16, whole=True))]
     reader = Reader(splits, workers, CPU, none_bad())
     return [partial(reader.read, split) for split in range(2)]
 
@@ -195,13 +196,13 @@ def test_ctrl_c_is_the_trainers(images: Path) -> None:
 
 def test_what_travels_to_workers_that_are_not_forked(images: Path) -> None:
     """They receive the data set pickled."""
-    files = find(str(images)).train
+    _, files, _ = find(str(images))
     dataset = reader._ImageFiles([(files, CentreCrop(16, whole=True)), (files, CropAndFlip(16, 3))])
     copy = pickle.loads(pickle.dumps(dataset))
     for split in range(2):
         copied, original = (some[(split, 2, [5, 30])] for some in (copy, dataset))
-        assert_same(tuple(copied.batch), tuple(original.batch))
-        assert copied.bad == original.bad == []
+        assert_same(copied, original)
+        assert original[1] == []
 
 
 @pytest.mark.usefixtures("tiny", "no_picture")

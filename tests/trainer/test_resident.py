@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlars.trainer.data.augment import ShiftAndFlip, shifted
-from fastlars.trainer.data.device_dataset import TEST, DeviceDataset, PixelBatch
+from fastlars.trainer.data.dataset import TEST, DeviceDataset, PixelBatch
 
 SIDE, MARGIN = 6, 2
 

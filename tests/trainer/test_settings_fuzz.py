@@ -15,8 +15,7 @@ from fastlars.trainer.config.settings import Config, flag
 from fastlars.trainer.data.digits import Digits
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.model import memory
-from fastlars.trainer.model.build import build
-from fastlars.trainer.model.context import Progress
+from fastlars.trainer.model.context import Progress, build
 from fastlars.trainer.process.world import World
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 from torchvision.transforms import v2
 
-from fastlars.trainer.data.device_dataset import TEST, PixelBatch
+from fastlars.trainer.data.dataset import TEST, PixelBatch
 from fastlars.trainer.data.order import generator
 
 _SHORT_SIDE = 256 / 224  # the shorter side of a test image is resized to this times the crop's side
@@ -45,11 +45,8 @@ class CropAndFlip:
 class CentreCrop:
     """The centre of an image, resized to `side` pixels; an image of that size stays as it is.
 
-    For single images, bytes [3, height, width].
-
-    Args:
-        side: in pixels.
-        whole: crop only to a square, without the margin that tests on ImageNet leave out.
+    For single images, bytes [3, height, width]. `whole` crops only to a square, without the margin
+    that tests on ImageNet leave out.
     """
 
     def __init__(self, side: int, *, whole: bool) -> None:
@@ -71,18 +68,13 @@ class CentreCrop:
 class ShiftAndFlip:
     """Shifts each image of a batch, and mirrors half of them: on the device, for all at once.
 
-    Args:
-        images: the number of images in the data set.
-        seed: of the run.
-        margin: the largest shift in each direction, in pixels.
-        flip: mirror images at all.
+    `images` is their number in the data set, `margin` the largest shift in each direction.
     """
 
     def __init__(self, images: int, seed: int, margin: int, *, flip: bool) -> None:
         self._images, self._seed, self._margin, self._flip = images, seed, margin, flip
-        self._epoch = TEST
-        self._offsets = torch.empty(0, 2, dtype=torch.int64)
-        self._flipped = torch.empty(0, dtype=torch.bool)
+        self._epoch = TEST  # of the two tables below
+        self._offsets, self._flipped = torch.empty(0), torch.empty(0)
 
     def apply(self, batch: PixelBatch, background: float) -> PixelBatch:
         """The batch with its images shifted over a background of that value."""
@@ -99,11 +91,8 @@ class ShiftAndFlip:
         """
         random, positions = generator(self._seed, epoch), 2 * self._margin + 1
         offsets = torch.randint(0, positions, (self._images, 2), generator=random)
-        if self._flip:
-            flipped = torch.randint(0, 2, (self._images,), generator=random).bool()
-        else:
-            flipped = torch.zeros(self._images, dtype=torch.bool)
-        self._offsets, self._flipped = offsets.to(device), flipped.to(device)
+        flipped = torch.randint(0, 2 if self._flip else 1, (self._images,), generator=random)
+        self._offsets, self._flipped = offsets.to(device), flipped.bool().to(device)
         self._epoch = epoch
 
 
@@ -116,12 +105,8 @@ def shifted(
 ) -> torch.Tensor:
     """Windows of [n, side, side, channels] images that are padded by `margin` pixels.
 
-    Args:
-        images: of any type, on any device.
-        margin: width of the padding in pixels.
-        offsets: [n, 2], top and left corner of each window, from 0 to 2 * margin.
-        flipped: [n], whether the window is mirrored left to right.
-        background: value of the padding.
+    `offsets`, [n, 2], are the top and left corner of each window, from 0 to 2 * margin; `flipped`,
+    [n], says which windows are mirrored left to right.
     """
     padded = functional.pad(images, (0, 0) + (margin,) * 4, value=background)
     line = torch.arange(images.shape[1], device=images.device)

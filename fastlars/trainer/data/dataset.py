@@ -1,12 +1,16 @@
-"""What the trainer needs of its images."""
+"""The images of a run: what the trainer needs of them, and those that are kept on the device."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
+from fastlars.trainer.config.settings import Config
+from fastlars.trainer.process import packages
+
+TEST = -1  # the epoch of test images, which are not augmented
 Batch = tuple[torch.Tensor, torch.Tensor]  # normalised images in channels_last, class indices
 
 
@@ -19,18 +23,8 @@ class Data(Protocol):
     test_size: int
     image_size: int
     stem: str  # the first layers of the model that suit the images
-
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes that images kept on the device take there; 0 where none are kept."""
-
-    @property
-    def prepared(self) -> bool:
-        """Whether `prepare` has run."""
-
-    @property
-    def skipped(self) -> int:
-        """Number of images that this process could not read so far."""
+    kept_bytes: int  # what images kept on the device take there; 0 where none are kept
+    prepared: bool  # whether `prepare` has run
 
     def prepare(self) -> None:
         """Read the images that are kept on the device; otherwise the first batch does so."""
@@ -40,3 +34,61 @@ class Data(Protocol):
 
     def test(self, batches: Iterable[torch.Tensor]) -> Iterator[Batch]:
         """Test images without augmentation, for each tensor of indices."""
+
+
+def load_data(config: Config, device: torch.device) -> Data:
+    """The images that --data names, listed but not yet read; TrainerError if they are unusable.
+
+    Each kind is imported only when it is used: the digits need scikit-learn, a folder does not.
+    """
+    if config.data == "digits":
+        packages.load("sklearn.datasets")
+        from fastlars.trainer.data.digits import Digits
+
+        return Digits(config.seed, device)
+    from fastlars.trainer.data.image_folder import Folder
+
+    return Folder(
+        config.data,
+        config.image_size,
+        config.seed,
+        config.workers,
+        device,
+        keep=config.cache,
+        max_bad_images=config.max_bad_images,
+    )
+
+
+class PixelBatch(NamedTuple):
+    """Images of one forward pass before they are normalised; the tensors are on one device."""
+
+    pixels: torch.Tensor  # [n, side, side, channels]
+    labels: torch.Tensor
+    epoch: int
+    indices: torch.Tensor  # of the images in the data set
+
+
+class DeviceDataset:
+    """All training or all test images, [images, side, side, channels], and labels, on the device.
+
+    `missing` are indices of images that could not be read; they are left out of every batch.
+    """
+
+    def __init__(
+        self, pixels: torch.Tensor, labels: torch.Tensor, missing: Iterable[int] = ()
+    ) -> None:
+        self._pixels, self._labels = pixels, labels
+        self._readable = torch.ones(len(labels), dtype=torch.bool)
+        self._readable[list(missing)] = False
+
+    def read(self, batches: Iterable[tuple[int, torch.Tensor]]) -> Iterator[PixelBatch]:
+        """The images at each (epoch, indices)."""
+        device = self._labels.device
+        for epoch, indices in batches:
+            readable = indices[self._readable[indices]]
+            # A GPU copies from memory that is not pinned only after all its other work, and the
+            # host would wait for that.
+            if device.type == "cuda":
+                readable = readable.pin_memory()
+            at = readable.to(device, non_blocking=True)
+            yield PixelBatch(self._pixels[at], self._labels[at], epoch, at)

@@ -30,7 +30,6 @@ _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
 _IN_MEMORY = 2**30  # bytes; PIL reads larger files piece by piece
 # An image with more pixels than this cannot be in so few bytes: its header is wrong.
 _PIXELS_ALWAYS, _PIXELS_PER_BYTE = 2**22, 10_000
-_LONGEST_REASON = 200  # characters
 # Errors of the machine, not of the image: skipping the image would leave out a good one.
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 _WHITE_IS_ZERO, _BITS, _MAXIMA = 262, 258, (281, 341)  # tags of TIFF
@@ -94,10 +93,9 @@ def _opened(path: str) -> Iterator[Image.Image]:
                     f"{image.width} x {image.height} pixels in {about.st_size} bytes"
                 )
             yield image
-    except (BadImageError, MemoryError):
-        raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _SHORTAGES:
+        shortage = isinstance(error, OSError) and error.errno in _SHORTAGES
+        if shortage or isinstance(error, (BadImageError, MemoryError)):
             raise
         raise BadImageError(_reason(error)) from error
 
@@ -107,7 +105,7 @@ def _reason(error: Exception) -> str:
         return "not an image (JPEG, PNG, GIF, BMP, PPM, TIFF, WebP), or damaged"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    text = one_line(error)[:_LONGEST_REASON]
+    text = one_line(error)[:200]
     if isinstance(error, (OSError, SyntaxError, ValueError, Image.DecompressionBombError)):
         return text
     return f"damaged ({type(error).__name__}: {text})"

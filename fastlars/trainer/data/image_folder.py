@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 from fastlars.trainer.data import decode, listing
 from fastlars.trainer.data.augment import CentreCrop, CropAndFlip, ShiftAndFlip
-from fastlars.trainer.data.dataset import Batch
-from fastlars.trainer.data.device_dataset import TEST, DeviceDataset, PixelBatch
+from fastlars.trainer.data.dataset import TEST, Batch, DeviceDataset, PixelBatch
 from fastlars.trainer.data.listing import Files
 from fastlars.trainer.data.reader import BadImages, Reader
 from fastlars.trainer.errors import TrainerError
@@ -25,11 +24,6 @@ from fastlars.trainer.errors import TrainerError
 # Pixels. Small images are used whole, and may be kept on the device. Larger ones are not kept,
 # because the workers cut another crop from them in every epoch.
 _SMALL = 64
-_LARGE = 224
-_MARGIN = 1 / 8  # 4 of 32 pixels, as in He et al. (2016) for CIFAR
-# Mean and standard deviation of ImageNet's channels, on the scale of bytes.
-_MEAN = (123.675, 116.28, 103.53)
-_STD = (58.395, 57.12, 57.375)
 
 _SAMPLED = 256  # images that decide the size by their headers, spread over the classes
 _SAMPLED_CLASSES = 1024  # of more classes than this, only so many are sampled, one image each
@@ -50,12 +44,9 @@ class Folder:
     there or not; of large ones the workers cut random crops.
 
     Args:
-        root: the folder.
         image_size: side in pixels to which images are resized; 0: their own size if they are small.
-        seed: of the augmentation.
         workers: the number of processes that read; 0: this process reads.
-        device: where the batches are put.
-        keep: 'on', 'off' or 'auto': whether small images are kept on the device.
+        keep: "on", "off" or "auto": whether small images are kept on the device.
         max_bad_images: how many images that cannot be read are skipped before that is an error.
     """
 
@@ -74,17 +65,18 @@ class Folder:
         self.classes, train, test = listing.find(root)
         self.train_size, self.test_size = len(train), len(test)
         first = not dist.is_initialized() or dist.get_rank() == 0
-        self._bad_images = BadImages(max_bad_images, shown=first)
-        self.image_size = image_size or _native_size(train, self._bad_images)
-        count = len(train) + len(test)
-        self._kept = _is_kept(keep, self.image_size, count, device)
+        self.bad_images = BadImages(max_bad_images, shown=first)
+        self.image_size = image_size or _native_size(train, self.bad_images)
+        nbytes = 3 * self.image_size**2 * (len(train) + len(test))
+        kept = _is_kept(keep, self.image_size, nbytes, device)
+        self.kept_bytes = nbytes if kept else 0
         # All processes read the images that are kept, so the first one reports for all. Of images
         # that are not kept, each process reads others.
-        self._bad_images.shown = self._shown = first or not self._kept
+        self.bad_images.shown = first or not kept
         small = self.image_size <= _SMALL
         self.stem = "small" if small else "imagenet"
         centre = CentreCrop(self.image_size, whole=small)
-        margin = round(self.image_size * _MARGIN)
+        margin = round(self.image_size / 8)  # 4 of 32 pixels, as in He et al. (2016) for CIFAR
         self._shift = ShiftAndFlip(len(train), seed, margin, flip=True) if small else None
         self._splits = (
             (train, centre if small else CropAndFlip(self.image_size, seed)),
@@ -92,39 +84,20 @@ class Folder:
         )
         self._workers, self._device = workers, device
         self._sources: list[Read] = []  # of training and test images, once they are prepared
-        self._mean = torch.tensor(_MEAN, device=device).view(1, 3, 1, 1)
-        self._std = torch.tensor(_STD, device=device).view(1, 3, 1, 1)
+        self.prepared = False
+        # Mean and standard deviation of ImageNet's channels, on the scale of bytes.
+        statistics = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+        self._mean, self._std = torch.tensor(statistics, device=device).view(2, 1, 3, 1, 1)
 
     def prepare(self) -> None:
         """Read the images that are kept on the device; otherwise the first batch does so."""
-        if self._sources:
+        if self.prepared:
             return
-        reader = Reader(self._splits, self._workers, self._device, self._bad_images)
+        reader = Reader(self._splits, self._workers, self._device, self.bad_images)
         sources: list[Read] = [partial(reader.read, split) for split in range(2)]
-        if self._kept:
-            sources = [
-                self._read_all(read, files, what).read
-                for read, (files, _), what in zip(
-                    sources, self._splits, ("training", "test"), strict=True
-                )
-            ]
-        self._sources = sources
-
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes that the images kept on the device take there, once they are read."""
-        count = self.train_size + self.test_size if self._kept else 0
-        return count * _bytes(self.image_size)
-
-    @property
-    def prepared(self) -> bool:
-        """Whether `prepare` has run."""
-        return bool(self._sources)
-
-    @property
-    def skipped(self) -> int:
-        """Number of images that this process could not read so far."""
-        return len(self._bad_images)
+        if self.kept_bytes:
+            sources = [self._read_all(read, split).read for split, read in enumerate(sources)]
+        self._sources, self.prepared = sources, True
 
     def train(self, batches: Iterable[tuple[int, torch.Tensor]]) -> Iterator[Batch]:
         """Augmented by epoch and image, whichever worker or process reads them."""
@@ -148,26 +121,22 @@ class Folder:
         # Pixels of three bytes next to each other, seen as channels first, are channels_last.
         return (batch.pixels.permute(0, 3, 1, 2).float() - self._mean) / self._std, batch.labels
 
-    def _read_all(self, read: Read, files: Files, what: str) -> DeviceDataset:
+    def _read_all(self, read: Read, split: int) -> DeviceDataset:
         """All images of a split, on the device, with a progress bar meanwhile."""
+        files, what = self._splits[split][0], ("training", "test")[split]
         count, side, started = len(files), self.image_size, time.perf_counter()
-        try:
-            pixels = torch.empty(count, side, side, 3, dtype=torch.uint8, device=self._device)
-        except RuntimeError as error:
-            raise TrainerError(
-                f"--cache: {count} images take {count * _bytes(side) / 2**30:.1f} GiB, more than "
-                f"{self._device} has"
-            ) from error
+        pixels = torch.empty(count, side, side, 3, dtype=torch.uint8, device=self._device)
         missing = set(range(count))
         requests = torch.arange(count).split(_READ_AT_ONCE)
-        hidden = None if self._shown else True  # None: hidden if standard error is no terminal
+        shown = self.bad_images.shown
+        hidden = None if shown else True  # None: hidden if standard error is no terminal
         with tqdm(total=count, desc=f"reading {what} images", unit="img", disable=hidden) as bar:
             found = read((TEST, indices) for indices in requests)
             for indices, batch in zip(requests, found, strict=True):
                 pixels[batch.indices] = batch.pixels
                 missing.difference_update(batch.indices.tolist())
                 bar.update(len(indices))
-        if self._shown:
+        if shown:
             seconds = time.perf_counter() - started
             tqdm.write(
                 f"read {count - len(missing)} {what} images in {seconds:.1f} s: "
@@ -177,13 +146,8 @@ class Folder:
         return DeviceDataset(pixels, labels, missing)
 
 
-def _bytes(side: int) -> int:
-    """Bytes of one image."""
-    return 3 * side * side
-
-
-def _is_kept(cache: str, side: int, images: int, device: torch.device) -> bool:
-    """Whether `images` of `side` pixels are kept on the device, by the value of --cache."""
+def _is_kept(cache: str, side: int, nbytes: int, device: torch.device) -> bool:
+    """Whether images of `side` pixels are kept on the device, by the value of --cache."""
     if side > _SMALL and cache == "on":
         raise TrainerError(
             f"--cache on keeps images of up to {_SMALL} pixels, and these are brought to {side}: "
@@ -193,7 +157,7 @@ def _is_kept(cache: str, side: int, images: int, device: torch.device) -> bool:
         return cache == "on"
     on_gpu = device.type == "cuda"
     limit = torch.cuda.mem_get_info(device)[0] * _SHARE_OF_GPU if on_gpu else _BYTES_ON_CPU
-    return images * _bytes(side) <= limit
+    return nbytes <= limit
 
 
 def _native_size(files: Files, bad_images: BadImages) -> int:
@@ -210,7 +174,7 @@ def _native_size(files: Files, bad_images: BadImages) -> int:
             "known: set --image-size"
         )
     smallest, largest = min(found), max(found)
-    side = max(largest, 8) if largest <= _SMALL else _LARGE
+    side = max(largest, 8) if largest <= _SMALL else 224
     if smallest < largest and smallest <= _SMALL and bad_images.shown:
         tqdm.write(
             f"warning: the longer sides of {len(sample)} training images are from {smallest} to "

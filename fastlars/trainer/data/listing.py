@@ -8,9 +8,8 @@ classes.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from fastlars.trainer.errors import TrainerError
 
@@ -19,16 +18,8 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".
 Files = list[tuple[str, int]]  # path and label
 
 
-class Listing(NamedTuple):
-    """The image files below a folder."""
-
-    classes: tuple[str, ...]
-    train: Files
-    test: Files
-
-
-def find(root: str) -> Listing:
-    """The images below `root`; TrainerError if the folder does not have the layout above."""
+def find(root: str) -> tuple[tuple[str, ...], Files, Files]:
+    """Classes, training and test images of a folder; TrainerError if its layout is another."""
     names = _subfolders(Path(root))
     held_out = "val" if "val" in names else "test"
     for name, missing in (("train", "train/"), (held_out, "val/ or test/")):
@@ -36,40 +27,35 @@ def find(root: str) -> Listing:
             raise TrainerError(f"--data: {Path(root)} has no folder {missing}")
     train, test = Path(root, "train"), Path(root, held_out)
     classes, test_classes = _subfolders(train), _subfolders(test)
-    for folder, found in ((train, classes), (test, test_classes)):
-        if not found:
-            raise TrainerError(f"--data: {folder} has no class folders")
+    if not classes:
+        raise TrainerError(f"--data: {train} has no class folders")
     if classes != test_classes:
         name = min(set(classes) ^ set(test_classes))
         has, lacks = (train, test) if name in classes else (test, train)
         raise TrainerError(f"--data: class {name} is in {has} but not in {lacks}")
-    return Listing(tuple(classes), _files(train, classes), _files(test, classes))
+    return tuple(classes), _files(train, classes), _files(test, classes)
 
 
 def _subfolders(folder: Path) -> list[str]:
     try:
         with os.scandir(folder) as entries:
-            return sorted(e.name for e in entries if e.is_dir() and not _is_hidden(e.name))
+            return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
     except OSError as error:
         _refuse(error)
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".")
-
-
-def _files(folder: Path, classes: Sequence[str]) -> Files:
+def _files(folder: Path, classes: list[str]) -> Files:
     files: Files = []
     for label, name in enumerate(classes):
         before = len(files)
         for place, subfolders, names in os.walk(folder / name, onerror=_refuse, followlinks=True):
-            subfolders[:] = sorted(name for name in subfolders if not _is_hidden(name))
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             for subfolder in subfolders:
                 _check_link(Path(place, subfolder))
             files += [
                 (os.path.join(place, file), label)
                 for file in sorted(names)
-                if file.lower().endswith(_SUFFIXES) and not _is_hidden(file)
+                if file.lower().endswith(_SUFFIXES) and not file.startswith(".")
             ]
         if len(files) == before:
             kinds = ", ".join(_SUFFIXES)

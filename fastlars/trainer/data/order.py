@@ -18,13 +18,8 @@ from fastlars.trainer.errors import TrainerError
 class BatchOrder:
     """The division of the training images into steps; TrainerError if they do not divide.
 
-    Args:
-        images: the number of training images.
-        batch_size: images of one optimizer step, over all processes.
-        micro_batch: images of one forward pass; 0: the whole share of the process.
-        rank: of this process.
-        world_size: the number of processes.
-        seed: of the permutations.
+    `batch_size` counts the images of one optimizer step, over all processes; `micro_batch` those of
+    one forward pass, or the whole share of the process where 0 is given.
 
     Attributes:
         micro_batch: images of one forward pass, never 0.

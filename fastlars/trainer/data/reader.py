@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from errno import ENOSPC
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
 from fastlars.trainer.data import decode, sharing
-from fastlars.trainer.data.device_dataset import PixelBatch
+from fastlars.trainer.data.dataset import PixelBatch
 from fastlars.trainer.data.listing import Files
 from fastlars.trainer.errors import (
     FILE_LIMIT_HINT,
@@ -34,9 +34,6 @@ from fastlars.trainer.errors import (
 )
 
 _PREFETCH = 2  # batches that each worker reads ahead
-# A worker that cannot open a file to send it closes the connection without giving a reason.
-_MAYBE_FILES = "too few open files (ulimit -n)"
-_LOST = f"--workers: a worker process died; is memory or /dev/shm full, or {_MAYBE_FILES}?"
 _NAMED = 5  # bad images that the error names
 
 # The user chose the number of workers: torch's advice on it is not wanted.
@@ -44,14 +41,14 @@ warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
 
 Transform = Callable[[torch.Tensor, int, int], torch.Tensor]  # of image, epoch and index
 Request = tuple[int, int, list[int]]  # split, epoch, indices
+# What a worker sends: the batch, and index and reason of each image that cannot be read.
+Result = tuple[PixelBatch, list[tuple[int, str]]]
 
 
 class BadImages:
     """The images that a process could not read: each is reported once, up to a limit.
 
-    Args:
-        limit: how many there may be.
-        shown: print a warning for each.
+    A warning for each is printed where `shown`.
     """
 
     def __init__(self, limit: int, *, shown: bool) -> None:
@@ -87,7 +84,7 @@ class _Reading:
 
     split: int
     batches: Iterator[tuple[int, torch.Tensor]]
-    arrived: deque[_Result] = field(default_factory=deque)
+    arrived: deque[Result] = field(default_factory=deque)
     exhausted: bool = False
 
 
@@ -97,14 +94,11 @@ class _Requests:
     The loader takes one request whenever a batch arrives, and the batches arrive in the order of
     the requests. So a test first receives the training batches in flight, which then wait in
     `arrived` of their reading.
-
-    Attributes:
-        current: the reading that waits for a batch.
-        in_flight: the reading that each requested batch belongs to, in order.
     """
 
     def __init__(self) -> None:
-        self.current = _Reading(0, iter(()))
+        self.current = _Reading(0, iter(()))  # the one that waits for a batch
+        # The reading that each requested batch belongs to, in order.
         self.in_flight: deque[_Reading] = deque()
 
     def __iter__(self) -> Iterator[Request]:
@@ -118,12 +112,8 @@ class _Requests:
 class Reader:
     """Reads the images of several splits, all with the same worker processes.
 
-    Args:
-        splits: the files of each split (training, test), and how their images are transformed; the
-            results within a split must be of one shape.
-        workers: the number of processes; 0: the calling process reads.
-        device: where the batches are put.
-        bad_images: where images that cannot be read are counted.
+    `splits` holds the files of each split (training, test), and what transforms its images to one
+    shape. Without `workers` the calling process reads.
     """
 
     def __init__(
@@ -149,7 +139,7 @@ class Reader:
             # more often than an uninterrupted one.
             generator=torch.Generator(),
         )
-        self._results: Iterator[_Result | sharing.Packed[_Result]] = iter(())
+        self._results: Iterator[Result | sharing.Packed] = iter(())
 
     def read(self, split: int, batches: Iterable[tuple[int, torch.Tensor]]) -> Iterator[PixelBatch]:
         """The images of a split at each (epoch, indices), in order, without the bad ones."""
@@ -187,12 +177,12 @@ class Reader:
         if result is not None:
             self._requests.in_flight.popleft().arrived.append(result)
 
-    def _on_device(self, split: int, result: _Result) -> PixelBatch:
+    def _on_device(self, split: int, result: Result) -> PixelBatch:
         """Count the bad images, and move the batch of the others to the device."""
+        (pixels, labels, epoch, indices), bad = result
         files, _ = self._splits[split]
-        for index, reason in result.bad:
+        for index, reason in bad:
             self._bad_images.add(files[index][0], reason)
-        pixels, labels, epoch, indices = result.batch
         return PixelBatch(
             pixels.to(self._device, non_blocking=True),
             labels.to(self._device, non_blocking=True),
@@ -209,25 +199,19 @@ def _worker_errors_in_one_line() -> Iterator[None]:
     except (OSError, EOFError, RuntimeError) as error:  # RuntimeError: torch has no class for these
         text = str(error)
         if hits_file_limit(text):
-            line = f"--workers: Too many open files: {FILE_LIMIT_HINT}"
-        elif isinstance(error, ConnectionError) or "DataLoader worker (pid" in text:
-            line = f"{_LOST} {one_line(error)}"
-        elif isinstance(error, RuntimeError):
-            raise
+            line = f"Too many open files: {FILE_LIMIT_HINT}"
+        elif isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in text:
+            # A worker that cannot open a file to send it closes the connection without a reason.
+            line = (
+                "a worker process died; is memory or /dev/shm full, or too few open files "
+                f"(ulimit -n)? {one_line(error)}"
+            )
+        elif isinstance(error, OSError):
+            place = " in /dev/shm" if error.errno == ENOSPC else ""
+            line = f"{reason_of(error)}{place}; with --workers 0 the trainer reads alone"
         else:
-            reason = f"a pipe is closed: {_MAYBE_FILES}?"
-            if isinstance(error, OSError):
-                place = " in /dev/shm" if error.errno == ENOSPC else ""
-                reason = reason_of(error) + place
-            line = f"--workers: {reason}; with --workers 0 the trainer reads alone"
-        raise TrainerError(line) from error
-
-
-class _Result(NamedTuple):
-    """What a worker sends."""
-
-    batch: PixelBatch
-    bad: list[tuple[int, str]]  # index and reason of each image that cannot be read
+            raise
+        raise TrainerError(f"--workers: {line}") from error
 
 
 class _ImageFiles(Dataset[Any]):
@@ -236,30 +220,27 @@ class _ImageFiles(Dataset[Any]):
     def __init__(self, splits: Sequence[tuple[Files, Transform]]) -> None:
         self._splits = splits
 
-    def __getitem__(self, request: Request) -> _Result | sharing.Packed[_Result]:
+    def __getitem__(self, request: Request) -> Result | sharing.Packed:
         split, epoch, requested = request
         files, transform = self._splits[split]
-        pixels, labels, indices, bad = [], [], [], []
+        pixels, indices, bad = [], [], []
         for index in requested:
-            path, label = files[index]
             try:
-                image = transform(decode.decode(path), epoch, index)
+                image = transform(decode.decode(files[index][0]), epoch, index)
             except decode.BadImageError as error:
                 bad.append((index, str(error)))
             else:
                 pixels.append(image.permute(1, 2, 0))
-                labels.append(label)
                 indices.append(index)
         in_worker = get_worker_info() is not None
         stack = sharing.stack if in_worker else torch.stack
         batch = PixelBatch(
             stack(pixels) if pixels else torch.empty(0, 1, 1, 3, dtype=torch.uint8),
-            torch.tensor(labels, dtype=torch.int64),
+            torch.tensor([files[index][1] for index in indices], dtype=torch.int64),
             epoch,
             torch.tensor(indices, dtype=torch.int64),
         )
-        result = _Result(batch, bad)
-        return sharing.Packed(result) if in_worker else result
+        return sharing.Packed((batch, bad)) if in_worker else (batch, bad)
 
 
 def _start_worker(_worker: int) -> None:

@@ -8,16 +8,13 @@ the trainer waits. So a batch is pickled here, before it is sent.
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
+from contextlib import suppress
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
-from torch import multiprocessing
-
-T = TypeVar("T")
 
 
 class _Pickler(ForkingPickler):
@@ -29,23 +26,20 @@ class _Pickler(ForkingPickler):
         return NotImplemented
 
 
-class Packed(Generic[T]):
+class Packed:
     """A pickled object; a tensor that `stack` made is handed over without a copy."""
 
-    def __init__(self, item: T) -> None:
-        pickled = io.BytesIO()
+    def __init__(self, item: Any) -> None:
         try:
-            _Pickler(pickled, pickle.DEFAULT_PROTOCOL).dump(item)
-            self._pickled = pickled.getvalue()
+            self._pickled = bytes(_Pickler.dumps(item))
         except (OSError, RuntimeError):  # e.g. too many open files: copy all tensors
             self._pickled = pickle.dumps(item)
 
-    def open(self) -> T:
+    def open(self) -> Any:
         """The object; can be called once."""
-        item: T = pickle.loads(self._pickled)
-        return item
+        return pickle.loads(self._pickled)
 
-    def pin_memory(self) -> T:
+    def pin_memory(self) -> Any:
         """The object with its tensors pinned; torch's DataLoader calls this in a thread."""
         from torch.utils.data._utils.pin_memory import pin_memory
 
@@ -55,16 +49,12 @@ class Packed(Generic[T]):
 def stack(tensors: list[torch.Tensor]) -> torch.Tensor:
     """torch.stack, into shared memory if there is room."""
     first = tensors[0]
-    if multiprocessing.get_sharing_strategy() == "file_descriptor":
-        try:
-            size = len(tensors) * first.nbytes
-            storage = torch.UntypedStorage._new_shared(size)
-            # tmpfs promises more memory than it has; writing to a page that it lacks would kill
-            # the worker.
-            os.posix_fallocate(storage._share_fd_cpu_()[0], 0, size)
-        except (OSError, RuntimeError):
-            pass
-        else:
-            out = torch.empty(0, dtype=first.dtype).set_(storage)
-            return torch.stack(tensors, out=out.view(len(tensors), *first.shape))
+    with suppress(OSError, RuntimeError):
+        size = len(tensors) * first.nbytes
+        storage = torch.UntypedStorage._new_shared(size)
+        # tmpfs promises more memory than it has; writing to a page that it lacks would kill the
+        # worker.
+        os.posix_fallocate(storage._share_fd_cpu_()[0], 0, size)
+        out = torch.empty(0, dtype=first.dtype).set_(storage)
+        return torch.stack(tensors, out=out.view(len(tensors), *first.shape))
     return torch.stack(tensors)

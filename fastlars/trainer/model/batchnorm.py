@@ -20,11 +20,9 @@ from fastlars.trainer.process.world import World
 def prepare(model: nn.Module, bn_batch: int, bn_statistics: str) -> None:
     """Give every nn.BatchNorm2d of the model ghost batches and the statistics asked for, in place.
 
-    Args:
-        model: parameters, buffers and their names stay as they are.
-        bn_batch: images per ghost batch in training; 0 for the whole forward pass. A forward pass
-            that it does not divide is cut into parts as near to it as possible.
-        bn_statistics: "running" averages or those of the "last" step.
+    Parameters, buffers and their names stay as they are. In training there are `bn_batch` images in
+    a ghost batch, 0 for the whole forward pass; one that it does not divide is cut into parts as
+    near to it as possible. `bn_statistics`: "running" averages or those of the "last" step.
     """
     if not bn_batch and bn_statistics == "running":
         return
@@ -77,10 +75,12 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalised images, [N, C, H, W], in the format of the input."""
-        if not self.training or not self.bn_batch:
+        parts = 1
+        if self.training and self.bn_batch:  # halves go down: no part of a single image
+            parts = max(math.ceil(len(input) / self.bn_batch - 0.5), 1)
+        if parts == 1:
             return self._of_one(input)
-        parts = input.split(_near_equal(len(input), self.bn_batch))
-        return self._of_one(input) if len(parts) == 1 else torch.cat(list(map(self._of_one, parts)))
+        return torch.cat([self._of_one(part) for part in input.tensor_split(parts)])
 
     def _of_one(self, images: Tensor) -> Tensor:
         if not (self.training and self.last):
@@ -98,12 +98,6 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
             self.running_mean.lerp_(mean, share)
             self.running_var.lerp_(var, share)
         return found
-
-
-def _near_equal(images: int, size: int) -> list[int]:
-    """Sizes of parts of a forward pass, as near to `size` and to each other as possible."""
-    count = max(math.ceil(images / size - 0.5), 1)  # halves go down: no part of a single image
-    return [images // count + (part < images % count) for part in range(count)]
 
 
 def _last(model: nn.Module) -> list[GhostBatchNorm2d]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -12,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from fastlars.trainer.config.settings import Config
 from fastlars.trainer.data.dataset import Data
 from fastlars.trainer.data.order import BatchOrder
+from fastlars.trainer.model import batchnorm, optimizer, resnet
 from fastlars.trainer.model.precision import Precision
 from fastlars.trainer.process.world import World
 
@@ -47,12 +49,37 @@ class TrainingContext:
     precision: Precision
     optimizer: Optimizer
     schedule: LambdaLR
-    progress: Progress = field(default_factory=Progress)
+    progress: Progress
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.config.epochs * self.order.steps_per_epoch
+
+
+def build(config: Config, data: Data, progress: Progress, world: World) -> TrainingContext:
+    """Build what `config` names, in every process alike; nothing is written."""
+    with world.raise_on_all_ranks():
+        order = BatchOrder(
+            data.train_size,
+            config.batch_size,
+            config.micro_batch,
+            world.rank,
+            world.size,
+            config.seed,
+        )
+        torch.backends.cudnn.benchmark = world.device.type == "cuda"
+        stem = data.stem if config.stem == "auto" else config.stem
+        model = resnet.build(config.model, len(data.classes), stem, config.seed)
+        resnet.draw_classifier(model, config.classifier_std, config.seed)
+        batchnorm.prepare(model, config.bn_batch, config.bn_statistics)
+        model = model.to(world.device)
+        stepper = optimizer.build_optimizer(config, model, order.steps_per_epoch)
+        schedule = optimizer.build_schedule(config, stepper, order.steps_per_epoch)
+        precision = Precision(config.precision, world.device)
+    return TrainingContext(
+        config, world, data, order, model, precision, stepper, schedule, progress
+    )
 
 
 def fingerprint(data: Data) -> dict[str, Any]:

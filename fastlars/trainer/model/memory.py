@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,9 @@ from fastlars.trainer.model.context import TrainingContext
 _SPARE = 0.1
 _REFUSED = 1.3  # times the machine's memory; from 1 on there is a warning
 _OWN_CGROUPS, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-_TWO_STATES = ("lamb", "akiba")  # recipes with two tensors of state for each parameter
+# The files of a cgroup with its limit and its use, and the cache within that use.
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = ("memory.max", "memory.current", "inactive_file")
 
 
 def needed(context: TrainingContext) -> dict[str, float]:
@@ -35,25 +36,21 @@ def needed(context: TrainingContext) -> dict[str, float]:
     gradients = nbytes(p for p in context.model.parameters() if p.requires_grad)
     fixed, for_each = activations(context)
     pixels = 3 * data.image_size**2 * share
-    found: dict[str, float] = {}
-    if context.world.device.type == "cpu":
-        there = weights + (data.kept_bytes if data.prepared else 0)
-        found["Python and its packages"] = max(_resident() - there, 0)
-    found |= {
+    on_cpu, there = context.world.device.type == "cpu", data.kept_bytes if data.prepared else 0
+    found = {
+        "Python and its packages": max(_resident() - weights - there, 0) if on_cpu else 0,
         "weights": weights,
         "gradients": gradients,
-        "optimizer states": gradients * (2 if config.recipe in _TWO_STATES else 1),
+        "optimizer states": gradients * (2 if config.recipe in ("lamb", "akiba") else 1),
+        "buckets of gradients": gradients if context.world.size > 1 else 0,
+        "moving average": weights if config.ema else 0,
+        "kept images": data.kept_bytes,
+        # Half precision keeps a copy of the images; otherwise they are part of the activations.
+        "images of a batch": pixels * (1 if context.precision.name == "fp32" else 5),
+        "activations": fixed + for_each * share,
     }
-    if context.world.size > 1:
-        found["buckets of gradients"] = gradients
-    if config.ema:
-        found["moving average"] = weights
-    if data.kept_bytes:
-        found["kept images"] = data.kept_bytes
-    # Half precision keeps a copy of the images; otherwise they are part of the activations.
-    found["images of a batch"] = pixels * (5 if _half(context) else 1)
-    found["activations"] = fixed + for_each * share
-    return found | {"workspaces": _SPARE * sum(found.values())}
+    found["workspaces"] = _SPARE * sum(found.values())
+    return {what: count for what, count in found.items() if count}
 
 
 def check(context: TrainingContext) -> str:
@@ -68,20 +65,15 @@ def check(context: TrainingContext) -> str:
     whole, free = available(world.device)
     total = here * sum(need.values())
     largest = max(need, key=lambda what: need[what])
+    where = "this machine" if world.device.type == "cpu" else "the GPU"
     what = (
         f"{'this run needs' if here == 1 else f'{here} processes need'} about {size(total)} of "
-        f"memory, of which {largest} {size(here * need[largest])}"
+        f"memory, of which {largest} {size(here * need[largest])}, and {where} has"
     )
-    where = "this machine" if world.device.type == "cpu" else "the GPU"
-    text = ""
     with world.raise_on_all_ranks():
         if total > _REFUSED * whole:
-            raise TrainerError(
-                f"{what}, and {where} has {size(whole)}: {_remedy(context, largest)}"
-            )
-        if total > free:
-            text = f"{what}, and {where} has {size(free)} free: {_remedy(context, largest)}"
-    return text
+            raise TrainerError(f"{what} {size(whole)}: {_remedy(context, largest)}")
+    return f"{what} {size(free)} free: {_remedy(context, largest)}" if total > free else ""
 
 
 def _remedy(context: TrainingContext, largest: str) -> str:
@@ -114,15 +106,14 @@ def _kept(context: TrainingContext, images: int) -> int:
     autocast: for half precision every tensor is in it, and the copies that autocast makes of the
     weights are added.
     """
-    half, side = _half(context), context.data.image_size
+    half, side = context.precision.name != "fp32", context.data.image_size
 
     def meta(tensor: torch.Tensor) -> torch.Tensor:
         kind = torch.half if half and tensor.is_floating_point() else tensor.dtype
         return torch.empty_like(tensor, device="meta", dtype=kind)
 
-    state = {name: meta(buffer) for name, buffer in context.model.named_buffers()}
-    for name, parameter in context.model.named_parameters():
-        state[name] = meta(parameter).requires_grad_(parameter.requires_grad)
+    tensors = [*context.model.named_parameters(), *context.model.named_buffers()]
+    state = {name: meta(tensor).requires_grad_(tensor.requires_grad) for name, tensor in tensors}
     known = {StorageWeakRef(tensor.untyped_storage()) for tensor in state.values()}
     kept: dict[StorageWeakRef, int] = {}
 
@@ -142,10 +133,6 @@ def _kept(context: TrainingContext, images: int) -> int:
     return count + (nbytes(context.model.parameters()) // 2 if half else 0)
 
 
-def _half(context: TrainingContext) -> bool:
-    return context.precision.name != "fp32"
-
-
 def available(device: torch.device) -> tuple[float, float]:
     """Bytes of the device's memory, and how many of them this process could have now.
 
@@ -154,12 +141,9 @@ def available(device: torch.device) -> tuple[float, float]:
     if device.type == "cuda":
         free, whole = torch.cuda.mem_get_info(device)
         return whole, free + torch.cuda.memory_reserved(device)
-    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = _numbers(Path("/proc/meminfo"))
-    whole += 1024 * meminfo.get("SwapTotal:", 0)
-    free = whole
-    if "MemAvailable:" in meminfo:
-        free = 1024 * (meminfo["MemAvailable:"] + meminfo.get("SwapFree:", 0))
+    whole = 1024 * (meminfo["MemTotal:"] + meminfo["SwapTotal:"])
+    free = 1024 * (meminfo.get("MemAvailable:", meminfo["MemTotal:"]) + meminfo["SwapFree:"])
     for limit, used in _limits():
         whole, free = min(whole, limit), min(free, limit - used)
     return whole, free + _resident()
@@ -175,13 +159,9 @@ def _limits() -> Iterable[tuple[int, int]]:
         _, controllers, name = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        root = _CGROUPS / controllers
-        limit, use, cached = (
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            if controllers
-            else ("memory.max", "memory.current", "inactive_file")
-        )
-        for relative in [Path(name.lstrip("/")), *Path(name.lstrip("/")).parents]:
+        root, place = _CGROUPS / controllers, Path(name.lstrip("/"))
+        limit, use, cached = _V1 if controllers else _V2
+        for relative in [place, *place.parents]:
             try:
                 most = int((root / relative / limit).read_text())
                 used = int((root / relative / use).read_text())
@@ -200,20 +180,14 @@ def _numbers(path: Path) -> dict[str, int]:
 
 
 def _resident() -> int:
-    """Resident bytes of this process; its peak, where the system does not report the present."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else 1024 * peak
+    """Resident bytes of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def nbytes(tensors: Iterable[Any]) -> int:
     """Bytes of all tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def size(count: float) -> str:

@@ -25,10 +25,8 @@ def measure(model: nn.Module, weights: dict[str, Tensor], scale: float = 1.0) ->
 
     Waits for the device once, whatever the number of parameters.
 
-    Args:
-        model: its gradients are measured.
-        weights: what `weights` returned before the backward pass.
-        scale: how many times the loss's gradients the ones in the model are.
+    `weights` is what the function of that name returned before the backward pass; the model's
+    gradients are `scale` times the loss's.
     """
     named = {n: _norm(p.grad) for n, p in model.named_parameters() if p.grad is not None}
     if not named:

@@ -17,8 +17,6 @@ from fastlars import conventions, schedules
 from fastlars.trainer.config.settings import Config, flag
 from fastlars.trainer.errors import TrainerError, one_line
 
-_OVERRIDES = ("FASTLARS_BACKEND", "FASTLARS_CUDA_PATH", "FASTLARS_CHECK")
-
 
 def check_environment(device: torch.device) -> None:
     """Raise TrainerError where a FASTLARS_ variable asks for what the device does not have.
@@ -26,7 +24,7 @@ def check_environment(device: torch.device) -> None:
     A step reads these variables; without this one, the first step would come after all images
     were read.
     """
-    if not any(os.environ.get(name) for name in _OVERRIDES):
+    if not any(name.startswith("FASTLARS_") for name in os.environ):
         return
     weight = torch.zeros(1, device=device)
     weight.grad = torch.zeros_like(weight)
@@ -59,45 +57,40 @@ def _in_a_line(what: str) -> Iterator[None]:
 def build_optimizer(config: Config, model: torch.nn.Module, steps_per_epoch: int) -> Optimizer:
     """The recipe's optimizer; --no-decay and --no-ratio divide the parameters into groups."""
     with _in_a_line(f"--recipe {config.recipe}"):
-        return _optimizer(config, model, steps_per_epoch)
-
-
-def _optimizer(config: Config, model: torch.nn.Module, steps_per_epoch: int) -> Optimizer:
-    recipe, lr, momentum = config.recipe, config.lr, config.momentum
-    groups = fastlars.parameter_groups(
-        model,
-        config.weight_decay,
-        no_decay=config.no_decay,  # type: ignore[arg-type]
-        no_ratio=config.no_ratio,  # type: ignore[arg-type]
-    )
-    for group in groups:
-        # With --precision fp16 the step itself divides by the loss scale: no other code reads the
-        # gradients afterwards.
-        group["fused_unscale"] = True
-    if recipe == "lamb":
-        return fastlars.LAMB(
-            groups,
-            lr=lr,
-            bias_correction=config.bias_correction,
-            max_grad_norm=config.max_grad_norm or None,
+        recipe, lr, momentum = config.recipe, config.lr, config.momentum
+        groups = fastlars.parameter_groups(
+            model,
+            config.weight_decay,
+            no_decay=config.no_decay,  # type: ignore[arg-type]
+            no_ratio=config.no_ratio,  # type: ignore[arg-type]
         )
-    if recipe == "akiba":
-        return fastlars.RMSpropWarmup(
-            groups,
-            lr=lr,
-            momentum=momentum,
-            center_steps=config.rmsprop_center * steps_per_epoch,
-            period_steps=config.rmsprop_period * steps_per_epoch,
-            lr_rmsprop=config.lr_rmsprop,
-            transition=config.rmsprop_transition,  # type: ignore[arg-type]
-        )
-    if recipe == "goyal":
-        sgd = conventions.torch_sgd(momentum=momentum, nesterov=momentum > 0)
-        return fastlars.LARS(groups, lr=lr, **sgd)
-    form: dict[str, Any] = {"momentum": momentum, "trust_coefficient": config.trust_coefficient}
-    if recipe == "mlperf":
-        form = dict(conventions.mlperf_lars(**form, eps=1e-7))  # what its reference code runs with
-    return fastlars.LARS(groups, lr=lr, **form)
+        for group in groups:
+            # With --precision fp16 the step itself divides by the loss scale: no other code reads
+            # the gradients afterwards.
+            group["fused_unscale"] = True
+        if recipe == "lamb":
+            return fastlars.LAMB(
+                groups,
+                lr=lr,
+                bias_correction=config.bias_correction,
+                max_grad_norm=config.max_grad_norm or None,
+            )
+        if recipe == "akiba":
+            return fastlars.RMSpropWarmup(
+                groups,
+                lr=lr,
+                momentum=momentum,
+                center_steps=config.rmsprop_center * steps_per_epoch,
+                period_steps=config.rmsprop_period * steps_per_epoch,
+                lr_rmsprop=config.lr_rmsprop,
+                transition=config.rmsprop_transition,  # type: ignore[arg-type]
+            )
+        form: dict[str, Any] = {"momentum": momentum, "trust_coefficient": config.trust_coefficient}
+        if recipe == "goyal":
+            form = dict(conventions.torch_sgd(momentum=momentum, nesterov=momentum > 0))
+        elif recipe == "mlperf":  # with the eps that its reference code runs with
+            form = dict(conventions.mlperf_lars(**form, eps=1e-7))
+        return fastlars.LARS(groups, lr=lr, **form)
 
 
 def build_schedule(config: Config, optimizer: Optimizer, steps_per_epoch: int) -> LambdaLR:
@@ -135,15 +128,9 @@ def build_schedule(config: Config, optimizer: Optimizer, steps_per_epoch: int) -
 
 def adapted_ratios(optimizer: Optimizer, model: torch.nn.Module) -> dict[str, float]:
     """Last trust ratio of each adapted parameter, by name; empty for an optimizer without any."""
-    adapted = {
-        parameter
-        for group in optimizer.param_groups
-        if group.get("adapt", False)
-        for parameter in group["params"]
-    }
-    if not adapted:
-        return {}
-    ratios = optimizer.trust_ratios()  # type: ignore[attr-defined]
+    groups = [group for group in optimizer.param_groups if group.get("adapt", False)]
+    adapted = {parameter for group in groups for parameter in group["params"]}
+    ratios = optimizer.trust_ratios() if adapted else {}  # type: ignore[attr-defined]
     return {
         name: float(ratios[parameter])
         for name, parameter in model.named_parameters()

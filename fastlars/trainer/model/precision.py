@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,12 +14,7 @@ _LEAST_SCALE = 2.0**-14
 
 
 class Precision:
-    """Autocast, and for float16 a GradScaler, as --precision says.
-
-    Args:
-        wanted: "auto", "fp32", "bf16" or "fp16".
-        device: where the model is.
-    """
+    """Autocast, and for float16 a GradScaler, as --precision says."""
 
     def __init__(self, wanted: str, device: torch.device) -> None:
         self._device = device.type
@@ -32,11 +26,9 @@ class Precision:
         self._scaler = torch.amp.GradScaler(device.type, enabled=wanted == "fp16")
         self.gradient_scale = self._scaler.get_scale()
 
-    def autocast(self) -> AbstractContextManager[None]:
+    def autocast(self) -> torch.autocast:
         """The context of a forward pass."""
-        if self._dtype is None:
-            return nullcontext()
-        return torch.autocast(self._device, dtype=self._dtype)
+        return torch.autocast(self._device, self._dtype, enabled=self._dtype is not None)
 
     def scaled(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss to run backward from; it makes gradients `gradient_scale` times as large."""

@@ -22,20 +22,17 @@ def build(name: str, classes: int, stem: str, seed: int) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: Any
-        if name == "resnet20":
-            model = ResNet20(classes)
-        else:
-            model = models.get_model(
-                name, weights=None, num_classes=classes, zero_init_residual=True
-            )
+        model: Any = (
+            ResNet20(classes)
+            if name == "resnet20"
+            else models.get_model(name, num_classes=classes, zero_init_residual=True)
+        )
         if stem == "small":
             width = model.bn1.num_features
             model.conv1 = nn.Conv2d(3, width, 3, stride=1, padding=1, bias=False)
             nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
             model.maxpool = nn.Identity()
-        found: nn.Module = model.to(memory_format=torch.channels_last)
-    return found
+    return model.to(memory_format=torch.channels_last)
 
 
 def draw_classifier(model: nn.Module, std: float, seed: int) -> None:
@@ -45,11 +42,8 @@ def draw_classifier(model: nn.Module, std: float, seed: int) -> None:
     classifier = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1]
     # A seed of its own: the other layers were drawn from `seed`.
     generator = torch.Generator().manual_seed(seed ^ 2**62)
-    drawn = torch.empty(classifier.weight.shape).normal_(0.0, std, generator=generator)
-    with torch.no_grad():
-        classifier.weight.copy_(drawn)
-        if classifier.bias is not None:
-            classifier.bias.zero_()
+    nn.init.normal_(classifier.weight, std=std, generator=generator)
+    nn.init.zeros_(classifier.bias)
 
 
 class ResNet20(nn.Module):
@@ -83,8 +77,6 @@ class ResNet20(nn.Module):
 
 
 class _Shortcut(nn.Module):
-    """Every second pixel, with as many channels of zeros appended as there are channels."""
-
     def forward(self, images: Tensor) -> Tensor:
         small = images[:, :, ::2, ::2]
         return functional.pad(small, (0, 0, 0, 0, 0, small.shape[1]))

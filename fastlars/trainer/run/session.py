@@ -16,12 +16,10 @@ from typing import Any
 from fastlars.trainer.config import command_line
 from fastlars.trainer.config.command_line import Command
 from fastlars.trainer.config.settings import Config
-from fastlars.trainer.data.dataset import Data
-from fastlars.trainer.data.load import load_data
+from fastlars.trainer.data.dataset import Data, load_data
 from fastlars.trainer.errors import TrainerError, printable
 from fastlars.trainer.model import memory
-from fastlars.trainer.model.build import build
-from fastlars.trainer.model.context import Progress, TrainingContext, fingerprint
+from fastlars.trainer.model.context import Progress, TrainingContext, build, fingerprint
 from fastlars.trainer.model.optimizer import check_environment
 from fastlars.trainer.output import checkpoint, manifest, pictures, report, resume, tensorboard
 from fastlars.trainer.output import directory as rundir
