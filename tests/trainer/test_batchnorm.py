@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from distributed import processes
 from fastlars.trainer.model import batchnorm
-from fastlars.trainer.process.world import World
 from trainer.helpers import tiny_net
 
 
@@ -180,7 +179,7 @@ def statistics(bn_statistics: str) -> tuple[list[torch.Tensor], list[torch.Tenso
     batchnorm.reset_step_statistics(model)
     model(images(16, seed=rank))
     own = [buffer.clone() for buffer in model.buffers()]
-    batchnorm.share(model, World(rank, 2, torch.device("cpu")), bn_statistics)
+    batchnorm.share(model, 2, bn_statistics)
     return own, [buffer.clone() for buffer in model.buffers()]
 
 
@@ -199,5 +198,5 @@ def test_two_processes_share_their_statistics(bn_statistics: str) -> None:
 def test_alone_nothing_is_shared() -> None:
     model = net()
     kept = copy.deepcopy(model.state_dict())
-    batchnorm.share(model, World(0, 1, torch.device("cpu")), "last")
+    batchnorm.share(model, 1, "last")
     assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())

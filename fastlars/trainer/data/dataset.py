@@ -7,9 +7,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from fastlars.trainer.config.settings import Config
-from fastlars.trainer.process import packages
-
 TEST = -1  # the epoch of test images, which are not augmented
 Batch = tuple[torch.Tensor, torch.Tensor]  # normalised images in channels_last, class indices
 
@@ -34,29 +31,6 @@ class Data(Protocol):
 
     def test(self, batches: Iterable[torch.Tensor]) -> Iterator[Batch]:
         """Test images without augmentation, for each tensor of indices."""
-
-
-def load_data(config: Config, device: torch.device) -> Data:
-    """The images that --data names, listed but not yet read; TrainerError if they are unusable.
-
-    Each kind is imported only when it is used: the digits need scikit-learn, a folder does not.
-    """
-    if config.data == "digits":
-        packages.load("sklearn.datasets")
-        from fastlars.trainer.data.digits import Digits
-
-        return Digits(config.seed, device)
-    from fastlars.trainer.data.image_folder import Folder
-
-    return Folder(
-        config.data,
-        config.image_size,
-        config.seed,
-        config.workers,
-        device,
-        keep=config.cache,
-        max_bad_images=config.max_bad_images,
-    )
 
 
 class PixelBatch(NamedTuple):

@@ -14,8 +14,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastlars.trainer.process.world import World
-
 
 def prepare(model: nn.Module, bn_batch: int, bn_statistics: str) -> None:
     """Give every nn.BatchNorm2d of the model ghost batches and the statistics asked for, in place.
@@ -40,13 +38,13 @@ def reset_step_statistics(model: nn.Module) -> None:
         torch._foreach_zero_([buffer for norm in norms for buffer in norm.buffers()])
 
 
-def share(model: nn.Module, world: World, bn_statistics: str) -> None:
+def share(model: nn.Module, processes: int, bn_statistics: str) -> None:
     """Give all processes the same statistics, before an evaluation or a checkpoint.
 
     "running": the averages of the first process. "last": the means over all processes of the last
     step's means and variances.
     """
-    if world.size == 1:
+    if processes == 1:
         return
     if bn_statistics == "running":
         for buffer in model.buffers():
@@ -56,7 +54,7 @@ def share(model: nn.Module, world: World, bn_statistics: str) -> None:
     buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
     flat = torch.cat(buffers)
     dist.all_reduce(flat)
-    flat /= world.size
+    flat /= processes
     torch._foreach_copy_(buffers, list(flat.split([b.numel() for b in buffers])))
 
 

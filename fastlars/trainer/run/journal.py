@@ -158,7 +158,7 @@ class Journal:
         if context.config.bn_statistics == "last":
             # Every process has its own; "running" ones are saved as the first process has them.
             for network in networks:
-                batchnorm.share(network, world, "last")
+                batchnorm.share(network, world.size, "last")
         window = world.total(self.meter.sums)
         self._check(math.isfinite(window[0].item()), "the loss")
         self._check(not world.total(count_not_finite(networks)).item(), "a weight")

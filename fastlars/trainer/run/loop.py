@@ -113,7 +113,7 @@ def step(
 def evaluate(context: TrainingContext, replica: Replica) -> Figures:
     """Loss and accuracy on the test images, every one counted once over all processes."""
     world, data, model = context.world, context.data, replica.evaluated
-    batchnorm.share(model, world, context.config.bn_statistics)
+    batchnorm.share(model, world.size, context.config.bn_statistics)
     model.eval()
     meter = Meter(world.device)
     own = test_batches(data.test_size, context.order.micro_batch, world.rank, world.size)

@@ -16,7 +16,8 @@ from typing import Any
 from fastlars.trainer.config import command_line
 from fastlars.trainer.config.command_line import Command
 from fastlars.trainer.config.settings import Config
-from fastlars.trainer.data.dataset import Data, load_data
+from fastlars.trainer.data.dataset import Data
+from fastlars.trainer.data.load import load_data
 from fastlars.trainer.errors import TrainerError, printable
 from fastlars.trainer.model import memory
 from fastlars.trainer.model.context import Progress, TrainingContext, build, fingerprint
