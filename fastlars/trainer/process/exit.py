@@ -46,9 +46,9 @@ def run_command(program: str, load: Callable[[], Callable[[], int]]) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with console.guarded():
         try:
-            with signals.ending_process():
+            with signals.handled(signals.end_process):
                 work = load()
-            with signals.raising_interrupted():
+            with signals.handled(signals.interrupt):
                 return work()
         except SystemExit:  # --help
             raise

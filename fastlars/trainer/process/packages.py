@@ -34,26 +34,20 @@ def load_all() -> None:
 def load(module: str, wanted_by: str = "", package: str = "") -> ModuleType:
     """Import a module; TrainerError if its package is missing or broken.
 
-    Args:
-        module: the module's full name.
-        wanted_by: the flag that needs it, if there is one.
-        package: the package to name in an error, by default the first part of `module`.
+    The error names the flag `wanted_by` which it is, if given, and `package`, by default the first
+    part of the module's name.
     """
     package = package or module.split(".")[0]
-    prefix = f"{wanted_by}: " if wanted_by else ""
     try:
         return import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name in (package, module):
-            text = f"{prefix}{package} is not installed: pip install 'fastlars[trainer]'"
-            raise TrainerError(text, everywhere=True) from None
-        why = one_line(error)
     except Exception as error:  # a broken package may raise anything
-        why = one_line(error)
-    if "failed to map" in why or "llocate memory" in why:
-        cure = "is the memory limited (ulimit -v)?"
-    else:
-        name = _NAMES_ON_PYPI.get(package, package)
-        cure = f"mend it, or reinstall it (pip install --force-reinstall {name})"
-    text = f"{prefix}{package} is there but does not load: {why}: {cure}"
-    raise TrainerError(text, everywhere=True)
+        why = f"is there but does not load: {one_line(error)}"
+        if isinstance(error, ModuleNotFoundError) and error.name in (package, module):
+            why, cure = "is not installed", "pip install 'fastlars[trainer]'"
+        elif "failed to map" in why or "llocate memory" in why:
+            cure = "is the memory limited (ulimit -v)?"
+        else:
+            name = _NAMES_ON_PYPI.get(package, package)
+            cure = f"mend it, or reinstall it (pip install --force-reinstall {name})"
+    prefix = f"{wanted_by}: " if wanted_by else ""
+    raise TrainerError(f"{prefix}{package} {why}: {cure}", everywhere=True)

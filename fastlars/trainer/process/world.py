@@ -122,11 +122,8 @@ def may_restart() -> bool:
 def connect(device: str, timeout: float) -> Iterator[World]:
     """The processes of this run, connected while the context lasts.
 
-    If the connection to another process is lost, that is a TrainerError of one line.
-
-    Args:
-        device: "cpu", "cuda" or "auto".
-        timeout: seconds that a process waits for another one before it gives up.
+    A lost connection to another process, or `timeout` seconds without an answer from it, is a
+    TrainerError of one line.
     """
     rank, size, local_rank = _numbers()
     place = _device(device, local_rank)
@@ -227,12 +224,12 @@ def _attempt(store: Store, rank: int, size: int, patience: timedelta) -> str:
 
 
 def _device(wanted: str, local_rank: int) -> torch.device:
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cpu" or (wanted == "auto" and count == 0):
         return torch.device("cpu")
-    if not torch.cuda.is_available():
+    if count == 0:
         raise TrainerError("--device cuda: PyTorch sees no GPU on this machine", everywhere=True)
-    if local_rank >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
+    if local_rank >= count:
         raise TrainerError(f"process {local_rank} has no GPU: this machine has {count}")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
