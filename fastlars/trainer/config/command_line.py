@@ -23,10 +23,7 @@ batch size, and the run prints their source; a flag overrides its setting.
   torchrun --nproc-per-node=8 -m fastlars.trainer --data FOLDER
 """
 _SET_BY_RECIPES = {
-    name
-    for recipe in recipes.NAMES
-    for data in ("digits", "a folder")
-    for name in recipes.look_up(recipe, data, None).settings
+    name for recipe in recipes.NAMES for name in recipes.look_up(recipe, "folder", None).settings
 }
 
 
@@ -83,7 +80,6 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="python -m fastlars.trainer",
         usage="python -m fastlars.trainer [FLAG ...]",
         description=_DESCRIPTION,
         formatter_class=partial(_Formatter, max_help_position=28),
@@ -131,11 +127,11 @@ def _argument(setting: Field[Any]) -> dict[str, Any]:
     text = meta["help"]
     if shown:
         text += _note("; ".join(part for part in (meta["bounds"], f"default: {shown}") if part))
-    text = text.replace("%", "%%")  # argparse formats help with %
     if is_switch:
         return {"action": argparse.BooleanOptionalAction, "help": text}
-    metavar = None if meta["choices"] else (meta["unit"] or "number").upper()
-    return {"type": type(default), "choices": meta["choices"], "help": text, "metavar": metavar}
+    if meta["choices"]:
+        return {"choices": meta["choices"], "help": text}
+    return {"type": type(default), "metavar": (meta["unit"] or "number").upper(), "help": text}
 
 
 def _note(text: str) -> str:

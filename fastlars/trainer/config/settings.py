@@ -7,7 +7,7 @@ A setting is one field of `Config`. Its flag, parser, help, check of its range a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
@@ -37,34 +37,24 @@ def _setting(
     text: str,
     unit: str = "",
     *,
-    choices: Sequence[str] | None = None,
+    choices: Sequence[str] = (),
     fixed_on_resume: bool = True,
-    limits: tuple[Callable[[Any], bool], str, str] | None = None,
+    **limits: Any,
 ) -> Any:
-    """A field of `Config`.
+    """A field of `Config`; a flag or the recipe may set another value than `default`.
 
     Args:
-        default: the value if neither a flag nor the recipe sets it.
         text: the help, without unit, bounds and default; with its own default if `default` is "".
         unit: what the value counts or names, such as "images".
-        choices: the allowed values, of which there are a few.
         fixed_on_resume: whether a resumed run must have the same value.
-        limits: whether a value is in range; the range in words, for errors; the same for --help,
-            without limits that no sensible value meets.
+        limits: `check`, whether a value is in range; `within`, the range in words for errors;
+            `bounds`, the range for --help, without limits that no sensible value meets.
     """
-    if choices is not None:
-        limits = (lambda x: x in choices), f"one of {', '.join(choices)}", ""
-    check, within, bounds = limits or ((lambda _: True), "", "")
-    metadata = {
-        "help": text,
-        "unit": unit,
-        "choices": choices,
-        "fixed_on_resume": fixed_on_resume,
-        "check": check,
-        "within": within,
-        "bounds": bounds,
-    }
-    return field(default=default, metadata=metadata)
+    if choices:
+        limits = {"check": lambda x: x in choices, "within": f"one of {', '.join(choices)}"}
+    about = {"help": text, "unit": unit, "choices": choices, "fixed_on_resume": fixed_on_resume}
+    anything = {"check": lambda _: True, "bounds": ""}
+    return field(default=default, metadata=about | anything | limits)
 
 
 def _number(
@@ -81,16 +71,21 @@ def _number(
     whole = isinstance(default, int)
     most = most or (_MOST_EPOCHS if unit == "epochs" else _MOST_COUNTED if whole else _HIGHEST)
     style, zero = "," if whole else "g", "0, or " if or_zero else ""
-    within = f"{zero}from {least:{style}} to {most:{style}}"
     upper = f"to {most:,}" if whole and most < _MOST_EPOCHS else "or more"
-    bounds = "above 0" if least == _ABOVE_ZERO else f"{zero}{least:g} {upper}"
-    limits = (lambda x: least <= x <= most or (or_zero and x == 0)), within, bounds
-    return _setting(default, text, unit, limits=limits, fixed_on_resume=fixed_on_resume)
+    return _setting(
+        default,
+        text,
+        unit,
+        check=lambda x: least <= x <= most or (or_zero and x == 0),
+        within=f"{zero}from {least:{style}} to {most:{style}}",
+        bounds="above 0" if least == _ABOVE_ZERO else f"{zero}{least:g} {upper}",
+        fixed_on_resume=fixed_on_resume,
+    )
 
 
 def _fraction(default: float, text: str) -> Any:
-    limits = (lambda x: 0 <= x < 1), "from 0 to below 1", "0 to below 1"
-    return _setting(default, text, "fraction", limits=limits)
+    limits: dict[str, Any] = {"within": "from 0 to below 1", "bounds": "0 to below 1"}
+    return _setting(default, text, "fraction", check=lambda x: 0 <= x < 1, **limits)
 
 
 @dataclass(frozen=True)
@@ -311,10 +306,8 @@ class Config:
 
         The path is absolute: the run may be resumed from another folder.
         """
-        shared = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.metadata["fixed_on_resume"]
-        }
-        return shared | {"data": absolute_data(self.data)}
+        names = [f.name for f in fields(self) if f.metadata["fixed_on_resume"]]
+        return {name: getattr(self, name) for name in names} | {"data": absolute_data(self.data)}
 
 
 def recipe_of(config: Config) -> recipes.Recipe:

@@ -21,17 +21,12 @@ _PATIENCE = 5.0  # seconds that a slow reader gets at the end to take the rest o
 class Stream:
     """A text stream whose `write` and `flush` never raise; all other attributes are the stream's.
 
-    After its first failure the stream is given up: a reader that went away does not come back, and
-    on a full disk single lines would be missing from the output.
-
-    Args:
-        stream: the stream; None if the process was started without it, so that nothing is written.
-        on_drop: called once with the error when the stream is given up.
+    After its first failure the stream is given up, and `on_drop` called with the error: a reader
+    that went away does not come back, and on a full disk single lines would be missing. If the
+    process was started without the stream, it is None.
     """
 
-    def __init__(
-        self, stream: TextIO | None, on_drop: Callable[[OSError | ValueError], None]
-    ) -> None:
+    def __init__(self, stream: TextIO | None, on_drop: Callable[[Exception], None]) -> None:
         self._stream, self._on_drop = stream, on_drop
 
     def write(self, text: str) -> int:
@@ -66,7 +61,7 @@ class Stream:
         except (OSError, ValueError) as error:
             self._drop(error)
 
-    def _drop(self, error: OSError | ValueError, *, report: bool = True) -> None:
+    def _drop(self, error: Exception, *, report: bool = True) -> None:
         stream, self._stream = self._stream, None
         with suppress(OSError, ValueError, AttributeError):
             # Python flushes its own streams again at exit, and would report the error there.
@@ -77,9 +72,8 @@ class Stream:
             self._on_drop(error)
 
     def __getattr__(self, name: str) -> Any:
-        if self._stream is not None:
-            return getattr(self._stream, name)
-        return getattr(io.StringIO(), name)  # its encoding is None, it has no file descriptor
+        # Of a StringIO, encoding is None, and there is no file descriptor.
+        return getattr(io.StringIO() if self._stream is None else self._stream, name)
 
 
 @contextmanager
@@ -129,7 +123,7 @@ def _open_missing() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets this descriptor
 
 
-def _report_lost_output(error: OSError | ValueError, err: Stream) -> None:
+def _report_lost_output(error: Exception, err: Stream) -> None:
     why = reason_of(error)
     err.write(f"warning: cannot write to standard output ({why}); the run goes on without it\n")
     err.flush()

@@ -8,7 +8,7 @@ from types import ModuleType
 
 from fastlars.trainer.errors import TrainerError, one_line
 
-# The submodules that the trainer uses. A package comes before those that import it: otherwise the
+# What the trainer uses. A package comes before those that import it: otherwise the
 # error would name the importing one.
 _ALWAYS = (
     "numpy",
@@ -17,8 +17,7 @@ _ALWAYS = (
     "torch",
     "matplotlib.figure",
     "matplotlib.backends.backend_agg",
-    "torchvision.models",
-    "torchvision.transforms",
+    "torchvision",
     "fastlars.optim.lars",
 )
 _NAMES_ON_PYPI = {"PIL": "Pillow", "sklearn": "scikit-learn"}
@@ -34,7 +33,7 @@ def load_all() -> None:
 def load(module: str, wanted_by: str = "", package: str = "") -> ModuleType:
     """Import a module; TrainerError if its package is missing or broken.
 
-    The error names the flag `wanted_by` which it is, if given, and `package`, by default the first
+    The error names the flag that needs it, `wanted_by`, and the `package`, by default the first
     part of the module's name.
     """
     package = package or module.split(".")[0]

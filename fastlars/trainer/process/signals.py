@@ -9,17 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 
-Handler = Callable[[int, FrameType | None], None]
-
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal arrived before there was anything to save; libraries treat this as Ctrl-C."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = signal.Signals(number)
+    """A signal, its argument, before there was anything to save; to libraries it is Ctrl-C."""
 
 
 class StopSignals(ExitStack):
@@ -32,10 +26,8 @@ class StopSignals(ExitStack):
         received: the first signal since `note`, None if there was none.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.received: signal.Signals | None = None
-        self._noting = False
+    received: signal.Signals | None = None
+    _noting = False
 
     def note(self) -> None:
         """From now on there is something to save: note the first signal instead of raising."""
@@ -75,7 +67,7 @@ def end_process(number: int, _frame: FrameType | None) -> None:
 
 
 @contextmanager
-def handled(handler: Handler) -> Iterator[None]:
+def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Handle the signals with `handler`, and put the previous handlers back at the end."""
     before = {number: signal.getsignal(number) for number in _STOPPING}
     if before[signal.SIGHUP] is signal.SIG_IGN:  # nohup: the run is to outlive its terminal

@@ -182,14 +182,9 @@ def _store(rank: int, size: int, patience: timedelta) -> Store:
     restart, with the addresses of the dead processes in it, and with env:// a process that connects
     before the others fails at their old addresses (pytorch#135712; seen with torch 2.14.1).
     """
-    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        size,
-        is_master=rank == 0 and not agents,
-        timeout=patience,
-    )
+    master = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, size, is_master=master, timeout=patience)
     return PrefixStore(f"fastlars/{_attempt(store, rank, size, patience)}", store)
 
 
@@ -200,7 +195,8 @@ def _attempt(store: Store, rank: int, size: int, patience: timedelta) -> str:
     failure, or if one's torchrun was started again. So every process leaves a new random word in
     the store, and takes the name from an answer of process 0 only if that repeats this word.
     """
-    end = time.monotonic() + patience.total_seconds()
+    seconds = patience.total_seconds()
+    end = time.monotonic() + seconds
     word = uuid.uuid4().hex  # that of process 0 becomes the name
     if rank > 0:
         store.set(f"here-{rank}", word)
@@ -218,9 +214,7 @@ def _attempt(store: Store, rank: int, size: int, patience: timedelta) -> str:
                 store.add(f"met-{name}", 1)
                 return name
         time.sleep(0.02)
-    raise TrainerError(
-        f"process {rank} did not meet the others within {patience.total_seconds():g} s"
-    )
+    raise TrainerError(f"process {rank} did not meet the others within {seconds:g} s")
 
 
 def _device(wanted: str, local_rank: int) -> torch.device:
