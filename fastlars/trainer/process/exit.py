@@ -100,13 +100,12 @@ def _machine_error(error: BaseException) -> str | None:
     """The line for an exception that the machine caused; None for all others."""
     if isinstance(error, MemoryError):
         return _OUT_OF_MEMORY
-    if isinstance(error, OSError) and (
-        error.filename is not None or error.errno in _MACHINE_ERRORS
-    ):
-        return reason_of(error)
-    # torch has one class for nearly all errors: only the text tells those of the machine.
-    if not isinstance(error, (OSError, RuntimeError)):
+    if isinstance(error, OSError):
+        if error.filename is not None or error.errno in _MACHINE_ERRORS:
+            return reason_of(error)
+    elif not isinstance(error, RuntimeError):
         return None
+    # torch has one class for nearly all errors: only the text tells those of the machine.
     text = one_line(error)
     if any(words in text for words in ("out of memory", "llocate memory", "failed to map")):
         return f"{_OUT_OF_MEMORY} ({text})"
