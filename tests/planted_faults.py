@@ -107,8 +107,8 @@ FAULTS = {
     "recipe": Fault(
         "a batch that has a row takes the row before it",
         "fastlars/trainer/config/recipes.py",
-        "if low.batch < batch < high.batch:",
-        "if low.batch < batch <= high.batch:",
+        "if row.batch <= batch]",
+        "if row.batch < batch]",
     ),
     "checkpoint": Fault(
         "what was summed since the last line of the log is lost",

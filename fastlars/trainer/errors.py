@@ -18,16 +18,11 @@ _LONGEST = 600  # bytes of a line
 class TrainerError(Exception):
     """An error that the user can put right; its text is one line that says what and where.
 
-    Attributes:
-        status: the exit status of a process that ends with it.
-
-    Args:
-        text: the line. Names in it appear as they are on disk, with escapes for characters that a
-            terminal would not show.
-        everywhere: every process of the run raises this error, so only the first one prints it.
+    Names in it appear as they are on disk, with escapes for characters that a terminal would not
+    show. `everywhere`: every process of the run raises this error, so only the first one prints it.
     """
 
-    status = 2
+    status = 2  # of a process that ends with it
 
     def __init__(self, text: str, *, everywhere: bool = False) -> None:
         super().__init__(_shortened(printable(text)))
@@ -50,8 +45,7 @@ def one_line(error: BaseException) -> str:
 
     For an error in a worker, torch's loader gives a trace: its last line names the error.
     """
-    lines = [" ".join(line.split()) for line in str(error).splitlines()]
-    lines = [line for line in lines if line]
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
     if "Original Traceback (most recent call last):" in lines:
         return lines[-1]
     return lines[0] if lines else type(error).__name__
@@ -61,10 +55,9 @@ def reason_of(error: Exception) -> str:
     """The text of an error in one line; an OSError's with the file's name and a hint, if any."""
     if not isinstance(error, OSError):
         return one_line(error)
-    text = error.strerror or one_line(error)
-    named = f"{os.fsdecode(error.filename)}: {text}" if error.filename else text
-    hint = _HINTS.get(error.errno or 0)
-    return printable(f"{named}: {hint}" if hint else named)
+    name = os.fsdecode(error.filename) if error.filename else ""
+    parts = (name, error.strerror or one_line(error), _HINTS.get(error.errno or 0, ""))
+    return printable(": ".join(part for part in parts if part))
 
 
 def hits_file_limit(text: str) -> bool:

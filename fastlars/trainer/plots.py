@@ -17,8 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def load() -> Callable[[], int]:
         if len(given) != 1 or given[0].startswith("-"):
-            print("usage: python -m fastlars.trainer.plots RUN", file=sys.stderr)
-            return lambda: 2
+            raise TrainerError("name one run directory: python -m fastlars.trainer.plots RUN")
         packages.load_all()
         return lambda: _draw(Path(given[0]))
 

@@ -96,12 +96,20 @@ def test_mlperf_beyond_its_table() -> None:
         (8192, 12.8, "table 4: at 8,192"),
         (16384, 25.0, "table 4: at 16,384"),
         (32768, 29.0, "table 4: at 32,768"),
-        (4096, 6.4, "the rate at 8,192, scaled linearly down to 4,096"),
-        (128, 0.2, "the rate at 8,192, scaled linearly down to 128"),
-        (65536, 29.0, "the rate at 32,768, its last row"),
+        (4096, 6.4, "at 8,192, its rate scaled linearly down to 4,096"),
+        (128, 0.2, "at 8,192, its rate scaled linearly down to 128"),
+        (65536, 29.0, "at 32,768, the last row of the table"),
         # half way in the logarithm: the geometric mean of both
-        (11585, (12.8 * 25.0) ** 0.5, "between 8,192 and 16,384 as a power of the batch"),
-        (23170, (25.0 * 29.0) ** 0.5, "between 16,384 and 32,768 as a power of the batch"),
+        (
+            11585,
+            (12.8 * 25.0) ** 0.5,
+            "as a power of the batch, interpolated towards the point at 16,384",
+        ),
+        (
+            23170,
+            (25.0 * 29.0) ** 0.5,
+            "as a power of the batch, interpolated towards the point at 32,768",
+        ),
     ],
 )
 def test_lars(batch: int, lr: float, text: str) -> None:

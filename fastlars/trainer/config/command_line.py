@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass, fields, replace
+from dataclasses import Field, dataclass, fields
+from functools import partial
 from typing import Any, NoReturn
 
 from fastlars.trainer.config import recipes
@@ -22,31 +23,23 @@ batch size, and the run prints their source; a flag overrides its setting.
   torchrun --nproc-per-node=8 -m fastlars.trainer --data FOLDER
 """
 _SET_BY_RECIPES = {
-    name
-    for recipe in recipes.NAMES
-    for data in ("digits", "a folder")
-    for name in recipes.look_up(recipe, data, None).settings
+    name for recipe in recipes.NAMES for name in recipes.look_up(recipe, "folder", None).settings
 }
 
 
 @dataclass(frozen=True)
 class Command:
-    """What a command line asks for.
+    """What a command line asks for: its settings are in `given`, all its arguments in `line`.
 
-    Attributes:
-        given: the settings named on it.
-        resume: the argument of --resume: "" for the checkpoint in --output, "auto" if it may be
-            missing there, a path, or None without --resume.
-        find_lr: sweep over learning rates instead of training.
-        dry_run: print what would be done, without doing it.
-        line: the arguments as they were given.
+    `resume` is the argument of --resume: "" for the checkpoint in --output, "auto" if it may be
+    missing there, a path, or None without --resume.
     """
 
     given: dict[str, Any]
-    resume: str | None
-    find_lr: bool
-    dry_run: bool
     line: tuple[str, ...]
+    resume: str | None = None
+    find_lr: bool = False
+    dry_run: bool = False
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -58,18 +51,16 @@ def parse(arguments: Sequence[str]) -> Command:
     for name, value in given.items():
         if isinstance(value, list):  # what argparse makes of --flag=--
             parser.error(f"argument {flag(name)}: expected one argument")
-    resume = given.pop("resume", None)
-    find_lr, dry_run = (bool(given.pop(name, False)) for name in ("find_lr", "dry_run"))
-    if find_lr and resume is not None:
+        if value == "" and name in ("data", "output"):
+            parser.error(f"{flag(name)} is empty: name a directory, or leave it out")
+    actions = {name: given.pop(name) for name in given.keys() & {"resume", "find_lr", "dry_run"}}
+    if {"resume", "find_lr"} <= actions.keys():
         parser.error("--find-lr starts from new weights: leave out --resume")
     # Now, and not only in Config: --device and --timeout are used before there is a Config.
     for setting in fields(Config):
         if setting.name in given:
             check(setting, given[setting.name])
-    for name in ("data", "output"):
-        if given.get(name) == "":
-            parser.error(f"{flag(name)} is empty: name a directory, or leave it out")
-    return Command(given, resume, find_lr, dry_run, tuple(arguments))
+    return Command(given, tuple(arguments), **actions)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,9 +72,6 @@ _BLANK = "\xa0"  # a space at which no line is broken
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=28)
-
     def _split_lines(self, text: str, width: int) -> list[str]:
         """Keep flags such as "--batch-size", and words joined by _BLANK, on one line."""
         lines = textwrap.wrap(text, width, break_on_hyphens=False)
@@ -92,10 +80,9 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="python -m fastlars.trainer",
         usage="python -m fastlars.trainer [FLAG ...]",
         description=_DESCRIPTION,
-        formatter_class=_Formatter,
+        formatter_class=partial(_Formatter, max_help_position=28),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         add_help=False,
@@ -132,20 +119,19 @@ def _argument(setting: Field[Any]) -> dict[str, Any]:
     """The arguments of add_argument for a setting; a bool becomes --name and --no-name."""
     meta, default = setting.metadata, setting.default
     is_switch = isinstance(default, bool)
+    shown = f"{default:g}" if isinstance(default, float) else str(default)
     if setting.name in _SET_BY_RECIPES:
         shown = "the recipe's"
     elif is_switch:
         shown = "on" if default else "off"
-    else:
-        shown = f"{default:g}" if isinstance(default, float) else str(default)
     text = meta["help"]
     if shown:
         text += _note("; ".join(part for part in (meta["bounds"], f"default: {shown}") if part))
-    text = text.replace("%", "%%")  # argparse formats help with %
     if is_switch:
         return {"action": argparse.BooleanOptionalAction, "help": text}
-    metavar = None if meta["choices"] else (meta["unit"] or "number").upper()
-    return {"type": type(default), "choices": meta["choices"], "help": text, "metavar": metavar}
+    if meta["choices"]:
+        return {"choices": meta["choices"], "help": text}
+    return {"type": type(default), "metavar": (meta["unit"] or "number").upper(), "help": text}
 
 
 def _note(text: str) -> str:
@@ -158,8 +144,7 @@ def new_config(given: Mapping[str, Any], processes: int = 1) -> Config:
     A recipe's --bn-batch adapts to the forward pass of each of the `processes`; one that was given
     as a flag must divide it.
     """
-    start = Config()
-    name, data = given.get("recipe", start.recipe), given.get("data", start.data)
+    name, data = given.get("recipe", Config.recipe), given.get("data", Config.data)
     recipe = recipes.look_up(name, data, given.get("batch_size")).settings
     settings = recipe | dict(given)
     if settings["epochs"] < recipe["epochs"]:
@@ -168,13 +153,11 @@ def new_config(given: Mapping[str, Any], processes: int = 1) -> Config:
         settings["warmup_from"] = min(settings["warmup_from"], settings["lr"])
     if not settings["overlap"] and "compression" not in given:
         settings["compression"] = "none"
-    made = replace(start, **settings)
+    made = Config(**settings)
     images = made.micro_batch or made.batch_size // processes
     if given.get("bn_batch") and images % made.bn_batch:
-        raise TrainerError(
-            f"--bn-batch {made.bn_batch} does not divide the {images} images of a forward pass",
-            everywhere=True,
-        )
+        text = f"--bn-batch {made.bn_batch} does not divide the {images} images of a forward pass"
+        raise TrainerError(text, everywhere=True)
     return made
 
 
@@ -186,11 +169,10 @@ def _shortened(recipe: Mapping[str, Any], epochs: int) -> dict[str, float]:
     share of the run if that is more.
     """
     shrink, warmup = epochs / recipe["epochs"], recipe["warmup_epochs"]
-    found = {"warmup_epochs": min(warmup, max(epochs / 4, warmup * shrink))}
-    for key in ("rmsprop_center", "rmsprop_period"):
-        if key in recipe:
-            found[key] = recipe[key] * shrink
-    return found
+    shrunk = {
+        name: recipe[name] * shrink for name in recipe.keys() & {"rmsprop_center", "rmsprop_period"}
+    }
+    return shrunk | {"warmup_epochs": min(warmup, max(epochs / 4, warmup * shrink))}
 
 
 def resumed_config(given: Mapping[str, Any], saved: Mapping[str, Any], path: str) -> Config:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 from typing import Any
 
 
@@ -25,7 +25,7 @@ class Row:
     """One row of a published table: the settings for ResNet-50 on ImageNet at one batch size.
 
     `epochs` is the length of the schedule, warm-up included. `bn_batch` is the number of images
-    per batch norm statistic, 0 if the source does not say. `source` names the table.
+    per batch norm statistic, 0 if the source does not say. `source` goes before "at 8,192".
     """
 
     batch: int
@@ -41,7 +41,7 @@ class Row:
 # The rates in table 4 of the paper itself belong to another trust coefficient. These are for
 # 0.001, and reproduce the paper's accuracies.
 LARS = tuple(
-    Row(batch, lr, 5.0, 90, 0.9, 1e-4, 0, "torchlars' reproduction of You et al. 2017, table 4")
+    Row(batch, lr, 5.0, 90, 0.9, 1e-4, 0, "torchlars' reproduction of You et al. 2017, table 4:")
     for batch, lr in ((8192, 12.8), (16384, 25.0), (32768, 29.0))
 )
 
@@ -122,14 +122,8 @@ _LAMB = _PLAIN | {
 _MLPERF = _PLAIN | {"end_lr": 1e-4, "label_smoothing": 0.1}
 
 
-def _goyal(batch: int) -> Recipe:
-    source = "Goyal et al. 2017 (arXiv:1706.02677), sections 2 and 5.1: lr 0.1 x batch/256"
-    return Recipe(_GOYAL | {"lr": 0.1 * batch / 256}, source)
-
-
-def _akiba(batch: int) -> Recipe:
-    source = "Akiba et al. 2017 (arXiv:1711.04325): RMSprop warm-up, slow start, lr 0.1 x batch/256"
-    return Recipe(_AKIBA | {"lr": 0.1 * batch / 256}, source)
+def _linear(common: dict[str, Any], source: str, batch: int) -> Recipe:
+    return Recipe(common | {"lr": 0.1 * batch / 256}, f"{source} lr 0.1 x batch/256")
 
 
 def _lamb(batch: int) -> Recipe:
@@ -143,56 +137,41 @@ def _lamb(batch: int) -> Recipe:
     return Recipe(_LAMB | settings, source)
 
 
-def _lars(batch: int) -> Recipe:
-    low, high = _between(LARS, batch)
-    settings = _of_row(low)
-    source = f"{low.source}: at {low.batch:,}"
-    if batch < low.batch:
-        settings["lr"] = low.lr * batch / low.batch
-        source = f"{low.source}: the rate at {low.batch:,}, scaled linearly down to {batch:,}"
-    elif batch > low.batch and low is high:
-        source = f"{low.source}: the rate at {low.batch:,}, its last row"
-    elif batch > low.batch:
-        growth = math.log(batch / low.batch) / math.log(high.batch / low.batch)
-        settings["lr"] = low.lr * (high.lr / low.lr) ** growth
-        source = f"{low.source}: between {low.batch:,} and {high.batch:,} as a power of the batch"
-    return Recipe(_LARS | settings, source)
+def _from_table(
+    rows: tuple[Row, ...], common: dict[str, Any], batch: int, *, power: bool = False
+) -> Recipe:
+    """The settings of a row; between two rows, or beyond the table, those that follow from it.
+
+    Between two rows, lr follows a straight line in the batch, or with `power` a power of it.
+    """
+    below = [row for row in rows if row.batch <= batch]
+    row, above = below[-1] if below else rows[0], rows[len(below) :]
+    names = ("lr", "warmup_epochs", "epochs", "momentum", "weight_decay", "bn_batch")
+    settings = common | {name: getattr(row, name) for name in names}
+    source = f"{row.source} at {row.batch:,}"
+    if not below:
+        settings["lr"] = row.lr * batch / row.batch
+        source += f", its rate scaled linearly down to {batch:,}"
+    elif batch > row.batch and not above:
+        source += ", the last row of the table"
+    elif batch > row.batch:
+        end = above[0]
+        share = (batch - row.batch) / (end.batch - row.batch)
+        for name in ("lr", "warmup_epochs", "epochs"):
+            settings[name] += (getattr(end, name) - settings[name]) * share
+        settings["epochs"] = round(settings["epochs"])
+        what = "lr, warm-up and epochs"
+        if power:
+            growth = math.log(batch / row.batch) / math.log(end.batch / row.batch)
+            settings["lr"] = row.lr * (end.lr / row.lr) ** growth
+            what = "lr, as a power of the batch,"
+        source += f"; {what} interpolated towards the point at {end.batch:,}"
+    return Recipe(settings, source)
 
 
 def _mlperf(batch: int) -> Recipe:
-    if batch == MLPERF_DEFAULT.batch:
-        source = f"{MLPERF_DEFAULT.source} at {batch:,}"
-        return Recipe(_MLPERF | _of_row(MLPERF_DEFAULT), source)
-    low, high = _between(MLPERF, batch)
-    settings = _of_row(low)
-    source = f"{low.source} at {low.batch:,}"
-    if batch < low.batch:
-        settings["lr"] = low.lr * batch / low.batch
-        source += f", its rate scaled linearly down to {batch:,}"
-    elif batch > low.batch and low is high:
-        source += ", the last row of the table"
-    elif batch > low.batch:
-        share = (batch - low.batch) / (high.batch - low.batch)
-        for name in ("lr", "warmup_epochs", "epochs"):
-            start, end = getattr(low, name), getattr(high, name)
-            settings[name] = start + (end - start) * share
-        settings["epochs"] = round(settings["epochs"])
-        source += f"; lr, warm-up and epochs interpolated towards the point at {high.batch:,}"
-    return Recipe(_MLPERF | settings, source)
-
-
-def _between(rows: tuple[Row, ...], batch: int) -> tuple[Row, Row]:
-    """The rows on both sides of a batch; the nearest row twice at a row or outside the table."""
-    for low, high in pairwise(rows):
-        if low.batch < batch < high.batch:
-            return low, high
-    nearest = min(rows, key=lambda row: abs(row.batch - batch))
-    return nearest, nearest
-
-
-def _of_row(row: Row) -> dict[str, Any]:
-    names = ("lr", "warmup_epochs", "epochs", "momentum", "weight_decay", "bn_batch")
-    return {name: getattr(row, name) for name in names}
+    rows = (MLPERF_DEFAULT,) if batch == MLPERF_DEFAULT.batch else MLPERF
+    return _from_table(rows, _MLPERF, batch)
 
 
 # The digits are 1,437 images: at batch 128 an epoch has 11 steps, so about 150 steps have to do
@@ -212,33 +191,25 @@ _DIGITS: dict[str, tuple[float, float, dict[str, Any]]] = {
 }
 
 
-def _digits(name: str, batch: int) -> Recipe:
-    base_lr, power, settings = _DIGITS[name]
-    source = f"fastlars' own short variant of {name} for the digits"
-    return Recipe(settings | {"lr": base_lr * (batch / 128) ** power}, source)
-
-
 _FOLDERS: dict[str, Callable[[int], Recipe]] = {
-    "lars": _lars,
+    "lars": partial(_from_table, LARS, _LARS, power=True),
     "lamb": _lamb,
-    "goyal": _goyal,
-    "akiba": _akiba,
+    "goyal": partial(_linear, _GOYAL, "Goyal et al. 2017 (arXiv:1706.02677), sections 2 and 5.1:"),
+    "akiba": partial(
+        _linear, _AKIBA, "Akiba et al. 2017 (arXiv:1711.04325): RMSprop warm-up, slow start,"
+    ),
     "mlperf": _mlperf,
 }
 NAMES = tuple(_FOLDERS)
 
 
 def look_up(name: str, data: str, batch_size: int | None) -> Recipe:
-    """The recipe of this name at a global batch size, by default 128 for digits, 256 for folders.
-
-    Args:
-        name: one of `NAMES`.
-        data: "digits", for which there are variants of their own, or a folder of images.
-        batch_size: images per optimizer step; None for the default.
-    """
+    """The recipe at a global batch size, by default 128 for the digits and 256 for a folder."""
     if data == "digits":
         batch = batch_size or 128
-        found = _digits(name, batch)
+        base_lr, power, settings = _DIGITS[name]
+        source = f"fastlars' own short variant of {name} for the digits"
+        found = Recipe(settings | {"lr": base_lr * (batch / 128) ** power}, source)
     else:
         batch = batch_size or 256
         found = _FOLDERS[name](batch)

@@ -7,7 +7,7 @@ A setting is one field of `Config`. Its flag, parser, help, check of its range a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
@@ -25,8 +25,9 @@ GROUPS = {
 
 # Larger values are of no use to anybody, and products of two of these are exact or finite.
 _MOST_COUNTED = 10**9
-_MOST_EPOCHS = 1e6
+_MOST_EPOCHS = 10**6
 _HIGHEST = 1e30  # the optimizers compute in float32, whose range is about 1e-38 to 3e38
+_ABOVE_ZERO = 1 / _HIGHEST
 
 _EXCLUDED = ("none", "norms", "norms+biases")
 
@@ -34,84 +35,57 @@ _EXCLUDED = ("none", "norms", "norms+biases")
 def _setting(
     default: Any,
     text: str,
-    *,
     unit: str = "",
-    check: Callable[[Any], bool] | None = None,
-    within: str = "",
-    bounds: str = "",
-    choices: Sequence[str] | None = None,
+    *,
+    choices: Sequence[str] = (),
     fixed_on_resume: bool = True,
+    **limits: Any,
 ) -> Any:
-    """A field of `Config`.
+    """A field of `Config`; a flag or the recipe may set another value than `default`.
 
     Args:
-        default: the value if neither a flag nor the recipe sets it.
         text: the help, without unit, bounds and default; with its own default if `default` is "".
         unit: what the value counts or names, such as "images".
-        check: whether a value is in range.
-        within: the range in words, for errors.
-        bounds: the range for --help, without limits that no sensible value meets.
-        choices: the allowed values, of which there are a few.
         fixed_on_resume: whether a resumed run must have the same value.
+        limits: `check`, whether a value is in range; `within`, the range in words for errors;
+            `bounds`, the range for --help, without limits that no sensible value meets.
     """
-    metadata = {
-        "help": text,
-        "unit": unit,
-        "check": check,
-        "within": within,
-        "bounds": bounds,
-        "choices": choices,
-        "fixed_on_resume": fixed_on_resume,
-    }
-    return field(default=default, metadata=metadata)
+    if choices:
+        limits = {"check": lambda x: x in choices, "within": f"one of {', '.join(choices)}"}
+    about = {"help": text, "unit": unit, "choices": choices, "fixed_on_resume": fixed_on_resume}
+    anything = {"check": lambda _: True, "bounds": ""}
+    return field(default=default, metadata=about | anything | limits)
 
 
 def _number(
-    default: float, text: str, *, unit: str = "", positive: bool = False, most: float = _HIGHEST
+    default: float,
+    text: str,
+    unit: str = "",
+    *,
+    least: float = 0,
+    most: float = 0,
+    or_zero: bool = False,
+    fixed_on_resume: bool = True,
 ) -> Any:
-    least = 1 / _HIGHEST if positive else 0
+    """A whole number if its default is one; `most` is by default the most that makes sense."""
+    whole = isinstance(default, int)
+    most = most or (_MOST_EPOCHS if unit == "epochs" else _MOST_COUNTED if whole else _HIGHEST)
+    style, zero = "," if whole else "g", "0, or " if or_zero else ""
+    upper = f"to {most:,}" if whole and most < _MOST_EPOCHS else "or more"
     return _setting(
         default,
         text,
-        unit=unit,
-        check=lambda x: least <= x <= most,
-        within=f"from {least:g} to {most:g}",
-        bounds="above 0" if positive else "0 or more",
+        unit,
+        check=lambda x: least <= x <= most or (or_zero and x == 0),
+        within=f"{zero}from {least:{style}} to {most:{style}}",
+        bounds="above 0" if least == _ABOVE_ZERO else f"{zero}{least:g} {upper}",
+        fixed_on_resume=fixed_on_resume,
     )
 
 
 def _fraction(default: float, text: str) -> Any:
-    return _setting(
-        default,
-        text,
-        unit="fraction",
-        check=lambda x: 0 <= x < 1,
-        within="from 0 to below 1",
-        bounds="0 to below 1",
-    )
-
-
-def _count(
-    default: int,
-    text: str,
-    *,
-    unit: str = "",
-    least: int = 0,
-    most: int = _MOST_COUNTED,
-    or_zero: bool = False,
-    fixed_on_resume: bool = True,
-) -> Any:
-    zero = "0, or " if or_zero else ""
-    upper = f"to {most:,}" if most < _MOST_EPOCHS else "or more"
-    return _setting(
-        default,
-        text,
-        unit=unit,
-        check=lambda x: least <= x <= most or (or_zero and x == 0),
-        within=f"{zero}from {least} to {most:,}",
-        bounds=f"{zero}{least} {upper}",
-        fixed_on_resume=fixed_on_resume,
-    )
+    limits: dict[str, Any] = {"within": "from 0 to below 1", "bounds": "0 to below 1"}
+    return _setting(default, text, "fraction", check=lambda x: 0 <= x < 1, **limits)
 
 
 @dataclass(frozen=True)
@@ -128,13 +102,13 @@ class Config:
         "digits",
         "folder with train/ and val/ (or test/), each with one folder of images per class; "
         "'digits': the handwritten digits that come with scikit-learn",
-        unit="folder",
+        "folder",
         fixed_on_resume=False,
     )
-    image_size: int = _count(
+    image_size: int = _number(
         0,
         "side to which the images of a folder are brought; 0: their own if at most 64, else 224",
-        unit="pixels",
+        "pixels",
         least=8,
         most=2**15,
         or_zero=True,
@@ -146,18 +120,18 @@ class Config:
         choices=("auto", "on", "off"),
         fixed_on_resume=False,
     )
-    workers: int = _count(
+    workers: int = _number(
         2,
         "processes that decode the images of a folder, for each training process; 0: it decodes "
         "them itself",
-        unit="processes",
+        "processes",
         most=1024,
         fixed_on_resume=False,
     )
-    max_bad_images: int = _count(
+    max_bad_images: int = _number(
         0,
         "unreadable images that each process skips before the run ends with an error",
-        unit="images",
+        "images",
         fixed_on_resume=False,
     )
 
@@ -178,11 +152,11 @@ class Config:
         "torchvision's initialisation",
         most=1e3,
     )
-    bn_batch: int = _count(
+    bn_batch: int = _number(
         0,
         "ghost batch, over which batch norm takes its statistics (the papers' n); a value given "
         "here must divide a forward pass of a process; 0: the whole forward pass",
-        unit="images",
+        "images",
         least=2,
         or_zero=True,
     )
@@ -199,7 +173,7 @@ class Config:
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     compile: bool = _setting(False, "run the model through torch.compile")
-    lr: float = _number(1.0, "peak learning rate", unit="rate", positive=True)
+    lr: float = _number(1.0, "peak learning rate", "rate", least=_ABOVE_ZERO)
     schedule: str = _setting(
         "poly",
         "learning rate after the warm-up: 'poly' decay; 'step', a tenth at 1/3, 2/3 and 8/9 of the "
@@ -207,41 +181,33 @@ class Config:
         "of the run on",
         choices=("poly", "step", "slow-start"),
     )
-    power: float = _number(2.0, "exponent of the 'poly' decay", most=1e3, positive=True)
-    end_lr: float = _number(0.0, "learning rate at the end of the 'poly' decay", unit="rate")
+    power: float = _number(2.0, "exponent of the 'poly' decay", most=1e3, least=_ABOVE_ZERO)
+    end_lr: float = _number(0.0, "learning rate at the end of the 'poly' decay", "rate")
     warmup_epochs: float = _number(
-        0.0,
-        "length of the linear warm-up, in which the rate grows with every step",
-        unit="epochs",
-        most=_MOST_EPOCHS,
+        0.0, "length of the linear warm-up, in which the rate grows with every step", "epochs"
     )
-    warmup_from: float = _number(0.0, "learning rate at the first step of the warm-up", unit="rate")
+    warmup_from: float = _number(0.0, "learning rate at the first step of the warm-up", "rate")
     momentum: float = _fraction(0.9, "momentum of all recipes but lamb")
     weight_decay: float = _number(
         0.0, "weight decay of the parameters that --no-decay does not exclude"
     )
     no_decay: str = _setting("norms+biases", "parameters without weight decay", choices=_EXCLUDED)
     no_ratio: str = _setting("norms+biases", "parameters without trust ratio", choices=_EXCLUDED)
-    trust_coefficient: float = _number(0.001, "trust coefficient of lars and mlperf", positive=True)
+    trust_coefficient: float = _number(
+        0.001, "trust coefficient of lars and mlperf", least=_ABOVE_ZERO
+    )
     bias_correction: bool = _setting(True, "bias correction of lamb's moments")
     max_grad_norm: float = _number(
         0.0, "norm to which lamb clips all gradients together; 0: no clipping"
     )
     lr_rmsprop: float = _number(
-        3e-4, "learning rate of akiba's RMSprop phase", unit="rate", positive=True
+        3e-4, "learning rate of akiba's RMSprop phase", "rate", least=_ABOVE_ZERO
     )
     rmsprop_center: float = _number(
-        10.0,
-        "time at which RMSprop and SGD share akiba's step evenly",
-        unit="epochs",
-        most=_MOST_EPOCHS,
+        10.0, "time at which RMSprop and SGD share akiba's step evenly", "epochs"
     )
     rmsprop_period: float = _number(
-        5.0,
-        "length of akiba's transition from RMSprop to SGD",
-        unit="epochs",
-        most=_MOST_EPOCHS,
-        positive=True,
+        5.0, "length of akiba's transition from RMSprop to SGD", "epochs", least=_ABOVE_ZERO
     )
     rmsprop_transition: str = _setting(
         "smooth",
@@ -255,25 +221,21 @@ class Config:
         "place; 0: none",
     )
 
-    epochs: int = _count(
-        1, "passes over the training images", unit="epochs", least=1, most=int(_MOST_EPOCHS)
-    )
-    batch_size: int = _count(
-        1, "images per optimizer step, over all processes", unit="images", least=1
-    )
-    micro_batch: int = _count(
+    epochs: int = _number(1, "passes over the training images", "epochs", least=1)
+    batch_size: int = _number(1, "images per optimizer step, over all processes", "images", least=1)
+    micro_batch: int = _number(
         0,
         "images per forward pass of a process, with gradients accumulated to --batch-size; 0: the "
         "process's whole share at once",
-        unit="images",
+        "images",
     )
-    max_steps: int = _count(
+    max_steps: int = _number(
         0,
         "stop with a checkpoint after this step of the run; 0: train to the end",
-        unit="steps",
+        "steps",
         fixed_on_resume=False,
     )
-    seed: int = _count(
+    seed: int = _number(
         0, "random seed of weights, order of images and augmentation", most=2**63 - 1
     )
     overlap: bool = _setting(
@@ -291,39 +253,38 @@ class Config:
         choices=("auto", "cpu", "cuda"),
         fixed_on_resume=False,
     )
-    timeout: float = _setting(
+    timeout: float = _number(
         1800.0,  # enough for saving to a slow disk, and for the slowest reader at the start
         "time that a process waits for another one before it gives up",
-        unit="seconds",
-        check=lambda x: 1e-3 <= x <= 1e9,  # gloo counts milliseconds
-        within="from 0.001 to 1e+09",
-        bounds="0.001 or more",
+        "seconds",
+        least=1e-3,  # gloo counts milliseconds
+        most=1e9,
         fixed_on_resume=False,
     )
 
     output: str = _setting(
         "",
         "run directory for checkpoints, logs and pictures (default: a new one under runs/)",
-        unit="folder",
+        "folder",
         fixed_on_resume=False,
     )
-    log_every: int = _count(
-        0, "steps between lines of the log; 0: a tenth of an epoch, at most 50", unit="steps"
+    log_every: int = _number(
+        0, "steps between lines of the log; 0: a tenth of an epoch, at most 50", "steps"
     )
     tensorboard: bool = _setting(
         False, "also write TensorBoard's event files", fixed_on_resume=False
     )
     mllog: bool = _setting(False, "print MLPerf's :::MLLOG lines", fixed_on_resume=False)
-    checkpoint_every: int = _count(
+    checkpoint_every: int = _number(
         0,
         "steps between checkpoints, in addition to those after each epoch; 0: none",
-        unit="steps",
+        "steps",
         fixed_on_resume=False,
     )
-    keep_last: int = _count(
+    keep_last: int = _number(
         1,
         "latest checkpoints to keep, in addition to the best one",
-        unit="checkpoints",
+        "checkpoints",
         least=1,
         fixed_on_resume=False,
     )
@@ -331,25 +292,22 @@ class Config:
     def __post_init__(self) -> None:
         for setting in fields(self):
             check(setting, getattr(self, setting.name))
+        wrong = ""
         if self.overlap and self.precision == "fp16":
             # A scaler knows only after all gradients whether the step is to be taken.
-            text = "--overlap does not go with --precision fp16: take bf16, or --no-overlap"
-            raise TrainerError(text, everywhere=True)
-        if self.compression != "none" and not self.overlap:
-            text = (
-                f"--compression {self.compression} needs --overlap: add it, or --compression none"
-            )
-            raise TrainerError(text, everywhere=True)
+            wrong = "--overlap does not go with --precision fp16: take bf16, or --no-overlap"
+        elif self.compression != "none" and not self.overlap:
+            wrong = f"--compression {self.compression} needs --overlap: give both or neither"
+        if wrong:
+            raise TrainerError(wrong, everywhere=True)
 
     def shaping(self) -> dict[str, Any]:
         """The settings that a resumed run must share, and where its images are.
 
         The path is absolute: the run may be resumed from another folder.
         """
-        shared = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.metadata["fixed_on_resume"]
-        }
-        return shared | {"data": absolute_data(self.data)}
+        names = [f.name for f in fields(self) if f.metadata["fixed_on_resume"]]
+        return {name: getattr(self, name) for name in names} | {"data": absolute_data(self.data)}
 
 
 def recipe_of(config: Config) -> recipes.Recipe:
@@ -359,12 +317,8 @@ def recipe_of(config: Config) -> recipes.Recipe:
 
 def check(setting: Field[Any], value: Any) -> None:
     """Raise TrainerError unless `value` is in the setting's range."""
-    meta = setting.metadata
-    if meta["choices"] is not None and value not in meta["choices"]:
-        text = f"{flag(setting.name)} must be one of {', '.join(meta['choices'])}, got {value}"
-        raise TrainerError(text, everywhere=True)
-    if meta["check"] is not None and not meta["check"](value):
-        text = f"{flag(setting.name)} must be {meta['within']}, got {value}"
+    if not setting.metadata["check"](value):
+        text = f"{flag(setting.name)} must be {setting.metadata['within']}, got {value}"
         raise TrainerError(text, everywhere=True)
 
 

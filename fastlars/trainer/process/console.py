@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-from fastlars.trainer.errors import one_line
+from fastlars.trainer.errors import one_line, reason_of
 
 _PATIENCE = 5.0  # seconds that a slow reader gets at the end to take the rest of the output
 
@@ -21,31 +21,22 @@ _PATIENCE = 5.0  # seconds that a slow reader gets at the end to take the rest o
 class Stream:
     """A text stream whose `write` and `flush` never raise; all other attributes are the stream's.
 
-    After its first failure the stream is given up: a reader that went away does not come back, and
-    on a full disk single lines would be missing from the output.
-
-    Args:
-        stream: the stream; None if the process was started without it, so that nothing is written.
-        on_drop: called once with the error when the stream is given up.
+    After its first failure the stream is given up, and `on_drop` called with the error: a reader
+    that went away does not come back, and on a full disk single lines would be missing. If the
+    process was started without the stream, it is None.
     """
 
-    def __init__(
-        self, stream: TextIO | None, on_drop: Callable[[OSError | ValueError], None]
-    ) -> None:
+    def __init__(self, stream: TextIO | None, on_drop: Callable[[Exception], None]) -> None:
         self._stream, self._on_drop = stream, on_drop
 
     def write(self, text: str) -> int:
-        """Write text, with escapes for characters that the encoding does not have."""
-        self._try(lambda stream: stream.write(_encodable(text, stream.encoding)))
+        """Write text."""
+        self._try(lambda stream: stream.write(text))
         return len(text)
 
     def flush(self) -> None:
         """Flush the stream."""
         self._try(lambda stream: stream.flush())
-
-    def isatty(self) -> bool:
-        """Whether the stream is a terminal."""
-        return bool(self._try(lambda stream: stream.isatty()))
 
     def finish(self) -> None:
         """Flush; wait for a slow reader, but not for long."""
@@ -61,17 +52,16 @@ class Stream:
         if self._stream is not None:
             self._drop(TimeoutError(errno.ETIMEDOUT, "its reader takes nothing"))
 
-    def _try(self, action: Callable[[TextIO], object]) -> object:
-        """The action's result; None if it fails or there is no stream."""
+    def _try(self, action: Callable[[TextIO], object]) -> None:
         try:
-            return None if self._stream is None else action(self._stream)
+            if self._stream is not None:
+                action(self._stream)
         except BlockingIOError:  # a full non-blocking pipe: what does not fit stays in the buffer
             pass
         except (OSError, ValueError) as error:
             self._drop(error)
-        return None
 
-    def _drop(self, error: OSError | ValueError, *, report: bool = True) -> None:
+    def _drop(self, error: Exception, *, report: bool = True) -> None:
         stream, self._stream = self._stream, None
         with suppress(OSError, ValueError, AttributeError):
             # Python flushes its own streams again at exit, and would report the error there.
@@ -82,18 +72,8 @@ class Stream:
             self._on_drop(error)
 
     def __getattr__(self, name: str) -> Any:
-        if self._stream is not None:
-            return getattr(self._stream, name)
-        return getattr(io.StringIO(), name)  # its encoding is None, it has no file descriptor
-
-
-def _encodable(text: str, encoding: str | None) -> str:
-    encoding = encoding or "utf-8"
-    try:
-        text.encode(encoding)
-    except UnicodeEncodeError:
-        return text.encode(encoding, "backslashreplace").decode(encoding)
-    return text
+        # Of a StringIO, encoding is None, and there is no file descriptor.
+        return getattr(io.StringIO() if self._stream is None else self._stream, name)
 
 
 @contextmanager
@@ -101,6 +81,9 @@ def guarded() -> Iterator[None]:
     """While the context lasts, no print can fail, and no thread prints a stack trace."""
     _open_missing()
     before = sys.stdout, sys.stderr, threading.excepthook, sys.unraisablehook
+    for stream in before[:2]:
+        if isinstance(stream, io.TextIOWrapper):  # escapes for what its encoding does not have
+            stream.reconfigure(errors="backslashreplace")
     err = Stream(sys.stderr, lambda _: None)
     out = Stream(sys.stdout, lambda error: _report_lost_output(error, err))
     sys.stdout, sys.stderr = out, err
@@ -118,11 +101,7 @@ def guarded() -> Iterator[None]:
 @contextmanager
 def muted() -> Iterator[None]:
     """While the context lasts, discard what C and C++ libraries print to standard error."""
-    try:
-        kept = os.dup(2)
-    except OSError:  # standard error is closed
-        yield
-        return
+    kept = os.dup(2)
     try:
         with open(os.devnull, "wb") as nothing:
             os.dup2(nothing.fileno(), 2)
@@ -144,8 +123,8 @@ def _open_missing() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets this descriptor
 
 
-def _report_lost_output(error: OSError | ValueError, err: Stream) -> None:
-    why = getattr(error, "strerror", None) or one_line(error)
+def _report_lost_output(error: Exception, err: Stream) -> None:
+    why = reason_of(error)
     err.write(f"warning: cannot write to standard output ({why}); the run goes on without it\n")
     err.flush()
 

@@ -36,19 +36,14 @@ _OUT_OF_MEMORY = "out of memory: lower --micro-batch, --image-size or --workers"
 
 
 def run_command(program: str, load: Callable[[], Callable[[], int]]) -> int:
-    """Import what the work needs, then do the work; the exit status.
-
-    Args:
-        program: the name that error lines begin with.
-        load: does the imports, and returns the work.
-    """
+    """Do the work that `load` imports and returns; the exit status. Errors begin with `program`."""
     # Otherwise torch's C++ prints a stack trace of its own next to our line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with console.guarded():
         try:
-            with signals.ending_process():
+            with signals.handled(signals.end_process):
                 work = load()
-            with signals.raising_interrupted():
+            with signals.handled(signals.interrupt):
                 return work()
         except SystemExit:  # --help
             raise
@@ -79,8 +74,7 @@ def _report(program: str, error: BaseException) -> int:
     text, status = _message_and_status(error)
     # If all processes fail alike, only the first one says so.
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    everywhere = isinstance(error, TrainerError) and error.everywhere
-    if alone or not everywhere or os.environ.get("RANK", "0") == "0":
+    if alone or not getattr(error, "everywhere", False) or os.environ.get("RANK", "0") == "0":
         label = "" if isinstance(error, KeyboardInterrupt) else "error: "
         print(f"{program}: {label}{text}", file=sys.stderr, flush=True)
     return status
@@ -91,7 +85,8 @@ def _message_and_status(error: BaseException) -> tuple[str, int]:
     if isinstance(error, TrainerError):
         return str(error), error.status
     if isinstance(error, KeyboardInterrupt):
-        number = error.number if isinstance(error, signals.Interrupted) else signal.SIGINT
+        received = error.args[0] if isinstance(error, signals.Interrupted) else signal.SIGINT
+        number = signal.Signals(received)
         text = f"stopped by {number.name}; the last checkpoint, if any, is unchanged"
         return text, 128 + number
     by_machine = _machine_error(error)
@@ -105,13 +100,12 @@ def _machine_error(error: BaseException) -> str | None:
     """The line for an exception that the machine caused; None for all others."""
     if isinstance(error, MemoryError):
         return _OUT_OF_MEMORY
-    if isinstance(error, OSError) and (
-        error.filename is not None or error.errno in _MACHINE_ERRORS
-    ):
-        return reason_of(error)
-    # torch has one class for nearly all errors: only the text tells those of the machine.
-    if not isinstance(error, (OSError, RuntimeError)):
+    if isinstance(error, OSError):
+        if error.filename is not None or error.errno in _MACHINE_ERRORS:
+            return reason_of(error)
+    elif not isinstance(error, RuntimeError):
         return None
+    # torch has one class for nearly all errors: only the text tells those of the machine.
     text = one_line(error)
     if any(words in text for words in ("out of memory", "llocate memory", "failed to map")):
         return f"{_OUT_OF_MEMORY} ({text})"

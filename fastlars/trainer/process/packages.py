@@ -8,7 +8,7 @@ from types import ModuleType
 
 from fastlars.trainer.errors import TrainerError, one_line
 
-# The submodules that the trainer uses. A package comes before those that import it: otherwise the
+# What the trainer uses. A package comes before those that import it: otherwise the
 # error would name the importing one.
 _ALWAYS = (
     "numpy",
@@ -17,8 +17,7 @@ _ALWAYS = (
     "torch",
     "matplotlib.figure",
     "matplotlib.backends.backend_agg",
-    "torchvision.models",
-    "torchvision.transforms",
+    "torchvision",
     "fastlars.optim.lars",
 )
 _NAMES_ON_PYPI = {"PIL": "Pillow", "sklearn": "scikit-learn"}
@@ -34,26 +33,20 @@ def load_all() -> None:
 def load(module: str, wanted_by: str = "", package: str = "") -> ModuleType:
     """Import a module; TrainerError if its package is missing or broken.
 
-    Args:
-        module: the module's full name.
-        wanted_by: the flag that needs it, if there is one.
-        package: the package to name in an error, by default the first part of `module`.
+    The error names the flag that needs it, `wanted_by`, and the `package`, by default the first
+    part of the module's name.
     """
     package = package or module.split(".")[0]
-    prefix = f"{wanted_by}: " if wanted_by else ""
     try:
         return import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name in (package, module):
-            text = f"{prefix}{package} is not installed: pip install 'fastlars[trainer]'"
-            raise TrainerError(text, everywhere=True) from None
-        why = one_line(error)
     except Exception as error:  # a broken package may raise anything
-        why = one_line(error)
-    if "failed to map" in why or "llocate memory" in why:
-        cure = "is the memory limited (ulimit -v)?"
-    else:
-        name = _NAMES_ON_PYPI.get(package, package)
-        cure = f"mend it, or reinstall it (pip install --force-reinstall {name})"
-    text = f"{prefix}{package} is there but does not load: {why}: {cure}"
-    raise TrainerError(text, everywhere=True)
+        why = f"is there but does not load: {one_line(error)}"
+        if isinstance(error, ModuleNotFoundError) and error.name in (package, module):
+            why, cure = "is not installed", "pip install 'fastlars[trainer]'"
+        elif "failed to map" in why or "llocate memory" in why:
+            cure = "is the memory limited (ulimit -v)?"
+        else:
+            name = _NAMES_ON_PYPI.get(package, package)
+            cure = f"mend it, or reinstall it (pip install --force-reinstall {name})"
+    prefix = f"{wanted_by}: " if wanted_by else ""
+    raise TrainerError(f"{prefix}{package} {why}: {cure}", everywhere=True)

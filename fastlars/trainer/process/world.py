@@ -122,11 +122,8 @@ def may_restart() -> bool:
 def connect(device: str, timeout: float) -> Iterator[World]:
     """The processes of this run, connected while the context lasts.
 
-    If the connection to another process is lost, that is a TrainerError of one line.
-
-    Args:
-        device: "cpu", "cuda" or "auto".
-        timeout: seconds that a process waits for another one before it gives up.
+    A lost connection to another process, or `timeout` seconds without an answer from it, is a
+    TrainerError of one line.
     """
     rank, size, local_rank = _numbers()
     place = _device(device, local_rank)
@@ -185,14 +182,9 @@ def _store(rank: int, size: int, patience: timedelta) -> Store:
     restart, with the addresses of the dead processes in it, and with env:// a process that connects
     before the others fails at their old addresses (pytorch#135712; seen with torch 2.14.1).
     """
-    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        size,
-        is_master=rank == 0 and not agents,
-        timeout=patience,
-    )
+    master = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, size, is_master=master, timeout=patience)
     return PrefixStore(f"fastlars/{_attempt(store, rank, size, patience)}", store)
 
 
@@ -203,7 +195,8 @@ def _attempt(store: Store, rank: int, size: int, patience: timedelta) -> str:
     failure, or if one's torchrun was started again. So every process leaves a new random word in
     the store, and takes the name from an answer of process 0 only if that repeats this word.
     """
-    end = time.monotonic() + patience.total_seconds()
+    seconds = patience.total_seconds()
+    end = time.monotonic() + seconds
     word = uuid.uuid4().hex  # that of process 0 becomes the name
     if rank > 0:
         store.set(f"here-{rank}", word)
@@ -221,18 +214,16 @@ def _attempt(store: Store, rank: int, size: int, patience: timedelta) -> str:
                 store.add(f"met-{name}", 1)
                 return name
         time.sleep(0.02)
-    raise TrainerError(
-        f"process {rank} did not meet the others within {patience.total_seconds():g} s"
-    )
+    raise TrainerError(f"process {rank} did not meet the others within {seconds:g} s")
 
 
 def _device(wanted: str, local_rank: int) -> torch.device:
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cpu" or (wanted == "auto" and count == 0):
         return torch.device("cpu")
-    if not torch.cuda.is_available():
+    if count == 0:
         raise TrainerError("--device cuda: PyTorch sees no GPU on this machine", everywhere=True)
-    if local_rank >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
+    if local_rank >= count:
         raise TrainerError(f"process {local_rank} has no GPU: this machine has {count}")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
