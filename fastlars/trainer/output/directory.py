@@ -7,6 +7,7 @@ not be looked up. Reading or writing such a path later raises an error with the 
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 import tempfile
 from contextlib import suppress
@@ -17,16 +18,13 @@ from fastlars.trainer.output.lock import Lock, LockedError
 from fastlars.trainer.process.world import may_restart
 
 NUMBERED = "checkpoint-*.pt"  # the checkpoints that --keep-last keeps; * is the step
-_DEFAULT = Path("runs")
 _LONGEST_NAME = 100  # characters from the name of --data; file systems allow 255 bytes in all
 
 
 class RunDirectory:
     """Paths of a run's files. Nothing is created before `make` or `claim`.
 
-    Args:
-        path: the directory.
-        came_from: the checkpoint that the run resumes from.
+    `came_from` is the checkpoint that the run resumes from.
     """
 
     def __init__(self, path: Path, came_from: Path | None = None) -> None:
@@ -48,14 +46,12 @@ class RunDirectory:
 
     def make(self) -> bool:
         """Create the directory and its parents; return whether this call created the directory."""
-        made = False
         missing = [p for p in (self.path, *self.path.parents) if not os.path.exists(p)]
         for folder in reversed(missing):
             with suppress(FileExistsError):  # another run created it in the meantime
                 folder.mkdir()
                 self._made.insert(0, folder)
-                made = folder == self.path
-        return made
+        return self.path in self._made
 
     def claim(self) -> str:
         """Create and lock the directory; return a warning if the lock may be unreliable, or "".
@@ -105,12 +101,9 @@ def for_new_run(output: str, data: str, recipe: str) -> RunDirectory:
 
 
 def output_or_unused(output: str, data: str, name: str) -> RunDirectory:
-    """`output`, or the next unused name in runs/, created so that no other run can take it.
+    """`output`, or if it is "", the next unused runs/DATA-NAME-1, -2, ..., created at once.
 
-    Args:
-        output: --output, "" if it is not given.
-        data: --data, inside whose images no run may write. It is part of the unused name.
-        name: the other part of the unused name.
+    No run may write inside the images of `data`, nor take the name that another has just created.
     """
     for part in ("train", "val", "test") if output and data != "digits" else ():
         images = os.path.realpath(os.path.join(data, part))
@@ -120,16 +113,13 @@ def output_or_unused(output: str, data: str, name: str) -> RunDirectory:
         return RunDirectory(Path(output))
     if may_restart():
         raise TrainerError("--max-restarts needs --output, for a restarted run to find itself")
-    stem = f"{os.path.basename(os.path.realpath(data))[:_LONGEST_NAME]}-{name}"
-    run, number = RunDirectory(_DEFAULT / f"{stem}-1"), 1
+    stem = f"runs/{os.path.basename(os.path.realpath(data))[:_LONGEST_NAME]}-{name}"
+    runs = (RunDirectory(Path(f"{stem}-{number}")) for number in itertools.count(1))
     try:
-        while not run.make():
-            number += 1
-            run = RunDirectory(_DEFAULT / f"{stem}-{number}")
+        return next(run for run in runs if run.make())
     except OSError as error:
-        raise _cannot_write(run.path, error) from None
-    return run
+        raise _cannot_write(stem, error) from None
 
 
-def _cannot_write(folder: Path, error: OSError) -> TrainerError:
+def _cannot_write(folder: Path | str, error: OSError) -> TrainerError:
     return TrainerError(f"--output: cannot write in {folder}: {error.strerror}")

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 _MOUNTS = "/proc/self/mountinfo"
@@ -30,9 +31,6 @@ class Lock:
 
     Worker processes do not inherit a POSIX lock, network file systems support it, and kill -9
     releases it; a file that merely exists would stay.
-
-    Args:
-        path: the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -86,18 +84,13 @@ def _is_at(file: int, path: Path) -> bool:
 
 def unreliable_file_system(folder: Path, mounts: str = _MOUNTS) -> str:
     """The type of the file system of `folder` if a lock may hold on this machine only, or ""."""
-    device, found = os.stat(folder).st_dev, ""
-    try:
-        with open(mounts, encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                mount, _, system = line.partition(" - ")
-                number, (kind, _, options) = mount.split()[2], system.split(maxsplit=2)
-                if number == f"{os.major(device)}:{os.minor(device)}":
-                    if kind in _CLUSTER_WIDE:
-                        reliable = _RESTRICTING.isdisjoint(options.strip().split(","))
-                    else:
-                        reliable = not kind.startswith(_NETWORK)
-                    found = "" if reliable else kind
-    except (OSError, ValueError):  # another system than Linux
-        return ""
-    return found
+    device = os.stat(folder).st_dev
+    with suppress(OSError, ValueError), open(mounts, errors="replace") as lines:  # only on Linux
+        for line in lines:
+            mount, _, system = line.partition(" - ")
+            kind, _, options = system.split(maxsplit=2)
+            if mount.split()[2] == f"{os.major(device)}:{os.minor(device)}":
+                restricted = not _RESTRICTING.isdisjoint(options.strip().split(","))
+                reliable = kind in _CLUSTER_WIDE and not restricted
+                return "" if reliable or not kind.startswith(_NETWORK) else kind
+    return ""

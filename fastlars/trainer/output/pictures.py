@@ -93,13 +93,10 @@ def norm_table(records: Records) -> Table:
 
 def curves(records: Records) -> Figure:
     """Loss, accuracy, learning rate and trust ratios over the epochs."""
-    test = _of_kind("test", records)
-    title = _title(records)
-    if test:
-        title = f"{title}: {test[-1]['accuracy']:.2%} test accuracy"
-    figure = _figure(title, height=8)
+    train, test = _of_kind("train", records), _of_kind("test", records)
+    result = f": {test[-1]['accuracy']:.2%} test accuracy" if test else ""
+    figure = _figure(records, height=8, result=result)
     (loss, accuracy), (rate, ratios) = figure.subplots(2, 2)
-    train = _of_kind("train", records)
 
     for axis, key in ((loss, "loss"), (accuracy, "accuracy")):
         _plot(axis, [(r["epoch"], r[key]) for r in train], label="training, augmented", alpha=0.8)
@@ -195,14 +192,9 @@ def sweep(
     found: tuple[float, float] | None,
     window: int,
 ) -> Figure:
-    """Loss over learning rate.
+    """Loss over learning rate: of every step, by rate, and `means` of `window` of these losses.
 
-    Args:
-        title: of the picture.
-        losses: loss of a step, by rate.
-        means: means of `window` of these losses.
-        found: rates at which the means fall fastest and are lowest.
-        window: number of losses in a mean.
+    The means fall fastest and are lowest at the two rates `found`.
     """
     rates = list(losses)
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -233,13 +225,10 @@ def _latest_norms(records: Records) -> dict[str, Any]:
     return max(_of_kind("norms", records), key=lambda record: record["step"], default={})
 
 
-def _title(records: Records) -> str:
-    return next((record["title"] for record in _of_kind("start", records)), "")
-
-
-def _figure(title: str, height: float) -> Figure:
+def _figure(records: Records, height: float, result: str = "") -> Figure:
+    title = next((record["title"] for record in _of_kind("start", records)), "")
     figure = Figure(figsize=(12, height), layout="constrained")
-    figure.suptitle(printable(title), parse_math=False)
+    figure.suptitle(printable(title + result), parse_math=False)
     return figure
 
 
@@ -247,11 +236,11 @@ def _panels(
     records: Records, layers: Sequence[str], widths: Sequence[int]
 ) -> tuple[Figure, list[Axes]]:
     """Panels next to each other with one row for each layer, the first layer at the top."""
-    figure = _figure(_title(records), height=max(4.0, 1.6 + _ROW * min(len(layers), _MAX_NAMES)))
+    figure = _figure(records, height=max(4.0, 1.6 + _ROW * min(len(layers), _MAX_NAMES)))
     axes = figure.subplots(1, len(widths), sharey=True, width_ratios=widths, squeeze=False)[0]
-    every = math.ceil(len(layers) / _MAX_NAMES) or 1
+    every = math.ceil(len(layers) / _MAX_NAMES)
     axes[0].set_yticks(range(0, len(layers), every), layers[::every], fontsize=7, parse_math=False)
-    axes[0].set(ylabel="layer", ylim=(max(len(layers), 1) - 0.5, -0.5))
+    axes[0].set(ylabel="layer", ylim=(len(layers) - 0.5, -0.5))
     return figure, list(axes)
 
 
@@ -276,6 +265,5 @@ def _masked(table: Sequence[Sequence[float | None]]) -> np.ma.MaskedArray[Any, A
 def _borders(centres: Sequence[float]) -> np.ndarray[Any, Any]:
     """Borders of cells: halfway between neighbouring centres. A single cell is 1 wide."""
     at = np.asarray(centres, float)
-    gaps = np.diff(at) if len(at) > 1 else np.ones(1)
-    middles = at[:-1] + np.diff(at) / 2
-    return np.concatenate([at[:1] - gaps[:1] / 2, middles, at[-1:] + gaps[-1:] / 2])
+    more = np.pad(at, 1, "reflect", reflect_type="odd") if len(at) > 1 else at + np.arange(-1, 2)
+    return (more[:-1] + more[1:]) / 2

@@ -60,10 +60,9 @@ def title(context: TrainingContext) -> str:
 
 def subject(context: TrainingContext) -> Iterator[str]:
     """What is trained, on what."""
-    config, data = context.config, context.data
+    data, side = context.data, context.data.image_size
     size = sum(parameter.numel() for parameter in context.model.parameters())
-    side = data.image_size
-    yield from fact("model", f"{config.model}, {size / 1e6:.1f}M parameters")
+    yield from fact("model", f"{context.config.model}, {size / 1e6:.1f}M parameters")
     yield from fact(
         "images",
         f"{data.name}: {data.train_size:,} to train, {data.test_size:,} to test, "
@@ -88,19 +87,19 @@ def introduction(context: TrainingContext) -> Iterator[str]:
     yield title(context)
     yield from subject(context)
     yield from fact("recipe", f"{config.recipe}: {recipe.source}")
-    changed = _changed(config, recipe.settings)
+    changed = [
+        f"{flag(name)} {_short(getattr(config, name))} (recipe: {_short(value)})"
+        for name, value in recipe.settings.items()
+        if getattr(config, name) != value
+    ]
     if changed:
-        yield from fact("changed", changed)
+        yield from fact("changed", ", ".join(changed))
     yield from fact("steps", f"{config.epochs} epochs of {steps} steps of {batch(context)}")
-    yield from fact("rate", f"{schedule(config)}; weight decay {config.weight_decay:g}")
-
-
-def schedule(config: Config) -> str:
-    """The learning rate over the run."""
     warmup = ""
     if config.warmup_epochs:
         warmup = f"{config.warmup_epochs:g} epochs of warm-up from {config.warmup_from:g}, then "
-    return f"{warmup}lr {config.lr:g}, schedule {config.schedule}"
+    rate = f"{warmup}lr {config.lr:g}, schedule {config.schedule}"
+    yield from fact("rate", f"{rate}; weight decay {config.weight_decay:g}")
 
 
 # The rate that --find-lr suggests with resnet20, a batch of 256 and CIFAR-10's 32 pixels.
@@ -111,9 +110,7 @@ _FAR = 4.0
 def hint(context: TrainingContext, given: Iterable[str]) -> Iterator[str]:
     """A hint where a new run takes a rate that was made for ImageNet and is low for its images.
 
-    Args:
-        context: what is trained.
-        given: names of the settings on the command line.
+    `given` are the names of the settings on the command line.
     """
     config = context.config
     suggested = _FOR_SMALL.get(config.recipe, 0.0)
@@ -124,15 +121,6 @@ def hint(context: TrainingContext, given: Iterable[str]) -> Iterator[str]:
             f"lr {config.lr:g} comes from rates for ImageNet; for CIFAR-10's 32 pixels (resnet20, "
             f"batch 256) --find-lr suggests {suggested:g}: try --find-lr, or set --lr",
         )
-
-
-def _changed(config: Config, settings: dict[str, Any]) -> str:
-    """The settings that differ from the recipe's, by flag, with the recipe's value."""
-    return ", ".join(
-        f"{flag(name)} {_short(getattr(config, name))} (recipe: {_short(value)})"
-        for name, value in settings.items()
-        if getattr(config, name) != value
-    )
 
 
 def _short(value: Any) -> str:

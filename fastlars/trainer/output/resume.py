@@ -13,11 +13,8 @@ from fastlars.trainer.output.directory import RunDirectory
 def checkpoint_path(resume: str | None, output: str, restarted: bool) -> Path | None:
     """The checkpoint to resume from; None for a new run.
 
-    Args:
-        resume: --resume: a file, a run directory, "" for the checkpoint in `output`, "auto" for
-            that one if it exists, or None if --resume is not given.
-        output: --output, "" if it is not given.
-        restarted: whether torchrun restarted the run.
+    `resume` is --resume: a file, a run directory, "" for the checkpoint in `output`, "auto" for
+    that one if it exists, or None if the flag is not given. `output` is --output, or "".
     """
     if resume and resume != "auto":
         path = Path(resume)
@@ -40,9 +37,7 @@ def continuation_dir(source: Path, output: str) -> RunDirectory:
     """
     checkpoint.open_for_reading(source).close()
     run = RunDirectory(Path(output) if output else source.parent, came_from=source)
-    elsewhere = not os.path.exists(run.path) or not os.path.samefile(run.path, source.parent)
-    if (elsewhere and run.holds_a_run) or (
-        os.path.exists(run.checkpoint) and not run.checkpoint.samefile(source)
-    ):
+    elsewhere = run.holds_a_run and not run.path.samefile(source.parent)
+    if elsewhere or (os.path.exists(run.checkpoint) and not run.checkpoint.samefile(source)):
         raise TrainerError(f"--output: {run.path} holds another run than {source}")
     return run

@@ -14,14 +14,10 @@ from fastlars.trainer.output.directory import NUMBERED, RunDirectory
 class Retention:
     """The checkpoints in a run's directory.
 
-    checkpoint.pt is always the latest one. If more than one is to be kept, the latest ones also
+    checkpoint.pt is always the latest one. If more than one is to be kept, the `last` ones also
     have numbered names, such as checkpoint-000123.pt of step 123. best.pt is the one with the
     highest test accuracy. A checkpoint with several names takes the space of one, on file systems
     with hard links.
-
-    Args:
-        run: the run's directory.
-        last: how many of the latest checkpoints to keep, at least 1.
     """
 
     def __init__(self, run: RunDirectory, last: int) -> None:
@@ -54,9 +50,8 @@ class Retention:
     def adopt_best(self, progress: dict[str, Any]) -> None:
         """On the first call, copy best.pt from the directory that the run resumed from, if any.
 
-        Args:
-            progress: that of the run. A best.pt that does not match it was saved after the
-                checkpoint that the run resumed from, and is not part of this run.
+        A best.pt that does not match the run's `progress` was saved after the checkpoint that the
+        run resumed from, and is not part of this run.
         """
         source, self._adopt_from = self._adopt_from, None
         best = source.with_name(self._run.best.name) if source else None

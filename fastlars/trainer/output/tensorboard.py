@@ -32,11 +32,8 @@ def check(folder: Path) -> None:
 class TensorBoard:
     """Curves of loss, accuracy, learning rate, speed and trust ratios.
 
-    Args:
-        folder: where the event files go.
-        step: the step that the run resumes from, 0 for a new run. TensorBoard discards what an
-            earlier part of the run wrote about later steps.
-        warn: called with the reason if the event files cannot be written any more.
+    TensorBoard discards what an earlier part of the run wrote about steps after `step`. `warn` is
+    called with the reason if the event files cannot be written any more.
     """
 
     def __init__(self, folder: Path, step: int, warn: Callable[[str], None]) -> None:
