@@ -9,15 +9,10 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
-_MOUNTS = "/proc/self/mountinfo"
 # Network file systems on which a lock excludes the processes of all machines, and the mount options
-# that restrict a lock to one machine.
+# of NFS, CIFS and Lustre that restrict a lock to one machine.
 _CLUSTER_WIDE = ("nfs", "nfs4", "cifs", "smb3", "lustre", "ceph", "gpfs")
-_RESTRICTING = {
-    *("nolock", "local_lock=all", "local_lock=posix"),  # NFS
-    "nobrl",  # CIFS
-    *("localflock", "noflock"),  # Lustre
-}
+_RESTRICTING = {"nolock", "local_lock=all", "local_lock=posix", "nobrl", "localflock", "noflock"}
 # How the types of network and user-space file systems begin; any other is a disk of this machine.
 _NETWORK = (*_CLUSTER_WIDE, "fuse", "beegfs", "9p", "afs", "virtiofs", "panfs", "pvfs2", "orangefs")
 
@@ -82,7 +77,7 @@ def _is_at(file: int, path: Path) -> bool:
         return False
 
 
-def unreliable_file_system(folder: Path, mounts: str = _MOUNTS) -> str:
+def unreliable_file_system(folder: Path, mounts: str = "/proc/self/mountinfo") -> str:
     """The type of the file system of `folder` if a lock may hold on this machine only, or ""."""
     device = os.stat(folder).st_dev
     with suppress(OSError, ValueError), open(mounts, errors="replace") as lines:  # only on Linux

@@ -61,7 +61,6 @@ def started_by(command: Sequence[str], path: Path) -> bool:
 
 def versions() -> dict[str, str | int | None]:
     """Of everything that numbers may depend on; None for what is not there."""
-    cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
     return {
         "fastlars": fastlars.__version__,
         "python": platform.python_version(),
@@ -69,7 +68,7 @@ def versions() -> dict[str, str | int | None]:
         "torchvision": torchvision.__version__,
         "numpy": numpy.__version__,
         "cuda": torch.version.cuda,
-        "cudnn": cudnn,
+        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
         "driver": _found(r"(\d+\.\d+[.\d]*)", "/proc/driver/nvidia/version"),
         "system": platform.platform(),
     }
@@ -77,12 +76,9 @@ def versions() -> dict[str, str | int | None]:
 
 def _machine(device: torch.device) -> dict[str, Any]:
     """What a process computes with; sums of another number of threads are rounded otherwise."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        processor = _found(r"^model name\s*: (.*)$", "/proc/cpuinfo")
-        name = processor or platform.processor() or platform.machine()
-    return {"device": name, "threads": torch.get_num_threads()}
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    processor = _found(r"^model name\s*: (.*)$", "/proc/cpuinfo") or platform.processor()
+    return {"device": gpu or processor or platform.machine(), "threads": torch.get_num_threads()}
 
 
 def _found(pattern: str, path: str) -> str | None:

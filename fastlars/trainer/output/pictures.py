@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps, rc_context
+from matplotlib import colormaps, rcParams
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
@@ -26,6 +26,7 @@ from fastlars.trainer.output import atomic
 Records = list[dict[str, Any]]
 Table = list[list[Any]]
 
+rcParams["text.usetex"] = False  # LaTeX would read names as formulas
 _ROW = 0.16  # inches of height for one layer's name
 _MAX_NAMES = 300  # in one picture; with more layers, only every second (third, ...) name is shown
 
@@ -34,25 +35,15 @@ _MAX_NAMES = 300  # in one picture; with more layers, only every second (third, 
 def optional(warn: Callable[[str], None]) -> Iterator[None]:
     """Turn any error while drawing into a warning: a run must not end because a picture failed."""
     try:
-        with _plain_text():
-            yield
+        yield
     except Exception as error:
         warn(f"no picture: {reason_of(error)}")
 
 
-@contextmanager
-def _plain_text() -> Iterator[None]:
-    """Draw names without LaTeX, which would read them as formulas, and silence missing glyphs."""
-    with rc_context({"text.usetex": False}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-        yield
-
-
 def draw_all(records: Records, folder: Path) -> None:
     """Write every picture and table of a run."""
-    with _plain_text():
-        draw(records, folder / "curves.png")
-        draw_layers(records, folder)
+    draw(records, folder / "curves.png")
+    draw_layers(records, folder)
 
 
 def draw_layers(records: Records, folder: Path) -> None:
@@ -73,7 +64,9 @@ def draw(records: Records, path: Path) -> None:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG, completely or not at all."""
-    atomic.write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        atomic.write(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
 def trust_table(records: Records) -> Table:
@@ -102,14 +95,12 @@ def curves(records: Records) -> Figure:
         _plot(axis, [(r["epoch"], r[key]) for r in train], label="training, augmented", alpha=0.8)
         _plot(axis, [(r["epoch"], r[key]) for r in test], label="test", marker="o", markersize=4)
         axis.legend()
-    loss.set(title="Loss", ylabel="cross-entropy per image")
-    loss.set_ylim(bottom=0)
+    loss.set(title="Loss", ylabel="cross-entropy per image", ylim=(0, None))
     accuracy.set(title="Accuracy", ylabel="images classified correctly")
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
 
     _plot(rate, [(r["epoch"], r["lr"]) for r in train], color="tab:green")
-    rate.set(title="Learning rate", ylabel="learning rate")
-    rate.set_ylim(bottom=0)
+    rate.set(title="Learning rate", ylabel="learning rate", ylim=(0, None))
 
     _plot_ratios(figure, ratios, _of_kind("trust", records))
     for axis in (loss, accuracy, rate, ratios):
@@ -180,8 +171,7 @@ def norms(records: Records) -> Figure:
     numbers.set_axis_off()
     for row, cells in enumerate([["", "|w|", "|g|", "|w|/|g|"], *table], start=-1):
         for column, value in enumerate(cells[1:]):
-            at = column + 0.9, row
-            numbers.text(*at, _short(value), ha="right", va="center", fontsize=7)
+            numbers.text(column + 0.9, row, _short(value), ha="right", va="center", fontsize=7)
     return figure
 
 

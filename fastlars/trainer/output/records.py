@@ -14,8 +14,6 @@ from fastlars.trainer.output.checkpoint import not_saved
 from fastlars.trainer.output.mllog import MLLog
 from fastlars.trainer.output.tensorboard import TensorBoard
 
-Record = dict[str, Any]
-
 
 class Records:
     """Writes the records of a run to metrics.jsonl and passes them to listeners.
@@ -56,8 +54,7 @@ class Records:
 
         Infinite and NaN floats become None, because JSON has neither.
         """
-        text = json.dumps({"kind": kind} | values)
-        record = json.loads(text, parse_constant=lambda _infinite_or_nan: None)
+        record = json.loads(json.dumps({"kind": kind} | values), parse_constant=lambda _: None)
         self._waiting += json.dumps(record, allow_nan=False).encode() + b"\n"
         with suppress(OSError):  # the next `sync` reports the error if it persists
             self._flush()
@@ -88,7 +85,7 @@ class Records:
             listener.close()
 
 
-def read(path: Path) -> list[Record]:
+def read(path: Path) -> list[dict[str, Any]]:
     """All records of a metrics.jsonl, up to a line that a kill cut short."""
     records = []
     with open(path, encoding="utf-8", errors="replace") as file:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 from fastlars.trainer.errors import TrainerError
@@ -42,8 +42,11 @@ class Retention:
             with checkpoint.not_saved(path):
                 atomic.duplicate(self._run.checkpoint, path)
         # With --keep-last 1, the default, older ones stay: the run may have been resumed without
-        # the --keep-last that it was started with.
-        for path in self._numbered()[: -self._last] if self._last > 1 else []:
+        # the --keep-last that it was started with. A user's checkpoint-mine.pt stays in any case.
+        paths = self._run.path.glob(NUMBERED) if self._last > 1 else []
+        steps = {path: re.fullmatch(r"checkpoint-(\d{6,})", path.stem) for path in paths}
+        old = sorted((int(found[1]), path) for path, found in steps.items() if found)
+        for _, path in old[: -self._last]:
             with checkpoint.not_saved(path):
                 path.unlink(missing_ok=True)
 
@@ -54,19 +57,10 @@ class Retention:
         run resumed from, and is not part of this run.
         """
         source, self._adopt_from = self._adopt_from, None
-        best = source.with_name(self._run.best.name) if source else None
-        if best is None or self._run.best.exists() or not best.exists():
+        if source is None or self._run.best.exists():
             return
-        try:
+        best = source.with_name(self._run.best.name)
+        with suppress(TrainerError), checkpoint.not_saved(self._run.best):  # missing or damaged
             found = checkpoint.load(best).get("progress", {})
-        except TrainerError:  # damaged
-            return
-        if all(found.get(key) == progress[key] for key in ("best_epoch", "best_accuracy")):
-            with checkpoint.not_saved(self._run.best):
+            if all(found.get(key) == progress[key] for key in ("best_epoch", "best_accuracy")):
                 atomic.duplicate(best, self._run.best)
-
-    def _numbered(self) -> list[Path]:
-        """The run's numbered checkpoints in the order of steps; not a user's checkpoint-mine.pt."""
-        paths = self._run.path.glob(NUMBERED)
-        numbered = [path for path in paths if re.fullmatch(r"checkpoint-\d{6,}", path.stem)]
-        return sorted(numbered, key=lambda path: int(path.stem.removeprefix("checkpoint-")))

@@ -58,12 +58,11 @@ def describe(context: TrainingContext, left: int) -> Iterator[str]:
 
 def _timed_images(context: TrainingContext, held: float, for_each: float) -> int:
     """Images of a timed step: a whole micro-batch, as far as there is room for it."""
-    room = int(_ROOM / for_each)
+    room = _ROOM
     if context.world.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(context.world.device)
-        room = int((_FILLED * free - held) / for_each)
+        room = _FILLED * torch.cuda.mem_get_info(context.world.device)[0] - held
     least = min(context.config.bn_batch or 2, context.order.micro_batch)
-    return max(least, min(room, context.order.micro_batch))
+    return max(least, min(int(room / for_each), context.order.micro_batch))
 
 
 def _step_seconds(context: TrainingContext, images: int) -> float:

@@ -40,17 +40,13 @@ _UNUSED = (
 
 def introduction(context: TrainingContext, given: Iterable[str]) -> Iterator[str]:
     """What is swept over, and which of the settings given are of no use to that."""
-    config, recipe = context.config, recipe_of(context.config)
+    config, source = context.config, recipe_of(context.config).source
     yield report.title(context)
     yield from report.subject(context)
-    yield from report.fact(
-        "recipe", f"{config.recipe}, except for its rate and schedule: {recipe.source}"
-    )
+    yield from report.fact("recipe", f"{config.recipe}, except for rate and schedule: {source}")
     rates = f"lr {_LOW * config.lr:g} to {_HIGH * config.lr:g}"
-    decay = f"weight decay {config.weight_decay:g}"
-    yield from report.fact(
-        "sweep", f"{rates}, {decay}; up to {STEPS} steps of {report.batch(context)}"
-    )
+    steps = f"weight decay {config.weight_decay:g}; up to {STEPS} steps of {report.batch(context)}"
+    yield from report.fact("sweep", f"{rates}, {steps}")
     unused = [flag(name) for name in _UNUSED if name in given]
     if unused:
         yield from report.fact("unused", f"--find-lr has no use for {', '.join(unused)}")
