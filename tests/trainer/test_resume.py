@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -62,6 +64,28 @@ def test_stopped_within_an_epoch_of_a_folder(
     again = train("--resume", "--output", parts, "--workers", workers, "--max-steps", 0)
     assert again.status == 0
     assert_same_runs(whole, parts)
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
+@pytest.mark.parametrize("large", [False, True])
+def test_no_step_draws_from_a_global_generator(
+    tmp_path: Path, train: Train, images: Path, large: bool
+) -> None:
+    """So a checkpoint needs no states of them. Large images are cropped by torchvision."""
+    size = ("--image-size", 72) if large else ()
+    runs = []
+    for seed in (1, 2):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index]
+        runs.append(tmp_path / str(seed))
+        flags = (*FOLDER, *size, "--workers", 0, "--data", images, "--output", runs[-1])
+        assert train(*flags).status == 0
+        after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index]
+        assert before[:2] == after[:2]
+        assert torch.equal(before[2], after[2])
+    assert_same_runs(*runs)
 
 
 @pytest.mark.usefixtures("tiny", "no_picture")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import random
 import stat
 import zipfile
 from collections.abc import Iterator
@@ -16,15 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 
 from fastlars.trainer.errors import TrainerError, one_line
 from fastlars.trainer.output import atomic
 
 _KIND = "fastlars.trainer checkpoint"
-_FORMAT = f"{_KIND} 3"
-_FORMAT_WITHOUT_DIGEST = f"{_KIND} 2"  # the previous one, which can still be loaded
+_FORMAT = f"{_KIND} 4"
+# The previous format also had the states of random number generators, which no step draws from.
+_LOADABLE = (_FORMAT, f"{_KIND} 3")
 _DIGEST_MARK = b"fastlars digest "  # between the archive and its digest
 _DIGEST_SIZE = 32  # bytes
 _CONTENTS: dict[str, type | tuple[type, ...]] = {
@@ -37,7 +36,6 @@ _CONTENTS: dict[str, type | tuple[type, ...]] = {
     "average": (dict, type(None)),
     "progress": dict,
     "window": torch.Tensor,
-    "random": list,
     "log_lines": int,
 }
 
@@ -95,12 +93,11 @@ def load(path: Path) -> dict[str, Any]:
     """The state saved at `path`; TrainerError if it is missing, damaged or no checkpoint."""
     with open_for_reading(path) as file:
         intact = _matches_digest(file)
-        state = None if intact is False else _read_archive(file, verify=intact is None)
+        state = None if intact is False else _read_archive(file)
     found = state.get("format") if isinstance(state, dict) else None
-    if isinstance(state, dict) and found == (_FORMAT if intact else _FORMAT_WITHOUT_DIGEST):
+    if intact and isinstance(state, dict) and found in _LOADABLE:
         return state
-    known = found in (_FORMAT, _FORMAT_WITHOUT_DIGEST)
-    if isinstance(found, str) and found.startswith(_KIND) and not known:
+    if isinstance(found, str) and found.startswith(_KIND) and found not in _LOADABLE:
         raise TrainerError(
             f"--resume: {path} is of another version of fastlars ({found}): resume with that one"
         )
@@ -135,23 +132,16 @@ def _matches_digest(file: BinaryIO) -> bool | None:
     return end == _DIGEST_MARK + digest.digest() if end.startswith(_DIGEST_MARK) else None
 
 
-def _read_archive(file: BinaryIO, *, verify: bool) -> Any:
-    """What torch.save wrote into a file; None if it cannot be read.
-
-    Args:
-        file: the file.
-        verify: check the archive's checksums, which torch.load does not do.
-    """
+def _read_archive(file: BinaryIO) -> Any:
+    """What torch.save wrote into a file; None if it cannot be read."""
     try:
-        if verify:
-            with zipfile.ZipFile(file) as archive:
-                if archive.testzip() is not None:
-                    return None
-            file.seek(0)
+        if not zipfile.is_zipfile(file):  # torch.load would try its older formats, and warn
+            return None
+        file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception:  # a damaged file makes zipfile, pickle and torch raise almost any exception
+    except Exception:  # a damaged file makes pickle and torch raise almost any exception
         return None
 
 
@@ -174,27 +164,3 @@ def fitting(path: Path) -> Iterator[None]:
             f"--resume: {path} does not fit the model and the recipe that it names: "
             f"{one_line(error)}"
         ) from error
-
-
-def random_state() -> dict[str, Any]:
-    """The states of all random number generators that this process may use."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    version, numbers, normal = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        # Without this condition, a run on the CPU would initialise a GPU that it does not use.
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-        "numpy": (kind, [int(key) for key in keys], *rest),
-        "python": (version, list(numbers), normal),
-    }
-
-
-def restore_random_state(state: dict[str, Any]) -> None:
-    """Set all random number generators to what `random_state` returned."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(state["cuda"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    version, numbers, normal = state["python"]
-    random.setstate((version, tuple(numbers), normal))

@@ -95,9 +95,10 @@ def introduction(context: TrainingContext) -> Iterator[str]:
     if changed:
         yield from fact("changed", ", ".join(changed))
     yield from fact("steps", f"{config.epochs} epochs of {steps} steps of {batch(context)}")
-    warmup = ""
-    if config.warmup_epochs:
-        warmup = f"{config.warmup_epochs:g} epochs of warm-up from {config.warmup_from:g}, then "
+    epochs, warmup = config.warmup_epochs, ""
+    if epochs:
+        unit = "epoch" if epochs == 1 else "epochs"
+        warmup = f"{epochs:g} {unit} of warm-up from {config.warmup_from:g}, then "
     rate = f"{warmup}lr {config.lr:g}, schedule {config.schedule}"
     yield from fact("rate", f"{rate}; weight decay {config.weight_decay:g}")
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 from fastlars.trainer.data.dataset import Batch
 from fastlars.trainer.errors import DivergedError, TrainerError
@@ -22,7 +23,6 @@ from fastlars.trainer.output.display import Display
 from fastlars.trainer.output.records import Records, read
 from fastlars.trainer.output.retention import Retention
 from fastlars.trainer.run.meter import Figures, Meter, figures
-from fastlars.trainer.run.replica import Replica
 
 _PICTURE_EVERY = 30.0  # seconds; drawing takes about one
 _RATIO_RECORDS = 200  # of a whole run
@@ -37,7 +37,7 @@ class Journal:
 
     Args:
         context: what is trained.
-        replica: its moving average is saved too.
+        average: the moving average of the model, if there is one.
         directory: where the files go.
         records: metrics.jsonl, in the first process alone.
         display: the terminal.
@@ -47,7 +47,7 @@ class Journal:
     def __init__(
         self,
         context: TrainingContext,
-        replica: Replica,
+        average: AveragedModel | None,
         directory: RunDirectory,
         records: Records | None,
         display: Display,
@@ -57,7 +57,7 @@ class Journal:
         self.records, self.display = records, display
         self.meter = Meter(context.world.device)
         self.started = False
-        self._replica, self._open_files = replica, open_files
+        self._average, self._open_files = average, open_files
         self._retention = Retention(directory, context.config.keep_last)
         steps = context.order.steps_per_epoch
         self._log_every = context.config.log_every or min(steps // 10 or 1, 50)
@@ -69,9 +69,8 @@ class Journal:
         # Of the epoch, as far as this process has trained it: a resumed one begins in its middle.
         self._epoch_sums = torch.zeros_like(self.meter.sums, device="cpu")
         self._lr = 0.0  # of the last step
-        self._clock, self._clock_step = time.perf_counter(), context.progress.step
-        self._epoch_clock, self._epoch_step = self._clock, self._clock_step
-        self._drawn = time.perf_counter()
+        self._clock = self._epoch_clock = self._drawn = time.perf_counter()
+        self._clock_step = context.progress.step
 
     @property
     def wants_norms(self) -> bool:
@@ -113,8 +112,8 @@ class Journal:
         self.save()
         if time.perf_counter() - self._drawn > _PICTURE_EVERY:
             self._draw()
-        self._clock, self._clock_step = time.perf_counter(), progress.step
-        self._epoch_clock, self._epoch_step = self._clock, self._clock_step
+        self._clock = self._epoch_clock = time.perf_counter()
+        self._clock_step = progress.step
         self._epoch_sums.zero_()
 
     def finish(self, *, stopped: bool) -> None:
@@ -125,6 +124,7 @@ class Journal:
 
     def guarded(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The training batches; where one cannot be read, the steps so far are saved."""
+        self._clock = self._epoch_clock = time.perf_counter()  # without the reading of kept images
         with self.saved_if_unreadable(between_steps=self.context.order.micro_batches == 1):
             yield from batches
 
@@ -153,8 +153,8 @@ class Journal:
             return
         self._start()
         networks = [context.model]
-        if self._replica.average is not None:
-            networks.append(self._replica.average.module)
+        if self._average is not None:
+            networks.append(self._average.module)
         if context.config.bn_statistics == "last":
             # Every process has its own; "running" ones are saved as the first process has them.
             for network in networks:
@@ -162,7 +162,6 @@ class Journal:
         window = world.total(self.meter.sums)
         self._check(math.isfinite(window[0].item()), "the loss")
         self._check(not world.total(count_not_finite(networks)).item(), "a weight")
-        random_states = world.gather(checkpoint.random_state())
         with world.raise_on_all_ranks():
             if not self.directory.is_owned:
                 lost = f"{self.directory.path} was removed or given to another run"
@@ -171,7 +170,7 @@ class Journal:
         if self.records is not None:
             try:
                 self.records.sync()
-                state = self._state(window, random_states, self.records.lines)
+                state = self._state(window, self.records.lines)
                 self._retention.save(state, progress.step, best=self._is_best)
                 self._retention.adopt_best(state["progress"])
             except checkpoint.NotSavedError as error:
@@ -194,12 +193,10 @@ class Journal:
         context.optimizer.load_state_dict(state["optimizer"])
         context.schedule.load_state_dict(state["schedule"])
         context.precision.load_state_dict(state["scaler"])
-        if self._replica.average is not None:
-            self._replica.average.load_state_dict(state["average"])
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
         if context.world.first:  # sums of all processes
             self.meter.sums.copy_(state["window"])
-        if context.world.rank < len(state["random"]):
-            checkpoint.restore_random_state(state["random"][context.world.rank])
         if context.world.first and self.directory.checkpoint.exists():
             self._resumed = context.progress.step, self._is_best
 
@@ -238,18 +235,13 @@ class Journal:
 
     def _show_epoch(self, test: Figures) -> None:
         context, progress = self.context, self.context.progress
-        seen, trained = figures(self._epoch_sums), progress.step - self._epoch_step
-        seconds = self._clock - self._epoch_clock
-        self.display.row(
-            f"{progress.evaluated}/{context.config.epochs}",
-            f"{self._lr:.3g}" if trained else "-",
-            f"{seen.loss:.4f}" if trained else "-",
-            f"{seen.accuracy:.2%}" if trained else "-",
-            f"{test.loss:.4f}",
-            f"{test.accuracy:.2%}",
-            f"{progress.best_accuracy:.2%}",
-            f"{trained * context.config.batch_size / seconds:.0f}" if trained else "-",
-        )
+        seen, lr, loss, accuracy, rate = figures(self._epoch_sums), "-", "-", "-", "-"
+        if seen.images:  # none if the run was resumed at the end of this epoch
+            lr, loss, accuracy = f"{self._lr:.3g}", f"{seen.loss:.4f}", f"{seen.accuracy:.2%}"
+            rate = f"{seen.images / (self._clock - self._epoch_clock):.0f}"
+        tested = f"{test.loss:.4f}", f"{test.accuracy:.2%}", f"{progress.best_accuracy:.2%}"
+        number = f"{progress.evaluated}/{context.config.epochs}"
+        self.display.row(number, lr, loss, accuracy, *tested, rate)
         unread = context.data.test_size - test.images
         if unread:
             self.display.say(f"{test.images} test images were read, {unread} could not be")
@@ -271,8 +263,8 @@ class Journal:
             epoch = step / self.context.order.steps_per_epoch
             self.records.write(kind, step=step, epoch=round(epoch, 4), **values)
 
-    def _state(self, window: torch.Tensor, random: list[Any], lines: int) -> dict[str, Any]:
-        context, average = self.context, self._replica.average
+    def _state(self, window: torch.Tensor, lines: int) -> dict[str, Any]:
+        context, average = self.context, self._average
         return {
             "config": context.config.shaping(),
             "data": fingerprint(context.data),
@@ -283,7 +275,6 @@ class Journal:
             "average": average.state_dict() if average is not None else None,
             "progress": asdict(context.progress),
             "window": window,
-            "random": random,
             "log_lines": lines,
         }
 

@@ -249,7 +249,7 @@ def _journal(command: Command, job: _Job, replica: Replica) -> Iterator[Journal]
                     board.record(record)
                 records.listeners.append(board)
 
-    journal = Journal(context, replica, directory, records, job.display, open_files)
+    journal = Journal(context, replica.average, directory, records, job.display, open_files)
     try:
         if job.state is not None and job.source is not None:
             with world.raise_on_all_ranks(), checkpoint.fitting(job.source):
