@@ -1,4 +1,4 @@
-"""The directory of a run: its files, its owner, and which directory a new run writes in.
+"""The directory of a run: its files, its owner, and which one a new or resumed run writes in.
 
 This module calls os.path.exists, not Path.exists, which before Python 3.14 raises if the path may
 not be looked up. Reading or writing such a path later raises an error with the reason.
@@ -9,11 +9,11 @@ from __future__ import annotations
 import glob
 import itertools
 import os
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 from fastlars.trainer.errors import TrainerError
+from fastlars.trainer.output import checkpoint
 from fastlars.trainer.output.lock import Lock, LockedError
 from fastlars.trainer.process.world import may_restart
 
@@ -61,8 +61,6 @@ class RunDirectory:
         try:
             self.make()
             problem = self._lock.acquire()
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
         except LockedError as error:
             raise TrainerError(f"--output: another run, {error}, writes in {self.path}") from None
         except OSError as error:
@@ -119,6 +117,39 @@ def output_or_unused(output: str, data: str, name: str) -> RunDirectory:
         return next(run for run in runs if run.make())
     except OSError as error:
         raise _cannot_write(stem, error) from None
+
+
+def checkpoint_path(resume: str | None, output: str, restarted: bool) -> Path | None:
+    """The checkpoint to resume from; None for a new run.
+
+    `resume` is --resume: a file, a run directory, "" for the checkpoint in `output`, "auto" for
+    that one if it exists, or None if the flag is not given. `output` is --output, or "".
+    """
+    if resume and resume != "auto":
+        path = Path(resume)
+        return RunDirectory(path).checkpoint if os.path.isdir(path) else path
+    if resume is not None and not output:
+        what = "auto needs" if resume else "needs the PATH of a checkpoint, or"
+        raise TrainerError(f"--resume {what} --output with one in it")
+    latest = RunDirectory(Path(output)).checkpoint
+    if resume == "":
+        return latest
+    # torchrun repeats the command line unchanged, so a restart without --resume continues the run.
+    continues = resume == "auto" or (restarted and output)
+    return latest if continues and os.path.exists(latest) else None
+
+
+def continuation_dir(source: Path, output: str) -> RunDirectory:
+    """The directory of a run that resumes from the checkpoint `source`: `output`, or that of it.
+
+    Raises TrainerError if `source` cannot be read, or the directory holds another run.
+    """
+    checkpoint.open_for_reading(source).close()
+    run = RunDirectory(Path(output) if output else source.parent, came_from=source)
+    elsewhere = run.holds_a_run and not run.path.samefile(source.parent)
+    if elsewhere or (os.path.exists(run.checkpoint) and not run.checkpoint.samefile(source)):
+        raise TrainerError(f"--output: {run.path} holds another run than {source}")
+    return run
 
 
 def _cannot_write(folder: Path | str, error: OSError) -> TrainerError:

@@ -143,8 +143,7 @@ def heat_map(records: Records) -> Figure:
         low, high = low / 2, high * 2
     steps, depths = _borders([row[0] for row in rows]), _borders(range(len(layers)))
     mesh = axis.pcolormesh(steps, depths, ratios, norm=LogNorm(low, high))
-    thin = 4 * figure.get_figheight()
-    figure.colorbar(mesh, ax=axis, label="trust ratio", pad=0.01, aspect=thin)
+    figure.colorbar(mesh, ax=axis, label="trust ratio", pad=0.01, aspect=4 * figure.get_figheight())
     return figure
 
 
