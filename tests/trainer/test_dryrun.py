@@ -133,6 +133,7 @@ def test_a_timed_step_is_as_large_as_there_is_room(
 def test_two_processes_tell_one_story() -> None:
     outcome = finish(start("--dry-run", "--batch-size", 64, "--recipe", "goyal"))
     assert outcome.status == 0, outcome
-    assert outcome.out.count("memory of a process: ") == 1
-    assert "buckets of gradients" in outcome.out
-    assert "on 2 x cpu, 1 x 32 images a step each" in outcome.out
+    assert outcome.out.count("of a process: ") == 1
+    said = facts(outcome.out)
+    assert "buckets of gradients" in said["memory"]
+    assert "2 processes on cpu, 1 x 32 images a step each" in said["steps"]

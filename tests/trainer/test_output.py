@@ -18,7 +18,7 @@ from PIL import Image
 from fastlars.trainer.config import recipes
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.model.context import TrainingContext
-from fastlars.trainer.output import directory, resume
+from fastlars.trainer.output import directory
 from fastlars.trainer.output.records import read
 from fastlars.trainer.process.signals import StopSignals
 from fastlars.trainer.run import loop
@@ -328,13 +328,14 @@ def test_a_directory_that_cannot_be_written(
 ) -> None:
     """Root may write anywhere, so the system's refusal is played."""
 
-    def refuse(**_arguments: object) -> None:
+    def refuse(*_arguments: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     run = directory.RunDirectory(tmp_path / "a" / "b")
-    with pytest.raises(TrainerError, match=r"cannot write in .*/a/b: Permission denied"):
-        run.claim()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        with pytest.raises(TrainerError, match=r"cannot write in .*/a/b: Permission denied"):
+            run.claim()
     assert files_below(tmp_path) == []
 
 
@@ -349,9 +350,9 @@ def test_folders_with_files_of_others_stay(tmp_path: Path) -> None:
 def test_a_restart_by_torchrun_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "checkpoint.pt").write_text("there")
     output = str(tmp_path)
-    assert resume.checkpoint_path(None, output, restarted=False) is None
-    assert resume.checkpoint_path(None, output, restarted=True) == tmp_path / "checkpoint.pt"
-    assert resume.checkpoint_path(None, str(tmp_path / "fresh"), restarted=True) is None
+    assert directory.checkpoint_path(None, output, restarted=False) is None
+    assert directory.checkpoint_path(None, output, restarted=True) == tmp_path / "checkpoint.pt"
+    assert directory.checkpoint_path(None, str(tmp_path / "fresh"), restarted=True) is None
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     with pytest.raises(TrainerError, match="--max-restarts needs --output"):
         directory.for_new_run("", "digits", "lars")

@@ -35,8 +35,6 @@ def duplicate(source: Path, path: Path) -> None:
     # A fixed temporary name: a leftover from a killed run is removed by the next.
     partial = path.with_name(".duplicate.partial")
     partial.unlink(missing_ok=True)
-    if path.exists() and path.samefile(source):
-        return  # os.replace does nothing if both names are links to one file
     with _renamed(partial, path):
         try:
             os.link(source, partial)
@@ -63,13 +61,12 @@ def _write_to_disk(path: Path, fill: Callable[[BinaryIO], object]) -> None:
 
 @contextmanager
 def _renamed(partial: Path, path: Path) -> Iterator[None]:
-    """Rename `partial`, which the context creates, to `path`; on any error, remove `partial`."""
+    """Rename `partial`, which the context creates, to `path`; `partial` goes in any case."""
     try:
         yield
         os.replace(partial, path)
-    except BaseException:
+    finally:  # also without an error: os.replace does nothing if both are links to one file
         partial.unlink(missing_ok=True)
-        raise
     # Flush the directory entry: without it, a power cut could undo the rename. Many network file
     # systems do not support that. Errors are ignored, because the file is complete under its name.
     with suppress(OSError):

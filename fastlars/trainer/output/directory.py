@@ -1,4 +1,4 @@
-"""The directory of a run: its files, its owner, and which directory a new run writes in.
+"""The directory of a run: its files, its owner, and which one a new or resumed run writes in.
 
 This module calls os.path.exists, not Path.exists, which before Python 3.14 raises if the path may
 not be looked up. Reading or writing such a path later raises an error with the reason.
@@ -7,26 +7,24 @@ not be looked up. Reading or writing such a path later raises an error with the 
 from __future__ import annotations
 
 import glob
+import itertools
 import os
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 from fastlars.trainer.errors import TrainerError
+from fastlars.trainer.output import checkpoint
 from fastlars.trainer.output.lock import Lock, LockedError
 from fastlars.trainer.process.world import may_restart
 
 NUMBERED = "checkpoint-*.pt"  # the checkpoints that --keep-last keeps; * is the step
-_DEFAULT = Path("runs")
 _LONGEST_NAME = 100  # characters from the name of --data; file systems allow 255 bytes in all
 
 
 class RunDirectory:
     """Paths of a run's files. Nothing is created before `make` or `claim`.
 
-    Args:
-        path: the directory.
-        came_from: the checkpoint that the run resumes from.
+    `came_from` is the checkpoint that the run resumes from.
     """
 
     def __init__(self, path: Path, came_from: Path | None = None) -> None:
@@ -48,14 +46,12 @@ class RunDirectory:
 
     def make(self) -> bool:
         """Create the directory and its parents; return whether this call created the directory."""
-        made = False
         missing = [p for p in (self.path, *self.path.parents) if not os.path.exists(p)]
         for folder in reversed(missing):
             with suppress(FileExistsError):  # another run created it in the meantime
                 folder.mkdir()
                 self._made.insert(0, folder)
-                made = folder == self.path
-        return made
+        return self.path in self._made
 
     def claim(self) -> str:
         """Create and lock the directory; return a warning if the lock may be unreliable, or "".
@@ -65,8 +61,6 @@ class RunDirectory:
         try:
             self.make()
             problem = self._lock.acquire()
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
         except LockedError as error:
             raise TrainerError(f"--output: another run, {error}, writes in {self.path}") from None
         except OSError as error:
@@ -105,12 +99,9 @@ def for_new_run(output: str, data: str, recipe: str) -> RunDirectory:
 
 
 def output_or_unused(output: str, data: str, name: str) -> RunDirectory:
-    """`output`, or the next unused name in runs/, created so that no other run can take it.
+    """`output`, or if it is "", the next unused runs/DATA-NAME-1, -2, ..., created at once.
 
-    Args:
-        output: --output, "" if it is not given.
-        data: --data, inside whose images no run may write. It is part of the unused name.
-        name: the other part of the unused name.
+    No run may write inside the images of `data`, nor take the name that another has just created.
     """
     for part in ("train", "val", "test") if output and data != "digits" else ():
         images = os.path.realpath(os.path.join(data, part))
@@ -120,16 +111,46 @@ def output_or_unused(output: str, data: str, name: str) -> RunDirectory:
         return RunDirectory(Path(output))
     if may_restart():
         raise TrainerError("--max-restarts needs --output, for a restarted run to find itself")
-    stem = f"{os.path.basename(os.path.realpath(data))[:_LONGEST_NAME]}-{name}"
-    run, number = RunDirectory(_DEFAULT / f"{stem}-1"), 1
+    stem = f"runs/{os.path.basename(os.path.realpath(data))[:_LONGEST_NAME]}-{name}"
+    runs = (RunDirectory(Path(f"{stem}-{number}")) for number in itertools.count(1))
     try:
-        while not run.make():
-            number += 1
-            run = RunDirectory(_DEFAULT / f"{stem}-{number}")
+        return next(run for run in runs if run.make())
     except OSError as error:
-        raise _cannot_write(run.path, error) from None
+        raise _cannot_write(stem, error) from None
+
+
+def checkpoint_path(resume: str | None, output: str, restarted: bool) -> Path | None:
+    """The checkpoint to resume from; None for a new run.
+
+    `resume` is --resume: a file, a run directory, "" for the checkpoint in `output`, "auto" for
+    that one if it exists, or None if the flag is not given. `output` is --output, or "".
+    """
+    if resume and resume != "auto":
+        path = Path(resume)
+        return RunDirectory(path).checkpoint if os.path.isdir(path) else path
+    if resume is not None and not output:
+        what = "auto needs" if resume else "needs the PATH of a checkpoint, or"
+        raise TrainerError(f"--resume {what} --output with one in it")
+    latest = RunDirectory(Path(output)).checkpoint
+    if resume == "":
+        return latest
+    # torchrun repeats the command line unchanged, so a restart without --resume continues the run.
+    continues = resume == "auto" or (restarted and output)
+    return latest if continues and os.path.exists(latest) else None
+
+
+def continuation_dir(source: Path, output: str) -> RunDirectory:
+    """The directory of a run that resumes from the checkpoint `source`: `output`, or that of it.
+
+    Raises TrainerError if `source` cannot be read, or the directory holds another run.
+    """
+    checkpoint.open_for_reading(source).close()
+    run = RunDirectory(Path(output) if output else source.parent, came_from=source)
+    elsewhere = run.holds_a_run and not run.path.samefile(source.parent)
+    if elsewhere or (os.path.exists(run.checkpoint) and not run.checkpoint.samefile(source)):
+        raise TrainerError(f"--output: {run.path} holds another run than {source}")
     return run
 
 
-def _cannot_write(folder: Path, error: OSError) -> TrainerError:
+def _cannot_write(folder: Path | str, error: OSError) -> TrainerError:
     return TrainerError(f"--output: cannot write in {folder}: {error.strerror}")

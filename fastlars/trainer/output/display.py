@@ -21,12 +21,8 @@ _ROW = "{:>7}  {:>8}  {:>10}  {:>7}  {:>9}  {:>7}  {:>7}  {:>8}"
 class Display:
     """Progress for people: a bar on a terminal, and lines that a file of output gets too.
 
-    The bar is shown while the context lasts; lines can be printed at any time.
-
-    Args:
-        total: images that the run trains on, over all epochs.
-        done: images that it has trained on already.
-        shown: print; in the first process alone.
+    The bar is shown while the context lasts, and counts `total` images, of which some are `done`;
+    lines can be printed at any time. Only the first process's display is `shown`.
     """
 
     def __init__(self, total: int, done: int, *, shown: bool) -> None:

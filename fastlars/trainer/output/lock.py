@@ -6,17 +6,13 @@ import errno
 import fcntl
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
-_MOUNTS = "/proc/self/mountinfo"
 # Network file systems on which a lock excludes the processes of all machines, and the mount options
-# that restrict a lock to one machine.
+# of NFS, CIFS and Lustre that restrict a lock to one machine.
 _CLUSTER_WIDE = ("nfs", "nfs4", "cifs", "smb3", "lustre", "ceph", "gpfs")
-_RESTRICTING = {
-    *("nolock", "local_lock=all", "local_lock=posix"),  # NFS
-    "nobrl",  # CIFS
-    *("localflock", "noflock"),  # Lustre
-}
+_RESTRICTING = {"nolock", "local_lock=all", "local_lock=posix", "nobrl", "localflock", "noflock"}
 # How the types of network and user-space file systems begin; any other is a disk of this machine.
 _NETWORK = (*_CLUSTER_WIDE, "fuse", "beegfs", "9p", "afs", "virtiofs", "panfs", "pvfs2", "orangefs")
 
@@ -30,9 +26,6 @@ class Lock:
 
     Worker processes do not inherit a POSIX lock, network file systems support it, and kill -9
     releases it; a file that merely exists would stay.
-
-    Args:
-        path: the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -84,20 +77,15 @@ def _is_at(file: int, path: Path) -> bool:
         return False
 
 
-def unreliable_file_system(folder: Path, mounts: str = _MOUNTS) -> str:
+def unreliable_file_system(folder: Path, mounts: str = "/proc/self/mountinfo") -> str:
     """The type of the file system of `folder` if a lock may hold on this machine only, or ""."""
-    device, found = os.stat(folder).st_dev, ""
-    try:
-        with open(mounts, encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                mount, _, system = line.partition(" - ")
-                number, (kind, _, options) = mount.split()[2], system.split(maxsplit=2)
-                if number == f"{os.major(device)}:{os.minor(device)}":
-                    if kind in _CLUSTER_WIDE:
-                        reliable = _RESTRICTING.isdisjoint(options.strip().split(","))
-                    else:
-                        reliable = not kind.startswith(_NETWORK)
-                    found = "" if reliable else kind
-    except (OSError, ValueError):  # another system than Linux
-        return ""
-    return found
+    device = os.stat(folder).st_dev
+    with suppress(OSError, ValueError), open(mounts, errors="replace") as lines:  # only on Linux
+        for line in lines:
+            mount, _, system = line.partition(" - ")
+            kind, _, options = system.split(maxsplit=2)
+            if mount.split()[2] == f"{os.major(device)}:{os.minor(device)}":
+                restricted = not _RESTRICTING.isdisjoint(options.strip().split(","))
+                reliable = kind in _CLUSTER_WIDE and not restricted
+                return "" if reliable or not kind.startswith(_NETWORK) else kind
+    return ""

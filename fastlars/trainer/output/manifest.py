@@ -26,13 +26,9 @@ from fastlars.trainer.output.directory import RunDirectory
 def write(
     context: TrainingContext, directory: RunDirectory, command: Sequence[str], step: int
 ) -> None:
-    """Add a start to the run's run.json; a run that goes on keeps those before.
+    """Add a start at `step` to the run's run.json; a run that goes on keeps those before.
 
-    Args:
-        context: what is trained, in all processes.
-        directory: where run.json is.
-        command: the arguments of the command line.
-        step: where the run starts, or goes on.
+    Every process takes part, to tell its machine.
     """
     with context.world.raise_on_all_ranks():
         machines = context.world.gather(_machine(context.world.device))
@@ -47,10 +43,10 @@ def write(
             "versions": versions(),
             "config": asdict(context.config) | {"data": absolute_data(context.config.data)},
         }
-        recipe = recipe_of(context.config).source
         path, before = directory.settings, directory.came_from
-        starts = _starts(before.with_name(path.name)) if before else []
-        text = json.dumps({"recipe": recipe, "starts": [*starts, start]}, indent=2) + "\n"
+        starts = [*(_starts(before.with_name(path.name)) if before else []), start]
+        content = {"recipe": recipe_of(context.config).source, "starts": starts}
+        text = json.dumps(content, indent=2) + "\n"
         try:
             atomic.write(path, lambda file: file.write(text.encode()))
         except OSError as error:
@@ -65,7 +61,6 @@ def started_by(command: Sequence[str], path: Path) -> bool:
 
 def versions() -> dict[str, str | int | None]:
     """Of everything that numbers may depend on; None for what is not there."""
-    cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
     return {
         "fastlars": fastlars.__version__,
         "python": platform.python_version(),
@@ -73,8 +68,8 @@ def versions() -> dict[str, str | int | None]:
         "torchvision": torchvision.__version__,
         "numpy": numpy.__version__,
         "cuda": torch.version.cuda,
-        "cudnn": cudnn,
-        "driver": _driver(),
+        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
+        "driver": _found(r"(\d+\.\d+[.\d]*)", "/proc/driver/nvidia/version"),
         "system": platform.platform(),
     }
 
@@ -82,24 +77,17 @@ def versions() -> dict[str, str | int | None]:
 def _machine(device: torch.device) -> dict[str, Any]:
     """What a process computes with; sums of another number of threads are rounded otherwise."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {"device": gpu or _processor(), "threads": torch.get_num_threads()}
+    processor = _found(r"^model name\s*: (.*)$", "/proc/cpuinfo") or platform.processor()
+    return {"device": gpu or processor or platform.machine(), "threads": torch.get_num_threads()}
 
 
-def _processor() -> str:
-    found = re.search(r"^model name\s*: (.*)$", _text("/proc/cpuinfo"), re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-def _driver() -> str | None:
-    found = re.search(r"(\d+\.\d+[.\d]*)", _text("/proc/driver/nvidia/version"))
-    return found[1] if found else None
-
-
-def _text(path: str) -> str:
+def _found(pattern: str, path: str) -> str | None:
     try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:  # another system has no such file
-        return ""
+        return None
+    found = re.search(pattern, text, re.MULTILINE)
+    return found and found[1]
 
 
 def _starts(path: Path) -> list[Any]:

@@ -12,43 +12,37 @@ from collections.abc import Callable
 from typing import Any
 
 from fastlars.trainer.model.context import TrainingContext
-from fastlars.trainer.output.records import Record
 
-_OPTIMIZERS = {"lars": "lars", "mlperf": "lars", "lamb": "lamb", "goyal": "sgd"}
+_EVENTS = {"start": "INTERVAL_START", "stop": "INTERVAL_END"}  # by the last word of a key
+_OPTIMIZERS = {"mlperf": "lars", "goyal": "sgd"}  # of the recipes that are named otherwise
 
 
 class MLLog:
-    """Prints a line for every event of a run, beginning with what the run is.
-
-    Args:
-        context: the run, at the point that it starts from.
-        say: prints a line.
-    """
+    """Prints a line for every event of a run, beginning with what the run is."""
 
     def __init__(self, context: TrainingContext, say: Callable[[str], None]) -> None:
-        self._say, progress = say, context.progress
+        self._say, self._running, progress = say, True, context.progress
         self._epochs, self._steps_per_epoch = context.config.epochs, context.order.steps_per_epoch
         self._epoch = progress.evaluated + 1
-        self._running = True
         for key, value in _description(context).items():
-            self._line("POINT_IN_TIME", key, value)
-        self._line("INTERVAL_START", "run_start")
+            self._line(key, value)
+        self._line("run_start")
         if self._epoch <= self._epochs:
             evaluates = progress.step == self._epoch * self._steps_per_epoch
-            self._in_epoch("INTERVAL_START", "eval_start" if evaluates else "epoch_start")
+            self._in_epoch("eval_start" if evaluates else "epoch_start")
 
-    def record(self, record: Record) -> None:
+    def record(self, record: dict[str, Any]) -> None:
         """Print what one record says."""
         kind = record["kind"]
         if kind == "train" and record["step"] == self._epoch * self._steps_per_epoch:
-            self._in_epoch("INTERVAL_END", "epoch_stop")
-            self._in_epoch("INTERVAL_START", "eval_start")
+            self._in_epoch("epoch_stop")
+            self._in_epoch("eval_start")
         elif kind == "test":
-            self._in_epoch("POINT_IN_TIME", "eval_accuracy", record["accuracy"])
-            self._in_epoch("INTERVAL_END", "eval_stop")
+            self._in_epoch("eval_accuracy", record["accuracy"])
+            self._in_epoch("eval_stop")
             self._epoch += 1
             if self._epoch <= self._epochs:
-                self._in_epoch("INTERVAL_START", "epoch_start")
+                self._in_epoch("epoch_start")
         elif kind == "end":
             self._stop("success" if record["finished"] else "aborted")
 
@@ -62,16 +56,16 @@ class MLLog:
 
     def _stop(self, status: str) -> None:
         self._running = False
-        self._line("INTERVAL_END", "run_stop", status=status)
+        self._line("run_stop", status=status)
 
-    def _in_epoch(self, event: str, key: str, value: Any = None) -> None:
-        self._line(event, key, value, epoch_num=self._epoch)
+    def _in_epoch(self, key: str, value: Any = None) -> None:
+        self._line(key, value, epoch_num=self._epoch)
 
-    def _line(self, event: str, key: str, value: Any = None, **metadata: Any) -> None:
+    def _line(self, key: str, value: Any = None, **metadata: Any) -> None:
         fields = {
             "namespace": "",
             "time_ms": time.time_ns() // 1_000_000,
-            "event_type": event,
+            "event_type": _EVENTS.get(key.split("_")[-1], "POINT_IN_TIME"),
             "key": key,
             "value": value,
             "metadata": metadata,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps, rc_context
+from matplotlib import colormaps, rcParams
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
@@ -26,6 +26,7 @@ from fastlars.trainer.output import atomic
 Records = list[dict[str, Any]]
 Table = list[list[Any]]
 
+rcParams["text.usetex"] = False  # LaTeX would read names as formulas
 _ROW = 0.16  # inches of height for one layer's name
 _MAX_NAMES = 300  # in one picture; with more layers, only every second (third, ...) name is shown
 
@@ -34,25 +35,15 @@ _MAX_NAMES = 300  # in one picture; with more layers, only every second (third, 
 def optional(warn: Callable[[str], None]) -> Iterator[None]:
     """Turn any error while drawing into a warning: a run must not end because a picture failed."""
     try:
-        with _plain_text():
-            yield
+        yield
     except Exception as error:
         warn(f"no picture: {reason_of(error)}")
 
 
-@contextmanager
-def _plain_text() -> Iterator[None]:
-    """Draw names without LaTeX, which would read them as formulas, and silence missing glyphs."""
-    with rc_context({"text.usetex": False}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-        yield
-
-
 def draw_all(records: Records, folder: Path) -> None:
     """Write every picture and table of a run."""
-    with _plain_text():
-        draw(records, folder / "curves.png")
-        draw_layers(records, folder)
+    draw(records, folder / "curves.png")
+    draw_layers(records, folder)
 
 
 def draw_layers(records: Records, folder: Path) -> None:
@@ -73,7 +64,9 @@ def draw(records: Records, path: Path) -> None:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG, completely or not at all."""
-    atomic.write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        atomic.write(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
 def trust_table(records: Records) -> Table:
@@ -93,26 +86,21 @@ def norm_table(records: Records) -> Table:
 
 def curves(records: Records) -> Figure:
     """Loss, accuracy, learning rate and trust ratios over the epochs."""
-    test = _of_kind("test", records)
-    title = _title(records)
-    if test:
-        title = f"{title}: {test[-1]['accuracy']:.2%} test accuracy"
-    figure = _figure(title, height=8)
+    train, test = _of_kind("train", records), _of_kind("test", records)
+    result = f": {test[-1]['accuracy']:.2%} test accuracy" if test else ""
+    figure = _figure(records, height=8, result=result)
     (loss, accuracy), (rate, ratios) = figure.subplots(2, 2)
-    train = _of_kind("train", records)
 
     for axis, key in ((loss, "loss"), (accuracy, "accuracy")):
         _plot(axis, [(r["epoch"], r[key]) for r in train], label="training, augmented", alpha=0.8)
         _plot(axis, [(r["epoch"], r[key]) for r in test], label="test", marker="o", markersize=4)
         axis.legend()
-    loss.set(title="Loss", ylabel="cross-entropy per image")
-    loss.set_ylim(bottom=0)
+    loss.set(title="Loss", ylabel="cross-entropy per image", ylim=(0, None))
     accuracy.set(title="Accuracy", ylabel="images classified correctly")
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
 
     _plot(rate, [(r["epoch"], r["lr"]) for r in train], color="tab:green")
-    rate.set(title="Learning rate", ylabel="learning rate")
-    rate.set_ylim(bottom=0)
+    rate.set(title="Learning rate", ylabel="learning rate", ylim=(0, None))
 
     _plot_ratios(figure, ratios, _of_kind("trust", records))
     for axis in (loss, accuracy, rate, ratios):
@@ -155,8 +143,7 @@ def heat_map(records: Records) -> Figure:
         low, high = low / 2, high * 2
     steps, depths = _borders([row[0] for row in rows]), _borders(range(len(layers)))
     mesh = axis.pcolormesh(steps, depths, ratios, norm=LogNorm(low, high))
-    thin = 4 * figure.get_figheight()
-    figure.colorbar(mesh, ax=axis, label="trust ratio", pad=0.01, aspect=thin)
+    figure.colorbar(mesh, ax=axis, label="trust ratio", pad=0.01, aspect=4 * figure.get_figheight())
     return figure
 
 
@@ -183,8 +170,7 @@ def norms(records: Records) -> Figure:
     numbers.set_axis_off()
     for row, cells in enumerate([["", "|w|", "|g|", "|w|/|g|"], *table], start=-1):
         for column, value in enumerate(cells[1:]):
-            at = column + 0.9, row
-            numbers.text(*at, _short(value), ha="right", va="center", fontsize=7)
+            numbers.text(column + 0.9, row, _short(value), ha="right", va="center", fontsize=7)
     return figure
 
 
@@ -195,14 +181,9 @@ def sweep(
     found: tuple[float, float] | None,
     window: int,
 ) -> Figure:
-    """Loss over learning rate.
+    """Loss over learning rate: of every step, by rate, and `means` of `window` of these losses.
 
-    Args:
-        title: of the picture.
-        losses: loss of a step, by rate.
-        means: means of `window` of these losses.
-        found: rates at which the means fall fastest and are lowest.
-        window: number of losses in a mean.
+    The means fall fastest and are lowest at the two rates `found`.
     """
     rates = list(losses)
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -233,13 +214,10 @@ def _latest_norms(records: Records) -> dict[str, Any]:
     return max(_of_kind("norms", records), key=lambda record: record["step"], default={})
 
 
-def _title(records: Records) -> str:
-    return next((record["title"] for record in _of_kind("start", records)), "")
-
-
-def _figure(title: str, height: float) -> Figure:
+def _figure(records: Records, height: float, result: str = "") -> Figure:
+    title = next((record["title"] for record in _of_kind("start", records)), "")
     figure = Figure(figsize=(12, height), layout="constrained")
-    figure.suptitle(printable(title), parse_math=False)
+    figure.suptitle(printable(title + result), parse_math=False)
     return figure
 
 
@@ -247,11 +225,11 @@ def _panels(
     records: Records, layers: Sequence[str], widths: Sequence[int]
 ) -> tuple[Figure, list[Axes]]:
     """Panels next to each other with one row for each layer, the first layer at the top."""
-    figure = _figure(_title(records), height=max(4.0, 1.6 + _ROW * min(len(layers), _MAX_NAMES)))
+    figure = _figure(records, height=max(4.0, 1.6 + _ROW * min(len(layers), _MAX_NAMES)))
     axes = figure.subplots(1, len(widths), sharey=True, width_ratios=widths, squeeze=False)[0]
-    every = math.ceil(len(layers) / _MAX_NAMES) or 1
+    every = math.ceil(len(layers) / _MAX_NAMES)
     axes[0].set_yticks(range(0, len(layers), every), layers[::every], fontsize=7, parse_math=False)
-    axes[0].set(ylabel="layer", ylim=(max(len(layers), 1) - 0.5, -0.5))
+    axes[0].set(ylabel="layer", ylim=(len(layers) - 0.5, -0.5))
     return figure, list(axes)
 
 
@@ -276,6 +254,5 @@ def _masked(table: Sequence[Sequence[float | None]]) -> np.ma.MaskedArray[Any, A
 def _borders(centres: Sequence[float]) -> np.ndarray[Any, Any]:
     """Borders of cells: halfway between neighbouring centres. A single cell is 1 wide."""
     at = np.asarray(centres, float)
-    gaps = np.diff(at) if len(at) > 1 else np.ones(1)
-    middles = at[:-1] + np.diff(at) / 2
-    return np.concatenate([at[:1] - gaps[:1] / 2, middles, at[-1:] + gaps[-1:] / 2])
+    more = np.pad(at, 1, "reflect", reflect_type="odd") if len(at) > 1 else at + np.arange(-1, 2)
+    return (more[:-1] + more[1:]) / 2

@@ -6,26 +6,13 @@ import json
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.output import atomic
-from fastlars.trainer.output.checkpoint import NotSavedError
-
-Record = dict[str, Any]
-
-
-class Listener(Protocol):
-    """A further output for records, such as TensorBoard."""
-
-    def record(self, record: Record) -> None:
-        """Take one record, with the values that metrics.jsonl has."""
-
-    def sync(self) -> None:
-        """Flush all records so far to disk."""
-
-    def close(self) -> None:
-        """End the output: no more records follow."""
+from fastlars.trainer.output.checkpoint import not_saved
+from fastlars.trainer.output.mllog import MLLog
+from fastlars.trainer.output.tensorboard import TensorBoard
 
 
 class Records:
@@ -35,11 +22,8 @@ class Records:
     Records stay in memory until `open` is called, so that a run that fails at its start replaces no
     earlier log, and while the disk is full.
 
-    Args:
-        path: the file.
-        keep: how many lines of `source` to keep: those written before the checkpoint that the run
-            resumes from; 0 for a new run.
-        source: the log of that earlier part of the run: the same file or that in another directory.
+    A resumed run begins with the first `keep` lines of `source`, the log in the directory of its
+    checkpoint: those that were written before the checkpoint.
     """
 
     def __init__(self, path: Path, keep: int = 0, source: Path | None = None) -> None:
@@ -52,7 +36,7 @@ class Records:
             except OSError as error:
                 raise TrainerError(f"cannot read {source}: {error.strerror}") from None
         self.lines = len(kept)
-        self.listeners: list[Listener] = []
+        self.listeners: list[TensorBoard | MLLog] = []
         self._waiting = b"".join(kept)
         self._file: BinaryIO | None = None
 
@@ -70,8 +54,7 @@ class Records:
 
         Infinite and NaN floats become None, because JSON has neither.
         """
-        text = json.dumps({"kind": kind} | values)
-        record = json.loads(text, parse_constant=lambda _infinite_or_nan: None)
+        record = json.loads(json.dumps({"kind": kind} | values), parse_constant=lambda _: None)
         self._waiting += json.dumps(record, allow_nan=False).encode() + b"\n"
         with suppress(OSError):  # the next `sync` reports the error if it persists
             self._flush()
@@ -86,13 +69,11 @@ class Records:
     def sync(self) -> None:
         """Flush all records to disk: a checkpoint saved next stores how many there are."""
         assert self._file is not None, "no checkpoint is saved before `open`"
-        try:
+        with not_saved(self._path):
             self._flush()
             atomic.sync(self._file.fileno())
             for listener in self.listeners:
                 listener.sync()
-        except OSError as error:
-            raise NotSavedError(f"cannot write {self._path}: {error.strerror}") from error
 
     def close(self) -> None:
         """Write what is still in memory, if possible, and close the file and the listeners."""
@@ -104,7 +85,7 @@ class Records:
             listener.close()
 
 
-def read(path: Path) -> list[Record]:
+def read(path: Path) -> list[dict[str, Any]]:
     """All records of a metrics.jsonl, up to a line that a kill cut short."""
     records = []
     with open(path, encoding="utf-8", errors="replace") as file:

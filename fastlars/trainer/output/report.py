@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
-from fastlars.trainer.config.settings import Config, flag, recipe_of
+from fastlars.trainer.config.settings import flag, recipe_of
 from fastlars.trainer.errors import printable
 from fastlars.trainer.model.context import TrainingContext, fingerprint
 from fastlars.trainer.output import manifest
@@ -60,10 +60,9 @@ def title(context: TrainingContext) -> str:
 
 def subject(context: TrainingContext) -> Iterator[str]:
     """What is trained, on what."""
-    config, data = context.config, context.data
+    data, side = context.data, context.data.image_size
     size = sum(parameter.numel() for parameter in context.model.parameters())
-    side = data.image_size
-    yield from fact("model", f"{config.model}, {size / 1e6:.1f}M parameters")
+    yield from fact("model", f"{context.config.model}, {size / 1e6:.1f}M parameters")
     yield from fact(
         "images",
         f"{data.name}: {data.train_size:,} to train, {data.test_size:,} to test, "
@@ -88,20 +87,20 @@ def introduction(context: TrainingContext) -> Iterator[str]:
     yield title(context)
     yield from subject(context)
     yield from fact("recipe", f"{config.recipe}: {recipe.source}")
-    changed = _changed(config, recipe.settings)
+    changed = [
+        f"{flag(name)} {_short(getattr(config, name))} (recipe: {_short(value)})"
+        for name, value in recipe.settings.items()
+        if getattr(config, name) != value
+    ]
     if changed:
-        yield from fact("changed", changed)
+        yield from fact("changed", ", ".join(changed))
     yield from fact("steps", f"{config.epochs} epochs of {steps} steps of {batch(context)}")
-    yield from fact("rate", f"{schedule(config)}; weight decay {config.weight_decay:g}")
-
-
-def schedule(config: Config) -> str:
-    """The learning rate over the run."""
     epochs, warmup = config.warmup_epochs, ""
     if epochs:
         unit = "epoch" if epochs == 1 else "epochs"
         warmup = f"{epochs:g} {unit} of warm-up from {config.warmup_from:g}, then "
-    return f"{warmup}lr {config.lr:g}, schedule {config.schedule}"
+    rate = f"{warmup}lr {config.lr:g}, schedule {config.schedule}"
+    yield from fact("rate", f"{rate}; weight decay {config.weight_decay:g}")
 
 
 # The rate that --find-lr suggests with resnet20, a batch of 256 and CIFAR-10's 32 pixels.
@@ -112,28 +111,16 @@ _FAR = 4.0
 def hint(context: TrainingContext, given: Iterable[str]) -> Iterator[str]:
     """A hint where a new run takes a rate that was made for ImageNet and is low for its images.
 
-    Args:
-        context: what is trained.
-        given: names of the settings on the command line.
+    `given` are the names of the settings on the command line.
     """
     config = context.config
     suggested = _FOR_SMALL.get(config.recipe, 0.0)
-    low = config.lr * _FAR < suggested
-    if "lr" not in given and context.data.stem == "small" and low:
+    if "lr" not in given and context.data.stem == "small" and config.lr * _FAR < suggested:
         yield from fact(
             "hint",
             f"lr {config.lr:g} comes from rates for ImageNet; for CIFAR-10's 32 pixels (resnet20, "
             f"batch 256) --find-lr suggests {suggested:g}: try --find-lr, or set --lr",
         )
-
-
-def _changed(config: Config, settings: dict[str, Any]) -> str:
-    """The settings that differ from the recipe's, by flag, with the recipe's value."""
-    return ", ".join(
-        f"{flag(name)} {_short(getattr(config, name))} (recipe: {_short(value)})"
-        for name, value in settings.items()
-        if getattr(config, name) != value
-    )
 
 
 def _short(value: Any) -> str:
@@ -161,39 +148,33 @@ def stopped(
     """Where a run stopped, and the command that goes on with it."""
     if not (started or directory.came_from):
         return f"stopped by {stopped_by} before the first step"
+    path = shlex.quote(str(directory.checkpoint))
+    words = [f"--resume={path}" if path.startswith("-") else f"--resume {path}"]
+    left_out = ("data", "output", "max_steps")  # in the checkpoint, next to it, and reached
+    for setting in fields(context.config):
+        value = getattr(context.config, setting.name)
+        usual = setting.metadata["fixed_on_resume"] or setting.name in left_out
+        if not usual and value != setting.default:
+            words.append(flag(setting.name) + ("" if value is True else f" {value}"))
     return (
         f"stopped by {stopped_by} at step {context.progress.step} of {context.total_steps}; go on "
-        f"with: python -m fastlars.trainer {_to_resume(context.config, directory)}"
+        f"with: python -m fastlars.trainer {' '.join(words)}"
     )
 
 
 def conclusion(context: TrainingContext, directory: RunDirectory, seconds: float) -> Iterator[str]:
     """The result and the files of a run that reached its end."""
     progress = context.progress
-    tests: list[int] = []
+    tested = [context.data.test_size]  # where a checkpoint comes without its log
     with suppress(OSError):  # it may have been removed
-        tests = [r["images"] for r in read(directory.log) if r["kind"] == "test"]
-    images = tests[-1] if tests else context.data.test_size  # a checkpoint may come without its log
+        tested += [r["images"] for r in read(directory.log) if r["kind"] == "test"]
     yield ""
     yield (
         f"final test accuracy: {progress.last_accuracy:.2%} "
-        f"({round(progress.last_accuracy * images)} of {images}), "
+        f"({round(progress.last_accuracy * tested[-1])} of {tested[-1]}), "
         f"best {progress.best_accuracy:.2%} after epoch {progress.best_epoch}; {seconds:.0f} s"
     )
     yield f"files in {printable(str(directory.path))}:"
     for pattern, purpose in _FILES.items():
         for path in sorted(directory.path.glob(pattern)):
             yield f"  {path.name:<22}{purpose}"
-
-
-def _to_resume(config: Config, directory: RunDirectory) -> str:
-    """The arguments that go on with a run, without the settings that its checkpoint holds."""
-    path = shlex.quote(str(directory.checkpoint))
-    words = [f"--resume={path}" if path.startswith("-") else f"--resume {path}"]
-    left_out = ("data", "output", "max_steps")  # in the checkpoint, next to it, and reached
-    for setting in fields(config):
-        value = getattr(config, setting.name)
-        usual = setting.metadata["fixed_on_resume"] or setting.name in left_out
-        if not usual and value != setting.default:
-            words.append(flag(setting.name) + ("" if value is True else f" {value}"))
-    return " ".join(words)

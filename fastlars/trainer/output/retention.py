@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 from fastlars.trainer.errors import TrainerError
@@ -14,14 +14,10 @@ from fastlars.trainer.output.directory import NUMBERED, RunDirectory
 class Retention:
     """The checkpoints in a run's directory.
 
-    checkpoint.pt is always the latest one. If more than one is to be kept, the latest ones also
+    checkpoint.pt is always the latest one. If more than one is to be kept, the `last` ones also
     have numbered names, such as checkpoint-000123.pt of step 123. best.pt is the one with the
     highest test accuracy. A checkpoint with several names takes the space of one, on file systems
     with hard links.
-
-    Args:
-        run: the run's directory.
-        last: how many of the latest checkpoints to keep, at least 1.
     """
 
     def __init__(self, run: RunDirectory, last: int) -> None:
@@ -46,32 +42,25 @@ class Retention:
             with checkpoint.not_saved(path):
                 atomic.duplicate(self._run.checkpoint, path)
         # With --keep-last 1, the default, older ones stay: the run may have been resumed without
-        # the --keep-last that it was started with.
-        for path in self._numbered()[: -self._last] if self._last > 1 else []:
+        # the --keep-last that it was started with. A user's checkpoint-mine.pt stays in any case.
+        paths = self._run.path.glob(NUMBERED) if self._last > 1 else []
+        steps = {path: re.fullmatch(r"checkpoint-(\d{6,})", path.stem) for path in paths}
+        old = sorted((int(found[1]), path) for path, found in steps.items() if found)
+        for _, path in old[: -self._last]:
             with checkpoint.not_saved(path):
                 path.unlink(missing_ok=True)
 
     def adopt_best(self, progress: dict[str, Any]) -> None:
         """On the first call, copy best.pt from the directory that the run resumed from, if any.
 
-        Args:
-            progress: that of the run. A best.pt that does not match it was saved after the
-                checkpoint that the run resumed from, and is not part of this run.
+        A best.pt that does not match the run's `progress` was saved after the checkpoint that the
+        run resumed from, and is not part of this run.
         """
         source, self._adopt_from = self._adopt_from, None
-        best = source.with_name(self._run.best.name) if source else None
-        if best is None or self._run.best.exists() or not best.exists():
+        if source is None or self._run.best.exists():
             return
-        try:
+        best = source.with_name(self._run.best.name)
+        with suppress(TrainerError), checkpoint.not_saved(self._run.best):  # missing or damaged
             found = checkpoint.load(best).get("progress", {})
-        except TrainerError:  # damaged
-            return
-        if all(found.get(key) == progress[key] for key in ("best_epoch", "best_accuracy")):
-            with checkpoint.not_saved(self._run.best):
+            if all(found.get(key) == progress[key] for key in ("best_epoch", "best_accuracy")):
                 atomic.duplicate(best, self._run.best)
-
-    def _numbered(self) -> list[Path]:
-        """The run's numbered checkpoints in the order of steps; not a user's checkpoint-mine.pt."""
-        paths = self._run.path.glob(NUMBERED)
-        numbered = [path for path in paths if re.fullmatch(r"checkpoint-\d{6,}", path.stem)]
-        return sorted(numbered, key=lambda path: int(path.stem.removeprefix("checkpoint-")))

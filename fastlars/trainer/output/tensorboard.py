@@ -32,60 +32,51 @@ def check(folder: Path) -> None:
 class TensorBoard:
     """Curves of loss, accuracy, learning rate, speed and trust ratios.
 
-    Args:
-        folder: where the event files go.
-        step: the step that the run resumes from, 0 for a new run. TensorBoard discards what an
-            earlier part of the run wrote about later steps.
-        warn: called with the reason if the event files cannot be written any more.
+    TensorBoard discards what an earlier part of the run wrote about steps after `step`. `warn` is
+    called with the reason if the event files cannot be written any more.
     """
 
     def __init__(self, folder: Path, step: int, warn: Callable[[str], None]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._folder, self._warn = folder, warn
-        self._writer: Any = _Nothing()
+        self._folder, self._warn, self._failed = folder, warn, False
+        self._writer: Any = None
         with self._optional():
             self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def record(self, record: dict[str, Any]) -> None:
         """Write the values of one record."""
         kind = record["kind"]
-        with self._optional() as writer:
+        with self._optional():
             if kind == "start":
-                writer.add_text("run", record["title"])
+                self._writer.add_text("run", record["title"])
             values = {tag: record[key] for (of, key), tag in _TAGS.items() if of == kind}
             if kind == "trust":
                 values = {f"trust_ratio/{name}": ratio for name, ratio in record["ratios"].items()}
             for tag, value in values.items():
                 if value is not None:
-                    writer.add_scalar(tag, value, record["step"])
+                    self._writer.add_scalar(tag, value, record["step"])
 
     def sync(self) -> None:
         """Flush all records so far to the event file."""
-        with self._optional() as writer:
-            writer.flush()
+        with self._optional():
+            self._writer.flush()
 
     def close(self) -> None:
         """Close the event file."""
-        with self._optional() as writer:
-            writer.close()
+        with self._optional():
+            self._writer.close()
 
     @contextmanager
-    def _optional(self) -> Iterator[Any]:
-        """Turn the first error into a warning and write nothing more: the run must not end for it.
+    def _optional(self) -> Iterator[None]:
+        """Turn the first error into a warning, and ignore others: the run must not end for them.
 
-        SummaryWriter writes in a thread. An error there can have any class and is raised by a later
-        call.
+        SummaryWriter writes in a thread. An error there can have any class, ends the thread, and is
+        raised by every later call.
         """
         try:
-            yield self._writer
+            yield
         except Exception as error:
-            self._writer = _Nothing()
-            self._warn(f"no more TensorBoard in {self._folder}: {reason_of(error)}")
-
-
-class _Nothing:
-    """Replaces a writer after an error: accepts every call and does nothing."""
-
-    def __getattr__(self, _name: str) -> Callable[..., None]:
-        return lambda *_arguments: None
+            if not self._failed:
+                self._warn(f"no more TensorBoard in {self._folder}: {reason_of(error)}")
+            self._failed = True

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
-from typing import Any
 
 import torch
 
@@ -27,16 +26,15 @@ _FILLED = 0.8  # of a GPU's memory, by a timed step
 def describe(context: TrainingContext, left: int) -> Iterator[str]:
     """Estimates of memory and of the time of `left` steps; every process takes part.
 
-    Args:
-        context: its model is trained for some steps, and of no use afterwards.
-        left: steps to take.
+    The model of `context` is trained for some steps, and of no use afterwards.
     """
     config, share = context.config, context.order.micro_batch
     needed = memory.needed(context)
     held = sum(needed.values()) - needed["activations"]
     images = _timed_images(context, held, needed["activations"] / share)
     seconds = _step_seconds(context, images)
-    needed["optimizer states"] = memory.nbytes(_tensors(context.optimizer.state))
+    states = [value for of_one in context.optimizer.state.values() for value in of_one.values()]
+    needed["optimizer states"] = memory.nbytes(filter(torch.is_tensor, states))
     listed = ", ".join(f"{what} {memory.size(count)}" for what, count in needed.items())
     readers = config.workers if config.data != "digits" else 0
     yield from report.fact(
@@ -60,45 +58,31 @@ def describe(context: TrainingContext, left: int) -> Iterator[str]:
 
 def _timed_images(context: TrainingContext, held: float, for_each: float) -> int:
     """Images of a timed step: a whole micro-batch, as far as there is room for it."""
-    room = int(_ROOM / for_each)
+    room = _ROOM
     if context.world.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(context.world.device)
-        room = int((_FILLED * free - held) / for_each)
+        room = _FILLED * torch.cuda.mem_get_info(context.world.device)[0] - held
     least = min(context.config.bn_batch or 2, context.order.micro_batch)
-    return max(least, min(room, context.order.micro_batch))
+    return max(least, min(int(room / for_each), context.order.micro_batch))
 
 
 def _step_seconds(context: TrainingContext, images: int) -> float:
     """Median time of a step with so many images in each process."""
     world = context.world
+    wait = torch.get_device_module(world.device).synchronize
     batch = images * world.size
     steps = BatchOrder(
         context.data.train_size, batch, images, world.rank, world.size, context.config.seed
     )
     small = replace(context, config=replace(context.config, batch_size=batch), order=steps)
-    replica, meter = Replica(small), Meter(world.device)
-    batches = list(islice(context.data.train(steps.from_step(0)), _STEPS + 1))
-    times = []
-    for batch_of_one in batches:
-        _wait(world.device)
+    replica, meter, times = Replica(small), Meter(world.device), []
+    # All are read before the first step is timed.
+    for batch_of_one in list(islice(context.data.train(steps.from_step(0)), _STEPS + 1)):
+        wait()
         start = time.perf_counter()
         loop.step(small, replica, iter([batch_of_one]), meter)
-        _wait(world.device)
+        wait()
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
 
 
 def _duration(seconds: float) -> str:

@@ -40,17 +40,13 @@ _UNUSED = (
 
 def introduction(context: TrainingContext, given: Iterable[str]) -> Iterator[str]:
     """What is swept over, and which of the settings given are of no use to that."""
-    config, recipe = context.config, recipe_of(context.config)
+    config, source = context.config, recipe_of(context.config).source
     yield report.title(context)
     yield from report.subject(context)
-    yield from report.fact(
-        "recipe", f"{config.recipe}, except for its rate and schedule: {recipe.source}"
-    )
+    yield from report.fact("recipe", f"{config.recipe}, except for rate and schedule: {source}")
     rates = f"lr {_LOW * config.lr:g} to {_HIGH * config.lr:g}"
-    decay = f"weight decay {config.weight_decay:g}"
-    yield from report.fact(
-        "sweep", f"{rates}, {decay}; up to {STEPS} steps of {report.batch(context)}"
-    )
+    steps = f"weight decay {config.weight_decay:g}; up to {STEPS} steps of {report.batch(context)}"
+    yield from report.fact("sweep", f"{rates}, {steps}")
     unused = [flag(name) for name in _UNUSED if name in given]
     if unused:
         yield from report.fact("unused", f"--find-lr has no use for {', '.join(unused)}")
@@ -82,9 +78,8 @@ def sweep(context: TrainingContext, stop: StopSignals) -> dict[float, float]:
     vote, losses = StopVote(world), dict[float, float]()
     with display:
         for _ in range(STEPS):
-            if vote.any(stop.received is not None):
-                received = world.first_given(stop.received)
-                assert received is not None, "the vote says that a process got one"
+            stopped = vote.any(stop.received is not None)
+            if stopped and (received := world.first_given(stop.received)):
                 raise Interrupted(received)
             meter.reset()
             result = loop.step(context, replica, batches, meter)
@@ -136,10 +131,8 @@ def summary(losses: dict[float, float], found: tuple[float, float] | None) -> st
         ended = f"it is over {_LOST:g} times as high by {last:.3g}"
     else:
         ended = f"{last:.3g} is the highest rate tried"
-    if lowest == [rate for rate in rates if np.isfinite(losses[rate])][-1]:
-        end = f"it still falls at {lowest:.2g}; {ended}"
-    else:
-        end = f"it is lowest at {lowest:.2g}; {ended}"
+    falling = lowest == max(rate for rate in rates if np.isfinite(losses[rate]))
+    end = f"it {'still falls' if falling else 'is lowest'} at {lowest:.2g}; {ended}"
     edge = ", the lowest rate tried" if fastest == rates[0] else ""
     return f"suggested:  --lr {fastest:.2g}{edge}, where the loss falls fastest; {end}"
 
@@ -155,19 +148,15 @@ def write(
     if not finite:
         raise TrainerError(f"--find-lr: the loss is no finite number even at {min(losses):.3g}")
     rates, means = list(finite), smoothed(list(finite.values()))
-    found = suggest(rates, means) if len(rates) > 1 else None
+    found, heading = suggest(rates, means), ("step", "lr", "loss", "smoothed_loss")
     rows = zip(range(1, len(rates) + 1), rates, finite.values(), means, strict=True)
-    heading = ("step", "lr", "loss", "smoothed_loss")
     try:
         atomic.write_table([heading, *rows], folder / "lr_find.csv")
     except OSError as error:
         raise TrainerError(f"--find-lr: cannot write in {folder}: {error.strerror}") from None
-    drawn = False
+    lines = [summary(losses, found), f"table:      {folder / 'lr_find.csv'}"]
     with pictures.optional(warn):
         figure = pictures.sweep(report.title(context), finite, means, found, _WINDOW)
         pictures.save(figure, folder / "lr_find.png")
-        drawn = True
-    yield summary(losses, found)
-    if drawn:
-        yield f"picture:    {folder / 'lr_find.png'}"
-    yield f"table:      {folder / 'lr_find.csv'}"
+        lines.insert(1, f"picture:    {folder / 'lr_find.png'}")
+    yield from lines

@@ -22,7 +22,7 @@ from fastlars.trainer.errors import TrainerError, printable
 from fastlars.trainer.model import memory
 from fastlars.trainer.model.context import Progress, TrainingContext, build, fingerprint
 from fastlars.trainer.model.optimizer import check_environment
-from fastlars.trainer.output import checkpoint, manifest, pictures, report, resume, tensorboard
+from fastlars.trainer.output import checkpoint, manifest, pictures, report, tensorboard
 from fastlars.trainer.output import directory as rundir
 from fastlars.trainer.output.directory import RunDirectory
 from fastlars.trainer.output.display import Display
@@ -77,7 +77,7 @@ def _job(command: Command, world: World) -> Iterator[_Job]:
 
     def choose() -> RunDirectory:
         if source is not None:
-            return resume.continuation_dir(source, command.given.get("output", ""))
+            return rundir.continuation_dir(source, command.given.get("output", ""))
         return rundir.for_new_run(config.output, config.data, config.recipe)
 
     with _claimed(choose, world) as directory:
@@ -103,7 +103,7 @@ def _job(command: Command, world: World) -> Iterator[_Job]:
 def _source(command: Command, again: bool) -> Path | None:
     """The checkpoint to go on from; after a restart, what the same command line has reached."""
     output = command.given.get("output", "")
-    source = resume.checkpoint_path(command.resume, output, again)
+    source = rundir.checkpoint_path(command.resume, output, again)
     if source is None or not again:
         return source
     own = RunDirectory(Path(output) if output else source.parent)
