@@ -347,12 +347,24 @@ def test_folders_with_files_of_others_stay(tmp_path: Path) -> None:
     assert files_below(tmp_path) == ["a", "a/notes.txt"]
 
 
-def test_a_restart_by_torchrun_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restart_by_torchrun_goes_on(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pt").write_text("there")
     output = str(tmp_path)
     assert directory.checkpoint_path(None, output, restarted=False) is None
     assert directory.checkpoint_path(None, output, restarted=True) == tmp_path / "checkpoint.pt"
     assert directory.checkpoint_path(None, str(tmp_path / "fresh"), restarted=True) is None
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
+def test_restarts_need_an_output(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    with pytest.raises(TrainerError, match="--max-restarts needs --output"):
-        directory.for_new_run("", "digits", "lars")
+    for action in ((), ("--find-lr",), ("--dry-run",)):
+        outcome = train(*SHORT, *action)
+        assert outcome.status == 2
+        assert "--max-restarts needs --output, for a restarted run to find itself" in outcome.err
+    assert files_below(tmp_path) == []
+    assert train(*SHORT, "--max-steps", 1, "--output", "run").status == 0
+    assert train("--resume", "run", "--max-steps", 2).status == 0

@@ -15,7 +15,6 @@ from pathlib import Path
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.output import checkpoint
 from fastlars.trainer.output.lock import Lock, LockedError
-from fastlars.trainer.process.world import may_restart
 
 NUMBERED = "checkpoint-*.pt"  # the checkpoints that --keep-last keeps; * is the step
 _LONGEST_NAME = 100  # characters from the name of --data; file systems allow 255 bytes in all
@@ -109,8 +108,6 @@ def output_or_unused(output: str, data: str, name: str) -> RunDirectory:
             raise TrainerError(f"--output: {output} is inside the images of --data, in {images}")
     if output:
         return RunDirectory(Path(output))
-    if may_restart():
-        raise TrainerError("--max-restarts needs --output, for a restarted run to find itself")
     stem = f"runs/{os.path.basename(os.path.realpath(data))[:_LONGEST_NAME]}-{name}"
     runs = (RunDirectory(Path(f"{stem}-{number}")) for number in itertools.count(1))
     try:

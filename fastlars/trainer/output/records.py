@@ -6,13 +6,19 @@ import json
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.output import atomic
 from fastlars.trainer.output.checkpoint import not_saved
-from fastlars.trainer.output.mllog import MLLog
-from fastlars.trainer.output.tensorboard import TensorBoard
+
+
+class Listener(Protocol):
+    """A further output for records, such as TensorBoard."""
+
+    def record(self, record: dict[str, Any]) -> None: ...
+    def sync(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class Records:
@@ -36,7 +42,7 @@ class Records:
             except OSError as error:
                 raise TrainerError(f"cannot read {source}: {error.strerror}") from None
         self.lines = len(kept)
-        self.listeners: list[TensorBoard | MLLog] = []
+        self.listeners: list[Listener] = []
         self._waiting = b"".join(kept)
         self._file: BinaryIO | None = None
 

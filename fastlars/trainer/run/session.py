@@ -31,7 +31,7 @@ from fastlars.trainer.output.records import Records, read
 from fastlars.trainer.output.tensorboard import TensorBoard
 from fastlars.trainer.process.exit import traces_in
 from fastlars.trainer.process.signals import StopSignals
-from fastlars.trainer.process.world import World, connect, restarted
+from fastlars.trainer.process.world import World, connect, may_restart, restarted
 from fastlars.trainer.run import dry_run, find_lr, loop
 from fastlars.trainer.run.journal import Journal
 from fastlars.trainer.run.replica import Replica
@@ -39,6 +39,9 @@ from fastlars.trainer.run.replica import Replica
 
 def run(command: Command) -> int:
     """Do what the command line says; the process's exit status."""
+    if may_restart() and not (command.given.get("output") or command.resume):
+        text = "--max-restarts needs --output, for a restarted run to find itself"
+        raise TrainerError(text, everywhere=True)
     device = command.given.get("device", Config.device)
     timeout = command.given.get("timeout", Config.timeout)
     with connect(device, timeout) as world:
