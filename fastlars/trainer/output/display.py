@@ -41,15 +41,15 @@ class Display:
     def row(self, *cells: str) -> None:
         """Print a row of the epochs' table, its headings before the first one."""
         if not self._headed:
-            self.say("")
-            self.say(_ROW.format(*_HEADINGS))
+            self.say("", _ROW.format(*_HEADINGS))
             self._headed = True
         self.say(_ROW.format(*cells))
 
-    def say(self, text: str) -> None:
-        """Print a line above the bar."""
+    def say(self, *lines: str) -> None:
+        """Print lines above the bar."""
         if self._shown:
-            tqdm.write(printable(text))
+            for line in lines:
+                tqdm.write(printable(line))
             sys.stdout.flush()
 
     def warn(self, text: str) -> None:

@@ -122,6 +122,13 @@ class Journal:
             self.save(final=True)
             self._draw()
 
+    def end(self, stopped_by: str | None) -> None:
+        """Write the last record, and the pictures that are drawn once."""
+        self._write("end", finished=stopped_by is None, stopped_by=stopped_by)
+        if self.records is not None and self.started:
+            with pictures.optional(self.display.warn):
+                pictures.draw_layers(read(self.directory.log), self.directory.path)
+
     def guarded(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The training batches; where one cannot be read, the steps so far are saved."""
         self._clock = self._epoch_clock = time.perf_counter()  # without the reading of kept images

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from fastlars.trainer.errors import TrainerError, printable
 from fastlars.trainer.model import memory
 from fastlars.trainer.model.context import Progress, TrainingContext, build, fingerprint
 from fastlars.trainer.model.optimizer import check_environment
-from fastlars.trainer.output import checkpoint, manifest, pictures, report, tensorboard
+from fastlars.trainer.output import checkpoint, manifest, report, tensorboard
 from fastlars.trainer.output import directory as rundir
 from fastlars.trainer.output.directory import RunDirectory
 from fastlars.trainer.output.display import Display
@@ -152,8 +151,8 @@ def _dry_run(command: Command, world: World) -> int:
         context.data.prepare()
         total = min(context.total_steps, context.config.max_steps or context.total_steps)
         left = max(total - context.progress.step, 0)
-        for line in chain(_introduction(job, command), dry_run.describe(context, left)):
-            job.display.say(line)
+        job.display.say(*_introduction(job, command))
+        job.display.say(*dry_run.describe(context, left))
         job.display.say(f"nothing was written; a run would write in {job.directory.path}")
     return 0
 
@@ -173,17 +172,14 @@ def _find_lr(command: Command, world: World) -> int:
     with _claimed(choose, world) as directory, StopSignals() as stop:
         context, display = _built(settings, images, Progress(), world)
         images.prepare()
-        for line in find_lr.introduction(context, command.given):
-            display.say(line)
+        display.say(*find_lr.introduction(context, command.given))
         if command.dry_run:
-            for line in dry_run.describe(context, find_lr.STEPS):
-                display.say(line)
+            display.say(*dry_run.describe(context, find_lr.STEPS))
             display.say(f"nothing was written; a sweep would write in {directory.path}")
             return 0
         losses = find_lr.sweep(context, stop)
         if world.first:
-            for line in find_lr.write(context, losses, directory.path, display.warn):
-                display.say(line)
+            display.say(*find_lr.write(context, losses, directory.path, display.warn))
     return 0
 
 
@@ -200,12 +196,11 @@ def _train(command: Command, world: World) -> int:
                 # The signal may have reached another process alone.
                 received = world.first_given(stop.received)
                 stopped_by = None if finished else received.name if received else "--max-steps"
-                _end(journal, stopped_by)
+                journal.end(stopped_by)
     if stopped_by is not None:
         display.say(report.stopped(context, directory, stopped_by, started=journal.started))
     elif world.first:  # the others keep no records
-        for line in report.conclusion(context, directory, time.perf_counter() - started):
-            display.say(line)
+        display.say(*report.conclusion(context, directory, time.perf_counter() - started))
     return 0 if finished or received is None else 128 + received
 
 
@@ -268,22 +263,8 @@ def _introduce(journal: Journal, job: _Job, command: Command) -> None:
     if records is not None and context.config.mllog:
         records.listeners.append(MLLog(context, say))
     output = report.fact("output", str(job.directory.path)) if records is not None else ()
-    for line in chain(_introduction(job, command), output):
-        say(line)
+    say(*_introduction(job, command), *output)
     if job.state is not None:
         say(f"resumed at step {context.progress.step} of {context.total_steps}")
     elif records is not None:
         records.write("start", **report.start_record(context))
-
-
-def _end(journal: Journal, stopped_by: str | None) -> None:
-    """The last record, and the pictures that are drawn once."""
-    context, records = journal.context, journal.records
-    if records is None:
-        return
-    step, finished = context.progress.step, stopped_by is None
-    epoch = round(step / context.order.steps_per_epoch, 4)
-    records.write("end", step=step, epoch=epoch, finished=finished, stopped_by=stopped_by)
-    if journal.started:
-        with pictures.optional(journal.display.warn):
-            pictures.draw_layers(read(journal.directory.log), journal.directory.path)
