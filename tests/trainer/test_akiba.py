@@ -34,7 +34,7 @@ def test_steps_and_statistics(tmp_path: Path, train: Callable[..., Outcome]) -> 
 
     net = tiny_net("", 10, "", 0).train()
     resnet.draw_classifier(net, 0.01, 0)
-    batchnorm.prepare(net, 32, "last")
+    batchnorm.replace_norms(net, 32, "last")
     optimizer = fastlars.RMSpropWarmup(
         fastlars.parameter_groups(net, 1e-4, no_decay="norms", no_ratio="none"),
         lr=0.4,

@@ -54,7 +54,7 @@ def test_ghost_batches_are_forward_passes_of_their_own(
     """Outputs and statistics to the bit; gradients of the weights are sums in another order."""
     apart = net()
     ghosts = copy.deepcopy(apart)
-    batchnorm.prepare(ghosts, size, "running")
+    batchnorm.replace_norms(ghosts, size, "running")
     together, separate = images(count).requires_grad_(), images(count).requires_grad_()
 
     expected = torch.cat([apart(part) for part in separate.split(parts)])
@@ -76,7 +76,7 @@ def test_ghost_batches_are_forward_passes_of_their_own(
 
 def test_the_format_of_the_images_is_kept() -> None:
     model = net()
-    batchnorm.prepare(model, 8, "running")
+    batchnorm.replace_norms(model, 8, "running")
     assert model[:3](images(32)).is_contiguous(memory_format=torch.channels_last)
     assert model[:3](images(32).contiguous()).shape == (32, 16, 6, 6)
 
@@ -85,26 +85,26 @@ def test_nothing_is_exchanged_that_need_not_be() -> None:
     """Parameters, their names and their order are the model's own."""
     plain, prepared = net(), net()
     before = dict(prepared.named_parameters())
-    batchnorm.prepare(prepared, 8, "last")
+    batchnorm.replace_norms(prepared, 8, "last")
     assert list(prepared.state_dict()) == list(plain.state_dict())
     assert all(p is before[name] for name, p in prepared.named_parameters())
     assert all(isinstance(norm, batchnorm.GhostBatchNorm2d) for norm in norms(prepared))
     prepared.load_state_dict(plain.state_dict())
-    batchnorm.prepare(plain, 0, "running")
+    batchnorm.replace_norms(plain, 0, "running")
     assert all(type(norm) is nn.BatchNorm2d for norm in norms(plain))
 
 
 def test_evaluation_takes_all_images_at_once() -> None:
     plain = net()
     ghosts = copy.deepcopy(plain)
-    batchnorm.prepare(ghosts, 4, "last")
+    batchnorm.replace_norms(ghosts, 4, "last")
     assert torch.equal(ghosts.eval()(images(32)), plain.eval()(images(32)))
 
 
 def test_the_last_step_alone_counts() -> None:
     """The mean over ghost batches and micro-batches, of means and of unbiased variances."""
     model = net()
-    batchnorm.prepare(model, 8, "last")
+    batchnorm.replace_norms(model, 8, "last")
     for seed in (5, 6):  # the first of two steps leaves nothing behind
         batchnorm.reset_step_statistics(model)
         for micro in images(48, seed).split(24):
@@ -131,7 +131,7 @@ def test_one_ghost_batch_is_kept_to_the_bit() -> None:
     model = copy.deepcopy(once)
     for norm in norms(once):
         norm.momentum = 1.0
-    batchnorm.prepare(model, 0, "last")
+    batchnorm.replace_norms(model, 0, "last")
     for seed in (5, 6):
         batchnorm.reset_step_statistics(model)
         assert torch.equal(model(images(16, seed)), once(images(16, seed)))
@@ -142,7 +142,7 @@ def test_one_ghost_batch_is_kept_to_the_bit() -> None:
 
 def test_what_is_no_number_is_forgotten() -> None:
     model = net()
-    batchnorm.prepare(model, 8, "last")
+    batchnorm.replace_norms(model, 8, "last")
     model(images(16) * float("nan"))
     batchnorm.reset_step_statistics(model)
     model(images(16))
@@ -151,7 +151,7 @@ def test_what_is_no_number_is_forgotten() -> None:
 
 def test_running_averages_are_never_forgotten() -> None:
     model = net()
-    batchnorm.prepare(model, 8, "running")
+    batchnorm.replace_norms(model, 8, "running")
     model(images(16))
     kept = copy.deepcopy(model.state_dict())
     batchnorm.reset_step_statistics(model)
@@ -160,7 +160,7 @@ def test_running_averages_are_never_forgotten() -> None:
 
 def test_torch_compile_takes_it_in_one_graph() -> None:
     model = net()
-    batchnorm.prepare(model, 8, "last")
+    batchnorm.replace_norms(model, 8, "last")
     compiled = copy.deepcopy(model)
     run = torch.compile(compiled, backend="eager", fullgraph=True)
     for seed in (1, 2, 3):
@@ -175,7 +175,7 @@ def statistics(bn_statistics: str) -> tuple[list[torch.Tensor], list[torch.Tenso
     """In one of two processes: of its own images, and after sharing."""
     rank = torch.distributed.get_rank()
     model = net()
-    batchnorm.prepare(model, 8, bn_statistics)
+    batchnorm.replace_norms(model, 8, bn_statistics)
     batchnorm.reset_step_statistics(model)
     model(images(16, seed=rank))
     own = [buffer.clone() for buffer in model.buffers()]

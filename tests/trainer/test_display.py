@@ -85,7 +85,7 @@ def test_the_first_screen(tmp_path: Path, train: Train) -> None:
     said = facts(train(*flags).out)
     assert said["images"] == "digits: 1,437 to train, 360 to test, 10 classes, 32 x 32 pixels"
     assert said["steps"] == (
-        "14 epochs of 11 steps of 128 images; 1 process on cpu, 4 x 32 images a step each, fp32"
+        "14 epochs of 11 steps of 128 images; 1 process on cpu, 4 x 32 images each, fp32"
     )
     assert said["rate"] == (
         "2 epochs of warm-up from 0, then lr 0.5, schedule poly; weight decay 0.0001"

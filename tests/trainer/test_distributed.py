@@ -29,7 +29,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     outcome = finish(start(*SETTINGS, "--output", run))
     assert outcome.status == 0, outcome
     assert outcome.out.count("final test accuracy") == 1  # one speaks for both
-    assert "2 processes on cpu, 1 x 32 images a step each" in facts(outcome.out)["steps"]
+    assert "2 processes on cpu, 32 images each, fp32" in facts(outcome.out)["steps"]
     return run
 
 
@@ -92,7 +92,7 @@ def test_ctrl_c_at_a_terminal(two: Path, tmp_path: Path) -> None:
     os.killpg(started.pid, signal.SIGINT)
     outcome = finish(started)
     assert outcome.status != 0
-    assert outcome.out.count("go on with: python -m fastlars.trainer --resume") == 1
+    assert outcome.out.count("go on with: torchrun ... -m fastlars.trainer --resume") == 1
     assert load(run)["progress"]["step"] > 0
 
 

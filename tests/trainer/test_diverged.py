@@ -77,7 +77,7 @@ def test_at_the_very_end(tmp_path: Path, train: Train, monkeypatch: pytest.Monke
     breaking(monkeypatch, "weight", float("nan"), at=14)
     outcome = train(*RUN, "--output", tmp_path)
     assert outcome.status == 3
-    assert "the test loss is no finite number at step 15" in outcome.err
+    assert "the test loss is NaN or infinite at step 15" in outcome.err
     assert load(tmp_path)["progress"]["evaluated"] == 2
     assert [r["epoch"] for r in records(tmp_path) if r["kind"] == "test"] == [1.0, 2.0]
     assert "nan" not in outcome.out
@@ -94,7 +94,7 @@ def test_a_test_loss_alone(tmp_path: Path, train: Train, monkeypatch: pytest.Mon
     monkeypatch.setattr(loop, "evaluate", overflowed)
     outcome = train(*RUN, "--output", tmp_path)
     assert outcome.status == 3
-    assert "the test loss is no finite number at step 5" in outcome.err
+    assert "the test loss is NaN or infinite at step 5" in outcome.err
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
@@ -134,5 +134,5 @@ def test_two_processes(tmp_path: Path) -> None:
     """Both end with the exit status, and one speaks."""
     flags = ("--recipe", "goyal", "--lr", 1e30, "--warmup-epochs", 0, "--batch-size", 64)
     outcome = finish(start(*flags, "--output", tmp_path / "run"))
-    assert outcome.err.count("is no finite number at step") == 1
+    assert outcome.err.count("is NaN or infinite at step") == 1
     assert outcome.err.count("exitcode  : 3") >= 1

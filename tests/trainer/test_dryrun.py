@@ -136,4 +136,4 @@ def test_two_processes_tell_one_story() -> None:
     assert outcome.out.count("of a process: ") == 1
     said = facts(outcome.out)
     assert "buckets of gradients" in said["memory"]
-    assert "2 processes on cpu, 1 x 32 images a step each" in said["steps"]
+    assert "2 processes on cpu, 32 images each, fp32" in said["steps"]

@@ -175,7 +175,7 @@ def test_pictures_that_cannot_be_drawn(
     assert {"trust.csv", "norms.csv"} <= set(files_below(tmp_path / "run"))
     sweep = train(*SHORT, "--find-lr", "--output", tmp_path / "sweep")
     assert sweep.status == 0
-    assert "suggested: " in sweep.out
+    assert "suggest   " in sweep.out
     assert files_below(tmp_path / "sweep") == ["lr_find.csv"]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-def prepare(model: nn.Module, bn_batch: int, bn_statistics: str) -> None:
+def replace_norms(model: nn.Module, bn_batch: int, bn_statistics: str) -> None:
     """Give every nn.BatchNorm2d of the model ghost batches and the statistics asked for, in place.
 
     Parameters, buffers and their names stay as they are. In training there are `bn_batch` images in

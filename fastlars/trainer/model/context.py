@@ -13,14 +13,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from fastlars.trainer.config.settings import Config
 from fastlars.trainer.data.dataset import Data
 from fastlars.trainer.data.order import BatchOrder
-from fastlars.trainer.model import batchnorm, optimizer, resnet
+from fastlars.trainer.model import batchnorm, resnet
+from fastlars.trainer.model.optimizer import build_optimizer, build_schedule
 from fastlars.trainer.model.precision import Precision
 from fastlars.trainer.process.world import World
 
 
 @dataclass
 class Progress:
-    """How far the run is: all that a checkpoint needs in addition to tensors."""
+    """How far the run is; saved in every checkpoint."""
 
     step: int = 0
     evaluated: int = 0  # epochs
@@ -30,7 +31,7 @@ class Progress:
 
     @classmethod
     def saved(cls, values: dict[str, Any]) -> Progress:
-        """The progress in a checkpoint; ValueError where names or types are not a progress's."""
+        """The progress in a checkpoint; ValueError if its names or types are wrong."""
         types = {field.name: type(field.default) for field in fields(cls)}
         if {name: type(value) for name, value in values.items()} != types:
             raise ValueError(f"its progress is {values}")
@@ -39,7 +40,7 @@ class Progress:
 
 @dataclass
 class TrainingContext:
-    """Everything that one optimizer step works with."""
+    """What is trained, with what, by which settings; the same in every process."""
 
     config: Config
     world: World
@@ -58,7 +59,7 @@ class TrainingContext:
 
 
 def build(config: Config, data: Data, progress: Progress, world: World) -> TrainingContext:
-    """Build what `config` names, in every process alike; nothing is written."""
+    """Build what `config` names, the same in every process."""
     with world.raise_on_all_ranks():
         order = BatchOrder(
             data.train_size,
@@ -72,13 +73,13 @@ def build(config: Config, data: Data, progress: Progress, world: World) -> Train
         stem = data.stem if config.stem == "auto" else config.stem
         model = resnet.build(config.model, len(data.classes), stem, config.seed)
         resnet.draw_classifier(model, config.classifier_std, config.seed)
-        batchnorm.prepare(model, config.bn_batch, config.bn_statistics)
+        batchnorm.replace_norms(model, config.bn_batch, config.bn_statistics)
         model = model.to(world.device)
-        stepper = optimizer.build_optimizer(config, model, order.steps_per_epoch)
-        schedule = optimizer.build_schedule(config, stepper, order.steps_per_epoch)
+        optimizer = build_optimizer(config, model, order.steps_per_epoch)
+        schedule = build_schedule(config, optimizer, order.steps_per_epoch)
         precision = Precision(config.precision, world.device)
     return TrainingContext(
-        config, world, data, order, model, precision, stepper, schedule, progress
+        config, world, data, order, model, precision, optimizer, schedule, progress
     )
 
 

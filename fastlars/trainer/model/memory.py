@@ -18,7 +18,7 @@ from fastlars.trainer.model.context import TrainingContext
 # Kernels and the allocator take this share on top of the sum: the peaks of seven runs on a CPU, 0.8
 # to 4.7 GB, were 1.08 to 1.12 times everything else.
 _SPARE = 0.1
-_REFUSED = 1.3  # times the machine's memory; from 1 on there is a warning
+_REFUSED = 1.3  # times the machine's memory; above what is free there is a warning
 _OWN_CGROUPS, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 # The files of a cgroup with its limit and its use, and the cache within that use.
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")

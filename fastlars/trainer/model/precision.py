@@ -48,7 +48,7 @@ class Precision:
         self.gradient_scale = self._scaler.get_scale()
         if self.gradient_scale < _LEAST_SCALE:
             raise TrainerError(
-                "the gradients are no finite numbers in --precision fp16, however small the loss "
+                "the gradients are NaN or infinite in --precision fp16, however small the loss "
                 "is scaled: try bf16, fp32 or a lower --lr",
                 everywhere=True,
             )

@@ -74,9 +74,11 @@ def batch(context: TrainingContext) -> str:
     """How the images of a step are divided, and where it is computed."""
     order, world = context.order, context.world
     processes = "1 process" if world.size == 1 else f"{world.size} processes"
+    passes = f"{order.micro_batches} x " if order.micro_batches > 1 else ""
+    shares = f", {passes}{order.micro_batch} images each" if passes or world.size > 1 else ""
     return (
-        f"{context.config.batch_size} images; {processes} on {world.device.type}, "
-        f"{order.micro_batches} x {order.micro_batch} images a step each, {context.precision.name}"
+        f"{context.config.batch_size} images; {processes} on {world.device.type}{shares}, "
+        f"{context.precision.name}"
     )
 
 
@@ -145,7 +147,7 @@ def start_record(context: TrainingContext) -> dict[str, Any]:
 def stopped(
     context: TrainingContext, directory: RunDirectory, stopped_by: str, *, started: bool
 ) -> str:
-    """Where a run stopped, and the command that goes on with it."""
+    """Where a run stopped, and the command that resumes it."""
     if not (started or directory.came_from):
         return f"stopped by {stopped_by} before the first step"
     path = shlex.quote(str(directory.checkpoint))
@@ -156,9 +158,10 @@ def stopped(
         usual = setting.metadata["fixed_on_resume"] or setting.name in left_out
         if not usual and value != setting.default:
             words.append(flag(setting.name) + ("" if value is True else f" {value}"))
+    start = "python" if context.world.size == 1 else "torchrun ..."
     return (
         f"stopped by {stopped_by} at step {context.progress.step} of {context.total_steps}; go on "
-        f"with: python -m fastlars.trainer {' '.join(words)}"
+        f"with: {start} -m fastlars.trainer {' '.join(words)}"
     )
 
 

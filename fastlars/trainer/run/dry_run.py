@@ -1,4 +1,4 @@
-"""What a run would do, need and take: --dry-run. Nothing is written."""
+"""--dry-run: what a run would do, and the memory and time that it would take."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from fastlars.trainer.run.replica import Replica
 
 STEPS = 100
 _LOW, _HIGH = 1e-3, 1e2  # times --lr
-_LOST = 4.0  # times the lowest loss so far
+_DIVERGED = 4.0  # times the lowest loss so far
 _WINDOW = 7  # losses that are averaged
 
 
@@ -65,12 +65,12 @@ def swept(config: Config) -> Config:
 
 
 def sweep(context: TrainingContext, stop: StopSignals) -> dict[float, float]:
-    """The loss of a step at each learning rate; ends where the loss is lost.
+    """The loss of a step at each learning rate; ends when the training diverges.
 
     The model of `context` is trained, and of no use afterwards.
     """
     config, world = context.config, context.world
-    stop.note()  # for all processes to end together
+    stop.note()  # from here on all processes stop after the same step
     growth = (_HIGH / _LOW) ** (1 / (STEPS - 1))
     context.schedule = LambdaLR(context.optimizer, lambda step: _LOW * growth**step)
     display, replica = Display(STEPS * config.batch_size, 0, shown=world.first), Replica(context)
@@ -87,16 +87,16 @@ def sweep(context: TrainingContext, stop: StopSignals) -> dict[float, float]:
             losses[result.lr] = seen.loss  # a step that fp16 skipped is taken again at its rate
             display.advance(config.batch_size)
             display.figures(seen.loss, seen.accuracy)
-            if is_lost(list(losses.values())):
+            if has_diverged(list(losses.values())):
                 break
         vote.close()
     return losses
 
 
-def is_lost(losses: Sequence[float]) -> bool:
-    """Whether the latest losses, of three steps, are no numbers or far above the lowest."""
+def has_diverged(losses: Sequence[float]) -> bool:
+    """Whether the latest losses, over three steps, are not finite or far above the lowest."""
     means = np.convolve(losses, np.ones(3) / 3, "valid") if len(losses) > 2 else np.array(losses)
-    return bool(not np.isfinite(losses[-1]) or means[-1] > _LOST * np.nanmin(means))
+    return bool(not np.isfinite(losses[-1]) or means[-1] > _DIVERGED * np.nanmin(means))
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
@@ -119,22 +119,22 @@ def suggest(rates: Sequence[float], losses: Sequence[float]) -> tuple[float, flo
 
 
 def summary(losses: dict[float, float], found: tuple[float, float] | None) -> str:
-    """What a sweep found, in a line; `found` by `suggest` of its smoothed finite losses."""
+    """The result of a sweep; `found` is what `suggest` returned for its smoothed finite losses."""
     rates = list(losses)
     last = rates[-1]
     if found is None:
-        return f"no rate up to {last:.3g} brings the loss below where it begins: nothing to suggest"
+        return f"nothing: no rate up to {last:.3g} brings the loss below where it begins"
     fastest, lowest = found
     if not np.isfinite(losses[last]):
-        ended = f"it is no finite number at {last:.3g}"
-    elif is_lost(list(losses.values())):
-        ended = f"it is over {_LOST:g} times as high by {last:.3g}"
+        ended = f", and NaN or infinite at {last:.3g}"
+    elif has_diverged(list(losses.values())):
+        ended = f", and over {_DIVERGED:g} times as high at {last:.3g}"
     else:
-        ended = f"{last:.3g} is the highest rate tried"
+        ended = f"; {last:.3g} is the highest rate tried"
     falling = lowest == max(rate for rate in rates if np.isfinite(losses[rate]))
-    end = f"it {'still falls' if falling else 'is lowest'} at {lowest:.2g}; {ended}"
+    end = f"it {'still falls' if falling else 'is lowest'} at {lowest:.2g}{ended}"
     edge = ", the lowest rate tried" if fastest == rates[0] else ""
-    return f"suggested:  --lr {fastest:.2g}{edge}, where the loss falls fastest; {end}"
+    return f"--lr {fastest:.2g}{edge}, where the loss falls fastest; {end}"
 
 
 def write(
@@ -142,11 +142,11 @@ def write(
     losses: dict[float, float],
     folder: Path,
     warn: Callable[[str], None],
-) -> Iterator[str]:
-    """Write lr_find.csv and lr_find.png; what there is to say about them."""
+) -> list[str]:
+    """Write lr_find.csv and lr_find.png; return the lines that report the result."""
     finite = {rate: loss for rate, loss in losses.items() if np.isfinite(loss)}
     if not finite:
-        raise TrainerError(f"--find-lr: the loss is no finite number even at {min(losses):.3g}")
+        raise TrainerError(f"--find-lr: the loss is NaN or infinite even at {min(losses):.3g}")
     rates, means = list(finite), smoothed(list(finite.values()))
     found, heading = suggest(rates, means), ("step", "lr", "loss", "smoothed_loss")
     rows = zip(range(1, len(rates) + 1), rates, finite.values(), means, strict=True)
@@ -154,9 +154,12 @@ def write(
         atomic.write_table([heading, *rows], folder / "lr_find.csv")
     except OSError as error:
         raise TrainerError(f"--find-lr: cannot write in {folder}: {error.strerror}") from None
-    lines = [summary(losses, found), f"table:      {folder / 'lr_find.csv'}"]
+    lines = [
+        *report.fact("suggest", summary(losses, found)),
+        *report.fact("table", str(folder / "lr_find.csv")),
+    ]
     with pictures.optional(warn):
         figure = pictures.sweep(report.title(context), finite, means, found, _WINDOW)
         pictures.save(figure, folder / "lr_find.png")
-        lines.insert(1, f"picture:    {folder / 'lr_find.png'}")
-    yield from lines
+        lines += report.fact("picture", str(folder / "lr_find.png"))
+    return lines

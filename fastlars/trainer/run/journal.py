@@ -1,4 +1,4 @@
-"""What the training loop leaves behind: records, figures on the terminal, checkpoints, pictures."""
+"""What the training loop writes: records, rows on the terminal, checkpoints, pictures."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Journal:
         directory: where the files go.
         records: metrics.jsonl, in the first process alone.
         display: the terminal.
-        open_files: called once, after the first step.
+        open_files: called once, before anything is written.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class Journal:
         self._log_every = context.config.log_every or min(steps // 10 or 1, 50)
         self._ratios_every = max(context.total_steps // _RATIO_RECORDS, 1)
         self._saved: tuple[int, int] | None = None  # step and epoch of the last checkpoint
-        # Step of the checkpoint that the run goes on from, and whether it is the best one: a kill
-        # may have come before it got all its names.
+        # Step of the checkpoint that the run resumes from, and whether it is the best one: a kill
+        # may have come before that checkpoint got all its names.
         self._resumed: tuple[int, bool] | None = None
-        # Of the epoch, as far as this process has trained it: a resumed one begins in its middle.
+        # Of the epoch, as far as it was trained since this process started.
         self._epoch_sums = torch.zeros_like(self.meter.sums, device="cpu")
         self._lr = 0.0  # of the last step
         self._clock = self._epoch_clock = self._drawn = time.perf_counter()
@@ -85,7 +85,7 @@ class Journal:
         self._start()
         progress.step += 1
         self.display.advance(config.batch_size)
-        if context.world.device.type == "cpu":  # a GPU would be waited for
+        if context.world.device.type == "cpu":  # on a GPU, reading the sums would wait for it
             seen = figures(self.meter.sums)
             self.display.figures(seen.loss, seen.accuracy)
         epoch_ends = progress.step % context.order.steps_per_epoch == 0
@@ -100,7 +100,7 @@ class Journal:
             self.save()
 
     def record_epoch(self, test: Figures) -> None:
-        """Count an epoch, and write what its test has shown, and a checkpoint."""
+        """Count an epoch, and write its test's figures and a checkpoint."""
         progress = self.context.progress
         self._check(math.isfinite(test.loss), "the test loss")
         progress.evaluated += 1
@@ -129,14 +129,14 @@ class Journal:
             with pictures.optional(self.display.warn):
                 pictures.draw_layers(read(self.directory.log), self.directory.path)
 
-    def guarded(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The training batches; where one cannot be read, the steps so far are saved."""
+    def save_if_unreadable(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Pass on training batches; if one cannot be read, save the steps so far."""
         self._clock = self._epoch_clock = time.perf_counter()  # without the reading of kept images
-        with self.saved_if_unreadable(between_steps=self.context.order.micro_batches == 1):
+        with self.saving_if_unreadable(between_steps=self.context.order.micro_batches == 1):
             yield from batches
 
     @contextmanager
-    def saved_if_unreadable(self, *, between_steps: bool = True) -> Iterator[None]:
+    def saving_if_unreadable(self, *, between_steps: bool = True) -> Iterator[None]:
         """Save before an error of the images ends the run: it must not cost an epoch of training.
 
         In one process alone, because others may be in the middle of a step or an evaluation, and
@@ -152,7 +152,7 @@ class Journal:
     def save(self, *, final: bool = False) -> None:
         """Write a checkpoint, unless this very state is saved already.
 
-        A disk that is full is a warning, and where it is the `final` one, an error.
+        A full disk is a warning, but an error if the checkpoint is the `final` one.
         """
         context, world, progress = self.context, self.context.world, self.context.progress
         at = (progress.step, progress.evaluated)
@@ -163,7 +163,7 @@ class Journal:
         if self._average is not None:
             networks.append(self._average.module)
         if context.config.bn_statistics == "last":
-            # Every process has its own; "running" ones are saved as the first process has them.
+            # Every process has its own; of "running" statistics, those of the first are saved.
             for network in networks:
                 batchnorm.share(network, world.size, "last")
         window = world.total(self.meter.sums)
@@ -182,8 +182,8 @@ class Journal:
                 self._retention.adopt_best(state["progress"])
             except checkpoint.NotSavedError as error:
                 problem = str(error)
-        # Every process must know: one that takes this state for saved takes no part when it is
-        # tried again.
+        # Every process must know the outcome: one that believes the state is saved would take no
+        # part in the next attempt.
         problem = world.gather(problem)[0]
         if problem is None:
             self._saved = at
@@ -251,7 +251,8 @@ class Journal:
         self.display.row(number, lr, loss, accuracy, *tested, rate)
         unread = context.data.test_size - test.images
         if unread:
-            self.display.say(f"{test.images} test images were read, {unread} could not be")
+            total = context.data.test_size
+            self.display.say(f"{unread} of {total} test images could not be read")
 
     def _check(self, finite: bool, what: str) -> None:
         """Raise DivergedError unless `what` is `finite`, on which all processes agree."""
@@ -259,7 +260,7 @@ class Journal:
             good = self.directory.checkpoint if self._saved else self.directory.came_from
             left = f"; the last good checkpoint is {good}" if good else ""
             raise DivergedError(
-                f"{what} is no finite number at step {self.context.progress.step}: try a lower "
+                f"{what} is NaN or infinite at step {self.context.progress.step}: try a lower "
                 f"--lr or a longer --warmup-epochs{left}",
                 everywhere=True,
             )

@@ -1,4 +1,4 @@
-"""The training loop, as the papers write it: all of it is in this file.
+"""The training loop, as the papers write it.
 
     for every epoch:
         for every batch of B images, divided among the processes:
@@ -34,17 +34,17 @@ class StepResult(NamedTuple):
     """What one step reports."""
 
     lr: float
-    norms: norms.LayerNorms  # empty where none were asked for, and where fp16 skipped the step
+    norms: norms.LayerNorms  # before the update; empty if not wanted, or if fp16 skipped the step
 
 
 def train(context: TrainingContext, replica: Replica, journal: Journal, stop: StopSignals) -> bool:
-    """Train from `context.progress` on; whether the last epoch is done.
+    """Train from `context.progress` on; return whether the last epoch is done.
 
-    Ends earlier, in the same step in every process, after a signal or at --max-steps.
+    A signal or --max-steps ends the training earlier, after the same step in every process.
     """
     config, order, progress = context.config, context.order, context.progress
     stop.note()
-    batches = journal.guarded(context.data.train(order.from_step(progress.step)))
+    batches = journal.save_if_unreadable(context.data.train(order.from_step(progress.step)))
     vote, stopped = StopVote(context.world), False
     while progress.evaluated < config.epochs:
         stopped = vote.any(stop.received is not None)
@@ -54,7 +54,7 @@ def train(context: TrainingContext, replica: Replica, journal: Journal, stop: St
             result = step(context, replica, batches, journal.meter, with_norms=journal.wants_norms)
             journal.record_step(result.lr, result.norms)
         else:
-            with journal.saved_if_unreadable():
+            with journal.saving_if_unreadable():
                 test = evaluate(context, replica)
             journal.record_epoch(test)
     vote.close()
@@ -70,14 +70,9 @@ def step(
     *,
     with_norms: bool = False,
 ) -> StepResult:
-    """One optimizer step over --batch-size images, some of them in each process.
+    """One optimizer step over --batch-size images, an equal share of them in each process.
 
-    Args:
-        context: its model, optimizer and schedule are advanced.
-        replica: the model as this process trains it.
-        batches: micro-batches of this process; the step takes the next `order.micro_batches`.
-        meter: counts loss and correct answers.
-        with_norms: return the norms of weights and gradients before the update.
+    Takes the process's next micro-batches from `batches`, and counts them in `meter`.
     """
     config, model, precision = context.config, context.model, context.precision
     replica.network.train()
@@ -95,10 +90,10 @@ def step(
             loss = functional.cross_entropy(
                 logits.float(), labels, label_smoothing=config.label_smoothing, reduction="sum"
             )
-            # The gradient is divided by the global batch (Goyal et al. 2017, remark 3); DDP
-            # divides by the number of processes already.
-            mean = loss * (context.world.size / config.batch_size)
-            precision.scaled(mean).backward()
+            # The gradient is the mean over the global batch (Goyal et al. 2017, remark 3), and DDP
+            # averages over the processes.
+            share = loss * (context.world.size / config.batch_size)
+            precision.scaled(share).backward()
         meter.add(loss, logits, labels)
     found = norms.measure(model, weights, precision.gradient_scale) if with_norms else {}
     lr = float(context.schedule.get_last_lr()[0])

@@ -37,7 +37,7 @@ from fastlars.trainer.run.replica import Replica
 
 
 def run(command: Command) -> int:
-    """Do what the command line says; the process's exit status."""
+    """Do what the command line says; return the process's exit status."""
     if may_restart() and not (command.given.get("output") or command.resume):
         text = "--max-restarts needs --output, for a restarted run to find itself"
         raise TrainerError(text, everywhere=True)
@@ -58,8 +58,8 @@ class _Job:
     context: TrainingContext
     directory: RunDirectory
     display: Display
-    source: Path | None  # the checkpoint to go on from,
-    state: dict[str, Any] | None  # and its contents
+    source: Path | None  # the checkpoint to resume from
+    state: dict[str, Any] | None  # its contents
 
 
 @contextmanager
@@ -103,7 +103,7 @@ def _job(command: Command, world: World) -> Iterator[_Job]:
 
 
 def _source(command: Command, again: bool) -> Path | None:
-    """The checkpoint to go on from; after a restart, what the same command line has reached."""
+    """The checkpoint to resume from; after a restart, what the same command line has reached."""
     output = command.given.get("output", "")
     source = rundir.checkpoint_path(command.resume, output, again)
     if source is None or not again:
@@ -115,9 +115,9 @@ def _source(command: Command, again: bool) -> Path | None:
 
 @contextmanager
 def _claimed(choose: Callable[[], RunDirectory], world: World) -> Iterator[RunDirectory]:
-    """Has the first process choose the run's directory, and own it while the context lasts.
+    """Let the first process choose the run's directory, and lock it while the context lasts.
 
-    The others write nothing.
+    The other processes write nothing.
     """
     directory, warning = RunDirectory(Path()), ""
     try:
@@ -148,10 +148,10 @@ def _built(
 def _dry_run(command: Command, world: World) -> int:
     with _job(command, world) as job:
         context = job.context
+        job.display.say(*_introduction(job, command))
         context.data.prepare()
         total = min(context.total_steps, context.config.max_steps or context.total_steps)
         left = max(total - context.progress.step, 0)
-        job.display.say(*_introduction(job, command))
         job.display.say(*dry_run.describe(context, left))
         job.display.say(f"nothing was written; a run would write in {job.directory.path}")
     return 0
@@ -171,8 +171,8 @@ def _find_lr(command: Command, world: World) -> int:
     choose = partial(rundir.output_or_unused, settings.output, settings.data, name)
     with _claimed(choose, world) as directory, StopSignals() as stop:
         context, display = _built(settings, images, Progress(), world)
-        images.prepare()
         display.say(*find_lr.introduction(context, command.given))
+        images.prepare()
         if command.dry_run:
             display.say(*dry_run.describe(context, find_lr.STEPS))
             display.say(f"nothing was written; a sweep would write in {directory.path}")
@@ -189,11 +189,11 @@ def _train(command: Command, world: World) -> int:
         context, display, directory = job.context, job.display, job.directory
         replica = Replica(context)
         with _journal(command, job, replica) as journal:
+            _introduce(journal, job, command)
             context.data.prepare()
             with display:
-                _introduce(journal, job, command)
                 finished = loop.train(context, replica, journal, stop)
-                # The signal may have reached another process alone.
+                # Perhaps only another process got the signal.
                 received = world.first_given(stop.received)
                 stopped_by = None if finished else received.name if received else "--max-steps"
                 journal.end(stopped_by)
@@ -220,7 +220,7 @@ def _short(value: Any) -> str:
 
 @contextmanager
 def _journal(command: Command, job: _Job, replica: Replica) -> Iterator[Journal]:
-    """The run's journal, set to the state of the checkpoint that the run goes on from."""
+    """The run's journal; a resumed run is restored from its checkpoint."""
     context, directory, world = job.context, job.directory, job.context.world
     records, first_step = None, context.progress.step
     with world.raise_on_all_ranks():
@@ -237,7 +237,7 @@ def _journal(command: Command, job: _Job, replica: Replica) -> Iterator[Journal]
                 return
             if job.state is None:
                 directory.remove_old_pictures()
-            # A board lacks all records where the run was elsewhere or had no --tensorboard.
+            # The board lacks all records if the run was elsewhere or had no --tensorboard.
             known = job.state["log_lines"] if job.state and directory.tensorboard.exists() else 0
             records.open()
             if context.config.tensorboard:
@@ -258,7 +258,7 @@ def _journal(command: Command, job: _Job, replica: Replica) -> Iterator[Journal]
 
 
 def _introduce(journal: Journal, job: _Job, command: Command) -> None:
-    """Say what is trained how; a new run's records start with the same."""
+    """Say what is trained how; a new run's records start with that."""
     context, records, say = job.context, journal.records, job.display.say
     if records is not None and context.config.mllog:
         records.listeners.append(MLLog(context, say))
