@@ -40,7 +40,7 @@ from host import describe
 from large_batch_grid import CONTENDERS, Cell, Row, grid, read, subset, write
 
 ROOT = Path(__file__).resolve().parent.parent
-DIVERGED = "the loss is no finite number"
+DIVERGED = "the loss is NaN or infinite"
 READERS = min(os.cpu_count() or 1, 8)  # every cell reads all images, once, before it trains
 
 
