@@ -40,7 +40,7 @@ from host import describe
 from large_batch_grid import CONTENDERS, Cell, Row, grid, read, subset, write
 
 ROOT = Path(__file__).resolve().parent.parent
-DIVERGED = "the loss is NaN or infinite"
+DIVERGED = 3  # the trainer's exit status
 READERS = min(os.cpu_count() or 1, 8)  # every cell reads all images, once, before it trains
 
 
@@ -98,7 +98,7 @@ def finish(cell: Cell, run: Path, status: int, errors: str, seconds: float) -> R
     """The row of a run that has ended; None for one that was stopped."""
     if status > 128 or status < 0:
         return None
-    diverged = status == 2 and DIVERGED in errors
+    diverged = status == DIVERGED
     if status and not diverged:
         raise SystemExit(f"{cell.name}: the trainer failed:\n{errors.strip()}")
     facts: dict[str, Any] = {

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ import large_batch_figure
 import large_batch_grid
 from large_batch_grid import Cell, Row, grid, read, subset, write
 from sources import ROOT
-from trainer.helpers import write_images
+from trainer.helpers import Outcome, write_images
 
 EPOCHS = 12
 
@@ -51,6 +52,21 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
     write(tmp_path / "a" / "out.csv", rows)
     assert read(tmp_path / "a" / "out.csv") == rows
     assert rows[0].cell == Cell("resnet20", "lars", 128, 1.0, 0, 30)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_that_diverges_is_a_row(tmp_path: Path, train: Callable[..., Outcome]) -> None:
+    """And what else goes wrong ends the grid."""
+    run = tmp_path / "run"
+    flags = ("--recipe", "goyal", "--lr", 1e30, "--warmup-epochs", 0, "--output", run)
+    outcome = train(*flags)
+    cell = row("sgd", 128, 0.0).cell
+    found = large_batch.finish(cell, run, outcome.status, outcome.err, 1.0)
+    assert found is not None
+    assert (found.cell, found.diverged) == (cell, True)
+    outcome = train("--data", tmp_path / "absent")
+    with pytest.raises(SystemExit, match="the trainer failed"):
+        large_batch.finish(cell, run, outcome.status, outcome.err, 1.0)
 
 
 def test_the_best_rate_is_that_of_the_mean_over_all_seeds() -> None:
