@@ -33,7 +33,8 @@ def _draw(run: Path) -> int:
         records = read(log)
         if not records:
             raise ValueError("no records")
-        pictures.draw_all(records, run)
+        pictures.save(pictures.curves(records), run / "curves.png")
+        pictures.draw_layers(records, run)
     except OSError as error:
         raise TrainerError(reason_of(error)) from None
     except (KeyError, TypeError, ValueError):

@@ -27,6 +27,10 @@ class Outcome:
     err: str
 
 
+# What pictures are made with: tests that look at no picture replace it, to save its second.
+NO_PICTURE = ("curves", "heat_map", "norms", "save")
+
+
 def tiny_net(_name: str, classes: int, _stem: str, seed: int) -> nn.Module:
     """Convolution, batch norm and classifier: what a ResNet is made of, in 2,000 weights."""
     with torch.random.fork_rng(devices=[]):

@@ -84,7 +84,7 @@ def test_what_is_no_file(tmp_path: Path, train: Train, kind: str) -> None:
         path = Path("/dev/zero")
     outcome = train("--resume", path if kind != "folder" else tmp_path, "--output", tmp_path / "o")
     assert outcome.status == 2
-    assert outcome.err == f"fastlars.trainer: error: --resume: {path} is no file\n"
+    assert outcome.err == f"fastlars.trainer: error: --resume: {path} is not a file\n"
 
 
 # What a checkpoint can be made to hold by hand, or by another program.
@@ -157,6 +157,6 @@ def test_a_checkpoint_of_another_recipe(tmp_path: Path, train: Train, other: str
     checkpoint.save(tmp_path / "mixed.pt", state | {"optimizer": stranger["optimizer"]})
     outcome = train("--resume", tmp_path / "mixed.pt", "--output", tmp_path / "new")
     assert outcome.status == 2, outcome
-    assert "mixed.pt does not fit the model and the recipe that it names: " in outcome.err
+    assert "mixed.pt does not fit its model and recipe: " in outcome.err
     assert len(outcome.err.splitlines()) == 1
     assert not (tmp_path / "new").exists()

@@ -232,7 +232,9 @@ def test_of_another_version(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     for version in (1, 2, 5):
         torch.save({"format": f"fastlars.trainer checkpoint {version}"}, path)
-        message = rf"checkpoint\.pt is of another version of fastlars \(.* checkpoint {version}\)"
+        message = (
+            rf"checkpoint\.pt needs another version of fastlars: it is a .* checkpoint {version}$"
+        )
         with pytest.raises(TrainerError, match=message):
             checkpoint.load(path)
 

@@ -174,7 +174,7 @@ def written_out(rates: list[float]) -> list[float]:
     return losses
 
 
-@pytest.mark.usefixtures("tiny", "no_picture")
+@pytest.mark.usefixtures("tiny")
 def test_a_run_in_the_same_directory_stays_as_it_is(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:

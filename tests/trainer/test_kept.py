@@ -97,7 +97,7 @@ def test_an_older_one_goes_on_elsewhere(tmp_path: Path, train: Train) -> None:
         source, other = whole / f"checkpoint-00000{step}.pt", tmp_path / str(step)
         refused = train("--resume", source)
         assert refused.status == 2
-        assert f"{whole} holds another run than {source}" in refused.err
+        assert f"{whole} holds a different run than {source}" in refused.err
         outcome = train("--resume", source, "--output", other, "--max-steps", step + 1)
         assert outcome.status == 0
         found = checkpoints(other)

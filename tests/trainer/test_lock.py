@@ -116,8 +116,7 @@ def test_a_second_run_is_refused(tmp_path: Path, train: Train) -> None:
         ):
             outcome = train(*SHORT, "--output", run, *flags)
             assert outcome.status == 2
-            assert f"another run, process {owner.pid} on " in outcome.err
-            assert outcome.err.endswith(f", writes in {run}\n")
+            assert f"--output: {run} is in use by process {owner.pid} on " in outcome.err
             assert len(outcome.err.splitlines()) == 1
         # It is only read from; the lock is of the directory that is written.
         assert train("--resume", run, "--output", tmp_path / "other").status == 0

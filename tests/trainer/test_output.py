@@ -203,7 +203,7 @@ def test_a_run_that_goes_on_elsewhere_replaces_no_other(
     (second / name).write_text("of a better run")
     outcome = train("--resume", first, "--output", second, "--max-steps", 0)
     assert outcome.status == 2
-    assert f"--output: {second} holds another run than {first}" in outcome.err
+    assert f"--output: {second} holds a different run than {first}" in outcome.err
     assert files_below(second) == [name]
 
 

@@ -162,7 +162,7 @@ def test_a_picture_is_written_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "curves.png"
-    pictures.draw([{"kind": "start", "title": "LARS"}], path)  # of nothing yet
+    pictures.save(pictures.curves([{"kind": "start", "title": "LARS"}]), path)  # of nothing yet
     before = path.read_bytes()
     assert before.startswith(b"\x89PNG")
 
@@ -172,6 +172,6 @@ def test_a_picture_is_written_whole_or_not_at_all(
 
     monkeypatch.setattr(Figure, "savefig", fail)
     with pytest.raises(OSError, match="No space left"):
-        pictures.draw(history(1), path)
+        pictures.save(pictures.curves(history(1)), path)
     assert files_below(tmp_path) == ["curves.png"]
     assert path.read_bytes() == before

@@ -124,5 +124,5 @@ def test_where_nothing_can_be_written(tmp_path: Path, train: Train) -> None:
     (tmp_path / "tensorboard").write_text("in the way")
     outcome = train(*RUN, "--tensorboard", "--output", tmp_path)
     assert outcome.status == 2
-    assert f"--tensorboard: {tmp_path / 'tensorboard'} is no folder" in outcome.err
+    assert f"--tensorboard: {tmp_path / 'tensorboard'} is not a folder" in outcome.err
     assert files_below(tmp_path) == ["tensorboard"]

@@ -1,4 +1,4 @@
-"""Atomic replacement of files: whenever the writing is interrupted, each file is complete."""
+"""Atomic replacement of files: an interrupted write never leaves part of a file under its name."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _write_to_disk(path: Path, fill: Callable[[BinaryIO], object]) -> None:
 
 @contextmanager
 def _renamed(partial: Path, path: Path) -> Iterator[None]:
-    """Rename `partial`, which the context creates, to `path`; `partial` goes in any case."""
+    """Rename `partial`, which the context creates, to `path`; leave no `partial` in any case."""
     try:
         yield
         os.replace(partial, path)

@@ -1,7 +1,7 @@
-"""One checkpoint file: written atomically, verified by a digest, loaded without running its code.
+"""A checkpoint file: written atomically, verified by a digest, loaded without executing code.
 
-A file is a torch.save archive followed by a digest of it. The state that is saved has a value for
-each key of `_CONTENTS`.
+A file is a torch.save archive followed by the archive's digest. A run's state has a value for each
+key of `_CONTENTS`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def not_saved(path: Path) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """The system's message; torch.save hides it in the context of its own RuntimeError."""
+    """Return the system's message, which torch.save hides in the context of its RuntimeError."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:
@@ -64,7 +64,7 @@ def _reason(error: BaseException) -> str:
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Replace the checkpoint at `path` by `state`; NotSavedError if that fails."""
+    """Replace the checkpoint at `path` by `state`; raise NotSavedError if that fails."""
 
     def fill(file: BinaryIO) -> None:
         hashed = _HashedFile(file)
@@ -76,7 +76,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 class _HashedFile:
-    """Passes data on to a file and computes its digest."""
+    """Passes data on to a file and computes the digest of the data."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.digest = file, hashlib.blake2b(digest_size=_DIGEST_SIZE)
@@ -90,35 +90,33 @@ class _HashedFile:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state saved at `path`; TrainerError if it is missing, damaged or no checkpoint."""
+    """Return the state saved at `path`; raise TrainerError if it is not an intact checkpoint."""
     with open_for_reading(path) as file:
         intact = _matches_digest(file)
-        state = None if intact is False else _read_archive(file)
-    found = state.get("format") if isinstance(state, dict) else None
-    if intact and isinstance(state, dict) and found in _LOADABLE:
+        state = {} if intact is False else _read_archive(file)
+    found = str(state.get("format"))
+    if intact and found in _LOADABLE:
         return state
-    if isinstance(found, str) and found.startswith(_KIND) and found not in _LOADABLE:
-        raise TrainerError(
-            f"--resume: {path} is of another version of fastlars ({found}): resume with that one"
-        )
+    if found.startswith(_KIND) and found not in _LOADABLE:
+        raise TrainerError(f"--resume: {path} needs another version of fastlars: it is a {found}")
     raise TrainerError(f"--resume: {path} is damaged or not a checkpoint of this trainer")
 
 
 def open_for_reading(path: Path) -> BinaryIO:
-    """Open a regular file; TrainerError if `path` cannot be read or is something else."""
+    """Open a regular file; raise TrainerError if `path` cannot be read or is something else."""
     try:
         # O_NONBLOCK: do not wait for the writer of a FIFO. It has no effect on a regular file.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
-            raise TrainerError(f"--resume: {path} is no file")
+            raise TrainerError(f"--resume: {path} is not a file")
         return open(descriptor, "rb")
     except OSError as error:
         raise TrainerError(f"--resume: cannot read {path}: {error.strerror}") from None
 
 
 def _matches_digest(file: BinaryIO) -> bool | None:
-    """Whether every bit of a file is as `save` wrote it; None if the file has no digest.
+    """Return whether every bit of a file is as `save` wrote it; None if the file has no digest.
 
     The archive's own checksums are not enough: they do not cover the archive's directory.
     """
@@ -132,35 +130,34 @@ def _matches_digest(file: BinaryIO) -> bool | None:
     return end == _DIGEST_MARK + digest.digest() if end.startswith(_DIGEST_MARK) else None
 
 
-def _read_archive(file: BinaryIO) -> Any:
-    """What torch.save wrote into a file; None if it cannot be read."""
+def _read_archive(file: BinaryIO) -> dict[str, Any]:
+    """Return the dict that torch.save wrote into a file; {} if there is none."""
     try:
         if not zipfile.is_zipfile(file):  # torch.load would try its older formats, and warn
-            return None
+            return {}
         file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        return state if isinstance(state, dict) else {}
     except MemoryError:
         raise
     except Exception:  # a damaged file makes pickle and torch raise almost any exception
-        return None
+        return {}
 
 
 def check(state: dict[str, Any]) -> None:
     """Raise ValueError if `state` lacks something that a resumed run needs."""
     for key, kind in _CONTENTS.items():
         if not isinstance(state.get(key), kind):
-            raise ValueError(f"{key} is missing, or not what it should be")
+            raise ValueError(f"{key} is missing or of the wrong type")
 
 
 @contextmanager
 def fitting(path: Path) -> Iterator[None]:
-    """Turn an error from parts of the checkpoint at `path` that do not fit into a TrainerError."""
+    """Turn an error about the contents of the checkpoint at `path` into a TrainerError."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise TrainerError(
-            f"--resume: {path} does not fit the model and the recipe that it names: "
-            f"{one_line(error)}"
-        ) from error
+        why = one_line(error)
+        raise TrainerError(f"--resume: {path} does not fit its model and recipe: {why}") from error

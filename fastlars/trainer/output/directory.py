@@ -1,4 +1,4 @@
-"""The directory of a run: its files, its owner, and which one a new or resumed run writes in.
+"""The directory of a run: its files, its owner, and which directory a run writes in.
 
 This module calls os.path.exists, not Path.exists, which before Python 3.14 raises if the path may
 not be looked up. Reading or writing such a path later raises an error with the reason.
@@ -21,7 +21,7 @@ _LONGEST_NAME = 100  # characters from the name of --data; file systems allow 25
 
 
 class RunDirectory:
-    """Paths of a run's files. Nothing is created before `make` or `claim`.
+    """Paths of a run's files. Only `make` and `claim` create any.
 
     `came_from` is the checkpoint that the run resumes from.
     """
@@ -39,7 +39,7 @@ class RunDirectory:
 
     @property
     def holds_a_run(self) -> bool:
-        """Whether the directory contains a checkpoint of any name."""
+        """Whether the directory contains a checkpoint, under any name."""
         numbered = glob.glob(NUMBERED, root_dir=self.path)
         return bool(numbered) or any(map(os.path.exists, (self.checkpoint, self.best)))
 
@@ -61,7 +61,7 @@ class RunDirectory:
             self.make()
             problem = self._lock.acquire()
         except LockedError as error:
-            raise TrainerError(f"--output: another run, {error}, writes in {self.path}") from None
+            raise TrainerError(f"--output: {self.path} is in use by {error}") from None
         except OSError as error:
             self.release()
             raise _cannot_write(self.path, error) from None
@@ -87,20 +87,18 @@ class RunDirectory:
 
 
 def for_new_run(output: str, data: str, recipe: str) -> RunDirectory:
-    """The directory of a new run, as `output_or_unused`; TrainerError if it holds a run already."""
+    """Return `output_or_unused`; raise TrainerError if that directory holds a run already."""
     run = output_or_unused(output, data, recipe)
     if run.holds_a_run:
-        raise TrainerError(
-            f"--output: {output} holds a run already: add --resume to go on with it, "
-            "or name another directory"
-        )
+        raise TrainerError(f"--output: {output} holds a run already: add --resume, or name another")
     return run
 
 
 def output_or_unused(output: str, data: str, name: str) -> RunDirectory:
-    """`output`, or if it is "", the next unused runs/DATA-NAME-1, -2, ..., created at once.
+    """Return `output`, or if it is "", the next unused runs/DATA-NAME-1, -2, ..., and create that.
 
-    No run may write inside the images of `data`, nor take the name that another has just created.
+    It is created at once, so that no other run takes its name. Raises TrainerError if `output` is
+    inside the images of `data`.
     """
     for part in ("train", "val", "test") if output and data != "digits" else ():
         images = os.path.realpath(os.path.join(data, part))
@@ -117,7 +115,7 @@ def output_or_unused(output: str, data: str, name: str) -> RunDirectory:
 
 
 def checkpoint_path(resume: str | None, output: str, restarted: bool) -> Path | None:
-    """The checkpoint to resume from; None for a new run.
+    """Return the checkpoint to resume from; None for a new run.
 
     `resume` is --resume: a file, a run directory, "" for the checkpoint in `output`, "auto" for
     that one if it exists, or None if the flag is not given. `output` is --output, or "".
@@ -137,7 +135,7 @@ def checkpoint_path(resume: str | None, output: str, restarted: bool) -> Path | 
 
 
 def continuation_dir(source: Path, output: str) -> RunDirectory:
-    """The directory of a run that resumes from the checkpoint `source`: `output`, or that of it.
+    """Return the directory of a run resumed from `source`: `output`, or if "", that of `source`.
 
     Raises TrainerError if `source` cannot be read, or the directory holds another run.
     """
@@ -145,7 +143,7 @@ def continuation_dir(source: Path, output: str) -> RunDirectory:
     run = RunDirectory(Path(output) if output else source.parent, came_from=source)
     elsewhere = run.holds_a_run and not run.path.samefile(source.parent)
     if elsewhere or (os.path.exists(run.checkpoint) and not run.checkpoint.samefile(source)):
-        raise TrainerError(f"--output: {run.path} holds another run than {source}")
+        raise TrainerError(f"--output: {run.path} holds a different run than {source}")
     return run
 
 

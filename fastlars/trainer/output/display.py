@@ -19,10 +19,9 @@ _ROW = "{:>7}  {:>8}  {:>10}  {:>7}  {:>9}  {:>7}  {:>7}  {:>8}"
 
 
 class Display:
-    """Progress for people: a bar on a terminal, and lines that a file of output gets too.
+    """A bar while the context lasts, and lines at any time; both only if it is `shown`.
 
-    The bar is shown while the context lasts, and counts `total` images, of which some are `done`;
-    lines can be printed at any time. Only the first process's display is `shown`.
+    The bar counts `total` images, of which some are `done`. Only the first process's is `shown`.
     """
 
     def __init__(self, total: int, done: int, *, shown: bool) -> None:
@@ -31,7 +30,6 @@ class Display:
         self._headed = False
 
     def advance(self, images: int) -> None:
-        """Move the bar by a number of images."""
         self._bar.update(images)
 
     def figures(self, loss: float, accuracy: float) -> None:

@@ -44,7 +44,7 @@ class Lock:
                 owner = os.read(file, 200).decode(errors="replace")
                 os.close(file)
                 if error.errno in (errno.EACCES, errno.EAGAIN):
-                    raise LockedError(owner or "which has just started") from None
+                    raise LockedError(owner or "a process that has just started") from None
                 self._path.unlink(missing_ok=True)
                 return f"this file system has no locks ({error.strerror})"
             if _is_at(file, self._path):
@@ -61,7 +61,6 @@ class Lock:
         return self._file < 0 or _is_at(self._file, self._path)
 
     def release(self) -> None:
-        """Release the lock, if it was acquired."""
         if self._file < 0:
             return
         if self.is_held():  # otherwise the file at this path belongs to another run
@@ -78,7 +77,7 @@ def _is_at(file: int, path: Path) -> bool:
 
 
 def unreliable_file_system(folder: Path, mounts: str = "/proc/self/mountinfo") -> str:
-    """The type of the file system of `folder` if a lock may hold on this machine only, or ""."""
+    """Return the type of a folder's file system if its locks may be local to one machine, or ""."""
     device = os.stat(folder).st_dev
     with suppress(OSError, ValueError), open(mounts, errors="replace") as lines:  # only on Linux
         for line in lines:

@@ -26,9 +26,9 @@ from fastlars.trainer.output.directory import RunDirectory
 def write(
     context: TrainingContext, directory: RunDirectory, command: Sequence[str], step: int
 ) -> None:
-    """Add a start at `step` to the run's run.json; a run that goes on keeps those before.
+    """Add a start at `step` to the run's run.json; a resumed run keeps the earlier ones.
 
-    Every process takes part, to tell its machine.
+    Every process takes part: each adds its machine.
     """
     with context.world.raise_on_all_ranks():
         machines = context.world.gather(_machine(context.world.device))
@@ -54,13 +54,13 @@ def write(
 
 
 def started_by(command: Sequence[str], path: Path) -> bool:
-    """Whether the last start in the run.json at `path` was by this command line."""
+    """Return whether the last start in the run.json at `path` was by this command line."""
     starts = _starts(path)
     return bool(starts) and starts[-1]["command"][3:] == [*command]
 
 
 def versions() -> dict[str, str | int | None]:
-    """Of everything that numbers may depend on; None for what is not there."""
+    """Return the versions of all software that affects results; None for what is not there."""
     return {
         "fastlars": fastlars.__version__,
         "python": platform.python_version(),
@@ -75,7 +75,7 @@ def versions() -> dict[str, str | int | None]:
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
-    """What a process computes with; sums of another number of threads are rounded otherwise."""
+    """Return what a process computes with: another number of threads rounds sums differently."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     processor = _found(r"^model name\s*: (.*)$", "/proc/cpuinfo") or platform.processor()
     return {"device": gpu or processor or platform.machine(), "threads": torch.get_num_threads()}
@@ -91,7 +91,7 @@ def _found(pattern: str, path: str) -> str | None:
 
 
 def _starts(path: Path) -> list[Any]:
-    """Those of a run.json; none where it is missing or somebody's edit broke it."""
+    """Return the starts in a run.json; none if it is missing or somebody's edit broke it."""
     try:
         return list(json.loads(path.read_text(encoding="utf-8"))["starts"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -32,7 +32,6 @@ class MLLog:
             self._in_epoch("eval_start" if evaluates else "epoch_start")
 
     def record(self, record: dict[str, Any]) -> None:
-        """Print what one record says."""
         kind = record["kind"]
         if kind == "train" and record["step"] == self._epoch * self._steps_per_epoch:
             self._in_epoch("epoch_stop")
@@ -74,7 +73,7 @@ class MLLog:
 
 
 def _description(context: TrainingContext) -> dict[str, Any]:
-    """What the run is, by the keys of a ResNet run."""
+    """Return what the run is, by the keys of MLPerf's ResNet benchmark."""
     config, order = context.config, context.order
     warmup = round(config.warmup_epochs * order.steps_per_epoch)
     found = {
@@ -99,7 +98,7 @@ def _description(context: TrainingContext) -> dict[str, Any]:
             "lars_epsilon": context.optimizer.param_groups[0]["eps"],
         }
         if config.schedule == "poly":
-            # As the reference counts them: one more than there are left.
+            # The recipe mlperf counts one more, as its reference does.
             left = config.epochs * order.steps_per_epoch - warmup + (config.recipe == "mlperf")
             found |= {
                 "lars_opt_learning_rate_decay_poly_power": config.power,

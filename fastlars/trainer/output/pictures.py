@@ -40,26 +40,15 @@ def optional(warn: Callable[[str], None]) -> Iterator[None]:
         warn(f"no picture: {reason_of(error)}")
 
 
-def draw_all(records: Records, folder: Path) -> None:
-    """Write every picture and table of a run."""
-    draw(records, folder / "curves.png")
-    draw_layers(records, folder)
-
-
 def draw_layers(records: Records, folder: Path) -> None:
-    """Write trust.csv, norms.csv and a picture of each; none of a table without rows."""
+    """Write trust.csv, norms.csv and a picture of each; nothing of a table without rows."""
     tables = {"trust": trust_table(records), "norms": norm_table(records)}
+    pictures = {"trust": heat_map, "norms": norms}
     filled = {name: table for name, table in tables.items() if len(table) > 1}
     for name, table in filled.items():
         atomic.write_table(table, folder / f"{name}.csv")
     for name in filled:  # after both tables, which a failing picture must not prevent
-        draw(records, folder / f"{name}.png")
-
-
-def draw(records: Records, path: Path) -> None:
-    """Write curves.png, trust.png or norms.png, depending on the name in `path`."""
-    pictures = {"curves.png": curves, "trust.png": heat_map, "norms.png": norms}
-    save(pictures[path.name](records), path)
+        save(pictures[name](records), folder / f"{name}.png")
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -170,7 +159,7 @@ def norms(records: Records) -> Figure:
     numbers.set_axis_off()
     for row, cells in enumerate([["", "|w|", "|g|", "|w|/|g|"], *table], start=-1):
         for column, value in enumerate(cells[1:]):
-            numbers.text(column + 0.9, row, _short(value), ha="right", va="center", fontsize=7)
+            numbers.text(column + 0.9, row, _cell(value), ha="right", va="center", fontsize=7)
     return figure
 
 
@@ -181,9 +170,9 @@ def sweep(
     found: tuple[float, float] | None,
     window: int,
 ) -> Figure:
-    """Loss over learning rate: of every step, by rate, and `means` of `window` of these losses.
+    """Loss over learning rate: of every step, and `means` of `window` of these losses.
 
-    The means fall fastest and are lowest at the two rates `found`.
+    The means fall fastest at the first of the two rates `found`, and are lowest at the second.
     """
     rates = list(losses)
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -239,7 +228,7 @@ def _plot(axis: Axes, points: Iterable[tuple[float, float | None]], **style: Any
     axis.plot([x for x, _ in known], [y for _, y in known], **style)
 
 
-def _short(value: Any) -> str:
+def _cell(value: Any) -> str:
     """A number with three digits; a whole number of four digits or more completely."""
     if not isinstance(value, float):
         return "-" if value is None else str(value)

@@ -92,7 +92,7 @@ class Records:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All records of a metrics.jsonl, up to a line that a kill cut short."""
+    """Return all records of a metrics.jsonl, up to a line that a kill cut short."""
     records = []
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:

@@ -25,7 +25,7 @@ class Retention:
         self._adopt_from = run.came_from
 
     def save(self, state: dict[str, Any], step: int, *, best: bool) -> None:
-        """Save a state; an older checkpoint is removed only when the new one has all its names.
+        """Save a state; remove older checkpoints only when the new one has all its names.
 
         Raises NotSavedError if the disk is full or fails; the other checkpoints are unchanged.
         """
@@ -44,9 +44,8 @@ class Retention:
         # With --keep-last 1, the default, older ones stay: the run may have been resumed without
         # the --keep-last that it was started with. A user's checkpoint-mine.pt stays in any case.
         paths = self._run.path.glob(NUMBERED) if self._last > 1 else []
-        steps = {path: re.fullmatch(r"checkpoint-(\d{6,})", path.stem) for path in paths}
-        old = sorted((int(found[1]), path) for path, found in steps.items() if found)
-        for _, path in old[: -self._last]:
+        numbered = (path for path in paths if re.fullmatch(r"checkpoint-\d{6,}", path.stem))
+        for path in sorted(numbered, key=lambda path: int(path.stem.split("-")[1]))[: -self._last]:
             with checkpoint.not_saved(path):
                 path.unlink(missing_ok=True)
 

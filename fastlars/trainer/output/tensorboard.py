@@ -26,7 +26,7 @@ def check(folder: Path) -> None:
     """Raise TrainerError if event files cannot be written in `folder`."""
     packages.load("torch.utils.tensorboard", "--tensorboard", "tensorboard")
     if os.path.exists(folder) and not os.path.isdir(folder):
-        raise TrainerError(f"--tensorboard: {folder} is no folder")
+        raise TrainerError(f"--tensorboard: {folder} is not a folder")
 
 
 class TensorBoard:
@@ -45,7 +45,6 @@ class TensorBoard:
             self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def record(self, record: dict[str, Any]) -> None:
-        """Write the values of one record."""
         kind = record["kind"]
         with self._optional():
             if kind == "start":
@@ -58,12 +57,10 @@ class TensorBoard:
                     self._writer.add_scalar(tag, value, record["step"])
 
     def sync(self) -> None:
-        """Flush all records so far to the event file."""
         with self._optional():
             self._writer.flush()
 
     def close(self) -> None:
-        """Close the event file."""
         with self._optional():
             self._writer.close()
 

@@ -289,7 +289,7 @@ class Journal:
     def _draw(self) -> None:
         if self.records is not None:
             with pictures.optional(self.display.warn):
-                pictures.draw(read(self.directory.log), self.directory.picture)
+                pictures.save(pictures.curves(read(self.directory.log)), self.directory.picture)
         self._drawn = time.perf_counter()
 
 
