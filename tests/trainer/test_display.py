@@ -31,7 +31,7 @@ def test_facts_fit_the_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -
 
 def test_a_row_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
     display = Display(1, 0, shown=True)
-    for number in ("1/1000", "1000/1000"):
+    for number in ("epoch 1/90", "epoch 1000/1000"):
         display.row(number, "1.23e-05", "12.3456", "100.00%", "12.3456", "100.00%", "100.00%", "-")
     space, heading, *rows = capsys.readouterr().out.splitlines()
     assert space == ""
@@ -47,7 +47,7 @@ def test_a_row_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
         "best",
         "images/s",
     ]
-    assert [row.split()[0] for row in rows] == ["1/1000", "1000/1000"]
+    assert [row.split()[1] for row in rows] == ["1/90", "1000/1000"]
     assert len(heading) == len(rows[0]) < 80
     assert len(rows[1]) < 80
 
@@ -59,7 +59,7 @@ def test_a_row_for_each_epoch(tmp_path: Path, train: Train) -> None:
     first = train(*flags, "--max-steps", 7)
     second = train("--resume", "--output", tmp_path, "--max-steps", 0)
     rows = [
-        [line.split() for line in outcome.out.splitlines() if re.match(r" +\d+/3 ", line)]
+        [line.split()[1:] for line in outcome.out.splitlines() if re.match(r"epoch \d/3 ", line)]
         for outcome in (first, second)
     ]
     assert [[row[0] for row in part] for part in rows] == [["1/3"], ["2/3", "3/3"]]

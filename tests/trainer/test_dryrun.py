@@ -80,7 +80,7 @@ def test_weights_gradients_and_states_are_exact(
     """lamb: two moments, and a counter for each of the 5 parameters."""
     monkeypatch.setattr(memory, "size", lambda count: f"{count} MB")
     monkeypatch.setattr(memory, "_resident", lambda: 10**8 + 4 * PARAMETERS + BUFFERS + KEPT)
-    told = facts("\n".join(dry_run.describe(context(ema=0.5, **settings), 0)))["memory"]
+    told = facts("\n".join(dry_run.describe(context(ema=0.5, **settings), 0)))["needs"]
     found = megabytes(told)
     workspaces = found.pop("workspaces")
     assert workspaces == pytest.approx(sum(found.values()) / 10, rel=0.001)
@@ -94,7 +94,7 @@ def test_weights_gradients_and_states_are_exact(
         "optimizer states": states,
         "moving average": 4 * PARAMETERS + BUFFERS,
     }
-    whole = re.search(r"of a process: ([\d.]+) MB", told)
+    whole = re.search(r"memory of a process: ([\d.]+) MB", told)
     assert whole is not None
     assert float(whole[1]) == pytest.approx(sum(megabytes(told).values()))
 
@@ -135,5 +135,5 @@ def test_two_processes_tell_one_story() -> None:
     assert outcome.status == 0, outcome
     assert outcome.out.count("of a process: ") == 1
     said = facts(outcome.out)
-    assert "buckets of gradients" in said["memory"]
+    assert "buckets of gradients" in said["needs"]
     assert "2 processes on cpu, 32 images each, fp32" in said["steps"]

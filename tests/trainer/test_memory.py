@@ -117,7 +117,7 @@ def test_a_dry_run_says_what_a_run_takes(tmp_path: Path, flags: tuple[object, ..
         assert found is not None, done.stdout
         return float(found[1]) * {"GB": 1e9, "MB": 1e6}.get(found[found.lastindex or 1], 1024)
 
-    told = number(r"memory +of a process: ([\d.]+) (GB|MB)", "--dry-run")
+    told = number(r"memory of a process: ([\d.]+) (GB|MB)", "--dry-run")
     peak = number(r"peak (\d+)", "--max-steps", 2)
     assert 1 / 1.3 < told / peak < 1.3, f"said {told / 1e6:.0f} MB, took {peak / 1e6:.0f} MB"
 

@@ -14,8 +14,8 @@ tqdm.monitor_interval = 0
 
 
 # The columns of the epochs' table: 77 characters.
-_HEADINGS = ("epoch", "lr", "train loss", "acc", "test loss", "acc", "best", "images/s")
-_ROW = "{:>7}  {:>8}  {:>10}  {:>7}  {:>9}  {:>7}  {:>7}  {:>8}"
+_HEADINGS = ("", "lr", "train loss", "acc", "test loss", "acc", "best", "images/s")
+_ROW = "{:<11} {:>8} {:>11} {:>7} {:>10} {:>7} {:>7} {:>9}"
 
 
 class Display:

@@ -38,10 +38,10 @@ def describe(context: TrainingContext, left: int) -> Iterator[str]:
     listed = ", ".join(f"{what} {memory.size(count)}" for what, count in needed.items())
     readers = config.workers if config.data != "digits" else 0
     yield from report.fact(
-        "memory",
-        f"of a process: {memory.size(sum(needed.values()))}, of which {listed}; activations are "
-        f"those kept for the backward pass of {share} images"
-        + (f"; the {readers} that read images are not counted" if readers else ""),
+        "needs",
+        f"memory of a process: {memory.size(sum(needed.values()))}, of which {listed}; activations "
+        f"are those of {share} images"
+        + (f"; without the {readers} processes that read images" if readers else ""),
     )
     if context.world.device.type == "cuda":
         free, whole = torch.cuda.mem_get_info(context.world.device)
@@ -52,7 +52,7 @@ def describe(context: TrainingContext, left: int) -> Iterator[str]:
     yield from report.fact(
         "time",
         f"{_duration(step * left)} for {left} steps, {step:.3g} s a step, from {_STEPS} steps of "
-        f"{images} images a process on this machine; without reading of images and evaluation",
+        f"{images} images a process on this machine; without reading and evaluation",
     )
 
 

@@ -247,7 +247,7 @@ class Journal:
             lr, loss, accuracy = f"{self._lr:.3g}", f"{seen.loss:.4f}", f"{seen.accuracy:.2%}"
             rate = f"{seen.images / (self._clock - self._epoch_clock):.0f}"
         tested = f"{test.loss:.4f}", f"{test.accuracy:.2%}", f"{progress.best_accuracy:.2%}"
-        number = f"{progress.evaluated}/{context.config.epochs}"
+        number = f"epoch {progress.evaluated}/{context.config.epochs}"
         self.display.row(number, lr, loss, accuracy, *tested, rate)
         unread = context.data.test_size - test.images
         if unread:
