@@ -8,7 +8,7 @@ from dataclasses import fields
 import pytest
 
 from fastlars.trainer.config import command_line, recipes
-from fastlars.trainer.config.settings import Config, flag
+from fastlars.trainer.config.settings import _MAY_CHANGE_ON_RESUME, Config, flag
 from fastlars.trainer.errors import TrainerError
 
 
@@ -99,6 +99,10 @@ def test_bn_batch_must_fit_if_it_is_given() -> None:
             f"--bn-batch 64 does not divide the {images} images of a forward pass"
         )
     assert command_line.new_config({"recipe": "goyal", "batch_size": 40}).bn_batch == 32
+
+
+def test_what_may_change_on_resume_are_settings() -> None:
+    assert {field.name for field in fields(Config)} > _MAY_CHANGE_ON_RESUME
 
 
 def test_compression_needs_overlap() -> None:

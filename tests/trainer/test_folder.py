@@ -88,7 +88,7 @@ def test_the_size_that_images_are_brought_to(
     told = every[0] <= 64 and every[0] < every[-1]
     assert capfd.readouterr().err == told * (
         f"warning: the longer sides of {len(every)} training images are from {every[0]} to "
-        f"{every[-1]} pixels: all are brought to {size} (--image-size sets another)\n"
+        f"{every[-1]} pixels: all are resized to {size} (--image-size sets another)\n"
     )
 
 

@@ -108,7 +108,7 @@ class Config:
     )
     image_size: int = _number(
         0,
-        "side to which the images of a folder are brought; 0: their own if at most 64, else 224",
+        "side to which the images of a folder are resized; 0: their own if at most 64, else 224",
         "pixels",
         least=8,
         most=2**15,

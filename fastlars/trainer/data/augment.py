@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from fastlars.trainer.data.dataset import TEST, PixelBatch
 from fastlars.trainer.data.order import generator
 
-_SHORT_SIDE = 256 / 224  # of a resized test image, in sides of its crop
+_SHORT_SIDE = 256 / 224  # a test image's shorter side is this times the crop's
 # An image is at most this many times longer than wide before it is resized: the rest would not be
 # in the crop, and could take gigabytes.
 _MAX_ASPECT = 8

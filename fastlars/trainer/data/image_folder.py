@@ -158,7 +158,7 @@ def _native_size(files: Files, bad_images: BadImages) -> int:
     if smallest < largest and smallest <= _SMALL and bad_images.shown:
         tqdm.write(
             f"warning: the longer sides of {len(sample)} training images are from {smallest} to "
-            f"{largest} pixels: all are brought to {side} (--image-size sets another)",
+            f"{largest} pixels: all are resized to {side} (--image-size sets another)",
             file=sys.stderr,
         )
     return side

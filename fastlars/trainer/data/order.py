@@ -16,7 +16,7 @@ from fastlars.trainer.errors import TrainerError
 
 
 class BatchOrder:
-    """The division of the training images into steps; TrainerError if they do not divide.
+    """The division of the training images into steps; TrainerError if the sizes do not fit.
 
     `batch_size` counts the images of one optimizer step, over all processes; `micro_batch` those of
     one forward pass, or the whole share of the process where 0 is given.
