@@ -72,7 +72,9 @@ def test_help_does_not_wait_for_torch() -> None:
     )
     done = run(code, ROOT)
     assert done.stdout.endswith("\n0 False\n"), done.stderr
-    assert done.stderr == ("fastlars.trainer: error: argument --epochs: invalid int value: 'x'\n")
+    assert done.stderr == (
+        "fastlars.trainer: error: argument --epochs: must be a whole number, got 'x'\n"
+    )
 
 
 def test_threads_that_need_it_at_once() -> None:

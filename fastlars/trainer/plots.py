@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fastlars.trainer.errors import TrainerError, reason_of
+from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.process import packages
 from fastlars.trainer.process.exit import end_process, run_command
 
@@ -35,10 +35,8 @@ def _draw(run: Path) -> int:
             raise ValueError("no records")
         pictures.save(pictures.curves(records), run / "curves.png")
         pictures.draw_layers(records, run)
-    except OSError as error:
-        raise TrainerError(reason_of(error)) from None
     except (KeyError, TypeError, ValueError):
-        raise TrainerError(f"{log} is no log of the trainer") from None
+        raise TrainerError(f"{log} is not a log of the trainer") from None
     return 0
 
 

@@ -23,7 +23,7 @@ from distributed.torchrun import (
 
 pytestmark = pytest.mark.xdist_group("elastic")  # with one undisturbed run for both files
 WAIT = 8  # seconds that a process waits for another one, also while both start
-LOST = "lost another one"
+LOST = "lost its connection to another process"
 
 
 @pytest.fixture

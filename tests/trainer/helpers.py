@@ -17,6 +17,11 @@ import torch
 from PIL import Image
 from torch import nn
 
+from fastlars.trainer.config.settings import Config
+from fastlars.trainer.data.image_folder import Folder
+
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -53,6 +58,15 @@ def write_images(folder: Path, count: int, seed: int, side: int = 16) -> None:
     for number in range(count):
         pixels = draw.integers(0, 128, (side, side, 3)) + 40 * (seed % 4)
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number:03}.png")
+
+
+def folder(
+    root: Path | str, device: torch.device = CPU, workers: int = 0, **settings: Any
+) -> Folder:
+    """A folder's images, prepared."""
+    made = Folder(Config(data=str(root), workers=workers, **settings), device)
+    made.prepare()
+    return made
 
 
 def facts(out: str) -> dict[str, str]:

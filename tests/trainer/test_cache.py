@@ -13,19 +13,11 @@ import torch
 from tqdm import tqdm
 
 from fastlars.trainer.data import decode, image_folder
-from fastlars.trainer.data.image_folder import Folder
 from fastlars.trainer.data.order import BatchOrder
 from fastlars.trainer.errors import TrainerError
-from trainer.helpers import Outcome, assert_same, load, write_images
+from trainer.helpers import Outcome, assert_same, folder, load, write_images
 
 Train = Callable[..., Outcome]
-CPU = torch.device("cpu")
-
-
-def folder(root: Path, keep: str, workers: int = 0, device: torch.device = CPU) -> Folder:
-    made = Folder(str(root), 0, 3, workers, device, keep=keep)
-    made.prepare()
-    return made
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -34,7 +26,10 @@ def test_the_same_pictures(tmp_path: Path, workers: int) -> None:
     for part, count in (("train", 300), ("test", 7)):  # more than are read at once
         write_images(tmp_path / part / "even", count, 0)
         write_images(tmp_path / part / "odd", 5, 1, side=21)
-    kept, read = folder(tmp_path, "on", workers), folder(tmp_path, "off", 2 - workers)
+    kept, read = (
+        folder(tmp_path, cache="on", workers=workers),
+        folder(tmp_path, cache="off", workers=2 - workers),
+    )
     asked = [(epoch, torch.randperm(305)[:60]) for epoch in (0, 0, 3)]
     for one, other in zip(kept.train(asked), read.train(asked), strict=True):
         assert_same(one, other)
@@ -45,7 +40,7 @@ def test_the_same_pictures(tmp_path: Path, workers: int) -> None:
 
 def test_files_are_read_once(images: Path) -> None:
     others = set(multiprocessing.active_children())
-    kept = folder(images, "on", workers=1)
+    kept = folder(images, cache="on", workers=1)
     assert set(multiprocessing.active_children()) <= others  # the workers have ended
     for path in images.rglob("*.png"):
         path.unlink()
@@ -74,7 +69,7 @@ def test_the_bar_counts_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for part, count in (("train", 299), ("test", 7)):
         write_images(tmp_path / part / "ant", count, 0)
     (tmp_path / "train" / "ant" / "bad.png").write_text("hello")
-    Folder(str(tmp_path), 16, 3, 0, CPU, keep="on", max_bad_images=1).prepare()
+    folder(tmp_path, image_size=16, cache="on", max_bad_images=1)
     assert counts == [256, 44, 7]
     assert [line.split(" in ")[0] for line in said] == [
         "read 299 training images", "read 7 test images",
@@ -92,7 +87,7 @@ def decodings(root: Path, keep: str, monkeypatch: pytest.MonkeyPatch) -> int:
 
     with monkeypatch.context() as patch:
         patch.setattr(decode, "decode", counted)
-        folder(root, keep)
+        folder(root, cache=keep)
     return count
 
 
@@ -114,8 +109,8 @@ def test_auto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_large_images_cannot_be_kept(tmp_path: Path) -> None:
     for part in ("train", "val"):
         write_images(tmp_path / part / "ant", 2, 0, side=65)
-    with pytest.raises(TrainerError, match=r"--cache on keeps images of up to 64 pixels.* to 224"):
-        folder(tmp_path, "on")
+    with pytest.raises(TrainerError, match=r"--cache on keeps images of up to 64 pixels, not 224"):
+        folder(tmp_path, cache="on")
 
 
 @pytest.mark.usefixtures("tiny", "no_picture")
@@ -135,7 +130,7 @@ def test_resuming_with_and_without(tmp_path: Path, train: Train, images: Path) -
 @pytest.mark.gpu
 def test_on_a_gpu(images: Path) -> None:
     """The same bytes as on the CPU; auto keeps them on the GPU."""
-    gpu, cpu = folder(images, "auto", device=torch.device("cuda")), folder(images, "auto")
+    gpu, cpu = folder(images, torch.device("cuda")), folder(images)
     asked = [next(BatchOrder(36, 36, 0, 0, 1, 0).from_step(0))]
     (one, labels), (other, expected) = next(gpu.train(asked)), next(cpu.train(asked))
     assert one.device.type == labels.device.type == "cuda"

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fastlars.trainer.data.image_folder import Folder
-from trainer.helpers import load, records, tiny_net, write_images
+from fastlars.trainer.data.dataset import Data
+from trainer.helpers import folder, load, records, tiny_net, write_images
 
 HERE = Path(__file__).parent
 
@@ -49,7 +49,7 @@ def alive(group: int) -> list[int]:
     return found
 
 
-def evaluated(run: Path, images: Folder) -> tuple[float, int]:
+def evaluated(run: Path, images: Data) -> tuple[float, int]:
     """Mean loss of a run's checkpoint on all test images, and the number of images."""
     net = tiny_net("", len(images.classes), "", 0)
     net.load_state_dict(load(run)["model"])
@@ -75,9 +75,7 @@ def test_three_processes_test_every_image_once(tmp_path: Path) -> None:
     assert started.returncode == 0, err
     assert err.count("warning: skipped image") == 2  # all three read it, one reports it
     (test,) = [record for record in records(run) if record["kind"] == "test"]
-    loss, count = evaluated(
-        run, Folder(str(images), 0, 0, 0, torch.device("cpu"), max_bad_images=2)
-    )
+    loss, count = evaluated(run, folder(images, max_bad_images=2))
     assert test["images"] == count == 15
     assert test["loss"] == pytest.approx(loss, rel=1e-5)
 

@@ -35,18 +35,7 @@ def test_a_row_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
         display.row(number, "1.23e-05", "12.3456", "100.00%", "12.3456", "100.00%", "100.00%", "-")
     space, heading, *rows = capsys.readouterr().out.splitlines()
     assert space == ""
-    assert heading.split() == [
-        "epoch",
-        "lr",
-        "train",
-        "loss",
-        "acc",
-        "test",
-        "loss",
-        "acc",
-        "best",
-        "images/s",
-    ]
+    assert " ".join(heading.split()) == "lr train loss acc test loss acc best images/s"
     assert [row.split()[1] for row in rows] == ["1/90", "1000/1000"]
     assert len(heading) == len(rows[0]) < 80
     assert len(rows[1]) < 80

@@ -130,7 +130,7 @@ def test_no_room_for_the_last_checkpoint(tmp_path: Path) -> None:
     assert len(told) == 2, outcome.err
     assert "training goes on" in told[0]
     assert "the previous checkpoint is untouched" in told[1]
-    assert "lost another one" not in outcome.err
+    assert "lost its connection" not in outcome.err
 
 
 @pytest.mark.slow

@@ -205,7 +205,7 @@ def test_without_output_the_directory_is_new(
     [
         (("--recipe", "akiba"), "--find-lr: akiba's first steps are RMSprop's"),
         (("--resume",), "--find-lr starts from new weights: leave out --resume"),
-        (("--batch-size", 9999), "--batch-size 9999 is more than"),
+        (("--batch-size", 9999), "--batch-size 9999 exceeds"),
     ],
 )
 def test_mistakes_leave_nothing_behind(

@@ -13,22 +13,21 @@ import torch
 from PIL import Image
 
 from fastlars.trainer.data import listing
-from fastlars.trainer.data.image_folder import Folder, _sample
+from fastlars.trainer.data.image_folder import _sample
 from fastlars.trainer.errors import TrainerError
-from trainer.helpers import Outcome, files_below, write_images
+from trainer.helpers import Outcome, files_below, folder, write_images
 
 Train = Callable[..., Outcome]
-CPU = torch.device("cpu")
 
 
 def test_what_is_read(images: Path) -> None:
     (images / "train" / "ant" / "notes.txt").write_text("not an image")
     (images / "train" / ".cache").mkdir()
-    folder = Folder(str(images), 0, 0, 0, CPU)
-    assert folder.classes == ("ant", "bee", "cat")
-    assert (folder.train_size, folder.test_size) == (36, 15)
-    assert (folder.image_size, folder.stem) == (16, "small")
-    pixels, labels = next(folder.test([torch.arange(15)]))
+    some = folder(images)
+    assert some.classes == ("ant", "bee", "cat")
+    assert (some.train_size, some.test_size) == (36, 15)
+    assert (some.image_size, some.stem) == (16, "small")
+    pixels, labels = next(some.test([torch.arange(15)]))
     assert labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
     assert pixels.shape == (15, 3, 16, 16)
     assert pixels.is_contiguous(memory_format=torch.channels_last)
@@ -41,10 +40,10 @@ def test_what_is_read(images: Path) -> None:
 def test_large_images_become_224(tmp_path: Path) -> None:
     for part in ("train", "test"):  # test/ does where there is no val/
         write_images(tmp_path / part / "wide", 3, 0, side=100)
-    folder = Folder(str(tmp_path), 0, 0, 0, CPU)
-    assert (folder.image_size, folder.stem) == (224, "imagenet")
-    assert next(folder.train([(0, torch.arange(2))]))[0].shape == (2, 3, 224, 224)
-    assert next(folder.test([torch.arange(2)]))[0].shape == (2, 3, 224, 224)
+    some = folder(tmp_path)
+    assert (some.image_size, some.stem) == (224, "imagenet")
+    assert next(some.train([(0, torch.arange(2))]))[0].shape == (2, 3, 224, 224)
+    assert next(some.test([torch.arange(2)]))[0].shape == (2, 3, 224, 224)
 
 
 def test_what_is_hidden_is_left_out(images: Path) -> None:
@@ -84,12 +83,12 @@ def test_the_size_that_images_are_brought_to(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], sides: dict[str, list[int]], size: int
 ) -> None:
     """One line reports it if images are enlarged that would have been used as they are."""
-    assert Folder(str(sized(tmp_path, sides)), 0, 0, 0, CPU).image_size == size
+    assert folder(sized(tmp_path, sides), cache="off").image_size == size
     every = sorted(side for each in sides.values() for side in each)
     told = every[0] <= 64 and every[0] < every[-1]
     assert capfd.readouterr().err == told * (
         f"warning: the longer sides of {len(every)} training images are from {every[0]} to "
-        f"{every[-1]} pixels: all are brought to {size} (--image-size sets another)\n"
+        f"{every[-1]} pixels: all are resized to {size} (--image-size sets another)\n"
     )
 
 
@@ -107,20 +106,22 @@ def test_some_images_of_every_class_are_looked_at() -> None:
 def test_a_bad_image_in_the_sample_counts(images: Path) -> None:
     damage(images / "train" / "bee" / "004.png")
     (images / "train" / "ant" / "000.png").write_text("hello")
-    assert len(Folder(str(images), 0, 0, 0, CPU, max_bad_images=1).bad_images) == 1
+    assert len(folder(images, cache="off", max_bad_images=1).bad_images) == 1
     with pytest.raises(TrainerError, match=r"ant/000\.png"):
-        Folder(str(images), 0, 0, 0, CPU)
+        folder(images)
     for path in (images / "train").glob("*/*.png"):
         path.write_text("hello")
     with pytest.raises(TrainerError, match=r"none of 36 training images can be read.*--image-size"):
-        Folder(str(images), 0, 0, 0, CPU, max_bad_images=99)
+        folder(images, max_bad_images=99)
 
 
 @pytest.mark.parametrize("size", [16, 80])
 def test_augmentation_is_the_same_in_every_worker(images: Path, size: int) -> None:
     batches = [(2, torch.tensor([0, 30])), (3, torch.tensor([30, 0]))]
-    alone = [b[0] for b in Folder(str(images), size, 1, 0, CPU, keep="off").train(batches)]
-    spread = [b[0] for b in Folder(str(images), size, 1, 2, CPU, keep="off").train(batches)]
+    alone = [b[0] for b in folder(images, image_size=size, seed=1, cache="off").train(batches)]
+    spread = [
+        b[0] for b in folder(images, workers=2, image_size=size, seed=1, cache="off").train(batches)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(alone, spread, strict=True))
     assert not torch.equal(alone[0], alone[1].flip(0))
 
@@ -133,7 +134,7 @@ def test_half_of_the_images_are_mirrored(tmp_path: Path, side: int) -> None:
     for part in ("train", "val"):
         (tmp_path / part / "ant").mkdir(parents=True)
         image.save(tmp_path / part / "ant" / "0.png")
-    some = Folder(str(tmp_path), side, 0, 0, CPU)
+    some = folder(tmp_path, image_size=side)
     pixels = torch.cat([p for p, _ in some.train((e, torch.tensor([0, 0])) for e in range(100))])
     light = pixels.mean(dim=(1, 2))  # of each column
     turned = (light[:, : side // 2].sum(dim=1) > light[:, side // 2 :].sum(dim=1)).float().mean()
@@ -146,7 +147,7 @@ def test_a_batch_of_bad_images_is_left_out_of_a_test(images: Path, keep: str) ->
         damage(images / "val" / "ant" / name)
     # Its size is asked for, and known from the others.
     (images / "train" / "ant" / "000.png").write_text("hello")
-    some = Folder(str(images), 0, 0, 0, CPU, keep=keep, max_bad_images=3)
+    some = folder(images, cache=keep, max_bad_images=3)
     assert some.image_size == 16
     counts = [len(labels) for _, labels in some.test(torch.arange(15).split(2))]
     assert counts == [2, 2, 2, 2, 2, 2, 1]
@@ -185,7 +186,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "too few images": (
         lambda root: [(root / "train" / "ant" / f"{n:03}.png").unlink() for n in range(5)],
-        "--batch-size 36 is more than the 31 training images",
+        "--batch-size 36 exceeds the 31 training images",
     ),
     "a damaged image to train": (
         lambda root: damage(root / "train" / "bee" / "007.png"),
@@ -279,7 +280,7 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_permission_for_a_folder(images: Path) -> None:
     (images / "train" / "bee").chmod(0)
     with unprivileged(), pytest.raises(TrainerError) as error:
-        Folder("images", 0, 0, 0, CPU)
+        folder("images")
     assert str(error.value) == "--data: cannot read images/train/bee: Permission denied"
 
 
@@ -287,7 +288,7 @@ def test_no_permission_for_a_folder(images: Path) -> None:
 def test_no_permission_for_an_image(images: Path) -> None:
     (images / "train" / "bee" / "004.png").chmod(0)
     with unprivileged(), pytest.raises(TrainerError) as error:
-        list(Folder("images", 0, 0, 0, CPU).train([(0, torch.arange(36))]))
+        list(folder("images").train([(0, torch.arange(36))]))
     assert str(error.value) == (
         "cannot read image images/train/bee/004.png: Permission denied "
         "(--max-bad-images would skip some)"

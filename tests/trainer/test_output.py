@@ -116,7 +116,7 @@ def test_a_run_is_not_overwritten(tmp_path: Path, train: Train) -> None:
         (("--output", LONG), f"--output: cannot write in {LONG}: File name too long"),
         (("--output", LONG, "--resume", "auto"), f"cannot write in {LONG}: File name too long"),
         (("--resume", LONG), f"--resume: cannot read {LONG}: File name too long"),
-        (("--output", "a/b/c", "--batch-size", 9999), "--batch-size 9999 is more than"),
+        (("--output", "a/b/c", "--batch-size", 9999), "--batch-size 9999 exceeds"),
         (("--output", "a/b/c", "--warmup-epochs", 99), "--warmup-epochs 99 leaves nothing"),
         (("--output", "a/b/c", "--end-lr", 99), "--end-lr 99.0 exceeds the learning rate"),
         (("--output", "a/b/c", "--device", "cuda"), "--device cuda: PyTorch sees no GPU"),

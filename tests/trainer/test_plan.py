@@ -63,12 +63,12 @@ def test_evaluation_sees_each_image_once(images: int, size: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((100, 128, 0, 0, 1, 0), "--batch-size 128 is more than the 100 training images there are"),
-        ((100, 10, 0, 0, 3, 0), "--batch-size 10 does not divide into 3 processes"),
+        ((100, 128, 0, 0, 1, 0), "--batch-size 128 exceeds the 100 training images"),
+        ((100, 10, 0, 0, 3, 0), "--batch-size 10 is not a multiple of 3 processes"),
         ((100, 20, 3, 0, 2, 0), "--micro-batch 3 does not divide the 10 images that each of 2"),
         ((100, 20, 40, 0, 1, 0), "--micro-batch 40 does not divide the 20 images"),
-        ((100, 4, 1, 0, 1, 0), "batch norm needs at least 2 images"),
-        ((100, 2, 0, 0, 2, 0), "batch norm needs at least 2 images"),
+        ((100, 4, 1, 0, 1, 0), "batch norm needs 2 images"),
+        ((100, 2, 0, 0, 2, 0), "batch norm needs 2 images"),
     ],
 )
 def test_what_does_not_divide(arguments: tuple[int, ...], message: str) -> None:

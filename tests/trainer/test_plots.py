@@ -154,7 +154,7 @@ def test_what_is_no_log_is_not_drawn(
 ) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(text.encode("latin-1"))
     assert main([str(tmp_path)]) == 2
-    assert "metrics.jsonl is no log of the trainer" in capsys.readouterr().err
+    assert "metrics.jsonl is not a log of the trainer" in capsys.readouterr().err
     assert files_below(tmp_path) == ["metrics.jsonl"]
 
 

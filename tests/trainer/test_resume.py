@@ -239,10 +239,10 @@ def test_a_checkpoint_without_its_log(tmp_path: Path, train: Train) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--lr", 3.0), "--lr 3.0 differs from 5.0, with which the run in"),
-        (("--recipe", "goyal"), "--recipe goyal differs from lars"),
-        (("--epochs", 3), "--epochs 3 differs from 2"),
-        (("--seed", 1), "--seed 1 differs from 0"),
+        (("--lr", 3.0), "has 5.0; leave --lr out to resume"),
+        (("--recipe", "goyal"), "has lars; leave --recipe out"),
+        (("--epochs", 3), "--epochs 3: the run in"),
+        (("--seed", 1), "has 0; leave --seed out"),
     ],
 )
 def test_other_settings_are_refused(

@@ -184,7 +184,7 @@ def test_tensorboard_without_disk(tmp_path: Path, capfd: pytest.CaptureFixture[s
     from fastlars.trainer.process import console
 
     told: list[str] = []
-    with console.guarded():
+    with console.unfailing():
         board = TensorBoard(tmp_path / "tensorboard", 0, told.append)
         with disk_full_after(300):
             for step in range(100):
@@ -246,7 +246,7 @@ def test_a_package_that_does_not_load(tmp_path: Path) -> None:
         (
             "PIL.Image",
             ImportError("x"),
-            "mend it, or reinstall it (pip install --force-reinstall Pillow)",
+            "repair it, or reinstall it (pip install --force-reinstall Pillow)",
         ),
         ("tqdm", AttributeError("no attribute"), "tqdm is there but does not load: no attribute"),
         ("tqdm", ModuleNotFoundError("", name="tqdm"), "tqdm is not installed: pip install"),

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from fastlars.trainer.config import recipes
-from fastlars.trainer.config.settings import GROUPS, Config, check, flag
+from fastlars.trainer.config.settings import GROUPS, Config, check, fixed_on_resume, flag
 from fastlars.trainer.errors import TrainerError
 
 _DESCRIPTION = """\
@@ -43,11 +43,14 @@ class Command:
 
 
 def parse(arguments: Sequence[str]) -> Command:
-    """What the command line asks for; a setting out of its range is a TrainerError."""
+    """Parse a command line; a mistake in it, or a setting out of its range, is a TrainerError."""
     parser = _parser()
     if any("\0" in argument for argument in arguments):
         parser.error("an argument has a NUL character in it")
-    given = vars(parser.parse_args(arguments))
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}; see --help")
+    given = vars(known)
     for name, value in given.items():
         if isinstance(value, list):  # what argparse makes of --flag=--
             parser.error(f"argument {flag(name)}: expected one argument")
@@ -56,7 +59,7 @@ def parse(arguments: Sequence[str]) -> Command:
     actions = {name: given.pop(name) for name in given.keys() & {"resume", "find_lr", "dry_run"}}
     if {"resume", "find_lr"} <= actions.keys():
         parser.error("--find-lr starts from new weights: leave out --resume")
-    # Now, and not only in Config: --device and --timeout are used before there is a Config.
+    # Checked here too, because --device and --timeout are used before there is a Config.
     for setting in fields(Config):
         if setting.name in given:
             check(setting, given[setting.name])
@@ -65,6 +68,8 @@ def parse(arguments: Sequence[str]) -> Command:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        for kind, words in (("int", "a whole number"), ("float", "a number")):
+            message = message.replace(f"invalid {kind} value:", f"must be {words}, got")
         raise TrainerError(message, everywhere=True)
 
 
@@ -180,8 +185,8 @@ def resumed_config(given: Mapping[str, Any], saved: Mapping[str, Any], path: str
 
     Raises TrainerError for a flag, ValueError or TypeError for what is saved.
     """
-    known = {f.name: f for f in fields(Config)}
-    start = {name: value for name, value in saved.items() if name in known}
+    names = {setting.name for setting in fields(Config)}
+    start = {name: value for name, value in saved.items() if name in names}
     if not start.keys() >= {"recipe", "model", "data"}:
         raise ValueError("its configuration is incomplete")
     try:
@@ -189,9 +194,9 @@ def resumed_config(given: Mapping[str, Any], saved: Mapping[str, Any], path: str
     except TrainerError as error:
         raise ValueError(str(error)) from error
     for name, value in given.items():
-        if known[name].metadata["fixed_on_resume"] and name in saved and saved[name] != value:
+        if fixed_on_resume(name) and name in saved and saved[name] != value:
             raise TrainerError(
-                f"{flag(name)} {value} differs from {saved[name]}, with which the run in {path} "
-                "was started: leave it out to resume, or start a new run with another --output"
+                f"{flag(name)} {value}: the run in {path} has {saved[name]}; leave {flag(name)} "
+                "out to resume, or start a new run with another --output"
             )
     return Config(**start | dict(given))

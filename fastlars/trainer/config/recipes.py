@@ -25,7 +25,7 @@ class Row:
     """One row of a published table: the settings for ResNet-50 on ImageNet at one batch size.
 
     `epochs` is the length of the schedule, warm-up included. `bn_batch` is the number of images
-    per batch norm statistic, 0 if the source does not say. `source` goes before "at 8,192".
+    per batch norm statistic, 0 if the source does not say. `source` is followed by " at 8,192".
     """
 
     batch: int
@@ -41,7 +41,7 @@ class Row:
 # The rates in table 4 of the paper itself belong to another trust coefficient. These are for
 # 0.001, and reproduce the paper's accuracies.
 LARS = tuple(
-    Row(batch, lr, 5.0, 90, 0.9, 1e-4, 0, "torchlars' reproduction of You et al. 2017, table 4:")
+    Row(batch, lr, 5.0, 90, 0.9, 1e-4, 0, "torchlars' reproduction of table 4 of You et al. 2017")
     for batch, lr in ((8192, 12.8), (16384, 25.0), (32768, 29.0))
 )
 

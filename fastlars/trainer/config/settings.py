@@ -1,7 +1,6 @@
 """The settings of a run: group, default, unit, range and help of each.
 
-A setting is one field of `Config`. Its flag, parser, help, check of its range and the rule for
---resume all follow from that field.
+A setting is one field of `Config`: its flag, parser, help and check of its range follow from that.
 """
 
 from __future__ import annotations
@@ -23,7 +22,13 @@ GROUPS = {
     "output": "output (run directory, log, checkpoints)",
 }
 
-# Larger values are of no use to anybody, and products of two of these are exact or finite.
+# All others are fixed when a run is started, and a flag of a resumed run may only repeat them.
+_MAY_CHANGE_ON_RESUME = {
+    "data", "cache", "workers", "max_bad_images", "max_steps", "device", "timeout", "output",
+    "tensorboard", "mllog", "checkpoint_every", "keep_last",
+}  # fmt: skip
+
+# No sensible value is larger. Products of two such values stay exact (int) or finite (float).
 _MOST_COUNTED = 10**9
 _MOST_EPOCHS = 10**6
 _HIGHEST = 1e30  # the optimizers compute in float32, whose range is about 1e-38 to 3e38
@@ -33,27 +38,20 @@ _EXCLUDED = ("none", "norms", "norms+biases")
 
 
 def _setting(
-    default: Any,
-    text: str,
-    unit: str = "",
-    *,
-    choices: Sequence[str] = (),
-    fixed_on_resume: bool = True,
-    **limits: Any,
+    default: Any, text: str, unit: str = "", *, choices: Sequence[str] = (), **limits: Any
 ) -> Any:
     """A field of `Config`; a flag or the recipe may set another value than `default`.
 
     Args:
         text: the help, without unit, bounds and default; with its own default if `default` is "".
         unit: what the value counts or names, such as "images".
-        fixed_on_resume: whether a resumed run must have the same value.
-        limits: `check`, whether a value is in range; `within`, the range in words for errors;
-            `bounds`, the range for --help, without limits that no sensible value meets.
+        limits: `bounds`, the range for --help, without limits that no sensible value meets;
+            `violated`, the limit that a value violates, for errors, or "" if it is in range.
     """
     if choices:
-        limits = {"check": lambda x: x in choices, "within": f"one of {', '.join(choices)}"}
-    about = {"help": text, "unit": unit, "choices": choices, "fixed_on_resume": fixed_on_resume}
-    anything = {"check": lambda _: True, "bounds": ""}
+        limits = {"violated": lambda x: "" if x in choices else f"one of {', '.join(choices)}"}
+    about = {"help": text, "unit": unit, "choices": choices}
+    anything = {"bounds": "", "violated": lambda _: ""}
     return field(default=default, metadata=about | anything | limits)
 
 
@@ -65,27 +63,31 @@ def _number(
     least: float = 0,
     most: float = 0,
     or_zero: bool = False,
-    fixed_on_resume: bool = True,
 ) -> Any:
     """A whole number if its default is one; `most` is by default the most that makes sense."""
     whole = isinstance(default, int)
     most = most or (_MOST_EPOCHS if unit == "epochs" else _MOST_COUNTED if whole else _HIGHEST)
-    style, zero = "," if whole else "g", "0, or " if or_zero else ""
-    upper = f"to {most:,}" if whole and most < _MOST_EPOCHS else "or more"
-    return _setting(
-        default,
-        text,
-        unit,
-        check=lambda x: least <= x <= most or (or_zero and x == 0),
-        within=f"{zero}from {least:{style}} to {most:{style}}",
-        bounds="above 0" if least == _ABOVE_ZERO else f"{zero}{least:g} {upper}",
-        fixed_on_resume=fixed_on_resume,
-    )
+    bounds = f"from {least} to {most:,}" if whole and most < _MOST_EPOCHS else f"{least:g} or more"
+    if or_zero:
+        bounds = f"0, or {bounds}"
+    elif least == _ABOVE_ZERO:
+        bounds = "above 0"
+
+    def violated(x: float) -> str:
+        if x > most:
+            return f"at most {most:,}" if whole else f"at most {most:g}"
+        if 0 < x < least and not or_zero:
+            return f"at least {least:g}"
+        return "" if x >= least or (or_zero and x == 0) else bounds
+
+    return _setting(default, text, unit, bounds=bounds, violated=violated)
 
 
 def _fraction(default: float, text: str) -> Any:
-    limits: dict[str, Any] = {"within": "from 0 to below 1", "bounds": "0 to below 1"}
-    return _setting(default, text, "fraction", check=lambda x: 0 <= x < 1, **limits)
+    bounds = "from 0 to below 1"
+    return _setting(
+        default, text, "fraction", bounds=bounds, violated=lambda x: "" if 0 <= x < 1 else bounds
+    )
 
 
 @dataclass(frozen=True)
@@ -103,11 +105,10 @@ class Config:
         "folder with train/ and val/ (or test/), each with one folder of images per class; "
         "'digits': the handwritten digits that come with scikit-learn",
         "folder",
-        fixed_on_resume=False,
     )
     image_size: int = _number(
         0,
-        "side to which the images of a folder are brought; 0: their own if at most 64, else 224",
+        "side to which the images of a folder are resized; 0: their own if at most 64, else 224",
         "pixels",
         least=8,
         most=2**15,
@@ -118,7 +119,6 @@ class Config:
         "keep a folder's decoded images, of up to 64 pixels, on the device; 'auto': if they take "
         "at most a quarter of a GPU's free memory, or 2 GiB on the CPU",
         choices=("auto", "on", "off"),
-        fixed_on_resume=False,
     )
     workers: int = _number(
         2,
@@ -126,13 +126,9 @@ class Config:
         "them itself",
         "processes",
         most=1024,
-        fixed_on_resume=False,
     )
     max_bad_images: int = _number(
-        0,
-        "unreadable images that each process skips before the run ends with an error",
-        "images",
-        fixed_on_resume=False,
+        0, "unreadable images that each process skips before the run ends with an error", "images"
     )
 
     model: str = _setting(
@@ -230,10 +226,7 @@ class Config:
         "images",
     )
     max_steps: int = _number(
-        0,
-        "stop with a checkpoint after this step of the run; 0: train to the end",
-        "steps",
-        fixed_on_resume=False,
+        0, "stop with a checkpoint after this step of the run; 0: train to the end", "steps"
     )
     seed: int = _number(
         0, "random seed of weights, order of images and augmentation", most=2**63 - 1
@@ -251,7 +244,6 @@ class Config:
         "auto",
         "where to train; 'auto': on a GPU if PyTorch sees one, else on the CPU",
         choices=("auto", "cpu", "cuda"),
-        fixed_on_resume=False,
     )
     timeout: float = _number(
         1800.0,  # enough for saving to a slow disk, and for the slowest reader at the start
@@ -259,34 +251,23 @@ class Config:
         "seconds",
         least=1e-3,  # gloo counts milliseconds
         most=1e9,
-        fixed_on_resume=False,
     )
 
     output: str = _setting(
         "",
         "run directory for checkpoints, logs and pictures (default: a new one under runs/)",
         "folder",
-        fixed_on_resume=False,
     )
     log_every: int = _number(
         0, "steps between lines of the log; 0: a tenth of an epoch, at most 50", "steps"
     )
-    tensorboard: bool = _setting(
-        False, "also write TensorBoard's event files", fixed_on_resume=False
-    )
-    mllog: bool = _setting(False, "print MLPerf's :::MLLOG lines", fixed_on_resume=False)
+    tensorboard: bool = _setting(False, "also write TensorBoard's event files")
+    mllog: bool = _setting(False, "print MLPerf's :::MLLOG lines")
     checkpoint_every: int = _number(
-        0,
-        "steps between checkpoints, in addition to those after each epoch; 0: none",
-        "steps",
-        fixed_on_resume=False,
+        0, "steps between checkpoints, in addition to those after each epoch; 0: none", "steps"
     )
     keep_last: int = _number(
-        1,
-        "latest checkpoints to keep, in addition to the best one",
-        "checkpoints",
-        least=1,
-        fixed_on_resume=False,
+        1, "latest checkpoints to keep, in addition to the best one", "checkpoints", least=1
     )
 
     def __post_init__(self) -> None:
@@ -306,8 +287,13 @@ class Config:
 
         The path is absolute: the run may be resumed from another folder.
         """
-        names = [f.name for f in fields(self) if f.metadata["fixed_on_resume"]]
+        names = [f.name for f in fields(self) if fixed_on_resume(f.name)]
         return {name: getattr(self, name) for name in names} | {"data": absolute_data(self.data)}
+
+
+def fixed_on_resume(name: str) -> bool:
+    """Whether a resumed run must have the value that the run was started with."""
+    return name not in _MAY_CHANGE_ON_RESUME
 
 
 def recipe_of(config: Config) -> recipes.Recipe:
@@ -317,9 +303,9 @@ def recipe_of(config: Config) -> recipes.Recipe:
 
 def check(setting: Field[Any], value: Any) -> None:
     """Raise TrainerError unless `value` is in the setting's range."""
-    if not setting.metadata["check"](value):
-        text = f"{flag(setting.name)} must be {setting.metadata['within']}, got {value}"
-        raise TrainerError(text, everywhere=True)
+    limit = setting.metadata["violated"](value)
+    if limit:
+        raise TrainerError(f"{flag(setting.name)} must be {limit}, got {value}", everywhere=True)
 
 
 def absolute_data(data: str) -> str:
@@ -328,5 +314,4 @@ def absolute_data(data: str) -> str:
 
 
 def flag(name: str) -> str:
-    """The command-line flag of a setting."""
     return "--" + name.replace("_", "-")

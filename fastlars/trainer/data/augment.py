@@ -15,14 +15,14 @@ from torchvision.transforms import v2
 from fastlars.trainer.data.dataset import TEST, PixelBatch
 from fastlars.trainer.data.order import generator
 
-_SHORT_SIDE = 256 / 224  # the shorter side of a test image is resized to this times the crop's side
+_SHORT_SIDE = 256 / 224  # a test image's shorter side is this times the crop's
 # An image is at most this many times longer than wide before it is resized: the rest would not be
 # in the crop, and could take gigabytes.
 _MAX_ASPECT = 8
 
 
 class CropAndFlip:
-    """A random crop of random aspect, resized to `side` pixels, half of them mirrored.
+    """A random crop of random aspect, resized to `side` pixels, mirrored with probability 1/2.
 
     Szegedy et al. 2015. For single images, bytes [3, height, width].
     """

@@ -24,7 +24,7 @@ class Data(Protocol):
     prepared: bool  # whether `prepare` has run
 
     def prepare(self) -> None:
-        """Read the images that are kept on the device; otherwise the first batch does so."""
+        """Call once, before the first batch: read the images that are kept on the device."""
 
     def train(self, batches: Iterable[tuple[int, torch.Tensor]]) -> Iterator[Batch]:
         """Augmented training images, for each (epoch, indices)."""

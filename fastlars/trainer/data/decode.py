@@ -35,18 +35,11 @@ _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 _WHITE_IS_ZERO, _BITS, _MAXIMA = 262, 258, (281, 341)  # tags of TIFF
 
 
-def _hush_pil() -> None:
-    """Silence PIL and torchvision: the trainer prints a line of its own for a damaged file.
-
-    Once, when this module is imported: every change of the filters makes Python show other
-    libraries' warnings again.
-    """
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-    warnings.filterwarnings("ignore", "The image decoding", DeprecationWarning)  # torchvision's
-    logging.getLogger("PIL").addHandler(logging.NullHandler())  # the default handler is stderr
-
-
-_hush_pil()
+# PIL and torchvision are silent: the trainer prints a line of its own for a damaged file. Silenced
+# once, because every change of the filters makes Python show other libraries' warnings again.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+warnings.filterwarnings("ignore", "The image decoding", DeprecationWarning)  # torchvision's
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # the default handler is stderr
 
 
 class BadImageError(Exception):

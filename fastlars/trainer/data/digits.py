@@ -17,7 +17,7 @@ from torch.nn import functional
 from fastlars.trainer.data.augment import ShiftAndFlip
 from fastlars.trainer.data.dataset import TEST, Batch, DeviceDataset, PixelBatch
 
-_SIDE = 32  # pixels; ResNet halves it five times, to one pixel
+_SIDE = 32  # pixels; torchvision's ResNets halve it five times, to one pixel
 _SHIFT = 2  # pixels of the enlarged image: half a pixel of the original
 
 

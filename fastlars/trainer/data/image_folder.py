@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from fastlars.trainer.config.settings import Config
 from fastlars.trainer.data import decode, listing
 from fastlars.trainer.data.augment import CentreCrop, CropAndFlip, ShiftAndFlip
 from fastlars.trainer.data.dataset import TEST, Batch, DeviceDataset, PixelBatch
@@ -42,33 +43,17 @@ class Folder:
 
     Small ones are shifted and mirrored on the device, so training is the same whether they are kept
     there or not; of large ones the workers cut random crops.
-
-    Args:
-        image_size: side in pixels to which images are resized; 0: their own size if they are small.
-        workers: the number of processes that read; 0: this process reads.
-        keep: "on", "off" or "auto": whether small images are kept on the device.
-        max_bad_images: how many images that cannot be read are skipped before that is an error.
     """
 
-    def __init__(
-        self,
-        root: str,
-        image_size: int,
-        seed: int,
-        workers: int,
-        device: torch.device,
-        *,
-        keep: str = "auto",
-        max_bad_images: int = 0,
-    ) -> None:
-        self.name = root
-        self.classes, train, test = listing.find(root)
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.name = config.data
+        self.classes, train, test = listing.find(config.data)
         self.train_size, self.test_size = len(train), len(test)
         first = not dist.is_initialized() or dist.get_rank() == 0
-        self.bad_images = BadImages(max_bad_images, shown=first)
-        self.image_size = image_size or _native_size(train, self.bad_images)
+        self.bad_images = BadImages(config.max_bad_images, shown=first)
+        self.image_size = config.image_size or _native_size(train, self.bad_images)
         nbytes = 3 * self.image_size**2 * (len(train) + len(test))
-        kept = _is_kept(keep, self.image_size, nbytes, device)
+        kept = _is_kept(config.cache, self.image_size, nbytes, device)
         self.kept_bytes = nbytes if kept else 0
         # All processes read the images that are kept, so the first one reports for all. Of images
         # that are not kept, each process reads others.
@@ -77,12 +62,12 @@ class Folder:
         self.stem = "small" if small else "imagenet"
         centre = CentreCrop(self.image_size, whole=small)
         margin = round(self.image_size / 8)  # 4 of 32 pixels, as in He et al. (2016) for CIFAR
-        self._shift = ShiftAndFlip(len(train), seed, margin, flip=True) if small else None
+        self._shift = ShiftAndFlip(len(train), config.seed, margin, flip=True) if small else None
         self._splits = (
-            (train, centre if small else CropAndFlip(self.image_size, seed)),
+            (train, centre if small else CropAndFlip(self.image_size, config.seed)),
             (test, centre),
         )
-        self._workers, self._device = workers, device
+        self._workers, self._device = config.workers, device
         self._sources: list[Read] = []  # of training and test images, once they are prepared
         self.prepared = False
         # Mean and standard deviation of ImageNet's channels, on the scale of bytes.
@@ -90,9 +75,7 @@ class Folder:
         self._mean, self._std = torch.tensor(statistics, device=device).view(2, 1, 3, 1, 1)
 
     def prepare(self) -> None:
-        """Read the images that are kept on the device; otherwise the first batch does so."""
-        if self.prepared:
-            return
+        """Start the reading of images; those that are kept on the device are read now."""
         reader = Reader(self._splits, self._workers, self._device, self.bad_images)
         sources: list[Read] = [partial(reader.read, split) for split in range(2)]
         if self.kept_bytes:
@@ -101,18 +84,16 @@ class Folder:
 
     def train(self, batches: Iterable[tuple[int, torch.Tensor]]) -> Iterator[Batch]:
         """Augmented by epoch and image, whichever worker or process reads them."""
-        self.prepare()
         for batch in self._sources[0](batches):
             if len(batch.labels) < 2:
                 raise TrainerError(
-                    f"{len(batch.labels)} images of a forward pass could be read, and batch norm "
-                    "needs 2: set a larger --batch-size or --micro-batch, or mend the images"
+                    f"only {len(batch.labels)} images of a forward pass could be read, and batch "
+                    "norm needs 2: raise --batch-size or --micro-batch, or repair the images"
                 )
             yield self._normalised(batch if self._shift is None else self._shift.apply(batch, 0))
 
     def test(self, batches: Iterable[torch.Tensor]) -> Iterator[Batch]:
         """The images' centres; a batch of which no image can be read is left out."""
-        self.prepare()
         for batch in self._sources[1]((TEST, indices) for indices in batches):
             if len(batch.labels):
                 yield self._normalised(batch)
@@ -150,8 +131,7 @@ def _is_kept(cache: str, side: int, nbytes: int, device: torch.device) -> bool:
     """Whether images of `side` pixels are kept on the device, by the value of --cache."""
     if side > _SMALL and cache == "on":
         raise TrainerError(
-            f"--cache on keeps images of up to {_SMALL} pixels, and these are brought to {side}: "
-            "set a smaller --image-size"
+            f"--cache on keeps images of up to {_SMALL} pixels, not {side}: lower --image-size"
         )
     if side > _SMALL or cache != "auto":
         return cache == "on"
@@ -178,7 +158,7 @@ def _native_size(files: Files, bad_images: BadImages) -> int:
     if smallest < largest and smallest <= _SMALL and bad_images.shown:
         tqdm.write(
             f"warning: the longer sides of {len(sample)} training images are from {smallest} to "
-            f"{largest} pixels: all are brought to {side} (--image-size sets another)",
+            f"{largest} pixels: all are resized to {side} (--image-size sets another)",
             file=sys.stderr,
         )
     return side

@@ -19,7 +19,7 @@ Files = list[tuple[str, int]]  # path and label
 
 
 def find(root: str) -> tuple[tuple[str, ...], Files, Files]:
-    """Classes, training and test images of a folder; TrainerError if its layout is another."""
+    """Classes, training and test images of a folder; TrainerError if it is laid out otherwise."""
     names = _subfolders(Path(root))
     held_out = "val" if "val" in names else "test"
     for name, missing in (("train", "train/"), (held_out, "val/ or test/")):

@@ -21,12 +21,4 @@ def load_data(config: Config, device: torch.device) -> Data:
         return Digits(config.seed, device)
     from fastlars.trainer.data.image_folder import Folder
 
-    return Folder(
-        config.data,
-        config.image_size,
-        config.seed,
-        config.workers,
-        device,
-        keep=config.cache,
-        max_bad_images=config.max_bad_images,
-    )
+    return Folder(config, device)

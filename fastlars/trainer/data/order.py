@@ -16,7 +16,7 @@ from fastlars.trainer.errors import TrainerError
 
 
 class BatchOrder:
-    """The division of the training images into steps; TrainerError if they do not divide.
+    """The division of the training images into steps; TrainerError if the sizes do not fit.
 
     `batch_size` counts the images of one optimizer step, over all processes; `micro_batch` those of
     one forward pass, or the whole share of the process where 0 is given.
@@ -37,12 +37,10 @@ class BatchOrder:
         seed: int,
     ) -> None:
         if batch_size > images:
-            raise TrainerError(
-                f"--batch-size {batch_size} is more than the {images} training images there are"
-            )
+            raise TrainerError(f"--batch-size {batch_size} exceeds the {images} training images")
         if batch_size % world_size:
             raise TrainerError(
-                f"--batch-size {batch_size} does not divide into {world_size} processes"
+                f"--batch-size {batch_size} is not a multiple of {world_size} processes"
             )
         share = batch_size // world_size
         micro_batch = micro_batch or share
@@ -53,8 +51,7 @@ class BatchOrder:
             )
         if micro_batch < 2:
             raise TrainerError(
-                "batch norm needs at least 2 images in a process's forward pass, got 1: set a "
-                "larger --batch-size or --micro-batch"
+                "batch norm needs 2 images in a forward pass: raise --batch-size or --micro-batch"
             )
         self.micro_batch = micro_batch
         self.micro_batches = share // micro_batch

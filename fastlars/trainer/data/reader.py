@@ -203,8 +203,8 @@ def _worker_errors_in_one_line() -> Iterator[None]:
         elif isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in text:
             # A worker that cannot open a file to send it closes the connection without a reason.
             line = (
-                "a worker process died; is memory or /dev/shm full, or too few open files "
-                f"(ulimit -n)? {one_line(error)}"
+                "a worker process died; is memory or /dev/shm full, or are too few open files "
+                f"allowed (ulimit -n)? {one_line(error)}"
             )
         elif isinstance(error, OSError):
             place = " in /dev/shm" if error.errno == ENOSPC else ""

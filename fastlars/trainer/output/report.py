@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
-from fastlars.trainer.config.settings import flag, recipe_of
+from fastlars.trainer.config.settings import fixed_on_resume, flag, recipe_of
 from fastlars.trainer.errors import printable
 from fastlars.trainer.model.context import TrainingContext, fingerprint
 from fastlars.trainer.output import manifest
@@ -155,7 +155,7 @@ def stopped(
     left_out = ("data", "output", "max_steps")  # in the checkpoint, next to it, and reached
     for setting in fields(context.config):
         value = getattr(context.config, setting.name)
-        usual = setting.metadata["fixed_on_resume"] or setting.name in left_out
+        usual = fixed_on_resume(setting.name) or setting.name in left_out
         if not usual and value != setting.default:
             words.append(flag(setting.name) + ("" if value is True else f" {value}"))
     start = "python" if context.world.size == 1 else "torchrun ..."

@@ -30,12 +30,10 @@ class Stream:
         self._stream, self._on_drop = stream, on_drop
 
     def write(self, text: str) -> int:
-        """Write text."""
         self._try(lambda stream: stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        """Flush the stream."""
         self._try(lambda stream: stream.flush())
 
     def finish(self) -> None:
@@ -72,12 +70,12 @@ class Stream:
             self._on_drop(error)
 
     def __getattr__(self, name: str) -> Any:
-        # Of a StringIO, encoding is None, and there is no file descriptor.
+        # A StringIO has encoding None and no descriptor.
         return getattr(io.StringIO() if self._stream is None else self._stream, name)
 
 
 @contextmanager
-def guarded() -> Iterator[None]:
+def unfailing() -> Iterator[None]:
     """While the context lasts, no print can fail, and no thread prints a stack trace."""
     _open_missing()
     before = sys.stdout, sys.stderr, threading.excepthook, sys.unraisablehook
@@ -87,7 +85,7 @@ def guarded() -> Iterator[None]:
     err = Stream(sys.stderr, lambda _: None)
     out = Stream(sys.stdout, lambda error: _report_lost_output(error, err))
     sys.stdout, sys.stderr = out, err
-    # Errors that Python only prints, such as of a loader that did not get to start its workers.
+    # Errors that Python only prints, such as in the destructor of a loader without its workers.
     sys.unraisablehook = lambda _problem: None
     threading.excepthook = lambda problem: _report_thread(problem, err)
     try:

@@ -36,12 +36,12 @@ _OUT_OF_MEMORY = "out of memory: lower --micro-batch, --image-size or --workers"
 
 
 def run_command(program: str, load: Callable[[], Callable[[], int]]) -> int:
-    """Do the work that `load` imports and returns; the exit status. Errors begin with `program`."""
+    """Call `load`, then what it returns; return the exit status. Errors begin with `program`."""
     # Otherwise torch's C++ prints a stack trace of its own next to our line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    with console.guarded():
+    with console.unfailing():
         try:
-            with signals.handled(signals.end_process):
+            with signals.handled(signals.end_at_once):
                 work = load()
             with signals.handled(signals.interrupt):
                 return work()

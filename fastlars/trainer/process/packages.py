@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
-from types import ModuleType
 
 from fastlars.trainer.errors import TrainerError, one_line
 
-# What the trainer uses. A package comes before those that import it: otherwise the
-# error would name the importing one.
+# A package comes before those that import it: otherwise the error would name the importing one.
 _ALWAYS = (
     "numpy",
     "tqdm",
@@ -30,7 +28,7 @@ def load_all() -> None:
         load(module)
 
 
-def load(module: str, wanted_by: str = "", package: str = "") -> ModuleType:
+def load(module: str, wanted_by: str = "", package: str = "") -> None:
     """Import a module; TrainerError if its package is missing or broken.
 
     The error names the flag that needs it, `wanted_by`, and the `package`, by default the first
@@ -38,7 +36,8 @@ def load(module: str, wanted_by: str = "", package: str = "") -> ModuleType:
     """
     package = package or module.split(".")[0]
     try:
-        return import_module(module)
+        import_module(module)
+        return
     except Exception as error:  # a broken package may raise anything
         why = f"is there but does not load: {one_line(error)}"
         if isinstance(error, ModuleNotFoundError) and error.name in (package, module):
@@ -47,6 +46,6 @@ def load(module: str, wanted_by: str = "", package: str = "") -> ModuleType:
             cure = "is the memory limited (ulimit -v)?"
         else:
             name = _NAMES_ON_PYPI.get(package, package)
-            cure = f"mend it, or reinstall it (pip install --force-reinstall {name})"
+            cure = f"repair it, or reinstall it (pip install --force-reinstall {name})"
     prefix = f"{wanted_by}: " if wanted_by else ""
     raise TrainerError(f"{prefix}{package} {why}: {cure}", everywhere=True)

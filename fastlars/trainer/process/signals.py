@@ -13,7 +13,10 @@ _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal, its argument, before there was anything to save; to libraries it is Ctrl-C."""
+    """A signal, its argument, that came before there was anything to save.
+
+    A KeyboardInterrupt, so that libraries treat it as Ctrl-C.
+    """
 
 
 class StopSignals(ExitStack):
@@ -56,8 +59,8 @@ def interrupt(number: int, _frame: FrameType | None = None) -> None:
         os._exit(128 + number)
 
 
-def end_process(number: int, _frame: FrameType | None) -> None:
-    """End the process at once, with one line.
+def end_at_once(number: int, _frame: FrameType | None) -> None:
+    """Print one line and end the process.
 
     For imports: many packages swallow a KeyboardInterrupt, or turn it into another error.
     """

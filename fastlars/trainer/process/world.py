@@ -149,7 +149,8 @@ def connect(device: str, timeout: float) -> Iterator[World]:
             raise
         # gloo's text begins with a line of its C++ source, and ends with advice.
         why = re.sub(r"^\[[^]]*\] ", "", one_line(error)).split(". ")[0]
-        raise TrainerError(f"process {rank} lost another one: {why}") from error
+        text = f"process {rank} lost its connection to another process: {why}"
+        raise TrainerError(text) from error
     finally:
         dist.destroy_process_group()
 
