@@ -114,6 +114,25 @@ def test_large_images_cannot_be_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny", "no_picture")
+def test_images_that_the_device_cannot_keep(
+    tmp_path: Path, images: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = torch.empty
+
+    def full(*size: Any, **options: Any) -> torch.Tensor:
+        if options.get("dtype") is torch.uint8:
+            raise RuntimeError("CUDA out of memory")
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", full)
+    flags = ("--data", images, "--batch-size", 4, "--workers", 0, "--output", tmp_path / "run")
+    outcome = train(*flags)
+    assert outcome.status == 2
+    text = "--cache: 36 images of 16 pixels are more than cpu can keep: add --cache off"
+    assert text in outcome.err
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
 def test_resuming_with_and_without(tmp_path: Path, train: Train, images: Path) -> None:
     """--cache does not change the run."""
     settings = ("--data", images, "--epochs", 2, "--batch-size", 8, "--lr", 0.1, "--workers", 0)

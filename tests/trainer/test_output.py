@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -326,17 +327,18 @@ def test_a_folder_that_cannot_be_synced(
 def test_a_directory_that_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Root may write anywhere, so the system's refusal is played."""
+    """Root may write anywhere, so the system's refusal is played: of .lock, and of other files."""
 
-    def refuse(*_arguments: object) -> None:
+    def refuse(*_arguments: object, **_options: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    run = directory.RunDirectory(tmp_path / "a" / "b")
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "open", refuse)
-        with pytest.raises(TrainerError, match=r"cannot write in .*/a/b: Permission denied"):
-            run.claim()
-    assert files_below(tmp_path) == []
+    for module, name in ((os, "open"), (tempfile, "TemporaryFile")):
+        run = directory.RunDirectory(tmp_path / "a" / "b")
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, refuse)
+            with pytest.raises(TrainerError, match=r"cannot write in .*/a/b: Permission denied"):
+                run.claim()
+        assert files_below(tmp_path) == []
 
 
 def test_folders_with_files_of_others_stay(tmp_path: Path) -> None:

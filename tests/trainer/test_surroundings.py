@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ from fastlars.trainer import errors
 from fastlars.trainer.config import command_line
 from fastlars.trainer.model.context import TrainingContext
 from fastlars.trainer.output.tensorboard import TensorBoard
-from fastlars.trainer.process import packages
+from fastlars.trainer.process import console, packages
 from fastlars.trainer.run import loop
 from trainer.helpers import Outcome, disk_full_after, files_below, load, records
 
@@ -181,8 +182,6 @@ def test_pictures_that_cannot_be_drawn(
 
 def test_tensorboard_without_disk(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Its thread fails first; whoever writes next is told."""
-    from fastlars.trainer.process import console
-
     told: list[str] = []
     with console.unfailing():
         board = TensorBoard(tmp_path / "tensorboard", 0, told.append)
@@ -194,6 +193,22 @@ def test_tensorboard_without_disk(tmp_path: Path, capfd: pytest.CaptureFixture[s
             board.close()
     assert told == [f"no more TensorBoard in {tmp_path / 'tensorboard'}: File too large"]
     assert capfd.readouterr().err == ""
+
+
+def test_streams_of_the_calling_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A closed one drops what is printed; what an encoding does not have is escaped."""
+    closed, written = io.StringIO(), io.BytesIO()
+    closed.close()
+    monkeypatch.setattr(sys, "stdout", closed)
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(written, "ascii", write_through=True))
+    with console.unfailing():
+        assert not sys.stdout.isatty()
+        print("lost")
+        print("caf\xe9", file=sys.stderr)
+    assert sys.stdout is closed
+    text = written.getvalue().decode()
+    assert "caf\\xe9\n" in text
+    assert "warning: cannot write to standard output (I/O operation on closed file" in text
 
 
 @pytest.mark.skipif(not shutil.which("unshare"), reason="there is no unshare")

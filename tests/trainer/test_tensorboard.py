@@ -110,6 +110,29 @@ def test_a_writer_that_cannot_be_made(
     assert outcome.err == f"warning: no more TensorBoard in {folder}: can't start new thread\n"
 
 
+def test_a_writer_that_failed_gets_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its error would keep the frames of every call that raises it again."""
+    calls, warnings = [], []
+
+    class Failing:
+        def __init__(self, *_arguments: object, **_options: object) -> None: ...
+
+        def add_scalar(self, *arguments: object) -> None:
+            calls.append(arguments)
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Failing)
+    board = TensorBoard(tmp_path, 0, warnings.append)
+    for step in range(3):
+        board.record({"kind": "test", "step": step, "loss": 0.5, "accuracy": None})
+    board.sync()
+    board.close()
+    assert len(calls) == 1
+    assert warnings == [f"no more TensorBoard in {tmp_path}: No space left on device"]
+
+
 def test_without_tensorboard_installed(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,7 +106,11 @@ class Folder:
         """All images of a split, on the device, with a progress bar meanwhile."""
         files, what = self._splits[split][0], ("training", "test")[split]
         count, side, started = len(files), self.image_size, time.perf_counter()
-        pixels = torch.empty(count, side, side, 3, dtype=torch.uint8, device=self._device)
+        try:
+            pixels = torch.empty(count, side, side, 3, dtype=torch.uint8, device=self._device)
+        except RuntimeError as error:
+            text = f"--cache: {count} images of {side} pixels are more than {self._device} can keep"
+            raise TrainerError(f"{text}: add --cache off") from error
         missing = set(range(count))
         requests = torch.arange(count).split(_READ_AT_ONCE)
         shown = self.bad_images.shown

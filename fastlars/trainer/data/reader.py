@@ -162,7 +162,8 @@ class Reader:
         # it writes a checkpoint. Without it the next batch reports the death, within 5 s.
         handler = signal.getsignal(signal.SIGCHLD)
         try:
-            with _worker_errors_in_one_line():
+            # Workers must not be forked in the inference mode of a test.
+            with torch.inference_mode(False), _worker_errors_in_one_line():
                 self._results = iter(self._loader)
         finally:
             signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import itertools
 import os
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -60,6 +61,8 @@ class RunDirectory:
         try:
             self.make()
             problem = self._lock.acquire()
+            with tempfile.TemporaryFile(dir=self.path):  # a .lock may lie in a read-only directory
+                pass
         except LockedError as error:
             raise TrainerError(f"--output: {self.path} is in use by {error}") from None
         except OSError as error:

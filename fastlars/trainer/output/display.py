@@ -13,9 +13,9 @@ from fastlars.trainer.errors import printable
 tqdm.monitor_interval = 0
 
 
-# The columns of the epochs' table: 77 characters.
+# The columns of the epochs' table: 74 characters, 78 for 1,000 epochs.
 _HEADINGS = ("", "lr", "train loss", "acc", "test loss", "acc", "best", "images/s")
-_ROW = "{:<11} {:>8} {:>11} {:>7} {:>10} {:>7} {:>7} {:>9}"
+_ROW = "{:<11} {:>8} {:>10} {:>7} {:>9} {:>7} {:>7} {:>8}"
 
 
 class Display:

@@ -64,7 +64,8 @@ class Lock:
         if self._file < 0:
             return
         if self.is_held():  # otherwise the file at this path belongs to another run
-            self._path.unlink(missing_ok=True)  # before closing, while the lock is still held
+            with suppress(OSError):  # of a read-only directory
+                self._path.unlink(missing_ok=True)  # before closing, while the lock is still held
         os.close(self._file)
         self._file = -1
 

@@ -39,12 +39,14 @@ class TensorBoard:
     def __init__(self, folder: Path, step: int, warn: Callable[[str], None]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._folder, self._warn, self._failed = folder, warn, False
-        self._writer: Any = None
+        self._folder, self._warn = folder, warn
+        self._writer: Any = None  # also after an error
         with self._optional():
             self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def record(self, record: dict[str, Any]) -> None:
+        if self._writer is None:
+            return
         kind = record["kind"]
         with self._optional():
             if kind == "start":
@@ -57,23 +59,24 @@ class TensorBoard:
                     self._writer.add_scalar(tag, value, record["step"])
 
     def sync(self) -> None:
-        with self._optional():
-            self._writer.flush()
+        if self._writer is not None:
+            with self._optional():
+                self._writer.flush()
 
     def close(self) -> None:
-        with self._optional():
-            self._writer.close()
+        if self._writer is not None:
+            with self._optional():
+                self._writer.close()
 
     @contextmanager
     def _optional(self) -> Iterator[None]:
-        """Turn the first error into a warning, and ignore others: the run must not end for them.
+        """Turn an error into a warning and write nothing more: the run must not end for it.
 
         SummaryWriter writes in a thread. An error there can have any class, ends the thread, and is
-        raised by every later call.
+        raised by a later call.
         """
         try:
             yield
         except Exception as error:
-            if not self._failed:
-                self._warn(f"no more TensorBoard in {self._folder}: {reason_of(error)}")
-            self._failed = True
+            self._writer = None
+            self._warn(f"no more TensorBoard in {self._folder}: {reason_of(error)}")

@@ -30,11 +30,17 @@ class Stream:
         self._stream, self._on_drop = stream, on_drop
 
     def write(self, text: str) -> int:
-        self._try(lambda stream: stream.write(text))
+        """Write text, with escapes for characters that the encoding does not have."""
+        self._try(lambda stream: stream.write(_encodable(text, stream.encoding or "utf-8")))
         return len(text)
 
     def flush(self) -> None:
         self._try(lambda stream: stream.flush())
+
+    def isatty(self) -> bool:
+        with suppress(OSError, ValueError):
+            return self._stream is not None and self._stream.isatty()
+        return False
 
     def finish(self) -> None:
         """Flush; wait for a slow reader, but not for long."""
@@ -74,14 +80,19 @@ class Stream:
         return getattr(io.StringIO() if self._stream is None else self._stream, name)
 
 
+def _encodable(text: str, encoding: str) -> str:
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.encode(encoding, "backslashreplace").decode(encoding)
+    return text
+
+
 @contextmanager
 def unfailing() -> Iterator[None]:
     """While the context lasts, no print can fail, and no thread prints a stack trace."""
     _open_missing()
     before = sys.stdout, sys.stderr, threading.excepthook, sys.unraisablehook
-    for stream in before[:2]:
-        if isinstance(stream, io.TextIOWrapper):  # escapes for what its encoding does not have
-            stream.reconfigure(errors="backslashreplace")
     err = Stream(sys.stderr, lambda _: None)
     out = Stream(sys.stdout, lambda error: _report_lost_output(error, err))
     sys.stdout, sys.stderr = out, err
@@ -99,7 +110,11 @@ def unfailing() -> Iterator[None]:
 @contextmanager
 def muted() -> Iterator[None]:
     """While the context lasts, discard what C and C++ libraries print to standard error."""
-    kept = os.dup(2)
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed, or too few descriptors are left
+        yield
+        return
     try:
         with open(os.devnull, "wb") as nothing:
             os.dup2(nothing.fileno(), 2)

@@ -68,6 +68,7 @@ class Journal:
         self._resumed: tuple[int, bool] | None = None
         # Of the epoch, as far as it was trained since this process started.
         self._epoch_sums = torch.zeros_like(self.meter.sums, device="cpu")
+        self._epoch_step = context.progress.step
         self._lr = 0.0  # of the last step
         self._clock = self._epoch_clock = self._drawn = time.perf_counter()
         self._clock_step = context.progress.step
@@ -113,7 +114,7 @@ class Journal:
         if time.perf_counter() - self._drawn > _PICTURE_EVERY:
             self._draw()
         self._clock = self._epoch_clock = time.perf_counter()
-        self._clock_step = progress.step
+        self._clock_step = self._epoch_step = progress.step
         self._epoch_sums.zero_()
 
     def finish(self, *, stopped: bool) -> None:
@@ -243,9 +244,10 @@ class Journal:
     def _show_epoch(self, test: Figures) -> None:
         context, progress = self.context, self.context.progress
         seen, lr, loss, accuracy, rate = figures(self._epoch_sums), "-", "-", "-", "-"
-        if seen.images:  # none if the run was resumed at the end of this epoch
+        if self._clock > self._epoch_clock:  # not if the run was resumed at the end of this epoch
             lr, loss, accuracy = f"{self._lr:.3g}", f"{seen.loss:.4f}", f"{seen.accuracy:.2%}"
-            rate = f"{seen.images / (self._clock - self._epoch_clock):.0f}"
+            images = (progress.step - self._epoch_step) * context.config.batch_size
+            rate = f"{images / (self._clock - self._epoch_clock):.0f}"
         tested = f"{test.loss:.4f}", f"{test.accuracy:.2%}", f"{progress.best_accuracy:.2%}"
         number = f"epoch {progress.evaluated}/{context.config.epochs}"
         self.display.row(number, lr, loss, accuracy, *tested, rate)

@@ -38,14 +38,14 @@ from fastlars.trainer.run.replica import Replica
 
 def run(command: Command) -> int:
     """Do what the command line says; return the process's exit status."""
-    if may_restart() and not (command.given.get("output") or command.resume):
-        text = "--max-restarts needs --output, for a restarted run to find itself"
-        raise TrainerError(text, everywhere=True)
     device = command.given.get("device", Config.device)
     timeout = command.given.get("timeout", Config.timeout)
     with connect(device, timeout) as world:
         with world.raise_on_all_ranks():
             check_environment(world.device)
+            if not (command.given.get("output") or command.resume) and may_restart():
+                text = "--max-restarts needs --output, for a restarted run to find itself"
+                raise TrainerError(text)
         if command.find_lr:
             return _find_lr(command, world)
         return _dry_run(command, world) if command.dry_run else _train(command, world)
