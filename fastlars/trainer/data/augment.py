@@ -35,8 +35,8 @@ class CropAndFlip:
         """The crop of image number `index` in this epoch."""
         key = f"{self._seed}/{epoch}/{index}".encode()
         seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
-        # torchvision draws from the global generator. Its state is part of a checkpoint, so it must
-        # be the same afterwards.
+        # torchvision draws from the global generator, on which no run may depend: its state is not
+        # part of a checkpoint.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return self._crop(image)

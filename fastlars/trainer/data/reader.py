@@ -135,8 +135,7 @@ class Reader:
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
             worker_init_fn=_start_worker,
-            # By default the loader draws from the global generator, and a resumed run would draw
-            # more often than an uninterrupted one.
+            # By default the loader draws from the global generator, on which no run may depend.
             generator=torch.Generator(),
         )
         self._results: Iterator[Result | sharing.Packed] = iter(())
