@@ -19,7 +19,7 @@ from fastlars.trainer.model import resnet
 from fastlars.trainer.model.context import TrainingContext
 from fastlars.trainer.output import pictures
 from fastlars.trainer.run import loop
-from trainer.helpers import NO_PICTURE, tiny_net
+from trainer.helpers import UNDRAWN, tiny_net
 
 
 def die(*_: object) -> None:
@@ -63,7 +63,7 @@ def mortal(context: TrainingContext, *arguments: Any, **options: Any) -> Any:
 
 
 resnet.build = tiny_net
-for name in NO_PICTURE:
-    setattr(pictures, name, lambda *_: None)
+for name, undrawn in UNDRAWN.items():
+    setattr(pictures, name, undrawn)
 loop.step = mortal  # type: ignore[method-assign]
 sys.exit(main())

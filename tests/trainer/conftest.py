@@ -12,7 +12,7 @@ if find_spec("torchvision") is not None:  # without it, tests/conftest.py skips 
     from fastlars.trainer.__main__ import main
     from fastlars.trainer.model import resnet
     from fastlars.trainer.output import pictures
-    from trainer.helpers import NO_PICTURE, Outcome, tiny_net, write_images
+    from trainer.helpers import UNDRAWN, Outcome, tiny_net, write_images
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """No run spends its second on drawing."""
-    for name in NO_PICTURE:
-        monkeypatch.setattr(pictures, name, lambda *_: None)
+    for name, undrawn in UNDRAWN.items():
+        monkeypatch.setattr(pictures, name, undrawn)
 
 
 @pytest.fixture

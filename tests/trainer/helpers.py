@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
 from fastlars.trainer.config.settings import Config
 from fastlars.trainer.data.image_folder import Folder
+from fastlars.trainer.output import pictures
 
 CPU = torch.device("cpu")
 
@@ -32,8 +34,15 @@ class Outcome:
     err: str
 
 
-# What pictures are made with: tests that look at no picture replace it, to save its second.
-NO_PICTURE = ("curves", "heat_map", "norms", "save")
+def _saved_if_drawn(figure: Figure | None, path: Path, save: Any = pictures.save) -> None:
+    if figure is not None:
+        save(figure, path)
+
+
+# What replaces the functions of `pictures` in tests that look at no picture of a run, to save its
+# second. The picture of a sweep is drawn.
+UNDRAWN: dict[str, Any] = dict.fromkeys(("curves", "heat_map", "norms"), lambda _records: None)
+UNDRAWN["save"] = _saved_if_drawn
 
 
 def tiny_net(_name: str, classes: int, _stem: str, seed: int) -> nn.Module:

@@ -255,4 +255,4 @@ def test_two_processes_end_at_the_same_step(tmp_path: Path) -> None:
     outcome = finish(start(*SHORT, "--recipe", "goyal", "--lr", 100, "--output", tmp_path / "run"))
     assert outcome.status == 0, outcome
     assert files_below(tmp_path) == ["run", "run/lr_find.csv", "run/lr_find.png"]
-    assert outcome.out.count("table: ") == 1
+    assert outcome.out.count("table     ") == 1
