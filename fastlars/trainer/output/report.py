@@ -82,8 +82,11 @@ def batch(context: TrainingContext) -> str:
     )
 
 
-def introduction(context: TrainingContext) -> Iterator[str]:
-    """What is trained, how, and where the settings come from."""
+def introduction(context: TrainingContext, given: Iterable[str], *, new: bool) -> Iterator[str]:
+    """What is trained, how, and where the settings come from; for a new run, with a hint.
+
+    `given` are the names of the settings on the command line.
+    """
     config, steps = context.config, context.order.steps_per_epoch
     recipe = recipe_of(config)
     yield title(context)
@@ -103,6 +106,8 @@ def introduction(context: TrainingContext) -> Iterator[str]:
         warmup = f"{epochs:g} {unit} of warm-up from {config.warmup_from:g}, then "
     rate = f"{warmup}lr {config.lr:g}, schedule {config.schedule}"
     yield from fact("rate", f"{rate}; weight decay {config.weight_decay:g}")
+    if new and "lr" not in given:
+        yield from _hint(context)
 
 
 # The rate that --find-lr suggests with resnet20, a batch of 256 and CIFAR-10's 32 pixels.
@@ -110,14 +115,11 @@ _FOR_SMALL = {"lars": 22.0, "lamb": 0.014, "goyal": 0.77, "mlperf": 3.2}
 _FAR = 4.0
 
 
-def hint(context: TrainingContext, given: Iterable[str]) -> Iterator[str]:
-    """A hint where a new run takes a rate that was made for ImageNet and is low for its images.
-
-    `given` are the names of the settings on the command line.
-    """
+def _hint(context: TrainingContext) -> Iterator[str]:
+    """A hint where the recipe's rate was made for ImageNet and is low for the run's images."""
     config = context.config
     suggested = _FOR_SMALL.get(config.recipe, 0.0)
-    if "lr" not in given and context.data.stem == "small" and config.lr * _FAR < suggested:
+    if context.data.stem == "small" and config.lr * _FAR < suggested:
         yield from fact(
             "hint",
             f"lr {config.lr:g} comes from rates for ImageNet; for CIFAR-10's 32 pixels (resnet20, "

@@ -148,19 +148,13 @@ def _built(
 def _dry_run(command: Command, world: World) -> int:
     with _job(command, world) as job:
         context = job.context
-        job.display.say(*_introduction(job, command))
+        job.display.say(*report.introduction(job.context, command.given, new=job.state is None))
         context.data.prepare()
         total = min(context.total_steps, context.config.max_steps or context.total_steps)
         left = max(total - context.progress.step, 0)
         job.display.say(*dry_run.describe(context, left))
         job.display.say(f"nothing was written; a run would write in {job.directory.path}")
     return 0
-
-
-def _introduction(job: _Job, command: Command) -> Iterator[str]:
-    yield from report.introduction(job.context)
-    if job.state is None:
-        yield from report.hint(job.context, command.given)
 
 
 def _find_lr(command: Command, world: World) -> int:
@@ -263,7 +257,7 @@ def _introduce(journal: Journal, job: _Job, command: Command) -> None:
     if records is not None and context.config.mllog:
         records.listeners.append(MLLog(context, say))
     output = report.fact("output", str(job.directory.path)) if records is not None else ()
-    say(*_introduction(job, command), *output)
+    say(*report.introduction(context, command.given, new=job.state is None), *output)
     if job.state is not None:
         say(f"resumed at step {context.progress.step} of {context.total_steps}")
     elif records is not None:
