@@ -1,4 +1,4 @@
-"""ResNet-20, and the classifier's first weights."""
+"""The ResNets for small images, and the classifier's first weights."""
 
 from __future__ import annotations
 
@@ -26,6 +26,14 @@ def test_resnet20_is_he_et_als() -> None:
     assert shapes == [(2, 16, 32, 32), (2, 16, 32, 32), (2, 32, 16, 16), (2, 64, 8, 8)]
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in net.parameters()
                if p.ndim == 4)  # fmt: skip
+
+
+def test_resnet8_has_one_block_a_stage() -> None:
+    net = resnet.build("resnet8", 10, "small", 3)
+    assert [len(stage) for stage in (net.layer1, net.layer2, net.layer3)] == [1, 1, 1]
+    # 3 x 16 x 9 + 2 x 16 x 16 x 9 + (16 + 32) x 32 x 9 + (32 + 64) x 64 x 9, two of each of 240
+    # channels normalised, and the classifier
+    assert sum(p.numel() for p in net.parameters()) == 432 + 4608 + 13824 + 55296 + 480 + 650
 
 
 def test_its_shortcuts_take_every_second_pixel() -> None:
@@ -67,7 +75,7 @@ def test_the_classifier_is_drawn_anew() -> None:
 
 
 @pytest.mark.parametrize("stem", ["small", "imagenet"])
-@pytest.mark.parametrize("name", ["resnet18", "resnet20", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet8", "resnet18", "resnet20", "resnet50"])
 def test_every_model_takes_the_smallest_image(name: str, stem: str) -> None:
     """8 pixels and 2 images, with which batch norm would refuse a single pixel of one image."""
     net = resnet.build(name, 3, stem, 0)

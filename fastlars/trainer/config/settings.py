@@ -133,8 +133,16 @@ class Config:
 
     model: str = _setting(
         "resnet50",
-        "torchvision's ResNet of that depth; resnet20: He et al.'s for small images",
-        choices=("resnet18", "resnet20", "resnet34", "resnet50", "resnet101", "resnet152"),
+        "torchvision's ResNet of that depth; resnet8 and resnet20: He et al.'s for small images",
+        choices=(
+            "resnet8",
+            "resnet18",
+            "resnet20",
+            "resnet34",
+            "resnet50",
+            "resnet101",
+            "resnet152",
+        ),
     )
     stem: str = _setting(
         "auto",
