@@ -1,23 +1,18 @@
-"""Accuracy against batch: SGD with Goyal's recipe, LARS and LAMB at equal epochs.
+"""Accuracy against batch: a grid of training runs, each of them one command of the trainer.
 
-``python benchmarks/large_batch.py --data DIR [--epochs 200] [--minutes 60] [--csv OUT.csv]``
+``python benchmarks/large_batch.py --data FOLDER [--grid GRID.ini] [--jobs 2]``
 
-Every cell (model, optimizer, batch, learning rate, seed) is one run of ``fastlars.trainer``. All
-optimizers have the same epochs, warm-up, ghost batches, augmentation and exclusions (biases and
-norms have neither decay nor ratio), and learning rates on the same grid: factors around a rate
-that suits batch 128, which grows with the square root of the batch. The accuracy of a run is that
-after its last epoch; of an optimizer at a batch, the mean over seeds at its best rate.
-
-A finished cell is a row of the CSV and is not run again. Ctrl-C, SIGTERM or the end of --minutes
-leave a checkpoint, from which the next sitting goes on.
+The grid file says what is compared; `Grid` in large_batch_grid.py explains it. A finished run is a
+row of the CSV and is not run again. A run that diverges, or that the trainer refuses, is a row with
+the reason; what failed is tried again the next time. Ctrl-C and SIGTERM stop the runs under way
+with a checkpoint, and the same command goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import fcntl
-import json
-import math
 import os
 import shutil
 import signal
@@ -29,113 +24,146 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO
 
 import torch
-import torchvision
 
 import fastlars
 import large_batch_figure
+from fastlars.trainer.output.records import read as read_log
+from fastlars.trainer.run import find_lr
 from host import describe
-from large_batch_grid import CONTENDERS, Cell, Row, grid, read, subset, write
+from large_batch_grid import FINAL, FIND_LR, SEARCH, Cell, Grid, Row, read, write
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
 DIVERGED = 3  # the trainer's exit status
-READERS = min(os.cpu_count() or 1, 8)  # every cell reads all images, once, before it trains
+POLL = 0.2  # seconds between looks at the runs
 
 
 class Sitting:
-    """Runs cells until the time is up or a signal asks to stop.
+    """Runs the cells of a grid, `jobs` at a time, until none is left or a signal asks to stop."""
 
-    Args:
-        minutes: until no further cell begins, and the one under way is stopped.
-        lock: an open file that the trainer is to hold open too.
-    """
-
-    def __init__(self, minutes: float, lock: IO[str]) -> None:
-        self.end = time.monotonic() + 60 * minutes
+    def __init__(self, grid: Grid, options: argparse.Namespace, lock: IO[str]) -> None:
+        self.grid, self.options, self.lock = grid, options, lock
+        self.rows = read(options.csv, grid)
+        self.folders = image_folders(grid, options.data, options.runs)
+        self.running: dict[Cell, subprocess.Popen[bytes]] = {}
         self.stopped = False
-        self._lock = lock
-        self._running: subprocess.Popen[str] | None = None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)
 
     def _stop(self, _number: int, _frame: FrameType | None) -> None:
         self.stopped = True
-        if self._running is not None:
-            self._running.terminate()  # the trainer answers with a checkpoint
+        for process in self.running.values():
+            process.terminate()  # the trainer answers with a checkpoint
 
-    @property
-    def over(self) -> bool:
-        """Whether no further cell is to begin."""
-        return self.stopped or time.monotonic() >= self.end
+    def run(self) -> None:
+        """Run all cells that the rows lack; each is a row as soon as it has ended."""
+        tried: set[Cell] = set()
+        while not self.stopped or self.running:
+            waiting = [cell for cell in self.grid.missing(self.rows) if cell not in tried]
+            for cell in waiting[: self.options.jobs - len(self.running)]:
+                if not self.stopped:
+                    tried.add(cell)
+                    self.running[cell] = self._start(cell)
+            if not self.running:
+                return
+            time.sleep(POLL)
+            for cell in [cell for cell, run in self.running.items() if run.poll() is not None]:
+                self._end(cell, self.running.pop(cell).returncode)
 
-    def train(self, arguments: Sequence[str], run: Path) -> tuple[int, str]:
-        """The trainer's exit status and its errors; it goes on from a checkpoint in `run`."""
-        command = [sys.executable, "-m", "fastlars.trainer", *arguments]
-        command += ["--output", str(run), "--resume", "auto", "--workers", str(READERS)]
-        # A session of its own: Ctrl-C reaches the trainer through us, once. Where we are killed it
-        # goes on alone, and the lock with it.
-        self._running = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            start_new_session=True, pass_fds=(self._lock.fileno(),),
-        )  # fmt: skip
-        if self.stopped:  # by a signal that came before there was a process to pass it on to
-            self._running.terminate()
-        try:
-            left = max(self.end - time.monotonic(), 1.0)
-            _, errors = self._running.communicate(timeout=None if math.isinf(left) else left)
-        except subprocess.TimeoutExpired:
-            self.stopped = True
-            self._running.terminate()
-            _, errors = self._running.communicate()
-        status = self._running.returncode
-        self._running = None
-        return status, errors
+    def _start(self, cell: Cell) -> subprocess.Popen[bytes]:
+        threads = str(max((os.cpu_count() or 1) // self.options.jobs, 1))
+        command = [sys.executable, "-m", "fastlars.trainer", *self.grid.command(cell).split()]
+        command += ["--data", str(self.folders[cell.kind]), "--workers", threads]
+        command += ["--output", str(self.options.runs / cell.name)]
+        command += ["--resume", "auto"] * (cell.kind != FIND_LR)
+        with open(self.options.runs / f"{cell.name}.log", "wb") as log:
+            # A session of its own: Ctrl-C reaches the trainer through `_stop`, once. Where this
+            # process is killed, the trainer goes on alone and keeps the lock.
+            return subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                pass_fds=(self.lock.fileno(),), env=os.environ | {"OMP_NUM_THREADS": threads},
+            )  # fmt: skip
+
+    def _end(self, cell: Cell, status: int) -> None:
+        if self.stopped and status in (128 + signal.SIGTERM, -signal.SIGTERM):
+            print(f"{cell.name}: stopped; the same command goes on with it", flush=True)
+            return
+        row = result(self.grid, cell, self.options.runs, status)
+        self.rows = [old for old in self.rows if old.cell != cell] + [row]
+        write(self.options.csv, self.rows)
+        for checkpoint in (self.options.runs / cell.name).glob("*.pt"):
+            checkpoint.unlink()  # 200 MB each for ResNet-50
+        what = row.status if row.status != "done" else f"{row.accuracy:.2%}"
+        if cell.kind == FIND_LR and row.status == "done":
+            what = f"suggests {row.suggested:.2g}"
+        left = len(self.grid.missing(self.rows))
+        print(f"{cell.name}: {what}; {left} to go, or more", flush=True)
 
 
-def finish(cell: Cell, run: Path, status: int, errors: str, seconds: float) -> Row | None:
-    """The row of a run that has ended; None for one that was stopped."""
-    if status > 128 or status < 0:
-        return None
-    diverged = status == DIVERGED
-    if status and not diverged:
-        raise SystemExit(f"{cell.name}: the trainer failed:\n{errors.strip()}")
-    facts: dict[str, Any] = {
-        "seconds": round(seconds, 1),
-        "device": device(),
-        "versions": versions(),
-    }
-    if diverged:
-        return Row(**asdict(cell), **facts)
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    accuracies = [record["accuracy"] for record in records if record["kind"] == "test"]
+def result(grid: Grid, cell: Cell, runs: Path, status: int) -> Row:
+    """The row of a cell whose run has ended with this exit status."""
+    accuracy = loss = suggested = seconds = 0.0
+    lines = (runs / f"{cell.name}.log").read_text(errors="replace").split("\n")
+    last = [line for line in lines if line][-1:] or ["it wrote nothing"]
+    reason = "diverged" if status == DIVERGED else f"failed with exit status {status}"
+    reason += f": {last[0].removeprefix('fastlars.trainer: error: ')}"
+    if cell.kind == FIND_LR and not status:
+        with open(runs / cell.name / "lr_find.csv", newline="") as file:
+            swept = list(csv.DictReader(file))
+        rates, losses = ([float(row[name]) for row in swept] for name in ("lr", "smoothed_loss"))
+        suggested = (find_lr.suggest(rates, losses) or (0.0,))[0]
+    elif not status:
+        records = read_log(runs / cell.name / "metrics.jsonl")
+        trained = [record for record in records if record["kind"] == "train"]
+        seconds = sum(record["images"] / record["images_per_second"] for record in trained)
+        accuracy = [record["accuracy"] for record in records if record["kind"] == "test"][-1]
+        loss = trained[-1]["loss"]
     return Row(
         **asdict(cell),
-        accuracy=round(accuracies[-1], 6),
-        best_accuracy=round(max(accuracies), 6),
-        loss=next(round(r["loss"], 6) for r in reversed(records) if r["kind"] == "train"),
-        diverged=False,
-        **facts,
+        status=reason if status else "done",
+        accuracy=round(accuracy, 6),
+        loss=round(loss, 6),
+        suggested=float(f"{suggested:.3g}"),
+        seconds=round(seconds, 1),
+        machine=torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else describe()["machine"],
+        versions=f"fastlars {fastlars.__version__}, torch {torch.__version__}",
+        command=grid.command(cell),
     )
 
 
-def device() -> str:
-    """What the runs are made on."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else describe()["machine"]
-
-
-def versions() -> str:
-    """What the runs are made with."""
-    return (
-        f"fastlars {fastlars.__version__}, torch {torch.__version__}, "
-        f"torchvision {torchvision.__version__}"
-    )
+def image_folders(grid: Grid, data: Path, runs: Path) -> dict[str, Path]:
+    """A folder of links for each kind of cell: the images to train on, and those to measure on."""
+    for part in ("train", "test"):
+        if not (data / part).is_dir():
+            raise SystemExit(f"--data: {data} has no folder {part}/")
+    first, last = grid.train_images, grid.train_images + grid.held_out_images
+    searches, finals = runs / f"images-{first}-{grid.held_out_images}", runs / f"images-{first}"
+    if not searches.exists():
+        partial = runs / ".images.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        for folder in sorted((data / "train").iterdir()):
+            files = sorted(folder.iterdir())
+            if len(files) < last:
+                raise SystemExit(f"--data: {folder} has {len(files)} images, not {last}")
+            for part, chosen in (("train", files[:first]), ("val", files[first:last])):
+                (partial / part / folder.name).mkdir(parents=True)
+                for file in chosen:
+                    (partial / part / folder.name / file.name).symlink_to(file.resolve())
+        partial.rename(searches)
+    finals.mkdir(exist_ok=True)
+    for name, target in (("train", searches / "train"), ("test", data / "test")):
+        if not (finals / name).exists():
+            (finals / name).symlink_to(target.resolve())
+    return {SEARCH: searches, FIND_LR: searches, FINAL: finals}
 
 
 @contextmanager
 def alone(path: Path) -> Iterator[IO[str]]:
-    """One sitting at a time for each CSV: as long as any process has the file open."""
+    """One sitting at a time for each CSV: as long as any process has the lock file open."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "w") as lock:
         try:
@@ -145,79 +173,27 @@ def alone(path: Path) -> Iterator[IO[str]]:
         yield lock
 
 
-def run_all(cells: Sequence[Cell], options: argparse.Namespace, lock: IO[str]) -> list[Row]:
-    """Every cell that the CSV lacks, until the sitting is over; all rows there are."""
-    rows = read(options.csv)
-    done = {row.cell for row in rows}
-    left = [cell for cell in cells if cell not in done]
-    print(f"{len(cells) - len(left)} of {len(cells)} cells are done", flush=True)
-    sitting = Sitting(options.minutes, lock)
-    for number, cell in enumerate(left, start=1):
-        if sitting.over:
-            break
-        run, begin = options.runs / cell.name, time.perf_counter()
-        if (run / "metrics.jsonl").exists() and not (run / "checkpoint.pt").exists():
-            shutil.rmtree(run)  # it was killed before its first checkpoint
-        data = options.data
-        if cell.per_class:
-            data = subset(data, cell.per_class, options.runs)
-        arguments = cell.arguments(str(data), options.bn_batch, options.micro_batch)
-        row = finish(cell, run, *sitting.train(arguments, run), time.perf_counter() - begin)
-        if row is None:
-            print(f"{cell.name}: stopped; the next sitting goes on with it", flush=True)
-            break
-        rows.append(row)
-        write(options.csv, rows)
-        for checkpoint in run.glob("*.pt"):
-            checkpoint.unlink()  # 200 MB each for ResNet-50
-        what = "diverged" if row.diverged else f"{row.accuracy:.2%}"
-        print(f"[{number}/{len(left)}] {cell.name}: {what}, {row.seconds:.0f} s", flush=True)
-    return rows
-
-
-def numbers(text: str) -> list[int]:
-    """Whole numbers between commas."""
-    return [int(part) for part in text.split(",")]
-
-
-def names(text: str) -> list[str]:
-    """Contenders between commas."""
-    chosen = text.split(",")
-    for name in chosen:
-        if name not in CONTENDERS:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(CONTENDERS)}")
-    return chosen
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is left of the grid, then draw and compare all that the CSV holds."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    results = ROOT / "benchmarks" / "results"
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ and test/")
-    parser.add_argument("--per-class", type=int, default=0, help="training images; 0: all")
-    parser.add_argument("--models", type=lambda text: text.split(","), default=["resnet20"])
-    parser.add_argument("--optimizers", type=names, default=["sgd", "lars", "lamb"])
-    parser.add_argument("--batches", type=numbers, default=[128, 1024, 4096, 8192])
-    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=200)
-    parser.add_argument("--bn-batch", type=int, default=128, help="images of a ghost batch")
-    parser.add_argument("--micro-batch", type=int, default=1024, help="images of a forward pass")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="length of this sitting")
-    parser.add_argument("--csv", type=Path, default=results / "large_batch.csv")
-    parser.add_argument("--picture", type=Path, default=results / "large_batch.png")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "large_batch")
+    parser.add_argument("--grid", type=Path, default=HERE / "large_batch.ini", help="grid file")
+    parser.add_argument("--csv", type=Path, help="default: results/GRID.csv")
+    parser.add_argument("--picture", type=Path, help="default: GRID.png, next to the CSV")
+    parser.add_argument("--runs", type=Path, help="logs and checkpoints; default: runs/GRID")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     options = parser.parse_args(arguments)
-    cells = list(
-        grid(
-            options.models, options.batches, options.optimizers, options.seeds, options.epochs,
-            options.per_class,
-        )
-    )  # fmt: skip
+    options.csv = options.csv or HERE / "results" / f"{options.grid.stem}.csv"
+    options.picture = options.picture or options.csv.with_suffix(".png")
+    options.runs = options.runs or HERE.parent / "runs" / options.grid.stem
+    options.runs.mkdir(parents=True, exist_ok=True)
+    grid = Grid(options.grid)
     with alone(options.csv) as lock:
-        rows = run_all(cells, options, lock)
-    if rows:
-        large_batch_figure.draw(rows, options.picture)
-        print(large_batch_figure.table(rows), *large_batch_figure.bars(rows), sep="\n")
+        sitting = Sitting(grid, options, lock)
+        sitting.run()
+    large_batch_figure.draw(grid, sitting.rows, options.picture)
+    report = large_batch_figure
+    print(report.table(grid, sitting.rows), *report.bars(grid, sitting.rows), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
-"""What benchmarks/large_batch.py found: a table, and accuracy against batch as a picture."""
+"""What a grid of benchmarks/large_batch.py found: a table, two bars, and a picture."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -13,123 +11,99 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from large_batch_grid import Row
+from large_batch_grid import FIND_LR, Grid, Row
 
-COLOURS = {"sgd": "tab:blue", "sgd-poly": "tab:cyan", "lars": "tab:red", "lamb": "tab:green"}
-
-
-@dataclass(frozen=True)
-class Point:
-    """An optimizer at a batch, at the best of its rates."""
-
-    lr: float
-    rates: int  # that were tried
-    accuracies: tuple[float, ...]  # of the seeds, at that rate
-
-    @property
-    def mean(self) -> float:
-        return mean(self.accuracies)
+COLOURS = ("tab:cyan", "tab:blue", "tab:red", "tab:green", "tab:purple", "tab:brown")
 
 
-Curves = dict[str, dict[int, Point]]  # by optimizer and batch
+def accuracies(grid: Grid, rows: Sequence[Row], optimizer: str, batch: int) -> list[float]:
+    """On the test images, in %, of all seeds at the best rate; 0 where training diverged.
+
+    None where the grid has no such optimizer or batch.
+    """
+    if (optimizer, batch) not in grid.places():
+        return []
+    return [100 * row.accuracy for row in grid.final(rows, optimizer, batch)]
 
 
-@dataclass(frozen=True, order=True)
-class Task:
-    """What is trained how long: runs of different tasks are not compared."""
-
-    model: str
-    per_class: int
-    epochs: int
-
-    def __str__(self) -> str:
-        images = f"{self.per_class:,} images a class" if self.per_class else "all images"
-        return f"{self.model}, {images}, {self.epochs} epochs"
-
-
-def best(rows: Sequence[Row]) -> dict[Task, Curves]:
-    """Every optimizer at every batch, at the rate of the best mean."""
-    by_rate: dict[tuple[Task, str, int], dict[float, list[float]]] = defaultdict(
-        lambda: defaultdict(list)
-    )
-    for row in rows:
-        key = Task(row.model, row.per_class, row.epochs), row.optimizer, row.batch
-        by_rate[key][row.lr].append(row.accuracy)
-    found: dict[Task, Curves] = defaultdict(lambda: defaultdict(dict))
-    for (task, optimizer, batch), accuracies in sorted(by_rate.items()):
-        # A rate that was not run with all seeds yet could be the best by luck.
-        most = max(map(len, accuracies.values()))
-        whole = {lr: values for lr, values in accuracies.items() if len(values) == most}
-        lr = max(whole, key=lambda rate: mean(whole[rate]))
-        found[task][optimizer][batch] = Point(lr, len(whole), tuple(whole[lr]))
-    return found
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Markdown: a line for every model, batch and optimizer."""
+def table(grid: Grid, rows: Sequence[Row]) -> str:
+    """Markdown: a line for every batch and optimizer."""
     lines = [
-        "| task | batch | optimizer | accuracy | best lr | rates | seeds |",
-        "|---|--:|---|--:|--:|--:|--:|",
+        "| batch | optimizer | rates tried | best | `--find-lr` | held out, % | test, % | seeds |",
+        "|--:|---|---|--:|--:|--:|--:|---|",
     ]
-    for task, curves in best(rows).items():
-        places = sorted((batch, name) for name, points in curves.items() for batch in points)
-        for batch, name in places:
-            point = curves[name][batch]
-            lines.append(
-                f"| {task} | {batch:,} | {name} | {point.mean:.2%} | {point.lr:g} | "
-                f"{point.rates} | {len(point.accuracies)} |"
-            )
+    for name, batch in grid.places():
+        lr, found = grid.best_rate(rows, name, batch), accuracies(grid, rows, name, batch)
+        if lr is None or not found:
+            continue
+        searched, suggested, held_out = grid.searched(rows, name, batch), "", ""
+        if searched:
+            held_out = f"{100 * searched[lr]:.1f}"
+            place = FIND_LR, name, batch
+            sweeps = [r for r in rows if (r.kind, r.optimizer, r.batch) == place]
+            suggested = f"{sweeps[0].suggested:.2g}" if sweeps else ""
+        tried = " ".join(f"{rate:g}" for rate in searched) or "none"
+        seeds = " ".join(f"{accuracy:.1f}" for accuracy in found)
+        lines.append(
+            f"| {batch:,} | {name} | {tried} | {lr:g} | {suggested} | {held_out} | "
+            f"{mean(found):.1f} | {seeds} |"
+        )
     return "\n".join(lines)
 
 
-def bars(rows: Sequence[Row]) -> list[str]:
-    """What was to be shown, and by how much it was or was not; for each task with those runs."""
-    lines = []
-    for task, curves in best(rows).items():
-        sgd, lars = curves.get("sgd", {}), curves.get("lars", {})
-        if 4096 in sgd and 4096 in lars:
-            ahead = 100 * (lars[4096].mean - sgd[4096].mean)
-            lines.append(
-                f"{task}: LARS at 4,096 is {ahead:+.2f} points from SGD at 4,096 "
-                f"(to be at least +1): {'met' if ahead >= 1 else 'missed'}"
+def bars(grid: Grid, rows: Sequence[Row]) -> Iterator[str]:
+    """What LARS is to reach, and by how much it did or did not, where there are runs to say."""
+    small, large = grid.batches[0], grid.batches[-1]
+    for batch, other, other_batch, least in (
+        (large, "sgd-linear", large, 1.0),
+        (8 * small, "sgd", small, -0.5),
+    ):
+        found = accuracies(grid, rows, "lars", batch)
+        others = accuracies(grid, rows, other, other_batch)
+        if found and others:
+            ahead = mean(found) - mean(others)
+            yield (
+                f"lars at {batch:,}: {ahead:+.2f} points from {other} at {other_batch:,}, to be "
+                f"at least {least:+g}: {'met' if ahead >= least else 'missed'}"
             )
-        if 128 in sgd and 1024 in lars:
-            behind = 100 * (sgd[128].mean - lars[1024].mean)
-            lines.append(
-                f"{task}: LARS at 1,024 is {-behind:+.2f} points from SGD at 128 "
-                f"(to be at least -0.5): {'met' if behind <= 0.5 else 'missed'}"
-            )
-    return lines
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """Write the PNG: a panel for each task."""
-    panels = best(rows)
-    figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
+def draw(grid: Grid, rows: Sequence[Row], path: Path) -> None:
+    """Write the PNG: accuracy against batch; below it, the search for a rate at each batch."""
+    figure = Figure(figsize=(8, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (task, curves) in zip(axes, panels.items(), strict=True):
-        _panel(axis, curves)
-        axis.set_title(str(task), fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    above, below = figure.subfigures(2, 1, height_ratios=(1.4, 1))
+    _against_batch(above.subplots(), grid, rows)
+    panels = below.subplots(1, len(grid.batches), sharey=True, squeeze=False)[0]
+    for panel, batch in zip(panels, grid.batches, strict=True):
+        _against_rate(panel, grid, rows, batch)
+    panels[0].set_ylabel("accuracy, held-out images, %")
     figure.savefig(path, dpi=110)
 
 
-def _panel(axis: Axes, curves: Curves) -> None:
-    """Means at the best rate; bars from the worst to the best seed."""
-    for name, points in curves.items():
-        batches = sorted(points)
-        means = [100 * points[batch].mean for batch in batches]
-        low = [m - 100 * min(points[b].accuracies) for m, b in zip(means, batches, strict=True)]
-        high = [100 * max(points[b].accuracies) - m for m, b in zip(means, batches, strict=True)]
-        axis.errorbar(
-            batches, means, yerr=(low, high), marker="o", capsize=3, label=name,
-            color=COLOURS.get(name),
-        )  # fmt: skip
-    all_batches = sorted({batch for points in curves.values() for batch in points})
+def _against_batch(axis: Axes, grid: Grid, rows: Sequence[Row]) -> None:
+    """The means over the seeds as lines, all runs as points."""
+    for name, colour in zip(grid.optimizers, COLOURS, strict=False):
+        found = {batch: accuracies(grid, rows, name, batch) for batch in grid.batches}
+        runs = [(batch, accuracy) for batch, values in found.items() for accuracy in values]
+        axis.plot(*zip(*runs, strict=True), ".", color=colour) if runs else None
+        means = [(batch, mean(values)) for batch, values in found.items() if values]
+        axis.plot(*zip(*means, strict=True), color=colour, label=name) if means else None
     axis.set_xscale("log", base=2)
-    axis.set_xticks(all_batches, [f"{batch:,}" for batch in all_batches])
+    axis.set_xticks(grid.batches, [f"{batch:,}" for batch in grid.batches])
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.set(xlabel="batch", ylabel="test accuracy after the last epoch, %")
+    axis.set(xlabel="batch", ylabel="accuracy, test images, %")
     axis.grid(alpha=0.3)
     axis.legend()
+
+
+def _against_rate(axis: Axes, grid: Grid, rows: Sequence[Row], batch: int) -> None:
+    """A line for each optimizer; rates in units of its best one, because they differ in kind."""
+    for name, colour in zip(grid.optimizers, COLOURS, strict=False):
+        searched, best = grid.searched(rows, name, batch), grid.best_rate(rows, name, batch)
+        if searched and best:
+            relative = [lr / best for lr in searched]
+            axis.plot(relative, [100 * a for a in searched.values()], ".-", color=colour)
+    axis.set_xscale("log", base=2)
+    axis.set(title=f"batch {batch:,}", xlabel="rate / the best rate")
+    axis.grid(alpha=0.3)

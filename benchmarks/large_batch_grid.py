@@ -1,105 +1,50 @@
-"""The runs of benchmarks/large_batch.py: what they are called with, and what came out."""
+"""The grid of benchmarks/large_batch.py: its file, its cells, and the rows of finished cells."""
 
 from __future__ import annotations
 
 import csv
-import itertools
-import math
-import shutil
 from collections.abc import Iterator, Sequence
+from configparser import ConfigParser
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from fastlars.trainer.config import command_line
+from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.output import atomic
 
-BASE_BATCH = 128
-FACTORS = (0.5, 1.0, 2.0)
-WARMUP = 5.0  # epochs, but at most a quarter of the run
-
-
-@dataclass(frozen=True)
-class Contender:
-    """How the trainer is told to use an optimizer.
-
-    Attributes:
-        base_lr: the middle of the grid at BASE_BATCH.
-        arguments: beside what all contenders share.
-    """
-
-    base_lr: float
-    arguments: tuple[str, ...]
-
-
-_POLY = ("--schedule", "poly", "--power", "2", "--end-lr", "0", "--warmup-from", "0")
-# Not the recipe's decay of 1.5 and missing correction, which belong to long runs on ImageNet.
-_LAMB = ("--weight-decay", "0.01", "--bias-correction", "--max-grad-norm", "0")
-# The middle rates: for SGD and LARS the best of the grid at 128 and 1,024 in a public table of
-# ResNet-20 on CIFAR-10 (hysts, pytorch_image_classification); for LAMB table 5 of its paper.
-CONTENDERS = {
-    # Goyal et al.: Nesterov, steps at 1/3, 2/3 and 8/9, warm-up from a rate of 0.1.
-    "sgd": Contender(0.4, ("--recipe", "goyal", "--weight-decay", "1e-4")),
-    # The fairer baseline of Nado et al. 2021: the schedule of LARS.
-    "sgd-poly": Contender(0.4, ("--recipe", "goyal", *_POLY, "--weight-decay", "1e-4")),
-    "lars": Contender(5.0, ("--recipe", "lars", *_POLY, "--weight-decay", "1e-4")),
-    "lamb": Contender(0.0025, ("--recipe", "lamb", *_POLY, "--power", "1", *_LAMB)),
-}
+# What a cell is for. SEARCH measures on the held-out images, FINAL on the test images.
+SEARCH, FINAL, FIND_LR = "search", "final", "find-lr"
+MOST_BEYOND = 3  # rates tried beyond those of the file, while the best one is at an end
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run."""
+    """One command of the trainer."""
 
-    model: str
+    kind: str
     optimizer: str
     batch: int
     lr: float
     seed: int
-    epochs: int
-    per_class: int = 0  # training images; 0: all
 
     @property
     def name(self) -> str:
         """As a folder's name."""
-        return (
-            f"{self.model}-{self.optimizer}-b{self.batch}-lr{self.lr:g}-s{self.seed}"
-            f"-e{self.epochs}-i{self.per_class or 'all'}"
-        )
-
-    def arguments(self, data: str, bn_batch: int, micro_batch: int) -> list[str]:
-        """The trainer's command line, but for where it writes."""
-        forward = min(self.batch, micro_batch)
-        values = {
-            "--data": data,
-            "--model": self.model,
-            "--stem": "small",
-            "--batch-size": self.batch,
-            "--micro-batch": forward,
-            "--bn-batch": min(bn_batch, forward),
-            "--lr": self.lr,
-            "--seed": self.seed,
-            "--epochs": self.epochs,
-            "--warmup-epochs": min(WARMUP, self.epochs / 4),
-            "--no-decay": "norms+biases",
-            "--no-ratio": "norms+biases",
-            "--bn-statistics": "running",
-            "--classifier-std": 0,
-            "--label-smoothing": 0,
-        }
-        shared = [str(part) for pair in values.items() for part in pair]
-        return [*CONTENDERS[self.optimizer].arguments, *shared]
+        return f"{self.optimizer}-b{self.batch}-lr{self.lr:g}-s{self.seed}-{self.kind}"
 
 
 @dataclass(frozen=True)
 class Row(Cell):
-    """A finished run."""
+    """A cell that has ended. Where there is no accuracy or loss, the column is 0."""
 
-    accuracy: float = 0.0  # after the last epoch; 0 where the loss was no number any more
-    best_accuracy: float = 0.0
-    loss: float = math.nan  # of training, at the end
-    diverged: bool = True
-    seconds: float = 0.0  # in the last sitting
-    device: str = ""
-    versions: str = ""
+    status: str  # "done", or "diverged" or "failed" with the reason
+    accuracy: float  # after the last epoch
+    loss: float  # of training, at the end
+    suggested: float  # by FIND_LR, else 0
+    seconds: float  # of training, without reading and measuring
+    machine: str
+    versions: str
+    command: str  # the trainer's arguments, without those that name folders
 
     @property
     def cell(self) -> Cell:
@@ -107,60 +52,133 @@ class Row(Cell):
         return Cell(**{f.name: getattr(self, f.name) for f in fields(Cell)})
 
 
-def rates(optimizer: str, batch: int) -> list[float]:
-    """The grid at this batch, to three digits."""
-    middle = CONTENDERS[optimizer].base_lr * (batch / BASE_BATCH) ** 0.5
-    return [float(f"{middle * factor:.3g}") for factor in FACTORS]
+class Grid:
+    """What a grid file compares.
+
+    Its section [grid] has
+
+        flags     the trainer's flags that all runs share
+        images    of each class: how many to train on, then how many to hold out for the search
+        batches   the smallest first
+        search    the seed of the search
+        seeds     the seeds of the runs at the best rate
+
+    and every other section is an optimizer, with `flags` of its own. The optimizer's rate is
+    searched at each batch among `lr BATCH`, on the held-out images; where the best rate is at an
+    end, one more is tried beyond it. All seeds are then run at the best rate and measured on the
+    test images. An optimizer with `scales = OTHER` has no search: its rate is OTHER's best one at
+    the smallest batch, times batch / smallest batch. In flags, {base} is the rate divided by that
+    factor.
+
+    Raises SystemExit where the trainer refuses the flags of an optimizer.
+    """
+
+    def __init__(self, path: Path) -> None:
+        file = ConfigParser(interpolation=None)
+        with open(path, encoding="utf-8") as lines:
+            file.read_file(lines)
+        common = file["grid"]
+        self.batches = [int(batch) for batch in common["batches"].split()]
+        self.train_images, self.held_out_images = map(int, common["images"].split())
+        self.seeds = [int(seed) for seed in common["seeds"].split()]
+        self.optimizers = [name for name in file.sections() if name != "grid"]
+        self._search_seed = common.getint("search")
+        self._flags = {name: f"{file[name]['flags']} {common['flags']}" for name in self.optimizers}
+        self._scales = {n: file[n]["scales"] for n in self.optimizers if "scales" in file[n]}
+        self._rates = {
+            (name, batch): sorted(map(float, file[name][f"lr {batch}"].split()))
+            for batch in self.batches for name in self.optimizers if name not in self._scales
+        }  # fmt: skip
+        for cell in self.missing([]):
+            try:
+                command_line.new_config(command_line.parse(self.command(cell).split()).given)
+            except TrainerError as error:
+                raise SystemExit(f"{path}: {cell.optimizer}, batch {cell.batch}: {error}") from None
+
+    def command(self, cell: Cell) -> str:
+        """The trainer's arguments, without those that name folders."""
+        base = cell.lr * self.batches[0] / cell.batch
+        words = self._flags[cell.optimizer].format(base=f"{base:g}").split()
+        words += f"--batch-size {cell.batch} --lr {cell.lr:g} --seed {cell.seed}".split()
+        return " ".join(words + ["--find-lr"] * (cell.kind == FIND_LR))
+
+    def places(self) -> Iterator[tuple[str, int]]:
+        """Every optimizer at every batch; at the smallest, a scaled rate is that of the other."""
+        for batch in self.batches:
+            for name in self.optimizers:
+                if name not in self._scales or batch != self.batches[0]:
+                    yield name, batch
+
+    def searched(self, rows: Sequence[Row], optimizer: str, batch: int) -> dict[float, float]:
+        """The accuracy on the held-out images at each rate, 0 where training diverged."""
+        place = SEARCH, optimizer, batch
+        found = {r.lr: r.accuracy for r in rows if (r.kind, r.optimizer, r.batch) == place}
+        return dict(sorted(found.items()))
+
+    def best_rate(self, rows: Sequence[Row], optimizer: str, batch: int) -> float | None:
+        """The rate of the final runs; None as long as the search for it goes on."""
+        if optimizer in self._scales:
+            base = self.best_rate(rows, self._scales[optimizer], self.batches[0])
+            return base and float(f"{base * batch / self.batches[0]:g}")
+        if self._next_rates(rows, optimizer, batch):
+            return None
+        found = self.searched(rows, optimizer, batch)
+        return max(found, key=found.__getitem__)
+
+    def _next_rates(self, rows: Sequence[Row], optimizer: str, batch: int) -> list[float]:
+        """The rates that a search still has to try; none once it has ended."""
+        found, asked = self.searched(rows, optimizer, batch), self._rates[optimizer, batch]
+        missing = [lr for lr in asked if lr not in found]
+        if missing or len(found) == len(asked) + MOST_BEYOND:
+            return missing
+        low, *_, high = found
+        best = max(found, key=found.__getitem__)
+        beyond = {low: low * asked[0] / asked[1], high: high * asked[-1] / asked[-2]}
+        return [float(f"{beyond[best]:.3g}")] if best in beyond else []
+
+    def final(self, rows: Sequence[Row], optimizer: str, batch: int) -> list[Row]:
+        """The runs at the best rate that have ended."""
+        place = FINAL, optimizer, batch, self.best_rate(rows, optimizer, batch)
+        return [row for row in rows if (row.kind, row.optimizer, row.batch, row.lr) == place]
+
+    def missing(self, rows: Sequence[Row]) -> list[Cell]:
+        """The cells to run next, searches first; more follow from their results."""
+        rows = [row for row in rows if not row.status.startswith("failed")]
+        cells = []
+        for name, batch in self.places():
+            lr = self.best_rate(rows, name, batch)
+            if lr is not None:
+                cells += [Cell(FINAL, name, batch, lr, seed) for seed in self.seeds]
+            if name in self._scales:
+                continue
+            rates = self._next_rates(rows, name, batch)
+            cells += [Cell(SEARCH, name, batch, lr, self._search_seed) for lr in rates]
+            middle = self._rates[name, batch][1]
+            cells.append(Cell(FIND_LR, name, batch, middle, self._search_seed))
+        done = {row.cell for row in rows}
+        # One seed of every place first: what is cut short still compares everything once.
+        order = {SEARCH: -2, FIND_LR: -1} | dict.fromkeys([FINAL], 0)
+        cells.sort(key=lambda c: (order[c.kind], c.kind == FINAL and self.seeds.index(c.seed)))
+        return [cell for cell in cells if cell not in done]
 
 
-def grid(
-    models: Sequence[str],
-    batches: Sequence[int],
-    optimizers: Sequence[str],
-    seeds: Sequence[int],
-    epochs: int,
-    per_class: int = 0,
-) -> Iterator[Cell]:
-    """All cells, first seeds first: what is cut short still compares everything once."""
-    for seed, model, batch, optimizer in itertools.product(seeds, models, batches, optimizers):
-        for lr in rates(optimizer, batch):
-            yield Cell(model, optimizer, batch, lr, seed, epochs, per_class)
-
-
-def read(path: Path) -> list[Row]:
-    """The rows of a CSV; none where there is no file."""
+def read(path: Path, grid: Grid) -> list[Row]:
+    """The rows of a CSV, none where there is no file; SystemExit if another grid made them."""
     if not path.exists():
         return []
-    text = {"model": str, "optimizer": str, "device": str, "versions": str}
-    kinds = {"batch": int, "seed": int, "epochs": int, "per_class": int, "diverged": "True".__eq__}
+    kinds = {f.name: {"int": int, "float": float, "str": str}[str(f.type)] for f in fields(Row)}
     with open(path, newline="", encoding="utf-8") as file:
-        return [
-            Row(**{k: {**text, **kinds}.get(k, float)(v) for k, v in line.items()})
-            for line in csv.DictReader(file)
-        ]
+        rows = [Row(**{k: kinds[k](v) for k, v in line.items()}) for line in csv.DictReader(file)]
+    for row in rows:
+        if row.optimizer not in grid.optimizers or row.command != grid.command(row.cell):
+            raise SystemExit(
+                f"{path}: {row.cell.name} was run with other flags than the grid file has now "
+                f"({row.command}): give another --csv"
+            )
+    return rows
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
     """All rows, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     names = [f.name for f in fields(Row)]
     atomic.write_table([names, *(asdict(row).values() for row in rows)], path)
-
-
-def subset(data: Path, per_class: int, into: Path) -> Path:
-    """A folder of links to the first images of each class, and to all test images."""
-    root = into / f"images-{per_class}"
-    if root.exists():
-        return root
-    partial = into / f".images-{per_class}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    for folder in sorted((data / "train").iterdir()):
-        files = sorted(folder.iterdir())
-        if len(files) < per_class:
-            raise SystemExit(f"{folder} has {len(files)} images, not {per_class}")
-        (partial / "train" / folder.name).mkdir(parents=True)
-        for file in files[:per_class]:
-            (partial / "train" / folder.name / file.name).symlink_to(file.resolve())
-    (partial / "test").symlink_to((data / "test").resolve())
-    partial.rename(root)
-    return root

@@ -1,126 +1,245 @@
-"""benchmarks/large_batch.py: its grid, its figure, and sittings that go on after a stop."""
+"""benchmarks/large_batch.py: its grid, its table, and sittings that go on after a stop."""
 
 from __future__ import annotations
 
-import math
+import csv
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 import large_batch
 import large_batch_figure
-import large_batch_grid
-from large_batch_grid import Cell, Row, grid, read, subset, write
+from large_batch_grid import FINAL, FIND_LR, MOST_BEYOND, SEARCH, Cell, Grid, Row, read, write
 from sources import ROOT
 from trainer.helpers import Outcome, write_images
 
-EPOCHS = 12
+# Two optimizers and the linear rule, which has no search of its own.
+GRID = """
+[grid]
+images = 6 3
+batches = 4 8
+search = 0
+seeds = 1 2
+flags = --model resnet8 --stem small --micro-batch 4 --bn-batch 4 --epochs 1 --warmup-epochs 0
+[sgd-linear]
+scales = sgd
+flags = --recipe goyal --warmup-from {base}
+[sgd]
+flags = --recipe goyal --warmup-from 0
+lr 4 = 0.1 0.2 0.4
+lr 8 = 0.1 0.2 0.4
+[lars]
+flags = --recipe lars
+lr 4 = 1 2 4
+lr 8 = 1 2 4
+"""
 
 
-def row(optimizer: str, batch: int, accuracy: float, lr: float = 1.0, seed: int = 0) -> Row:
-    return Row("resnet20", optimizer, batch, lr, seed, 30, 0, accuracy, accuracy, 0.5, False)
+@pytest.fixture
+def grid(tmp_path: Path) -> Grid:
+    path = tmp_path / "grid.ini"
+    path.write_text(GRID)
+    return Grid(path)
 
 
-def test_all_optimizers_get_the_same_grid_and_the_same_rules() -> None:
-    cells = list(grid(["resnet20"], [128, 4096], ["sgd", "lars", "lamb"], [0, 1], 200))
-    assert len(set(cells)) == len(cells) == 2 * 3 * 2 * 3
-    factors, shared = defaultdict(set), defaultdict(set)
-    for cell in cells:
-        middle = large_batch_grid.CONTENDERS[cell.optimizer].base_lr * math.sqrt(cell.batch / 128)
-        factors[cell.optimizer, cell.batch, cell.seed].add(round(cell.lr / middle, 2))
-        own = large_batch_grid.CONTENDERS[cell.optimizer].arguments
-        rest = cell.arguments("images", 128, 1024)[len(own) :]
-        at = rest.index("--lr")
-        shared[cell.batch, cell.seed].add(tuple(rest[:at] + rest[at + 2 :]))
-    assert set(map(frozenset, factors.values())) == {frozenset({0.5, 1.0, 2.0})}
-    assert all(len(arguments) == 1 for arguments in shared.values())
-    # What is cut short has compared all optimizers at every batch with one seed.
-    assert [cell.seed for cell in cells] == [0] * 18 + [1] * 18
+def ended(grid: Grid, cell: Cell, accuracy: float = 0.5, status: str = "done") -> Row:
+    return Row(
+        **asdict(cell), status=status, accuracy=accuracy, loss=1.5, suggested=0.0, seconds=2.0,
+        machine="a, b", versions="1", command=grid.command(cell),
+    )  # fmt: skip
 
 
-def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
-    rows = [row("lars", 128, 0.91), replace(row("sgd", 128, 0.0), diverged=True, loss=1.25)]
-    write(tmp_path / "a" / "out.csv", rows)
-    assert read(tmp_path / "a" / "out.csv") == rows
-    assert rows[0].cell == Cell("resnet20", "lars", 128, 1.0, 0, 30)
+def search(grid: Grid, name: str, batch: int, accuracies: dict[float, float]) -> list[Row]:
+    cells = {lr: Cell(SEARCH, name, batch, lr, 0) for lr in accuracies}
+    return [ended(grid, cells[lr], accuracy) for lr, accuracy in accuracies.items()]
 
 
-@pytest.mark.usefixtures("tiny")
-def test_a_run_that_diverges_is_a_row(tmp_path: Path, train: Callable[..., Outcome]) -> None:
-    """And what else goes wrong ends the grid."""
-    run = tmp_path / "run"
-    flags = ("--recipe", "goyal", "--lr", 1e30, "--warmup-epochs", 0, "--output", run)
-    outcome = train(*flags)
-    cell = row("sgd", 128, 0.0).cell
-    found = large_batch.finish(cell, run, outcome.status, outcome.err, 1.0)
-    assert found is not None
-    assert (found.cell, found.diverged) == (cell, True)
-    outcome = train("--data", tmp_path / "absent")
-    with pytest.raises(SystemExit, match="the trainer failed"):
-        large_batch.finish(cell, run, outcome.status, outcome.err, 1.0)
+def rates(cells: list[Cell], name: str, batch: int, kind: str = SEARCH) -> list[float]:
+    return [c.lr for c in cells if (c.optimizer, c.batch, c.kind) == (name, batch, kind)]
 
 
-def test_the_best_rate_is_that_of_the_mean_over_all_seeds() -> None:
+def test_all_optimizers_of_the_published_grid_share_their_flags_and_number_of_rates() -> None:
+    grid = Grid(ROOT / "benchmarks" / "large_batch.ini")
+    cells = grid.missing([])
+    counts = {
+        place: len(rates(cells, *place)) for place in grid.places() if place[0] != "sgd-linear"
+    }
+    assert set(counts.values()) == {4}
+    assert len(counts) == 9
+    commands = {c: grid.command(c).split() for c in cells if c.kind == SEARCH}
+    shared = {"--model", "--epochs", "--bn-batch", "--no-decay", "--no-ratio", "--power", "--seed"}
+    shared |= {"--schedule", "--warmup-epochs", "--warmup-from", "--end-lr", "--micro-batch"}
+    for flag in shared:
+        assert len({words[words.index(flag) + 1] for words in commands.values()}) == 1
+    for cell, words in commands.items():
+        assert words[words.index("--lr") + 1] == f"{cell.lr:g}"
+        assert words[words.index("--batch-size") + 1] == str(cell.batch)
+
+
+def test_a_search_ends_with_a_best_rate_between_two_others(grid: Grid) -> None:
+    assert rates(grid.missing([]), "lars", 4) == [1.0, 2.0, 4.0]
+    rows = search(grid, "lars", 4, {1.0: 0.5, 4.0: 0.6})
+    assert rates(grid.missing(rows), "lars", 4) == [2.0]
+    assert grid.best_rate(rows, "lars", 4) is None
+    inside = rows + search(grid, "lars", 4, {2.0: 0.7})
+    assert grid.best_rate(inside, "lars", 4) == 2.0
+    assert rates(grid.missing(inside), "lars", 4, FINAL) == [2.0, 2.0]
+    above = rows + search(grid, "lars", 4, {2.0: 0.55})
+    assert grid.best_rate(above, "lars", 4) is None
+    assert rates(grid.missing(above), "lars", 4) == [8.0]
+    below = search(grid, "lars", 4, {1.0: 0.7, 2.0: 0.6, 4.0: 0.0})
+    assert rates(grid.missing(below), "lars", 4) == [0.5]
+
+
+def test_a_search_does_not_go_on_for_ever(grid: Grid) -> None:
+    rows = search(grid, "lars", 4, {1.0: 0.1, 2.0: 0.2, 4.0: 0.3})
+    for number in range(MOST_BEYOND):
+        (lr,) = rates(grid.missing(rows), "lars", 4)
+        rows += search(grid, "lars", 4, {lr: 0.4 + number / 10})
+    assert grid.best_rate(rows, "lars", 4) == 4.0 * 2**MOST_BEYOND
+
+
+def test_the_linear_rule_scales_the_best_rate_of_the_smallest_batch(grid: Grid) -> None:
+    assert grid.best_rate([], "sgd-linear", 8) is None
+    rows = search(grid, "sgd", 4, {0.1: 0.5, 0.2: 0.7, 0.4: 0.6})
+    assert rates(grid.missing(rows), "sgd-linear", 8, FINAL) == [0.4, 0.4]
+    words = grid.command(Cell(FINAL, "sgd-linear", 8, 0.4, 1)).split()
+    assert words[words.index("--warmup-from") + 1] == "0.2"
+    assert ("sgd-linear", 4) not in grid.places()  # there it is sgd
+
+
+def test_what_failed_is_run_again_and_what_diverged_is_not(grid: Grid) -> None:
+    cell = Cell(SEARCH, "lars", 4, 2.0, 0)
+    rows = search(grid, "lars", 4, {1.0: 0.5, 4.0: 0.4})
+    assert cell in grid.missing([*rows, ended(grid, cell, 0.0, "failed with exit status 1: x")])
+    diverged = [*rows, ended(grid, cell, 0.0, "diverged: at step 3")]
+    assert rates(grid.missing(diverged), "lars", 4) == [0.5]
+
+
+def test_what_is_cut_short_has_compared_all_with_one_seed(grid: Grid) -> None:
     rows = [
-        *(row("lars", 1024, a, lr=1.0, seed=s) for s, a in enumerate((0.90, 0.90))),
-        *(row("lars", 1024, a, lr=2.0, seed=s) for s, a in enumerate((0.80, 0.98))),
-        row("lars", 1024, 0.99, lr=4.0),  # one seed alone: luck
+        row
+        for name, batch in grid.places()
+        if name != "sgd-linear"
+        for row in search(
+            grid, name, batch, dict(zip(grid._rates[name, batch], (0.1, 0.3, 0.2), strict=True))
+        )
     ]
-    (curves,) = large_batch_figure.best(rows).values()
-    assert curves["lars"][1024].lr == 1.0
-    assert curves["lars"][1024].mean == pytest.approx(0.90)
-    assert "| resnet20, all images, 30 epochs | 1,024 | lars | 90.00% | 1 | 2 | 2 |" in (
-        large_batch_figure.table(rows)
-    )
+    cells = grid.missing(rows)
+    assert [c.kind for c in cells] == [FIND_LR] * 4 + [FINAL] * 10
+    assert [c.seed for c in cells[4:]] == [1] * 5 + [2] * 5
+
+
+def test_rows_come_back_as_they_were_written(tmp_path: Path, grid: Grid) -> None:
+    rows = search(grid, "lars", 4, {1.0: 0.5, 2.0: 0.6})
+    write(tmp_path / "out.csv", rows)
+    assert read(tmp_path / "out.csv", grid) == rows
+    write(tmp_path / "out.csv", [*rows, replace(rows[0], lr=0.5)])
+    with pytest.raises(SystemExit, match=r"lars-b4-lr0.5-s0-search was run with other flags"):
+        read(tmp_path / "out.csv", grid)
 
 
 @pytest.mark.parametrize(
-    ("sgd", "lars", "verdict"), [(0.90, 0.92, "+2.00"), (0.90, 0.905, "+0.50")]
+    ("right", "wrong", "message"),
+    [
+        ("--recipe lars", "--recipe lbrs", r"lars, batch 4: argument --recipe: invalid choice"),
+        ("lr 8 = 1 2 4", "lr 8 = -1 2 4", r"lars, batch 8: --lr must be above 0"),
+    ],
 )
-def test_the_bars_say_what_was_met(sgd: float, lars: float, verdict: str) -> None:
-    rows = [row("sgd", 4096, sgd), row("lars", 4096, lars), row("sgd", 128, 0.93)]
-    (line,) = large_batch_figure.bars(rows)
-    assert verdict in line
-    assert line.endswith("met" if lars - sgd > 0.01 else "missed")
-    *_, line = large_batch_figure.bars([*rows, row("lars", 1024, 0.924)])
-    assert "-0.60 points from SGD at 128" in line
-    assert line.endswith("missed")
+def test_a_grid_whose_flags_the_trainer_refuses(
+    tmp_path: Path, right: str, wrong: str, message: str
+) -> None:
+    (tmp_path / "bad.ini").write_text(GRID.replace(right, wrong))
+    with pytest.raises(SystemExit, match=message):
+        Grid(tmp_path / "bad.ini")
 
 
-def test_a_subset_links_the_first_images_of_each_class(tmp_path: Path) -> None:
-    for name in ("ant", "bee"):
-        write_images(tmp_path / "all" / "train" / name, 4, 0)
-        write_images(tmp_path / "all" / "test" / name, 3, 1)
-    root = subset(tmp_path / "all", 2, tmp_path)
-    found = sorted(str(path.relative_to(root)) for path in root.glob("*/*/*.png"))
-    assert [path for path in found if path.startswith("train")] == [
-        f"train/{name}/{number:03}.png" for name in ("ant", "bee") for number in (0, 1)
+@pytest.mark.usefixtures("tiny", "no_picture")
+def test_how_a_run_ended_is_in_its_row(
+    tmp_path: Path, grid: Grid, train: Callable[..., Outcome]
+) -> None:
+    def row(cell: Cell, *flags: object) -> Row:
+        outcome = train(*grid.command(cell).split(), *flags, "--output", tmp_path / cell.name)
+        (tmp_path / f"{cell.name}.log").write_text(outcome.out + outcome.err)
+        return large_batch.result(grid, cell, tmp_path, outcome.status)
+
+    cell = Cell(SEARCH, "sgd", 4, 0.2, 0)
+    found = row(cell, "--max-steps", 0)
+    assert (found.cell, found.status, found.command) == (cell, "done", grid.command(cell))
+    log = (tmp_path / cell.name / "metrics.jsonl").read_text()
+    assert 0 < found.accuracy < 1
+    assert f'"accuracy": {found.accuracy:.4f}'[:-1] in log
+    assert min(found.loss, found.seconds) > 0
+
+    found = row(replace(cell, lr=1e30))
+    assert found.status.startswith("diverged: the loss is NaN or infinite at step")
+    assert found.accuracy == 0
+
+    found = row(replace(cell, seed=7), "--data", tmp_path / "absent")
+    assert found.status.startswith("failed with exit status 2: --data: ")
+
+    cell = replace(cell, kind=FIND_LR)
+    assert row(cell).suggested > 0
+    with open(tmp_path / cell.name / "lr_find.csv", newline="") as file:
+        assert any(
+            float(line["lr"]) == pytest.approx(row(cell).suggested, rel=0.01)
+            for line in csv.DictReader(file)
+        )
+
+
+def test_the_table_and_the_bars(grid: Grid, tmp_path: Path) -> None:
+    rows = search(grid, "sgd", 4, {0.1: 0.5, 0.2: 0.7, 0.4: 0.6})
+    rows += search(grid, "lars", 8, {1.0: 0.5, 2.0: 0.65, 4.0: 0.6})
+    rows.append(replace(ended(grid, Cell(FIND_LR, "lars", 8, 2.0, 0)), suggested=2.25))
+    assert list(large_batch_figure.bars(grid, rows)) == []
+    rows += [
+        ended(grid, Cell(FINAL, name, 8, lr, seed), accuracy)
+        for name, lr, accuracies in (("lars", 2.0, (0.6, 0.64)), ("sgd-linear", 0.4, (0.58, 0.61)))
+        for seed, accuracy in enumerate(accuracies, start=1)
     ]
-    assert len([path for path in found if path.startswith("test")]) == 6
-    with pytest.raises(SystemExit, match="ant has 4 images, not 5"):
-        subset(tmp_path / "all", 5, tmp_path)
+    rows.append(ended(grid, Cell(FINAL, "lars", 8, 4.0, 1), 0.99))  # not the rate of the search
+    lines = large_batch_figure.table(grid, rows).splitlines()
+    assert lines[2:] == [
+        "| 8 | sgd-linear | none | 0.4 |  |  | 59.5 | 58.0 61.0 |",
+        "| 8 | lars | 1 2 4 | 2 | 2.2 | 65.0 | 62.0 | 60.0 64.0 |",
+    ]
+    (line,) = large_batch_figure.bars(grid, rows)
+    assert line == "lars at 8: +2.50 points from sgd-linear at 8, to be at least +1: met"
+    worse = [replace(r, accuracy=0.53) if r.cell == rows[-4].cell else r for r in rows]
+    (line,) = large_batch_figure.bars(grid, worse)
+    assert line == "lars at 8: -3.00 points from sgd-linear at 8, to be at least +1: missed"
+    large_batch_figure.draw(grid, rows, tmp_path / "o.png")
+    assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
 
 
-def sit(images: Path, into: Path) -> subprocess.Popen[str]:
-    """A sitting of three short cells."""
-    command = [
-        sys.executable, "benchmarks/large_batch.py", "--data", images, "--csv", into / "o.csv",
-        "--picture", into / "o.png", "--runs", into / "runs", "--optimizers", "lars",
-        "--batches", "12", "--seeds", "0", "--epochs", EPOCHS,
-    ]  # fmt: skip
-    return subprocess.Popen(
-        [str(part) for part in command], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+def test_the_images_to_train_on_are_never_measured_on(tmp_path: Path, grid: Grid) -> None:
+    for name in ("ant", "bee"):
+        write_images(tmp_path / "all" / "train" / name, 10, 0)
+        write_images(tmp_path / "all" / "test" / name, 2, 1)
+    folders = large_batch.image_folders(grid, tmp_path / "all", tmp_path)
+    assert folders == large_batch.image_folders(grid, tmp_path / "all", tmp_path)
+    found = {
+        kind: sorted(str(path.relative_to(root)) for path in root.glob("*/ant/*.png"))
+        for kind, root in folders.items()
+    }
+    train = [f"train/ant/{number:03}.png" for number in range(6)]
+    assert found[SEARCH] == train + [f"val/ant/{number:03}.png" for number in (6, 7, 8)]
+    assert found[FINAL] == [f"test/ant/{number:03}.png" for number in (0, 1)] + train
+    for path in (tmp_path / "all" / "train" / "bee").iterdir():
+        path.unlink()
+    (tmp_path / "else").mkdir()
+    with pytest.raises(SystemExit, match="bee has 0 images, not 9"):
+        large_batch.image_folders(grid, tmp_path / "all", tmp_path / "else")
+    with pytest.raises(SystemExit, match="has no folder train/"):
+        large_batch.image_folders(grid, tmp_path / "else", tmp_path / "else")
 
 
 def test_two_sittings_do_not_write_one_file(tmp_path: Path) -> None:
@@ -133,6 +252,28 @@ def test_two_sittings_do_not_write_one_file(tmp_path: Path) -> None:
         pass
 
 
+@pytest.fixture
+def sit(images: Path, tmp_path: Path) -> Callable[[], subprocess.Popen[str]]:
+    """Starts a sitting of three searches and three sweeps; the first run takes many epochs."""
+    (images / "val").rename(images / "test")
+    text = (
+        GRID.split("[sgd-linear]")[0].replace("= 4 8", "= 4").replace("--epochs 1", "--epochs 12")
+    )
+    (tmp_path / "sit.ini").write_text(text + "[lars]\nflags = --recipe lars\nlr 4 = 1 2 4\n")
+
+    def start() -> subprocess.Popen[str]:
+        command = [
+            sys.executable, "benchmarks/large_batch.py", "--data", images, "--grid",
+            tmp_path / "sit.ini", "--csv", tmp_path / "o.csv", "--runs", tmp_path / "runs",
+        ]  # fmt: skip
+        return subprocess.Popen(
+            [str(part) for part in command], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    return start
+
+
 def trainer_of(sitting: int) -> int | None:
     """The process that trains for a sitting, both by number."""
     for child in Path(f"/proc/{sitting}/task/{sitting}/children").read_text().split():
@@ -143,10 +284,9 @@ def trainer_of(sitting: int) -> int | None:
 
 
 @pytest.mark.slow
-def test_the_trainer_of_a_sitting_that_was_killed(images: Path, tmp_path: Path) -> None:
+def test_the_trainer_of_a_sitting_that_was_killed(sit: Callable[[], subprocess.Popen[str]]) -> None:
     """It trains on, and no second one writes in its directory."""
-    (images / "val").rename(images / "test")
-    first = sit(images, tmp_path)
+    first = sit()
     while (trainer := trainer_of(first.pid)) is None and first.poll() is None:
         time.sleep(0.02)
     assert trainer is not None
@@ -154,48 +294,37 @@ def test_the_trainer_of_a_sitting_that_was_killed(images: Path, tmp_path: Path) 
     first.kill()
     first.communicate(timeout=600)
     try:
-        _, errors = sit(images, tmp_path).communicate(timeout=600)
+        _, errors = sit().communicate(timeout=600)
         assert "another sitting is writing" in errors
     finally:
         os.kill(trainer, signal.SIGKILL)
 
 
-def test_a_signal_before_there_is_a_trainer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(signal, "signal", lambda _number, _handler: None)
-    with open(tmp_path / "lock", "w") as lock:
-        sitting = large_batch.Sitting(math.inf, lock)
-        sitting.stopped = True
-        status, _ = sitting.train(["--epochs", "100000"], tmp_path / "run")
-    assert status in (-signal.SIGTERM, 128 + signal.SIGTERM)
-
-
 @pytest.mark.slow
-def test_a_sitting_that_is_stopped_goes_on(images: Path, tmp_path: Path) -> None:
-    (images / "val").rename(images / "test")
-    first = sit(images, tmp_path)
+def test_a_sitting_that_is_stopped_goes_on(
+    sit: Callable[[], subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    grid = Grid(tmp_path / "sit.ini")
+    first = sit()
     while not list(tmp_path.glob("runs/*/checkpoint.pt")) and first.poll() is None:
         time.sleep(0.02)
     first.send_signal(signal.SIGTERM)
     out, errors = first.communicate(timeout=600)
     assert first.returncode == 0, errors
-    assert "stopped; the next sitting goes on with it" in out
-    (stopped,) = tmp_path.glob("runs/*")
-    before = (stopped / "metrics.jsonl").read_text()
-    assert not read(tmp_path / "o.csv")
+    assert "stopped; the same command goes on with it" in out
+    (log,) = tmp_path.glob("runs/*/metrics.jsonl")
+    before = log.read_text()
+    assert not read(tmp_path / "o.csv", grid)
 
-    out, errors = sit(images, tmp_path).communicate(timeout=600)
-    rows = read(tmp_path / "o.csv")
-    assert len(rows) == 3, errors
-    assert all(0.0 <= r.accuracy <= r.best_accuracy <= 1.0 and not r.diverged for r in rows)
-    after = (stopped / "metrics.jsonl").read_text()
-    assert before.count('"test"') < after.count('"test"') == EPOCHS
+    out, errors = sit().communicate(timeout=600)
+    rows = read(tmp_path / "o.csv", grid)
+    assert not grid.missing(rows), errors
+    assert {row.status for row in rows} == {"done"}
     # A resumed log has no longer that it was stopped.
-    assert after.startswith(before[: before.index('{"kind": "end"')])
+    assert log.read_text().startswith(before[: before.index('{"kind": "end"')])
     assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("runs/*/*.pt"))
 
-    out, errors = sit(images, tmp_path).communicate(timeout=600)
-    assert "3 of 3 cells are done" in out, errors
-    assert read(tmp_path / "o.csv") == rows
+    out, errors = sit().communicate(timeout=600)
+    assert "lr" not in out.split("| batch")[0], errors  # nothing was run
+    assert read(tmp_path / "o.csv", grid) == rows
