@@ -72,12 +72,14 @@ def draw(grid: Grid, rows: Sequence[Row], path: Path) -> None:
     """Write the PNG: accuracy against batch; below it, the search for a rate at each batch."""
     figure = Figure(figsize=(8, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
-    above, below = figure.subfigures(2, 1, height_ratios=(1.4, 1))
-    _against_batch(above.subplots(), grid, rows)
-    panels = below.subplots(1, len(grid.batches), sharey=True, squeeze=False)[0]
-    for panel, batch in zip(panels, grid.batches, strict=True):
+    places = figure.add_gridspec(2, len(grid.batches), height_ratios=(1.4, 1))
+    _against_batch(figure.add_subplot(places[0, :]), grid, rows)
+    first = None
+    for number, batch in enumerate(grid.batches):
+        panel = figure.add_subplot(places[1, number], sharey=first)
         _against_rate(panel, grid, rows, batch)
-    panels[0].set_ylabel("accuracy, held-out images, %")
+        first = first or panel
+    figure.axes[1].set_ylabel("accuracy, held-out images, %")
     figure.savefig(path, dpi=110)
 
 
@@ -94,7 +96,8 @@ def _against_batch(axis: Axes, grid: Grid, rows: Sequence[Row]) -> None:
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set(xlabel="batch", ylabel="accuracy, test images, %")
     axis.grid(alpha=0.3)
-    axis.legend()
+    if any(grid.final(rows, *place) for place in grid.places()):
+        axis.legend()
 
 
 def _against_rate(axis: Axes, grid: Grid, rows: Sequence[Row], batch: int) -> None:

@@ -82,7 +82,7 @@ class Grid:
         self.train_images, self.held_out_images = map(int, common["images"].split())
         self.seeds = [int(seed) for seed in common["seeds"].split()]
         self.optimizers = [name for name in file.sections() if name != "grid"]
-        self._search_seed = common.getint("search")
+        self._search_seed = int(common["search"])
         self._flags = {name: f"{file[name]['flags']} {common['flags']}" for name in self.optimizers}
         self._scales = {n: file[n]["scales"] for n in self.optimizers if "scales" in file[n]}
         self._rates = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,9 @@ from fastlars.trainer.config.recipes import MLPERF
 from fastlars.trainer.config.settings import Config
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.model.optimizer import adapted_ratios, build_optimizer, build_schedule
+from large_batch_grid import SEARCH, Cell, Grid, read
+from sources import ROOT
+from trainer.helpers import Outcome, facts
 
 
 def settings(name: str, batch: int | None) -> dict[str, Any]:
@@ -179,6 +184,61 @@ def test_every_batch_gives_a_valid_run(name: str, data: str) -> None:
         made = command_line.new_config({"recipe": name, "data": data, "batch_size": batch})
         assert made.batch_size == batch
         assert "\n" not in recipes.look_up(name, data, batch).source
+
+
+@pytest.mark.parametrize("name", ["goyal", "lars", "lamb"])
+def test_small_images_have_rates_next_to_the_best_of_the_grid(name: str) -> None:
+    """The grid's rates are factors of 2 apart, and no optimizer's best ones are a power law."""
+    grid = Grid(ROOT / "benchmarks" / "large_batch.ini")
+    rows = read(ROOT / "benchmarks" / "results" / "large_batch.csv", grid)
+    for batch in grid.batches:
+        optimizer = "sgd" if name == "goyal" else name
+        best = grid.best_rate(rows, optimizer, batch)
+        assert best is not None
+        found = recipes.look_up(name, "a/folder", batch, small_images=True)
+        assert best / 2.01 < found.settings["lr"] < best * 2.01
+        if name == "lars":
+            words = grid.command(Cell(SEARCH, optimizer, batch, best, 0)).split()
+            coefficient = words[words.index("--trust-coefficient") + 1]
+            assert found.settings["trust_coefficient"] == float(coefficient)
+        paper = settings(name, batch)
+        low, high = (each["lr"] * each["trust_coefficient"] for each in (paper, found.settings))
+        assert 2 < high / low < 80
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
+def test_a_run_on_small_images_has_their_rates_unless_a_flag_sets_one(
+    images: Path, train: Callable[..., Outcome]
+) -> None:
+    flags = ("--data", images, "--batch-size", 8, "--workers", 0)
+    changed = "; for small images, lr, trust coefficient of docs/large-batches.md instead"
+    said = facts(train(*flags, "--dry-run").out)
+    assert said["recipe"].endswith(changed)
+    assert "then lr 0.125, " in said["rate"]  # sqrt(8 / 512)
+    assert "changed" not in said
+    said = facts(train(*flags, "--dry-run", "--lr", 0.25).out)
+    assert said["changed"] == "--lr 0.25 (recipe: 0.125)"
+    said = facts(train(*flags, "--dry-run", "--image-size", 65).out)
+    assert "then lr 0.0125, " in said["rate"]  # 12.8 x 8 / 8,192
+    assert "small" not in said["recipe"]
+    for recipe in ("akiba", "lars"):
+        said = facts(train(*flags, "--dry-run", "--recipe", recipe).out)
+        assert ("small" in said["recipe"]) == (recipe == "lars")
+
+
+@pytest.mark.usefixtures("tiny", "no_picture")
+def test_a_sweep_and_a_resumed_run_on_small_images(
+    images: Path, tmp_path: Path, train: Callable[..., Outcome]
+) -> None:
+    flags = ("--data", images, "--batch-size", 8, "--workers", 0)
+    said = facts(train(*flags, "--find-lr", "--dry-run").out)
+    assert said["sweep"].startswith("lr 0.000125 to 12.5, ")
+    run = ("--output", tmp_path / "run")
+    assert train(*flags, *run, "--max-steps", 1).status == 0
+    outcome = train("--resume", *run, "--max-steps", 2)
+    assert outcome.status == 0, outcome.err
+    assert "then lr 0.125, " in facts(outcome.out)["rate"]
+    assert "changed" not in facts(outcome.out)
 
 
 class Net(nn.Module):

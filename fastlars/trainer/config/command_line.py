@@ -143,14 +143,17 @@ def _note(text: str) -> str:
     return " (" + text.replace(" ", _BLANK) + ")"
 
 
-def new_config(given: Mapping[str, Any], processes: int = 1) -> Config:
+def new_config(
+    given: Mapping[str, Any], processes: int = 1, *, small_images: bool = False
+) -> Config:
     """The configuration of a new run: the flags given, then the recipe, then the defaults.
 
     A recipe's --bn-batch adapts to the forward pass of each of the `processes`; one that was given
     as a flag must divide it.
     """
     name, data = given.get("recipe", Config.recipe), given.get("data", Config.data)
-    recipe = recipes.look_up(name, data, given.get("batch_size")).settings
+    batch = given.get("batch_size")
+    recipe = recipes.look_up(name, data, batch, small_images=small_images).settings
     settings = recipe | dict(given)
     if settings["epochs"] < recipe["epochs"]:
         settings |= _shortened(recipe, settings["epochs"]) | dict(given)

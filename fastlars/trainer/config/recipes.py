@@ -191,6 +191,16 @@ _DIGITS: dict[str, tuple[float, float, dict[str, Any]]] = {
 }
 
 
+# Images of up to 64 pixels: the rate at batch 512, the power of the batch that it grows with, and
+# other settings. Through the best rates that docs/large-batches.md found at batches of 64 to 2,048.
+# The papers' rates, for ImageNet, are lower there by factors of 3 to 70. akiba is not in that grid.
+_SMALL_IMAGES: dict[str, tuple[float, float, dict[str, Any]]] = {
+    "lars": (1.0, 0.5, {"trust_coefficient": 0.02}),
+    "lamb": (0.03, 0.4, {"weight_decay": 0.01, "bias_correction": True, "max_grad_norm": 0.0}),
+    "goyal": (1.6, 0.2, {}),
+    "mlperf": (1.0, 0.5, {"trust_coefficient": 0.02}),
+}
+
 _FOLDERS: dict[str, Callable[[int], Recipe]] = {
     "lars": partial(_from_table, LARS, _LARS, power=True),
     "lamb": _lamb,
@@ -203,8 +213,11 @@ _FOLDERS: dict[str, Callable[[int], Recipe]] = {
 NAMES = tuple(_FOLDERS)
 
 
-def look_up(name: str, data: str, batch_size: int | None) -> Recipe:
-    """The recipe at a global batch size, by default 128 for the digits and 256 for a folder."""
+def look_up(name: str, data: str, batch_size: int | None, *, small_images: bool = False) -> Recipe:
+    """The recipe at a global batch size, by default 128 for the digits and 256 for a folder.
+
+    `small_images`: the folder's images have up to 64 pixels.
+    """
     if data == "digits":
         batch = batch_size or 128
         base_lr, power, settings = _DIGITS[name]
@@ -213,6 +226,12 @@ def look_up(name: str, data: str, batch_size: int | None) -> Recipe:
     else:
         batch = batch_size or 256
         found = _FOLDERS[name](batch)
+        if small_images and name in _SMALL_IMAGES:
+            lr, power, settings = _SMALL_IMAGES[name]
+            changed = {"lr": lr * (batch / 512) ** power} | settings
+            names = ", ".join(name.replace("_", " ") for name in changed)
+            source = f"{found.source}; for small images, {names} of docs/large-batches.md instead"
+            found = Recipe(found.settings | changed, source)
     # At small batches the peak rate is below the fixed rate that goyal's warm-up starts from.
     start = min(found.settings["warmup_from"], found.settings["lr"])
     return Recipe(found.settings | {"batch_size": batch, "warmup_from": start}, found.source)

@@ -304,11 +304,6 @@ def fixed_on_resume(name: str) -> bool:
     return name not in _MAY_CHANGE_ON_RESUME
 
 
-def recipe_of(config: Config) -> recipes.Recipe:
-    """The recipe that a configuration starts from."""
-    return recipes.look_up(config.recipe, config.data, config.batch_size)
-
-
 def check(setting: Field[Any], value: Any) -> None:
     """Raise TrainerError unless `value` is in the setting's range."""
     limit = setting.metadata["violated"](value)

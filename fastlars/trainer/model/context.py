@@ -10,6 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from fastlars.trainer.config import recipes
+from fastlars.trainer.config.recipes import Recipe
 from fastlars.trainer.config.settings import Config
 from fastlars.trainer.data.dataset import Data
 from fastlars.trainer.data.order import BatchOrder
@@ -51,6 +53,12 @@ class TrainingContext:
     optimizer: Optimizer
     schedule: LambdaLR
     progress: Progress
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the settings were before flags changed them."""
+        config, small = self.config, self.data.stem == "small"
+        return recipes.look_up(config.recipe, config.data, config.batch_size, small_images=small)
 
     @property
     def total_steps(self) -> int:

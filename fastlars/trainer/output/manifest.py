@@ -16,7 +16,7 @@ import torch
 import torchvision
 
 import fastlars
-from fastlars.trainer.config.settings import absolute_data, recipe_of
+from fastlars.trainer.config.settings import absolute_data
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.model.context import TrainingContext
 from fastlars.trainer.output import atomic
@@ -45,7 +45,7 @@ def write(
         }
         path, before = directory.settings, directory.came_from
         starts = [*(_starts(before.with_name(path.name)) if before else []), start]
-        content = {"recipe": recipe_of(context.config).source, "starts": starts}
+        content = {"recipe": context.recipe.source, "starts": starts}
         text = json.dumps(content, indent=2) + "\n"
         try:
             atomic.write(path, lambda file: file.write(text.encode()))

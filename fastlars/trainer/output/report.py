@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 import shutil
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
-from fastlars.trainer.config.settings import fixed_on_resume, flag, recipe_of
+from fastlars.trainer.config.settings import fixed_on_resume, flag
 from fastlars.trainer.errors import printable
 from fastlars.trainer.model.context import TrainingContext, fingerprint
 from fastlars.trainer.output import manifest
@@ -82,13 +82,10 @@ def batch(context: TrainingContext) -> str:
     )
 
 
-def introduction(context: TrainingContext, given: Iterable[str], *, new: bool) -> Iterator[str]:
-    """What is trained, how, and where the settings come from; for a new run, with a hint.
-
-    `given` are the names of the settings on the command line.
-    """
+def introduction(context: TrainingContext) -> Iterator[str]:
+    """What is trained, how, and where the settings come from."""
     config, steps = context.config, context.order.steps_per_epoch
-    recipe = recipe_of(config)
+    recipe = context.recipe
     yield title(context)
     yield from subject(context)
     yield from fact("recipe", f"{config.recipe}: {recipe.source}")
@@ -106,25 +103,6 @@ def introduction(context: TrainingContext, given: Iterable[str], *, new: bool) -
         warmup = f"{epochs:g} {unit} of warm-up from {config.warmup_from:g}, then "
     rate = f"{warmup}lr {config.lr:g}, schedule {config.schedule}"
     yield from fact("rate", f"{rate}; weight decay {config.weight_decay:g}")
-    if new and "lr" not in given:
-        yield from _hint(context)
-
-
-# The rate that --find-lr suggests with resnet20, a batch of 256 and CIFAR-10's 32 pixels.
-_FOR_SMALL = {"lars": 22.0, "lamb": 0.014, "goyal": 0.77, "mlperf": 3.2}
-_FAR = 4.0
-
-
-def _hint(context: TrainingContext) -> Iterator[str]:
-    """A hint where the recipe's rate was made for ImageNet and is low for the run's images."""
-    config = context.config
-    suggested = _FOR_SMALL.get(config.recipe, 0.0)
-    if context.data.stem == "small" and config.lr * _FAR < suggested:
-        yield from fact(
-            "hint",
-            f"lr {config.lr:g} comes from rates for ImageNet; for CIFAR-10's 32 pixels (resnet20, "
-            f"batch 256) --find-lr suggests {suggested:g}: try --find-lr, or set --lr",
-        )
 
 
 def _short(value: Any) -> str:
@@ -136,7 +114,7 @@ def start_record(context: TrainingContext) -> dict[str, Any]:
     config = context.config
     return {
         "title": title(context),
-        "recipe": recipe_of(config).source,
+        "recipe": context.recipe.source,
         "config": config.shaping(),
         "data": fingerprint(context.data) | {"classes": len(context.data.classes)},
         "steps_per_epoch": context.order.steps_per_epoch,

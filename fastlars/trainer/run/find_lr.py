@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from torch.optim.lr_scheduler import LambdaLR
 
-from fastlars.trainer.config.settings import Config, flag, recipe_of
+from fastlars.trainer.config.settings import Config, flag
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.model.context import TrainingContext
 from fastlars.trainer.output import atomic, pictures, report
@@ -40,7 +40,7 @@ _UNUSED = (
 
 def introduction(context: TrainingContext, given: Iterable[str]) -> Iterator[str]:
     """What is swept over, and which of the settings given are of no use to that."""
-    config, source = context.config, recipe_of(context.config).source
+    config, source = context.config, context.recipe.source
     yield report.title(context)
     yield from report.subject(context)
     yield from report.fact("recipe", f"{config.recipe}, except for rate and schedule: {source}")

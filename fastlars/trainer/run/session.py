@@ -95,11 +95,19 @@ def _job(command: Command, world: World) -> Iterator[_Job]:
             if config.tensorboard and world.first:
                 tensorboard.check(directory.tensorboard)
             data = load_data(config, world.device)
+            if source is None:
+                config = _for_images(data, command, world)
             if state is not None and source is not None:
                 with checkpoint.fitting(source):
                     _check_images(data, state["data"])
         context, display = _built(config, data, progress, world)
         yield _Job(context, directory, display, source, state)
+
+
+def _for_images(data: Data, command: Command, world: World) -> Config:
+    """The configuration of a new run: a recipe has other rates for small images."""
+    small = data.stem == "small"
+    return command_line.new_config(command.given, world.size, small_images=small)
 
 
 def _source(command: Command, again: bool) -> Path | None:
@@ -148,7 +156,7 @@ def _built(
 def _dry_run(command: Command, world: World) -> int:
     with _job(command, world) as job:
         context = job.context
-        job.display.say(*report.introduction(job.context, command.given, new=job.state is None))
+        job.display.say(*report.introduction(context))
         context.data.prepare()
         total = min(context.total_steps, context.config.max_steps or context.total_steps)
         left = max(total - context.progress.step, 0)
@@ -161,6 +169,7 @@ def _find_lr(command: Command, world: World) -> int:
     with world.raise_on_all_ranks():
         settings = find_lr.swept(command_line.new_config(command.given, world.size))
         images = load_data(settings, world.device)
+        settings = find_lr.swept(_for_images(images, command, world))
     name = f"{settings.recipe}-lr"
     choose = partial(rundir.output_or_unused, settings.output, settings.data, name)
     with _claimed(choose, world) as directory, StopSignals() as stop:
@@ -183,7 +192,7 @@ def _train(command: Command, world: World) -> int:
         context, display, directory = job.context, job.display, job.directory
         replica = Replica(context)
         with _journal(command, job, replica) as journal:
-            _introduce(journal, job, command)
+            _introduce(journal, job)
             context.data.prepare()
             with display:
                 finished = loop.train(context, replica, journal, stop)
@@ -251,13 +260,13 @@ def _journal(command: Command, job: _Job, replica: Replica) -> Iterator[Journal]
             records.close()
 
 
-def _introduce(journal: Journal, job: _Job, command: Command) -> None:
+def _introduce(journal: Journal, job: _Job) -> None:
     """Say what is trained how; a new run's records start with that."""
     context, records, say = job.context, journal.records, job.display.say
     if records is not None and context.config.mllog:
         records.listeners.append(MLLog(context, say))
     output = report.fact("output", str(job.directory.path)) if records is not None else ()
-    say(*report.introduction(context, command.given, new=job.state is None), *output)
+    say(*report.introduction(context), *output)
     if job.state is not None:
         say(f"resumed at step {context.progress.step} of {context.total_steps}")
     elif records is not None:
