@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -29,14 +30,16 @@ from typing import IO
 import torch
 
 import fastlars
-import large_batch_figure
+from fastlars.trainer.data import listing
+from fastlars.trainer.errors import DivergedError, TrainerError
 from fastlars.trainer.output.records import read as read_log
 from fastlars.trainer.run import find_lr
 from host import describe
+from large_batch_figure import bars, draw, table
 from large_batch_grid import FINAL, FIND_LR, SEARCH, Cell, Grid, Row, read, write
 
 HERE = Path(__file__).resolve().parent
-DIVERGED = 3  # the trainer's exit status
+STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)  # the trainer's exit statuses
 POLL = 0.2  # seconds between looks at the runs
 
 
@@ -60,19 +63,25 @@ class Sitting:
     def run(self) -> None:
         """Run all cells that the rows lack; each is a row as soon as it has ended."""
         tried: set[Cell] = set()
-        while not self.stopped or self.running:
-            waiting = [cell for cell in self.grid.missing(self.rows) if cell not in tried]
-            for cell in waiting[: self.options.jobs - len(self.running)]:
-                if not self.stopped:
+        try:
+            while not self.stopped or self.running:
+                waiting = [cell for cell in self.grid.missing(self.rows) if cell not in tried]
+                for cell in waiting[: self.options.jobs - len(self.running)]:
                     tried.add(cell)
-                    self.running[cell] = self._start(cell)
-            if not self.running:
-                return
-            time.sleep(POLL)
-            for cell in [cell for cell, run in self.running.items() if run.poll() is not None]:
-                self._end(cell, self.running.pop(cell).returncode)
+                    self._start(cell)
+                if not self.running:
+                    return
+                time.sleep(POLL)
+                for cell in [cell for cell, run in self.running.items() if run.poll() is not None]:
+                    self._end(cell, self.running.pop(cell).returncode)
+        finally:  # after an error: no run goes on alone
+            for process in self.running.values():
+                process.terminate()
+                process.wait()
 
-    def _start(self, cell: Cell) -> subprocess.Popen[bytes]:
+    def _start(self, cell: Cell) -> None:
+        if self.stopped:
+            return
         threads = str(max((os.cpu_count() or 1) // self.options.jobs, 1))
         command = [sys.executable, "-m", "fastlars.trainer", *self.grid.command(cell).split()]
         command += ["--data", str(self.folders[cell.kind]), "--workers", threads]
@@ -81,25 +90,28 @@ class Sitting:
         with open(self.options.runs / f"{cell.name}.log", "wb") as log:
             # A session of its own: Ctrl-C reaches the trainer through `_stop`, once. Where this
             # process is killed, the trainer goes on alone and keeps the lock.
-            return subprocess.Popen(
+            self.running[cell] = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
                 pass_fds=(self.lock.fileno(),), env=os.environ | {"OMP_NUM_THREADS": threads},
             )  # fmt: skip
+        if self.stopped:  # by a signal that came before the process was in `running`
+            self.running[cell].terminate()
 
     def _end(self, cell: Cell, status: int) -> None:
-        if self.stopped and status in (128 + signal.SIGTERM, -signal.SIGTERM):
+        if self.stopped and status in STOPPED:
             print(f"{cell.name}: stopped; the same command goes on with it", flush=True)
             return
         row = result(self.grid, cell, self.options.runs, status)
         self.rows = [old for old in self.rows if old.cell != cell] + [row]
         write(self.options.csv, self.rows)
-        for checkpoint in (self.options.runs / cell.name).glob("*.pt"):
-            checkpoint.unlink()  # 200 MB each for ResNet-50
+        if not row.failed:  # a failed run goes on from its checkpoint the next time
+            for checkpoint in (self.options.runs / cell.name).glob("*.pt"):
+                checkpoint.unlink()  # 200 MB each for ResNet-50
         what = row.status if row.status != "done" else f"{row.accuracy:.2%}"
         if cell.kind == FIND_LR and row.status == "done":
-            what = f"suggests {row.suggested:.2g}"
+            what = f"suggests {row.suggested:g}" if row.suggested else "suggests nothing"
         left = len(self.grid.missing(self.rows))
-        print(f"{cell.name}: {what}; {left} to go, or more", flush=True)
+        print(f"{cell.name}: {what}; {left} runs left, searches may add more", flush=True)
 
 
 def result(grid: Grid, cell: Cell, runs: Path, status: int) -> Row:
@@ -107,7 +119,8 @@ def result(grid: Grid, cell: Cell, runs: Path, status: int) -> Row:
     accuracy = loss = suggested = seconds = 0.0
     lines = (runs / f"{cell.name}.log").read_text(errors="replace").split("\n")
     last = [line for line in lines if line][-1:] or ["it wrote nothing"]
-    reason = "diverged" if status == DIVERGED else f"failed with exit status {status}"
+    diverged = status == DivergedError.status
+    reason = "diverged" if diverged else f"failed with exit status {status}"
     reason += f": {last[0].removeprefix('fastlars.trainer: error: ')}"
     if cell.kind == FIND_LR and not status:
         with open(runs / cell.name / "lr_find.csv", newline="") as file:
@@ -122,37 +135,49 @@ def result(grid: Grid, cell: Cell, runs: Path, status: int) -> Row:
         loss = trained[-1]["loss"]
     return Row(
         **asdict(cell),
+        images=grid.images,
         status=reason if status else "done",
         accuracy=round(accuracy, 6),
         loss=round(loss, 6),
         suggested=float(f"{suggested:.3g}"),
         seconds=round(seconds, 1),
-        machine=torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else describe()["machine"],
+        machine=machine(),
         versions=f"fastlars {fastlars.__version__}, torch {torch.__version__}",
         command=grid.command(cell),
     )
 
 
+@cache
+def machine() -> str:
+    """What the runs are made on."""
+    on_gpu = torch.cuda.is_available()
+    return torch.cuda.get_device_name() if on_gpu else describe()["machine"]
+
+
 def image_folders(grid: Grid, data: Path, runs: Path) -> dict[str, Path]:
     """A folder of links for each kind of cell: the images to train on, and those to measure on."""
-    for part in ("train", "test"):
-        if not (data / part).is_dir():
-            raise SystemExit(f"--data: {data} has no folder {part}/")
-    first, last = grid.train_images, grid.train_images + grid.held_out_images
-    searches, finals = runs / f"images-{first}-{grid.held_out_images}", runs / f"images-{first}"
+    if not (data / "test").is_dir():
+        raise SystemExit(f"--data: {data} has no folder test/")
+    try:
+        classes, images, _ = listing.find(str(data))
+    except TrainerError as error:
+        raise SystemExit(str(error)) from None
+    searches, finals = runs / f"images-{grid.images.replace(' ', '-')}", runs / "images"
+    if finals.exists() and (finals / "test").resolve() != (data / "test").resolve():
+        raise SystemExit(f"{runs} was begun with other images than {data}: give another --runs")
     if not searches.exists():
         partial = runs / ".images.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        for folder in sorted((data / "train").iterdir()):
-            files = sorted(folder.iterdir())
+        first, last = grid.train_images, grid.train_images + grid.held_out_images
+        for label, name in enumerate(classes):
+            files = [Path(file) for file, of in images if of == label]
             if len(files) < last:
-                raise SystemExit(f"--data: {folder} has {len(files)} images, not {last}")
+                raise SystemExit(f"--data: class {name} has {len(files)} images, not {last}")
             for part, chosen in (("train", files[:first]), ("val", files[first:last])):
-                (partial / part / folder.name).mkdir(parents=True)
-                for file in chosen:
-                    (partial / part / folder.name / file.name).symlink_to(file.resolve())
+                (partial / part / name).mkdir(parents=True)
+                for number, file in enumerate(chosen):
+                    link = partial / part / name / f"{number:07}{file.suffix}"
+                    link.symlink_to(file.resolve())
         partial.rename(searches)
     finals.mkdir(exist_ok=True)
     for name, target in (("train", searches / "train"), ("test", data / "test")):
@@ -180,20 +205,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--grid", type=Path, default=HERE / "large_batch.ini", help="grid file")
     parser.add_argument("--csv", type=Path, help="default: results/GRID.csv")
     parser.add_argument("--picture", type=Path, help="default: GRID.png, next to the CSV")
-    parser.add_argument("--runs", type=Path, help="logs and checkpoints; default: runs/GRID")
+    parser.add_argument("--runs", type=Path, help="logs and checkpoints; default: runs/CSV")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error("--jobs must be at least 1")
     options.csv = options.csv or HERE / "results" / f"{options.grid.stem}.csv"
     options.picture = options.picture or options.csv.with_suffix(".png")
-    options.runs = options.runs or HERE.parent / "runs" / options.grid.stem
+    options.runs = options.runs or HERE.parent / "runs" / options.csv.stem
     options.runs.mkdir(parents=True, exist_ok=True)
     grid = Grid(options.grid)
     with alone(options.csv) as lock:
         sitting = Sitting(grid, options, lock)
         sitting.run()
-    large_batch_figure.draw(grid, sitting.rows, options.picture)
-    report = large_batch_figure
-    print(report.table(grid, sitting.rows), *report.bars(grid, sitting.rows), sep="\n")
+    draw(grid, sitting.rows, options.picture)
+    print(table(grid, sitting.rows), *bars(grid, sitting.rows), sep="\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import cycle
 from pathlib import Path
 from statistics import mean
 
@@ -17,9 +18,9 @@ COLOURS = ("tab:cyan", "tab:blue", "tab:red", "tab:green", "tab:purple", "tab:br
 
 
 def accuracies(grid: Grid, rows: Sequence[Row], optimizer: str, batch: int) -> list[float]:
-    """On the test images, in %, of all seeds at the best rate; 0 where training diverged.
+    """On the test images, in %, of all seeds at the best rate; a run that diverged counts as 0.
 
-    None where the grid has no such optimizer or batch.
+    An empty list where the grid has no such optimizer or batch.
     """
     if (optimizer, batch) not in grid.places():
         return []
@@ -40,8 +41,8 @@ def table(grid: Grid, rows: Sequence[Row]) -> str:
         if searched:
             held_out = f"{100 * searched[lr]:.1f}"
             place = FIND_LR, name, batch
-            sweeps = [r for r in rows if (r.kind, r.optimizer, r.batch) == place]
-            suggested = f"{sweeps[0].suggested:.2g}" if sweeps else ""
+            sweeps = [r.suggested for r in rows if (r.kind, r.optimizer, r.batch) == place]
+            suggested = f"{sweeps[0]:.2g}" if any(sweeps) else ""
         tried = " ".join(f"{rate:g}" for rate in searched) or "none"
         seeds = " ".join(f"{accuracy:.1f}" for accuracy in found)
         lines.append(
@@ -52,7 +53,10 @@ def table(grid: Grid, rows: Sequence[Row]) -> str:
 
 
 def bars(grid: Grid, rows: Sequence[Row]) -> Iterator[str]:
-    """What LARS is to reach, and by how much it did or did not, where there are runs to say."""
+    """A line for each target of `lars`: the difference in points, and whether it is met.
+
+    The targets are relative to `sgd-linear` and `sgd`. One without all seeds has no line.
+    """
     small, large = grid.batches[0], grid.batches[-1]
     for batch, other, other_batch, least in (
         (large, "sgd-linear", large, 1.0),
@@ -60,7 +64,7 @@ def bars(grid: Grid, rows: Sequence[Row]) -> Iterator[str]:
     ):
         found = accuracies(grid, rows, "lars", batch)
         others = accuracies(grid, rows, other, other_batch)
-        if found and others:
+        if len(found) == len(others) == len(grid.seeds):
             ahead = mean(found) - mean(others)
             yield (
                 f"lars at {batch:,}: {ahead:+.2f} points from {other} at {other_batch:,}, to be "
@@ -85,24 +89,23 @@ def draw(grid: Grid, rows: Sequence[Row], path: Path) -> None:
 
 def _against_batch(axis: Axes, grid: Grid, rows: Sequence[Row]) -> None:
     """The means over the seeds as lines, all runs as points."""
-    for name, colour in zip(grid.optimizers, COLOURS, strict=False):
-        found = {batch: accuracies(grid, rows, name, batch) for batch in grid.batches}
-        runs = [(batch, accuracy) for batch, values in found.items() for accuracy in values]
-        axis.plot(*zip(*runs, strict=True), ".", color=colour) if runs else None
-        means = [(batch, mean(values)) for batch, values in found.items() if values]
-        axis.plot(*zip(*means, strict=True), color=colour, label=name) if means else None
+    for name, colour in zip(grid.optimizers, cycle(COLOURS), strict=False):
+        runs = {batch: accuracies(grid, rows, name, batch) for batch in grid.batches}
+        for batch, found in runs.items():
+            axis.plot([batch] * len(found), found, ".", color=colour)
+        means = {batch: mean(found) for batch, found in runs.items() if found}
+        axis.plot(list(means), list(means.values()), color=colour, label=name)
     axis.set_xscale("log", base=2)
     axis.set_xticks(grid.batches, [f"{batch:,}" for batch in grid.batches])
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set(xlabel="batch", ylabel="accuracy, test images, %")
     axis.grid(alpha=0.3)
-    if any(grid.final(rows, *place) for place in grid.places()):
-        axis.legend()
+    axis.legend()
 
 
 def _against_rate(axis: Axes, grid: Grid, rows: Sequence[Row], batch: int) -> None:
     """A line for each optimizer; rates in units of its best one, because they differ in kind."""
-    for name, colour in zip(grid.optimizers, COLOURS, strict=False):
+    for name, colour in zip(grid.optimizers, cycle(COLOURS), strict=False):
         searched, best = grid.searched(rows, name, batch), grid.best_rate(rows, name, batch)
         if searched and best:
             relative = [lr / best for lr in searched]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Sequence
-from configparser import ConfigParser
+from configparser import ConfigParser, Error
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from fastlars.trainer.config import command_line
+from fastlars.trainer.config.settings import flag
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.output import atomic
 
@@ -37,6 +38,7 @@ class Cell:
 class Row(Cell):
     """A cell that has ended. Where there is no accuracy or loss, the column is 0."""
 
+    images: str  # of each class, as in the grid file
     status: str  # "done", or "diverged" or "failed" with the reason
     accuracy: float  # after the last epoch
     loss: float  # of training, at the end
@@ -51,13 +53,18 @@ class Row(Cell):
         """What was run."""
         return Cell(**{f.name: getattr(self, f.name) for f in fields(Cell)})
 
+    @property
+    def failed(self) -> bool:
+        """Whether the run says nothing about the cell, and is to be run again."""
+        return self.status.startswith("failed")
+
 
 class Grid:
     """What a grid file compares.
 
     Its section [grid] has
 
-        flags     the trainer's flags that all runs share
+        flags     the trainer's flags that all runs share; an optimizer's own come after them
         images    of each class: how many to train on, then how many to hold out for the search
         batches   the smallest first
         search    the seed of the search
@@ -70,30 +77,46 @@ class Grid:
     the smallest batch, times batch / smallest batch. In flags, {base} is the rate divided by that
     factor.
 
-    Raises SystemExit where the trainer refuses the flags of an optimizer.
+    Raises SystemExit where the file is incomplete or the trainer refuses its flags.
     """
 
     def __init__(self, path: Path) -> None:
         file = ConfigParser(interpolation=None)
-        with open(path, encoding="utf-8") as lines:
-            file.read_file(lines)
+        try:
+            file.read_string(path.read_text(encoding="utf-8"), str(path))
+            self._parse(file)
+            for cell in [*self.missing([]), *(Cell(FINAL, *p, 1.0, 0) for p in self.places())]:
+                self._check(cell)
+        except (OSError, Error, KeyError, ValueError, TrainerError) as error:
+            raise SystemExit(f"{path}: {error}") from None
+
+    def _parse(self, file: ConfigParser) -> None:
         common = file["grid"]
         self.batches = [int(batch) for batch in common["batches"].split()]
-        self.train_images, self.held_out_images = map(int, common["images"].split())
+        self.images = common["images"]
+        self.train_images, self.held_out_images = map(int, self.images.split())
         self.seeds = [int(seed) for seed in common["seeds"].split()]
         self.optimizers = [name for name in file.sections() if name != "grid"]
         self._search_seed = int(common["search"])
-        self._flags = {name: f"{file[name]['flags']} {common['flags']}" for name in self.optimizers}
+        self._flags = {name: f"{common['flags']} {file[name]['flags']}" for name in self.optimizers}
         self._scales = {n: file[n]["scales"] for n in self.optimizers if "scales" in file[n]}
         self._rates = {
             (name, batch): sorted(map(float, file[name][f"lr {batch}"].split()))
             for batch in self.batches for name in self.optimizers if name not in self._scales
         }  # fmt: skip
-        for cell in self.missing([]):
-            try:
-                command_line.new_config(command_line.parse(self.command(cell).split()).given)
-            except TrainerError as error:
-                raise SystemExit(f"{path}: {cell.optimizer}, batch {cell.batch}: {error}") from None
+        for (name, batch), rates in self._rates.items():
+            if len(rates) < 2:
+                raise ValueError(f"{name}: lr {batch} has fewer than 2 rates")
+
+    def _check(self, cell: Cell) -> None:
+        """Raise ValueError if the trainer refuses the flags, or if they are not for a grid file."""
+        try:
+            given = command_line.parse(self.command(cell).split()).given
+            command_line.new_config(given)
+            if wrong := given.keys() & {"data", "output", "workers", "max_steps"}:
+                raise TrainerError(f"{flag(min(wrong))} cannot be set in a grid file")
+        except TrainerError as error:
+            raise ValueError(f"{cell.optimizer}, batch {cell.batch}: {error}") from None
 
     def command(self, cell: Cell) -> str:
         """The trainer's arguments, without those that name folders."""
@@ -111,8 +134,9 @@ class Grid:
 
     def searched(self, rows: Sequence[Row], optimizer: str, batch: int) -> dict[float, float]:
         """The accuracy on the held-out images at each rate, 0 where training diverged."""
-        place = SEARCH, optimizer, batch
-        found = {r.lr: r.accuracy for r in rows if (r.kind, r.optimizer, r.batch) == place}
+        place = SEARCH, optimizer, batch, self._search_seed
+        ended = (row for row in rows if not row.failed)
+        found = {r.lr: r.accuracy for r in ended if (r.kind, r.optimizer, r.batch, r.seed) == place}
         return dict(sorted(found.items()))
 
     def best_rate(self, rows: Sequence[Row], optimizer: str, batch: int) -> float | None:
@@ -129,7 +153,7 @@ class Grid:
         """The rates that a search still has to try; none once it has ended."""
         found, asked = self.searched(rows, optimizer, batch), self._rates[optimizer, batch]
         missing = [lr for lr in asked if lr not in found]
-        if missing or len(found) == len(asked) + MOST_BEYOND:
+        if missing or len(found) >= len(asked) + MOST_BEYOND:
             return missing
         low, *_, high = found
         best = max(found, key=found.__getitem__)
@@ -138,12 +162,12 @@ class Grid:
 
     def final(self, rows: Sequence[Row], optimizer: str, batch: int) -> list[Row]:
         """The runs at the best rate that have ended."""
-        place = FINAL, optimizer, batch, self.best_rate(rows, optimizer, batch)
-        return [row for row in rows if (row.kind, row.optimizer, row.batch, row.lr) == place]
+        lr = self.best_rate(rows, optimizer, batch)
+        cells = {Cell(FINAL, optimizer, batch, lr, seed) for seed in self.seeds if lr is not None}
+        return [row for row in rows if row.cell in cells and not row.failed]
 
     def missing(self, rows: Sequence[Row]) -> list[Cell]:
         """The cells to run next, searches first; more follow from their results."""
-        rows = [row for row in rows if not row.status.startswith("failed")]
         cells = []
         for name, batch in self.places():
             lr = self.best_rate(rows, name, batch)
@@ -153,12 +177,12 @@ class Grid:
                 continue
             rates = self._next_rates(rows, name, batch)
             cells += [Cell(SEARCH, name, batch, lr, self._search_seed) for lr in rates]
-            middle = self._rates[name, batch][1]
-            cells.append(Cell(FIND_LR, name, batch, middle, self._search_seed))
-        done = {row.cell for row in rows}
+            # A sweep goes from a thousandth of a rate to 100 times the rate.
+            cells.append(Cell(FIND_LR, name, batch, self._rates[name, batch][1], self._search_seed))
+        done = {row.cell for row in rows if not row.failed}
         # One seed of every place first: what is cut short still compares everything once.
-        order = {SEARCH: -2, FIND_LR: -1} | dict.fromkeys([FINAL], 0)
-        cells.sort(key=lambda c: (order[c.kind], c.kind == FINAL and self.seeds.index(c.seed)))
+        order = [SEARCH, FIND_LR, FINAL]
+        cells.sort(key=lambda cell: (order.index(cell.kind), cell.seed))
         return [cell for cell in cells if cell not in done]
 
 
@@ -170,10 +194,11 @@ def read(path: Path, grid: Grid) -> list[Row]:
     with open(path, newline="", encoding="utf-8") as file:
         rows = [Row(**{k: kinds[k](v) for k, v in line.items()}) for line in csv.DictReader(file)]
     for row in rows:
-        if row.optimizer not in grid.optimizers or row.command != grid.command(row.cell):
+        known = row.optimizer in grid.optimizers and row.images == grid.images
+        if not known or row.command != grid.command(row.cell):
             raise SystemExit(
-                f"{path}: {row.cell.name} was run with other flags than the grid file has now "
-                f"({row.command}): give another --csv"
+                f"{path}: {row.cell.name} was run with other flags or images than the grid file "
+                f"has now ({row.images}: {row.command}): give another --csv"
             )
     return rows
 

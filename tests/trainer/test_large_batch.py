@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import csv
+import argparse
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +14,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import large_batch
 import large_batch_figure
+from fastlars.trainer.config import command_line
 from large_batch_grid import FINAL, FIND_LR, MOST_BEYOND, SEARCH, Cell, Grid, Row, read, write
 from sources import ROOT
 from trainer.helpers import Outcome, write_images
@@ -25,7 +29,7 @@ from trainer.helpers import Outcome, write_images
 GRID = """
 [grid]
 images = 6 3
-batches = 4 8
+batches = 4 32
 search = 0
 seeds = 1 2
 flags = --model resnet8 --stem small --micro-batch 4 --bn-batch 4 --epochs 1 --warmup-epochs 0
@@ -35,11 +39,11 @@ flags = --recipe goyal --warmup-from {base}
 [sgd]
 flags = --recipe goyal --warmup-from 0
 lr 4 = 0.1 0.2 0.4
-lr 8 = 0.1 0.2 0.4
+lr 32 = 0.1 0.2 0.4
 [lars]
 flags = --recipe lars
 lr 4 = 1 2 4
-lr 8 = 1 2 4
+lr 32 = 1 2 4
 """
 
 
@@ -52,8 +56,8 @@ def grid(tmp_path: Path) -> Grid:
 
 def ended(grid: Grid, cell: Cell, accuracy: float = 0.5, status: str = "done") -> Row:
     return Row(
-        **asdict(cell), status=status, accuracy=accuracy, loss=1.5, suggested=0.0, seconds=2.0,
-        machine="a, b", versions="1", command=grid.command(cell),
+        **asdict(cell), images=grid.images, status=status, accuracy=accuracy, loss=1.5,
+        suggested=0.0, seconds=2.0, machine="a, b", versions="1", command=grid.command(cell),
     )  # fmt: skip
 
 
@@ -74,14 +78,20 @@ def test_all_optimizers_of_the_published_grid_share_their_flags_and_number_of_ra
     }
     assert set(counts.values()) == {4}
     assert len(counts) == 9
-    commands = {c: grid.command(c).split() for c in cells if c.kind == SEARCH}
-    shared = {"--model", "--epochs", "--bn-batch", "--no-decay", "--no-ratio", "--power", "--seed"}
-    shared |= {"--schedule", "--warmup-epochs", "--warmup-from", "--end-lr", "--micro-batch"}
-    for flag in shared:
-        assert len({words[words.index(flag) + 1] for words in commands.values()}) == 1
-    for cell, words in commands.items():
-        assert words[words.index("--lr") + 1] == f"{cell.lr:g}"
-        assert words[words.index("--batch-size") + 1] == str(cell.batch)
+    given = {
+        c: command_line.parse(grid.command(c).split()).given for c in cells if c.kind == SEARCH
+    }
+    shared = {"model", "epochs", "bn_batch", "no_decay", "no_ratio", "power", "seed", "schedule"}
+    shared |= {"warmup_epochs", "warmup_from", "end_lr", "micro_batch", "label_smoothing"}
+    for name in shared:
+        assert len({settings[name] for settings in given.values()}) == 1
+    for cell, settings in given.items():
+        assert (settings["lr"], settings["batch_size"]) == (cell.lr, cell.batch)
+    others = {name for settings in given.values() for name in settings if name not in shared}
+    assert others == {
+        "recipe", "lr", "batch_size", "stem", "image_size", "bn_statistics", "classifier_std",
+        "weight_decay", "trust_coefficient", "bias_correction", "max_grad_norm",
+    }  # fmt: skip
 
 
 def test_a_search_ends_with_a_best_rate_between_two_others(grid: Grid) -> None:
@@ -108,32 +118,41 @@ def test_a_search_does_not_go_on_for_ever(grid: Grid) -> None:
 
 
 def test_the_linear_rule_scales_the_best_rate_of_the_smallest_batch(grid: Grid) -> None:
-    assert grid.best_rate([], "sgd-linear", 8) is None
+    assert grid.best_rate([], "sgd-linear", 32) is None
     rows = search(grid, "sgd", 4, {0.1: 0.5, 0.2: 0.7, 0.4: 0.6})
-    assert rates(grid.missing(rows), "sgd-linear", 8, FINAL) == [0.4, 0.4]
-    words = grid.command(Cell(FINAL, "sgd-linear", 8, 0.4, 1)).split()
-    assert words[words.index("--warmup-from") + 1] == "0.2"
+    assert rates(grid.missing(rows), "sgd-linear", 32, FINAL) == [1.6, 1.6]
+    command = command_line.parse(grid.command(Cell(FINAL, "sgd-linear", 32, 1.6, 1)).split())
+    assert command.given["warmup_from"] == 0.2
     assert ("sgd-linear", 4) not in grid.places()  # there it is sgd
 
 
 def test_what_failed_is_run_again_and_what_diverged_is_not(grid: Grid) -> None:
     cell = Cell(SEARCH, "lars", 4, 2.0, 0)
     rows = search(grid, "lars", 4, {1.0: 0.5, 4.0: 0.4})
-    assert cell in grid.missing([*rows, ended(grid, cell, 0.0, "failed with exit status 1: x")])
+    failed = [*rows, ended(grid, cell, 0.0, "failed with exit status 1: x")]
+    assert cell in grid.missing(failed)
+    assert grid.best_rate(failed, "lars", 4) is None
     diverged = [*rows, ended(grid, cell, 0.0, "diverged: at step 3")]
     assert rates(grid.missing(diverged), "lars", 4) == [0.5]
+    rows += search(grid, "lars", 4, {2.0: 0.6})
+    final = [Cell(FINAL, "lars", 4, 2.0, seed) for seed in (1, 2)]
+    rows += [ended(grid, final[0], 0.7), ended(grid, final[1], 0.0, "failed with exit status 1: x")]
+    assert [c for c in grid.missing(rows) if c.kind == FINAL] == [final[1]]
+    assert large_batch_figure.accuracies(grid, rows, "lars", 4) == [pytest.approx(70)]
+
+
+def test_rows_of_other_seeds_count_for_nothing(grid: Grid) -> None:
+    rows = search(grid, "lars", 4, {1.0: 0.5, 2.0: 0.6, 4.0: 0.4})
+    rows += [ended(grid, Cell(FINAL, "lars", 4, 2.0, seed)) for seed in (1, 7)]
+    assert len(grid.final(rows, "lars", 4)) == 1
+    other = [replace(row, seed=3) for row in rows if row.kind == SEARCH]
+    assert grid.searched(other, "lars", 4) == {}
 
 
 def test_what_is_cut_short_has_compared_all_with_one_seed(grid: Grid) -> None:
-    rows = [
-        row
-        for name, batch in grid.places()
-        if name != "sgd-linear"
-        for row in search(
-            grid, name, batch, dict(zip(grid._rates[name, batch], (0.1, 0.3, 0.2), strict=True))
-        )
-    ]
-    cells = grid.missing(rows)
+    accuracies = {0.1: 0.1, 0.2: 0.3, 0.4: 0.2, 1.0: 0.1, 2.0: 0.3, 4.0: 0.2}
+    searches = [cell for cell in grid.missing([]) if cell.kind == SEARCH]
+    cells = grid.missing([ended(grid, cell, accuracies[cell.lr]) for cell in searches])
     assert [c.kind for c in cells] == [FIND_LR] * 4 + [FINAL] * 10
     assert [c.seed for c in cells[4:]] == [1] * 5 + [2] * 5
 
@@ -151,7 +170,15 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path, grid: Grid) -> None
     ("right", "wrong", "message"),
     [
         ("--recipe lars", "--recipe lbrs", r"lars, batch 4: argument --recipe: invalid choice"),
-        ("lr 8 = 1 2 4", "lr 8 = -1 2 4", r"lars, batch 8: --lr must be above 0"),
+        ("lr 32 = 1 2 4", "lr 32 = -1 2 4", r"lars, batch 32: --lr must be above 0"),
+        (
+            "from {base}",
+            "from x",
+            r"sgd-linear, batch 32: argument --warmup-from: must be a number",
+        ),
+        ("lr 32 = 1 2 4", "lr 32 = 1", r"lars: lr 32 has fewer than 2 rates"),
+        ("lr 32 = 1 2 4", "", r"lr 32"),
+        ("--epochs 1", "--max-steps 1", r"--max-steps cannot be set in a grid file"),
     ],
 )
 def test_a_grid_whose_flags_the_trainer_refuses(
@@ -187,35 +214,47 @@ def test_how_a_run_ended_is_in_its_row(
     assert found.status.startswith("failed with exit status 2: --data: ")
 
     cell = replace(cell, kind=FIND_LR)
-    assert row(cell).suggested > 0
-    with open(tmp_path / cell.name / "lr_find.csv", newline="") as file:
-        assert any(
-            float(line["lr"]) == pytest.approx(row(cell).suggested, rel=0.01)
-            for line in csv.DictReader(file)
-        )
+    found = row(cell)
+    (said,) = re.findall(r"suggest +--lr ([\d.]+)", (tmp_path / f"{cell.name}.log").read_text())
+    assert found.suggested == pytest.approx(float(said), rel=0.05)
 
 
 def test_the_table_and_the_bars(grid: Grid, tmp_path: Path) -> None:
     rows = search(grid, "sgd", 4, {0.1: 0.5, 0.2: 0.7, 0.4: 0.6})
-    rows += search(grid, "lars", 8, {1.0: 0.5, 2.0: 0.65, 4.0: 0.6})
-    rows.append(replace(ended(grid, Cell(FIND_LR, "lars", 8, 2.0, 0)), suggested=2.25))
+    rows += search(grid, "lars", 32, {1.0: 0.5, 2.0: 0.65, 4.0: 0.6})
+    rows.append(replace(ended(grid, Cell(FIND_LR, "lars", 32, 2.0, 0)), suggested=2.25))
     assert list(large_batch_figure.bars(grid, rows)) == []
     rows += [
-        ended(grid, Cell(FINAL, name, 8, lr, seed), accuracy)
-        for name, lr, accuracies in (("lars", 2.0, (0.6, 0.64)), ("sgd-linear", 0.4, (0.58, 0.61)))
+        ended(grid, Cell(FINAL, name, batch, lr, seed), accuracy)
+        for name, batch, lr, accuracies in (
+            ("lars", 32, 2.0, (0.6, 0.64)),
+            ("sgd-linear", 32, 1.6, (0.58, 0.61)),
+            ("sgd", 4, 0.2, (0.63, 0.65)),
+        )
         for seed, accuracy in enumerate(accuracies, start=1)
     ]
-    rows.append(ended(grid, Cell(FINAL, "lars", 8, 4.0, 1), 0.99))  # not the rate of the search
+    rows.append(ended(grid, Cell(FINAL, "lars", 32, 4.0, 1), 0.99))  # not the rate of the search
     lines = large_batch_figure.table(grid, rows).splitlines()
     assert lines[2:] == [
-        "| 8 | sgd-linear | none | 0.4 |  |  | 59.5 | 58.0 61.0 |",
-        "| 8 | lars | 1 2 4 | 2 | 2.2 | 65.0 | 62.0 | 60.0 64.0 |",
+        "| 4 | sgd | 0.1 0.2 0.4 | 0.2 |  | 70.0 | 64.0 | 63.0 65.0 |",
+        "| 32 | sgd-linear | none | 1.6 |  |  | 59.5 | 58.0 61.0 |",
+        "| 32 | lars | 1 2 4 | 2 | 2.2 | 65.0 | 62.0 | 60.0 64.0 |",
     ]
-    (line,) = large_batch_figure.bars(grid, rows)
-    assert line == "lars at 8: +2.50 points from sgd-linear at 8, to be at least +1: met"
-    worse = [replace(r, accuracy=0.53) if r.cell == rows[-4].cell else r for r in rows]
-    (line,) = large_batch_figure.bars(grid, worse)
-    assert line == "lars at 8: -3.00 points from sgd-linear at 8, to be at least +1: missed"
+    assert list(large_batch_figure.bars(grid, rows)) == [
+        "lars at 32: +2.50 points from sgd-linear at 32, to be at least +1: met",
+        "lars at 32: -2.00 points from sgd at 4, to be at least -0.5: missed",
+    ]
+    for change, verdicts in ((-0.02, ("missed", "missed")), (0.02, ("met", "met"))):
+        changed = [
+            replace(row, accuracy=row.accuracy + change)
+            if (row.kind, row.optimizer) == (FINAL, "lars")
+            else row
+            for row in rows
+        ]
+        found = [line.rpartition(" ")[2] for line in large_batch_figure.bars(grid, changed)]
+        assert tuple(found) == verdicts
+    one_seed = [row for row in rows if row.seed != 2]
+    assert list(large_batch_figure.bars(grid, one_seed)) == []
     large_batch_figure.draw(grid, rows, tmp_path / "o.png")
     assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
 
@@ -230,16 +269,23 @@ def test_the_images_to_train_on_are_never_measured_on(tmp_path: Path, grid: Grid
         kind: sorted(str(path.relative_to(root)) for path in root.glob("*/ant/*.png"))
         for kind, root in folders.items()
     }
-    train = [f"train/ant/{number:03}.png" for number in range(6)]
-    assert found[SEARCH] == train + [f"val/ant/{number:03}.png" for number in (6, 7, 8)]
+    train = [f"train/ant/{number:07}.png" for number in range(6)]
+    assert found[SEARCH] == train + [f"val/ant/{number:07}.png" for number in range(3)]
     assert found[FINAL] == [f"test/ant/{number:03}.png" for number in (0, 1)] + train
-    for path in (tmp_path / "all" / "train" / "bee").iterdir():
+    targets = {path.resolve() for path in folders[SEARCH].glob("*/ant/*.png")}
+    assert targets == set(sorted((tmp_path / "all" / "train" / "ant").iterdir())[:9])
+
+    shutil.copytree(tmp_path / "all", tmp_path / "other")
+    with pytest.raises(SystemExit, match="was begun with other images"):
+        large_batch.image_folders(grid, tmp_path / "other", tmp_path)
+    for path in sorted((tmp_path / "other" / "train" / "bee").iterdir())[:2]:
         path.unlink()
     (tmp_path / "else").mkdir()
-    with pytest.raises(SystemExit, match="bee has 0 images, not 9"):
-        large_batch.image_folders(grid, tmp_path / "all", tmp_path / "else")
-    with pytest.raises(SystemExit, match="has no folder train/"):
+    with pytest.raises(SystemExit, match="class bee has 8 images, not 9"):
+        large_batch.image_folders(grid, tmp_path / "other", tmp_path / "else")
+    with pytest.raises(SystemExit, match="has no folder test/"):
         large_batch.image_folders(grid, tmp_path / "else", tmp_path / "else")
+    assert not list((tmp_path / "else").glob("images*"))
 
 
 def test_two_sittings_do_not_write_one_file(tmp_path: Path) -> None:
@@ -254,10 +300,13 @@ def test_two_sittings_do_not_write_one_file(tmp_path: Path) -> None:
 
 @pytest.fixture
 def sit(images: Path, tmp_path: Path) -> Callable[[], subprocess.Popen[str]]:
-    """Starts a sitting of three searches and three sweeps; the first run takes many epochs."""
+    """Starts a sitting of one optimizer at one batch, with one final run."""
     (images / "val").rename(images / "test")
     text = (
-        GRID.split("[sgd-linear]")[0].replace("= 4 8", "= 4").replace("--epochs 1", "--epochs 12")
+        GRID.split("[sgd-linear]")[0]
+        .replace("= 4 32", "= 4")
+        .replace("= 1 2", "= 1")
+        .replace("--epochs 1", "--epochs 12")
     )
     (tmp_path / "sit.ini").write_text(text + "[lars]\nflags = --recipe lars\nlr 4 = 1 2 4\n")
 
@@ -272,6 +321,44 @@ def sit(images: Path, tmp_path: Path) -> Callable[[], subprocess.Popen[str]]:
         )  # fmt: skip
 
     return start
+
+
+def test_a_signal_that_comes_while_a_run_is_started(
+    grid: Grid, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The handler does not know the process yet."""
+    (images / "val").rename(images / "test")
+    monkeypatch.setattr(signal, "signal", lambda _number, _handler: None)
+    options = argparse.Namespace(data=images, csv=tmp_path / "o.csv", runs=tmp_path, jobs=1)
+    with open(tmp_path / "lock", "w") as lock:
+        sitting = large_batch.Sitting(grid, options, lock)
+        start = subprocess.Popen
+
+        def interrupted(*arguments: Any, **settings: Any) -> subprocess.Popen[bytes]:
+            sitting.stopped = True
+            return start(*arguments, **settings)
+
+        monkeypatch.setattr(subprocess, "Popen", interrupted)
+        (tmp_path / "grid.ini").unlink()
+        sitting.run()
+    assert sitting.rows == []
+    assert not (tmp_path / "o.csv").exists()
+
+
+def test_an_error_leaves_no_run_alone(
+    grid: Grid, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (images / "val").rename(images / "test")
+    monkeypatch.setattr(signal, "signal", lambda _number, _handler: None)
+    monkeypatch.setattr(Grid, "command", lambda _grid, _cell: "--epochs 100000")
+    options = argparse.Namespace(data=images, csv=tmp_path / "o.csv", runs=tmp_path, jobs=2)
+    with open(tmp_path / "lock", "w") as lock:
+        sitting = large_batch.Sitting(grid, options, lock)
+        monkeypatch.setattr(time, "sleep", lambda _seconds: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sitting.run()
+    assert len(sitting.running) == 2
+    assert all(process.returncode is not None for process in sitting.running.values())
 
 
 def trainer_of(sitting: int) -> int | None:

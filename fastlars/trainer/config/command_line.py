@@ -16,7 +16,8 @@ from fastlars.trainer.errors import TrainerError
 _DESCRIPTION = """\
 Train ResNets with fastlars' optimizers, on a folder of images or on the
 handwritten digits of scikit-learn. A recipe has a paper's settings for each
-batch size, and the run prints their source; a flag overrides its setting.
+batch size, or rates for small images; the run prints where they come from, and
+a flag overrides its setting.
 
   python -m fastlars.trainer
   python -m fastlars.trainer --data FOLDER --recipe lars --batch-size 8192

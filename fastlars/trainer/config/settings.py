@@ -96,7 +96,8 @@ class Config:
 
     recipe: str = _setting(
         "lars",
-        "optimizer, with the settings that its paper has for the batch size",
+        "optimizer, with the settings that its paper has for the batch size, or with rates for "
+        "small images",
         choices=recipes.NAMES,
     )
 
@@ -133,7 +134,8 @@ class Config:
 
     model: str = _setting(
         "resnet50",
-        "torchvision's ResNet of that depth; resnet8 and resnet20: He et al.'s for small images",
+        "torchvision's ResNet of that depth; resnet20: He et al.'s for small images; resnet8: "
+        "the same with one block a stage",
         choices=(
             "resnet8",
             "resnet18",

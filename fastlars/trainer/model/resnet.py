@@ -10,7 +10,7 @@ from torch.nn import functional
 from torchvision import models
 from torchvision.models.resnet import BasicBlock
 
-BLOCKS = {"resnet8": 1, "resnet20": 3}  # of a stage, in the networks for small images
+_BLOCKS_PER_STAGE = {"resnet8": 1, "resnet20": 3}  # of a SmallResNet, by --model
 
 
 def build(name: str, classes: int, stem: str, seed: int) -> nn.Module:
@@ -25,8 +25,8 @@ def build(name: str, classes: int, stem: str, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: Any = (
-            SmallResNet(BLOCKS[name], classes)
-            if name in BLOCKS
+            SmallResNet(_BLOCKS_PER_STAGE[name], classes)
+            if name in _BLOCKS_PER_STAGE
             else models.get_model(name, num_classes=classes, zero_init_residual=True)
         )
         if stem == "small":
@@ -51,9 +51,10 @@ def draw_classifier(model: nn.Module, std: float, seed: int) -> None:
 class SmallResNet(nn.Module):
     """He et al. 2016, section 4.2: stages of 16, 32 and 64 channels, for images of 32 pixels.
 
-    With n blocks a stage it has 6 n + 2 layers. Shortcuts have no parameters (the paper's option
-    A): where a stage halves the image, they take every second pixel and fill up with channels of
-    zeros. With the small stem and 10 classes, resnet20 has 269,722 parameters, resnet8 75,290.
+    With n blocks a stage it has 6 n + 2 layers; the paper's smallest has n = 3. Shortcuts have no
+    parameters (the paper's option A): where a stage halves the image, they take every second pixel
+    and fill up with channels of zeros. With the small stem and 10 classes, resnet20 has 269,722
+    parameters, resnet8 75,290.
     """
 
     def __init__(self, blocks: int, classes: int) -> None:

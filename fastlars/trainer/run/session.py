@@ -100,12 +100,13 @@ def _job(command: Command, world: World) -> Iterator[_Job]:
             if state is not None and source is not None:
                 with checkpoint.fitting(source):
                     _check_images(data, state["data"])
+        _check_shared(data, world)
         context, display = _built(config, data, progress, world)
         yield _Job(context, directory, display, source, state)
 
 
 def _for_images(data: Data, command: Command, world: World) -> Config:
-    """The configuration of a new run: a recipe has other rates for small images."""
+    """A new run's configuration, now that it is known whether its images are small."""
     small = data.stem == "small"
     return command_line.new_config(command.given, world.size, small_images=small)
 
@@ -170,6 +171,7 @@ def _find_lr(command: Command, world: World) -> int:
         settings = find_lr.swept(command_line.new_config(command.given, world.size))
         images = load_data(settings, world.device)
         settings = find_lr.swept(_for_images(images, command, world))
+    _check_shared(images, world)
     name = f"{settings.recipe}-lr"
     choose = partial(rundir.output_or_unused, settings.output, settings.data, name)
     with _claimed(choose, world) as directory, StopSignals() as stop:
@@ -205,6 +207,14 @@ def _train(command: Command, world: World) -> int:
     elif world.first:  # the others keep no records
         display.say(*report.conclusion(context, directory, time.perf_counter() - started))
     return 0 if finished or received is None else 128 + received
+
+
+def _check_shared(data: Data, world: World) -> None:
+    """Raise TrainerError where the processes do not see the same images."""
+    seen = world.gather(fingerprint(data))
+    if any(other != seen[0] for other in seen):
+        text = f"--data: the processes do not see the same images in {data.name}"
+        raise TrainerError(text, everywhere=True)
 
 
 def _check_images(data: Data, before: dict[str, Any]) -> None:
