@@ -2,6 +2,7 @@
 
 With DIE_AT, process 1 of the first attempt is killed at that step, as the system kills one that
 takes too much memory, or gets the signal that DIE_BY names. With FULL, no checkpoint finds room.
+With ELSEWHERE, process 1 works in that folder.
 Several command lines, with "then" between them, run one after the other:
 starting processes takes longer than training.
 """
@@ -42,6 +43,8 @@ def full(path: Path, _state: dict[str, Any]) -> None:
 
 if "DIE_AT" in os.environ:
     loop.step = mortal  # type: ignore[assignment]
+if "ELSEWHERE" in os.environ and os.environ["RANK"] == "1":
+    os.chdir(os.environ["ELSEWHERE"])
 if "FULL" in os.environ:
     checkpoint.save = full
 status, line = 0, sys.argv[1:]

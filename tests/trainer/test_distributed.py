@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastlars.trainer.process.world import StopVote, World
-from trainer.helpers import Outcome, assert_same, facts, load, records
+from trainer.helpers import Outcome, assert_same, facts, load, records, write_images
 from trainer.processes import finish, start
 
 Train = Callable[..., Outcome]
@@ -143,6 +143,25 @@ def test_a_mistake_is_said_once(tmp_path: Path) -> None:
         "No such file or directory"
     ]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_processes_that_see_other_images(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe has other rates for small images: the processes would train with two of them."""
+    for name in ("ant", "bee", "cat"):
+        for part, count in (("train", 12), ("val", 5)):
+            write_images(tmp_path / "node" / "images" / part / name, count, 0, side=80)
+    monkeypatch.chdir(tmp_path)
+    flags = ("--data", "images", "--stem", "small", "--workers", 0, "--batch-size", 8)
+    for more in ((), ("--find-lr",)):
+        outcome = finish(start(*flags, *more, ELSEWHERE=str(tmp_path / "node")))
+        assert outcome.status != 0
+        lines = [line for line in outcome.err.splitlines() if line.startswith("fastlars.trainer")]
+        assert lines == [
+            "fastlars.trainer: error: --data: the processes do not see the same images in images"
+        ]
 
 
 @pytest.mark.slow
