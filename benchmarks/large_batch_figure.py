@@ -14,6 +14,7 @@ from matplotlib.ticker import NullLocator
 
 from large_batch_grid import FIND_LR, Grid, Row
 
+LOWEST = 50  # %
 COLOURS = ("tab:cyan", "tab:blue", "tab:red", "tab:green", "tab:purple", "tab:brown")
 
 
@@ -88,13 +89,19 @@ def draw(grid: Grid, rows: Sequence[Row], path: Path) -> None:
 
 
 def _against_batch(axis: Axes, grid: Grid, rows: Sequence[Row]) -> None:
-    """The means over the seeds as lines, all runs as points."""
+    """The means over the seeds as lines, all runs as points.
+
+    Means below LOWEST are given in the legend: on the axis, they would leave no room for the rest.
+    """
     for name, colour in zip(grid.optimizers, cycle(COLOURS), strict=False):
         runs = {batch: accuracies(grid, rows, name, batch) for batch in grid.batches}
         for batch, found in runs.items():
             axis.plot([batch] * len(found), found, ".", color=colour)
         means = {batch: mean(found) for batch, found in runs.items() if found}
-        axis.plot(list(means), list(means.values()), color=colour, label=name)
+        low = [f"{value:.0f}% at {batch:,}" for batch, value in means.items() if value < LOWEST]
+        label = ", ".join([name, *low])
+        axis.plot(list(means), list(means.values()), color=colour, label=label)
+    axis.set_ylim(bottom=max(axis.get_ylim()[0], LOWEST))
     axis.set_xscale("log", base=2)
     axis.set_xticks(grid.batches, [f"{batch:,}" for batch in grid.batches])
     axis.xaxis.set_minor_locator(NullLocator())
