@@ -259,6 +259,16 @@ def test_the_table_and_the_bars(grid: Grid, tmp_path: Path) -> None:
     assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_page_has_what_the_csv_has() -> None:
+    grid = Grid(ROOT / "benchmarks" / "large_batch.ini")
+    rows = read(ROOT / "benchmarks" / "results" / "large_batch.csv", grid)
+    page = (ROOT / "docs" / "large-batches.md").read_text()
+    assert large_batch_figure.table(grid, rows) in page
+    bars = list(large_batch_figure.bars(grid, rows))
+    assert len(bars) == 2
+    assert "\n".join(bars) in page
+
+
 def test_the_images_to_train_on_are_never_measured_on(tmp_path: Path, grid: Grid) -> None:
     for name in ("ant", "bee"):
         write_images(tmp_path / "all" / "train" / name, 10, 0)
