@@ -209,7 +209,7 @@ def test_a_run_on_small_images_has_their_rates_unless_a_flag_sets_one(
     images: Path, train: Callable[..., Outcome]
 ) -> None:
     flags = ("--data", images, "--batch-size", 8, "--workers", 0)
-    changed = "; for images of up to 64 pixels, docs/recipes.md has other rates"
+    changed = "; with rates for images of up to 64 pixels (docs/recipes.md)"
     said = facts(train(*flags, "--dry-run").out)
     assert said["recipe"].endswith(changed)
     assert "then lr 0.125, " in said["rate"]  # sqrt(8 / 512)

@@ -242,7 +242,7 @@ def look_up(name: str, data: str, batch_size: int | None, *, small_images: bool 
             lr, power, settings = _SMALL_IMAGES[name]
             found = Recipe(
                 found.settings | settings | {"lr": lr * (batch / 512) ** power},
-                f"{found.source}; for images of up to 64 pixels, docs/recipes.md has other rates",
+                f"{found.source}; with rates for images of up to 64 pixels (docs/recipes.md)",
             )
     # At small batches the peak rate is below the fixed rate that goyal's warm-up starts from.
     start = min(found.settings["warmup_from"], found.settings["lr"])
