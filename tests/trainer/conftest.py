@@ -12,7 +12,8 @@ if find_spec("torchvision") is not None:  # without it, tests/conftest.py skips 
     from fastlars.trainer.__main__ import main
     from fastlars.trainer.model import resnet
     from fastlars.trainer.output import pictures
-    from trainer.helpers import UNDRAWN, Outcome, tiny_net, write_images
+    from large_batch_grid import Grid
+    from trainer.helpers import GRID, UNDRAWN, Outcome, tiny_net, write_images
 
 
 @pytest.fixture
@@ -49,3 +50,11 @@ def images(tmp_path: Path) -> Path:
         write_images(root / "train" / name, 12, seed)
         write_images(root / "val" / name, 5, seed + 4)
     return root
+
+
+@pytest.fixture
+def grid(tmp_path: Path) -> Grid:
+    """A small grid of benchmarks/large_batch.py."""
+    path = tmp_path / "grid.ini"
+    path.write_text(GRID)
+    return Grid(path)

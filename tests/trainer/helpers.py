@@ -25,6 +25,28 @@ from fastlars.trainer.output import pictures
 CPU = torch.device("cpu")
 
 
+# A grid of benchmarks/large_batch.py: two optimizers and the linear rule, which has no search.
+GRID = """
+[grid]
+images = 6 3
+batches = 4 32
+search = 0
+seeds = 1 2
+flags = --model resnet8 --stem small --micro-batch 4 --bn-batch 4 --epochs 1 --warmup-epochs 0
+[sgd-linear]
+scales = sgd
+flags = --recipe goyal --warmup-from {base}
+[sgd]
+flags = --recipe goyal --warmup-from 0
+lr 4 = 0.1 0.2 0.4
+lr 32 = 0.1 0.2 0.4
+[lars]
+flags = --recipe lars
+lr 4 = 1 2 4
+lr 32 = 1 2 4
+"""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a run returned and printed."""
