@@ -49,7 +49,7 @@ def demanded_backend() -> str | None:
 def why_no_triton(device_type: str) -> str:
     """Why the Triton back end cannot serve a type of device; empty if it can."""
     try:
-        from fastlars.backends.triton.backend import is_interpreted
+        from fastlars.backends.triton.launch import is_interpreted
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
     if device_type == "cpu" and not is_interpreted():

@@ -10,21 +10,22 @@ from typing import Any
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
 from fastlars.backends import cpu
 from fastlars.backends.base import Dtypes, StepScalars, Tensors, checked_sums
 from fastlars.backends.triton import sums
-from fastlars.backends.triton.common import rule_argument
+from fastlars.backends.triton.common import rule_argument, rule_options
+from fastlars.backends.triton.launch import Launcher
 from fastlars.backends.triton.memory import Types
-from fastlars.backends.triton.table import AddressTable, ChunkTables
-from fastlars.backends.upload import Uploader, device_guard, is_capturing
+from fastlars.backends.triton.table import DeviceTables, Workspace
+from fastlars.backends.upload import Uploader, device_guard
 from fastlars.rules import GradientNorm, Rule
 
-LANES = 128  # numbers that a program of `sums.total` and `sums.advance` works on at once
+LANES = 1024  # numbers that `sums_of` adds at once
 # Without fused multiply-add, which rounds once where other back ends round twice.
 OPTIONS: dict[str, Any] = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
-# For kernels that work on a few numbers per tensor and not on its elements.
+# For kernels that work on a few numbers per tensor and not on its elements. Every thread computes
+# the coefficients, so more warps would do more of the slow operations in float64.
 SMALL_OPTIONS: dict[str, Any] = {**OPTIONS, "num_warps": 1}
 DTYPES = {
     torch.float32: tl.constexpr(tl.float32),
@@ -35,7 +36,7 @@ DTYPES = {
 
 @lru_cache
 def kernels(name: str) -> tuple[Any, dict[str, Any]]:
-    """The module that is named after the rule, and the launch options of its kernels."""
+    """The module that is named after the rule, and the launch options of its chunk kernels."""
     module = import_module(f"{__package__}.{name}")
     return module, {**OPTIONS, **getattr(module, "OPTIONS", {})}
 
@@ -54,53 +55,32 @@ def types_of(dtypes: Dtypes, has_states: bool, rounds: bool) -> Types:
     )
 
 
-def is_interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter: slow, but CPU tensors can be stepped."""
-    return isinstance(sums.total, InterpretedFunction)
-
-
 @dataclass(frozen=True)
 class TritonLayout:
     """What weights of given shapes need at every step; it outlives the tensors of one step."""
 
     expected: Any  # fastlars._C.Layout: what `bind` compares tensors with
-    uploader: Uploader
-    chunks: ChunkTables
-    addresses: AddressTable
+    tables: DeviceTables
+    launch: Launcher
 
 
 @dataclass(frozen=True)
 class TritonBoundTensors:
     """Checked tensors, and the tables of their chunks and addresses on the device."""
 
-    chunks: ChunkTables
-    table: Tensor  # of addresses
+    layout: TritonLayout
+    workspace: Workspace
     tensors: Tensors
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.chunks.device)
-
-    def arguments(
-        self, rule: Rule | GradientNorm, scalars: StepScalars, rounds: bool
-    ) -> dict[str, Any]:
-        """The arguments that the kernels ``measure`` and ``apply`` of every rule share."""
-        return {
-            "table": self.table,
-            "numel": self.chunks.numel,
-            "chunks": self.chunks.entries,
-            "device_scalars": scalars.doubles,
-            "lr": scalars.lr,
-            "gradient_scale": scalars.gradient_scale,
-            "rule": rule_argument(rule),
-            "types": types_of(self.tensors.dtypes, bool(self.tensors.states), rounds),
-        }
+        return torch.empty(shape, dtype=dtype, device=self.layout.tables.device)
 
 
 class Triton:
     """float32, bfloat16 and float16 weights and gradients in any mix; float32 or bfloat16 states.
 
-    For any number of tensors, ``measure`` takes two launches, and ``apply`` takes one, or two if
-    it advances counters. Sums of squares have the same bits in every run.
+    For any number of tensors, ``step`` takes three launches for LARS, four for LAMB, and two for a
+    rule that does not adapt. Sums of squares have the same bits in every run.
     """
 
     name = "triton"
@@ -110,77 +90,108 @@ class Triton:
         self._checker = cpu.Cpu()
 
     def layout(self, weights: list[Tensor]) -> TritonLayout:
-        uploader = Uploader(weights)
-        expected = self._checker.layout(weights)
-        chunks = ChunkTables(weights, uploader)
-        return TritonLayout(expected, uploader, chunks, AddressTable(len(weights), uploader))
+        tables = DeviceTables(weights, Uploader(weights))
+        return TritonLayout(self._checker.layout(weights), tables, Launcher())
 
     def bind(self, tensors: Tensors, layout: TritonLayout) -> TritonBoundTensors:
         tensor_list = self._checker.bind(tensors, layout.expected).tensor_list
-        if is_capturing(layout.chunks.device):
-            layout.uploader.read_at_replay.append(layout.chunks)
-        return TritonBoundTensors(layout.chunks, layout.addresses.get(tensor_list), tensors)
+        return TritonBoundTensors(layout, layout.tables.get(tensor_list), tensors)
 
     def measure(
         self, rule: Rule | GradientNorm, bound: TritonBoundTensors, scalars: StepScalars
     ) -> Tensor:
-        chunks = bound.chunks
-        module, options = kernels(rule.name)
-        found = bound.empty(chunks.tensor_count, rule.sums, dtype=torch.float64)
-        slots = bound.empty(chunks.chunk_count, rule.sums, dtype=torch.float64)
-        with device_guard(chunks.device):
-            module.measure[(chunks.chunk_count,)](
-                **bound.arguments(rule, scalars, rounds=False), slots=slots, **options
-            )
-            sums.total[(chunks.tensor_count, rule.sums)](
-                bound.table,
-                chunks.first_chunk,
-                slots,
-                found,
-                scalars.doubles,
-                scalars.lr,
-                COUNT=rule.sums,
-                ADVANCES=rule.measure_writes,
-                COUNTS_STEPS=rule.counts_steps,
-                LANES=LANES,
-                **SMALL_OPTIONS,
+        tables = bound.layout.tables
+        found = bound.empty(tables.tensor_count, rule.sums, dtype=torch.float64)
+        with device_guard(tables.device):
+            self._measure_chunks(rule, bound, scalars)
+            bound.layout.launch(
+                sums.total,
+                tables.tensor_count,
+                rule.sums,
+                SMALL_OPTIONS,
+                (bound.workspace.first_chunk, bound.workspace.slots, found, rule.sums, LANES),
             )
         return found
+
+    def _measure_chunks(
+        self, rule: Rule | GradientNorm, bound: TritonBoundTensors, scalars: StepScalars
+    ) -> None:
+        """Store the sums of each chunk in ``slots``. A rule whose measure writes counts the step,
+        and advances its states."""
+        module, options = kernels(rule.name)
+        types = types_of(bound.tensors.dtypes, bool(bound.tensors.states), False)
+        given = bound.workspace
+        if rule.measure_writes:
+            self._prepare(rule, bound, scalars, None, None)
+            key: Any = types
+            arguments = (given.table, given.sizes, given.chunks, given.coefficients, given.slots)
+        else:
+            doubles = scalars.doubles
+            key = types, rule_options(rule), doubles is None
+            arguments = (
+                *(given.table, given.numel, given.chunks, given.slots, doubles),
+                *(scalars.lr, scalars.gradient_scale, rule_argument(rule)),
+            )
+        count = bound.layout.tables.chunk_count
+        bound.layout.launch(module.measure, count, key, options, (*arguments, types))
+
+    def _prepare(
+        self,
+        rule: Rule | GradientNorm,
+        bound: TritonBoundTensors,
+        scalars: StepScalars,
+        slots: Tensor | None,
+        sums: Tensor | None,
+    ) -> Tensor:
+        """Store the coefficients of each tensor; return the trust ratios, which the sums give: in
+        ``slots`` those of the chunks, in ``sums`` those of the tensors."""
+        module, _ = kernels(rule.name)
+        given, doubles, count = bound.workspace, scalars.doubles, bound.layout.tables.tensor_count
+        ratios = bound.empty(count, dtype=torch.float32)
+        bound.layout.launch(
+            module.prepare,
+            count,
+            (rule_options(rule), doubles is None, slots is None, sums is None),
+            SMALL_OPTIONS,
+            (
+                *(given.table, given.numel, given.first_chunk, slots, sums, ratios),
+                *(given.sizes, given.coefficients, doubles, scalars.lr, scalars.gradient_scale),
+                *(rule_argument(rule), LANES),
+            ),
+        )
+        return ratios
+
+    def _apply_chunks(self, rule: Rule, bound: TritonBoundTensors, scalars: StepScalars) -> None:
+        module, options = kernels(rule.name)
+        rounds = scalars.seed is not None
+        types = types_of(bound.tensors.dtypes, bool(bound.tensors.states), rounds)
+        given = bound.workspace
+        bound.layout.launch(
+            module.apply,
+            bound.layout.tables.chunk_count,
+            (types, rule_options(rule)),
+            options,
+            (
+                *(given.table, given.sizes, given.chunks, given.coefficients),
+                *(scalars.seed or 0, rule_argument(rule), types),
+            ),
+        )
 
     def apply(
         self, rule: Rule, bound: TritonBoundTensors, scalars: StepScalars, sums: Tensor | None
     ) -> Tensor:
-        chunks = bound.chunks
-        module, options = kernels(rule.name)
-        ratios = bound.empty(chunks.tensor_count, dtype=torch.float32)
-        sums = checked_sums(rule, sums, len(ratios), ratios.device)
-        with device_guard(chunks.device):
-            module.apply[(chunks.chunk_count,)](
-                **bound.arguments(rule, scalars, rounds=scalars.seed is not None),
-                sums=sums,
-                ratios=ratios,
-                seed=scalars.seed or 0,
-                **options,
-            )
-            if rule.counter is not None and not (rule.measure_writes and rule.adapt):
-                _advance(rule, bound, scalars)
+        tables = bound.layout.tables
+        sums = checked_sums(rule, sums, tables.tensor_count, tables.device)
+        with device_guard(tables.device):
+            ratios = self._prepare(rule, bound, scalars, None, sums)
+            self._apply_chunks(rule, bound, scalars)
         return ratios
 
     def step(self, rule: Rule, bound: TritonBoundTensors, scalars: StepScalars) -> Tensor:
-        return self.apply(
-            rule, bound, scalars, self.measure(rule, bound, scalars) if rule.adapt else None
-        )
-
-
-def _advance(rule: Rule, bound: TritonBoundTensors, scalars: StepScalars) -> None:
-    """Advance the counters in a separate launch: programs of ``apply`` may still read them."""
-    count = bound.chunks.tensor_count
-    sums.advance[((count + LANES - 1) // LANES,)](
-        bound.table,
-        count,
-        scalars.doubles,
-        scalars.lr,
-        COUNTS_STEPS=rule.counts_steps,
-        LANES=LANES,
-        **SMALL_OPTIONS,
-    )
+        if not rule.adapt:
+            return self.apply(rule, bound, scalars, None)
+        with device_guard(bound.layout.tables.device):
+            self._measure_chunks(rule, bound, scalars)
+            ratios = self._prepare(rule, bound, scalars, bound.workspace.slots, None)
+            self._apply_chunks(rule, bound, scalars)
+        return ratios

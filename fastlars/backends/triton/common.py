@@ -1,8 +1,10 @@
 """Shared by all rules on Triton: csrc/rules/common.h line by line; rules as kernel arguments.
 
-A rule's module has the rule's name, and holds its arithmetic and its kernels ``measure`` and
-``apply``. Kernels compute a tensor's coefficients in float64, then update chunks in float32.
-Division and square root round as IEEE 754 requires, and kernels are compiled without fused
+A rule's module has the rule's name, and holds its arithmetic and its kernels. ``prepare`` has one
+program for each tensor, which computes the tensor's coefficients in float64; ``measure`` and
+``apply`` have one program for each chunk of a tensor, and load the coefficients as float32. If every
+chunk computed them, its loads would wait for 150 operations in float64, of which many GPUs do only
+two per clock cycle. Division and square root round as IEEE 754 requires, and kernels are compiled without fused
 multiply-add, so that all back ends round alike.
 """
 
@@ -49,13 +51,22 @@ def rule_argument(rule: Rule | GradientNorm) -> Any:
     as ``rules.LarsRule`` etc., so that mypy knows the fields. Not as ``LarsRule``: Triton rejects
     the annotation if the class was imported by its own name.
     """
+    options = dict(rule_options(rule)[1])
     values = [
-        tl.constexpr(getattr(rule, name))
-        if name in rule.CHOICES or isinstance(value, bool)
-        else encode(value)
+        tl.constexpr(options[name]) if name in options else encode(value)
         for name, value in rule.constants.items()
     ]
     return _argument_type(rule.name, tuple(rule.constants))(*values)
+
+
+@lru_cache(maxsize=1024)
+def rule_options(rule: Rule | GradientNorm) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    """The rule's name, words and flags: what kernels are compiled for."""
+    return rule.name, tuple(
+        (name, getattr(rule, name))
+        for name, value in rule.constants.items()
+        if name in rule.CHOICES or isinstance(value, bool)
+    )
 
 
 class StepScalars(NamedTuple):

@@ -25,10 +25,10 @@ def measure(
 ) -> None:
     """Store the sum of squares of the scaled gradient."""
     scalars = step_scalars(device_scalars, lr, gradient_scale)
-    chunk = locate(table, numel, chunks, scalars)
+    chunk = locate(table, numel, chunks, scalars, False)
     scale = single(scalars.gradient_scale)
     base = address(chunk, GRAD)
     if chunk.whole:
-        store_sums(slots, (scale * read(base, chunk, types.grad, True),))
+        store_sums(slots, (scale * read(base, chunk, types.grad, True, False),))
     else:
-        store_sums(slots, (scale * read(base, chunk, types.grad, False),))
+        store_sums(slots, (scale * read(base, chunk, types.grad, False, False),))

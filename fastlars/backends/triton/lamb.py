@@ -1,4 +1,4 @@
-"""LAMB: csrc/rules/lamb.h line by line, and its kernels, in which each program has one chunk."""
+"""LAMB: csrc/rules/lamb.h line by line, and its kernels."""
 
 from __future__ import annotations
 
@@ -25,15 +25,19 @@ from fastlars.backends.triton.memory import (
     Chunk,
     Types,
     address,
-    load_counter,
     locate,
     read,
-    store_ratio,
     stored,
     write,
     write_weight,
 )
-from fastlars.backends.triton.sums import load_sums, store_sums
+from fastlars.backends.triton.sums import store_sums, sums_of
+from fastlars.backends.triton.tensor import (
+    load_coefficients,
+    load_counter,
+    store_coefficients,
+    store_counter,
+)
 
 
 class LambCoefficients(NamedTuple):
@@ -51,6 +55,9 @@ class LambCoefficients(NamedTuple):
     update_decay: tl.tensor
     shrink: tl.tensor  # 1 - lr wd where the decay is decoupled, else 1
     rate: tl.tensor  # lr q
+
+
+FIELDS = tl.constexpr(len(LambCoefficients._fields))
 
 
 @triton.jit
@@ -79,7 +86,7 @@ def trust_ratio(
 
 
 @triton.jit
-def coefficients(
+def coefficients_of(
     rule: rules.LambRule, scalars: StepScalars, step: tl.tensor, ratio: tl.tensor
 ) -> LambCoefficients:
     """``step`` counts from 1."""
@@ -144,18 +151,23 @@ def updated(c: LambCoefficients, w: tl.tensor, u: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _advance_moments(
-    chunk: Chunk, c: LambCoefficients, w: tl.tensor, types: Types, ALIGNED: tl.constexpr
+    chunk: Chunk,
+    c: LambCoefficients,
+    w: tl.tensor,
+    types: Types,
+    ALIGNED: tl.constexpr,
+    LAST: tl.constexpr,
 ) -> tl.tensor:
-    """Advance and store the moments. Returns the direction, computed from the moments as they were
-    rounded when stored: ``apply`` reads these."""
+    """Advance and store the moments; LAST: nothing reads them again in this step. Returns the
+    direction, computed from the moments as they were rounded when stored: ``apply`` reads these."""
     base1 = address(chunk, STATE)
     base2 = address(chunk, STATE + 1)
-    g = read(address(chunk, GRAD), chunk, types.grad, ALIGNED)
-    m = read(base1, chunk, types.state, ALIGNED)
-    v = read(base2, chunk, types.state, ALIGNED)
+    g = read(address(chunk, GRAD), chunk, types.grad, ALIGNED, True)
+    m = read(base1, chunk, types.state, ALIGNED, LAST)
+    v = read(base2, chunk, types.state, ALIGNED, LAST)
     m, v = moments(c, w, g, m, v)
-    write(base1, chunk, m, types.state, ALIGNED)
-    write(base2, chunk, v, types.state, ALIGNED)
+    write(base1, chunk, m, types.state, ALIGNED, LAST)
+    write(base2, chunk, v, types.state, ALIGNED, LAST)
     return direction(c, w, stored(m, types.state), stored(v, types.state))
 
 
@@ -163,8 +175,8 @@ def _advance_moments(
 def _measure(
     chunk: Chunk, slots: tl.tensor, c: LambCoefficients, types: Types, ALIGNED: tl.constexpr
 ) -> None:
-    w = read(address(chunk, WEIGHT), chunk, types.weight, ALIGNED)
-    u = _advance_moments(chunk, c, w, types, ALIGNED)
+    w = read(address(chunk, WEIGHT), chunk, types.weight, ALIGNED, False)
+    u = _advance_moments(chunk, c, w, types, ALIGNED, False)
     if not ALIGNED:
         # After the end of the tensor all values are 0, and the direction 0 / (0 + eps) is NaN for
         # eps = 0.
@@ -181,64 +193,80 @@ def _apply(
     types: Types,
     ALIGNED: tl.constexpr,
 ) -> None:
-    w = read(address(chunk, WEIGHT), chunk, types.weight, ALIGNED)
+    w = read(address(chunk, WEIGHT), chunk, types.weight, ALIGNED, rule.adapt)
     if rule.adapt:
-        m = read(address(chunk, STATE), chunk, types.state, ALIGNED)
-        v = read(address(chunk, STATE + 1), chunk, types.state, ALIGNED)
+        m = read(address(chunk, STATE), chunk, types.state, ALIGNED, True)
+        v = read(address(chunk, STATE + 1), chunk, types.state, ALIGNED, True)
         u = direction(c, w, m, v)
     else:
-        u = _advance_moments(chunk, c, w, types, ALIGNED)
+        u = _advance_moments(chunk, c, w, types, ALIGNED, True)
     write_weight(chunk, updated(c, w, u), seed, types, ALIGNED)
 
 
 @triton.jit
 def measure(
     table: tl.tensor,
-    numel: tl.tensor,
+    sizes: tl.tensor,
     chunks: tl.tensor,
+    coefficients: tl.tensor,
     slots: tl.tensor,
-    device_scalars: tl.tensor,
-    lr: tl.float64,
-    gradient_scale: tl.float64,
-    rule: rules.LambRule,
     types: Types,
 ) -> None:
-    """Advance the moments, and store the sums of squares of w and of u."""
-    scalars = step_scalars(device_scalars, lr, gradient_scale)
-    chunk = locate(table, numel, chunks, scalars)
-    c = coefficients(rule, scalars, load_counter(chunk) + 1.0, double(1.0))
+    """For each chunk: advance the moments, and store the sums of squares of w and of u."""
+    chunk = locate(table, sizes, chunks, None, False)
+    c = LambCoefficients(*load_coefficients(coefficients, chunk, FIELDS))
     if chunk.whole:
         _measure(chunk, slots, c, types, True)
     else:
         _measure(chunk, slots, c, types, False)
 
 
-@triton.jit(do_not_specialize=["seed"])
-def apply(
+@triton.jit
+def prepare(
     table: tl.tensor,
     numel: tl.tensor,
-    chunks: tl.tensor,
+    first_chunk: tl.tensor,
+    slots: tl.tensor,
     sums: tl.tensor,
     ratios: tl.tensor,
+    sizes: tl.tensor,
+    coefficients: tl.tensor,
     device_scalars: tl.tensor,
     lr: tl.float64,
     gradient_scale: tl.float64,
+    rule: rules.LambRule,
+    LANES: tl.constexpr,
+) -> None:
+    """For each tensor: store its ratio and coefficients. The first launch of a step, which has no
+    sums yet, counts the step."""
+    scalars = step_scalars(device_scalars, lr, gradient_scale)
+    tensor = tl.program_id(0).to(tl.int64)
+    ratio = double(1.0)
+    step = load_counter(table, tensor)
+    if slots is None and sums is None:
+        step += 1.0
+        store_counter(table, tensor, scalars, step)
+    else:
+        weight, update = sums_of(tensor, first_chunk, slots, sums, 2, LANES)
+        ratio = trust_ratio(rule, scalars, weight, update)
+    tl.store(ratios + tensor, ratio.to(tl.float32))
+    c = coefficients_of(rule, scalars, step, ratio)
+    store_coefficients(tensor, numel, sizes, coefficients, scalars, c)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def apply(
+    table: tl.tensor,
+    sizes: tl.tensor,
+    chunks: tl.tensor,
+    coefficients: tl.tensor,
     seed: tl.int64,
     rule: rules.LambRule,
     types: Types,
 ) -> None:
-    """Write weights and ratios; and the moments, if the rule does not adapt."""
-    scalars = step_scalars(device_scalars, lr, gradient_scale)
-    chunk = locate(table, numel, chunks, scalars)
-    ratio = double(1.0)
-    step = load_counter(chunk)
-    if rule.adapt:
-        weight, update = load_sums(sums, chunk, 2)
-        ratio = trust_ratio(rule, scalars, weight, update)
-    else:
-        step += 1.0  # otherwise `measure` has counted this step already
-    store_ratio(ratios, chunk, ratio)
-    c = coefficients(rule, scalars, step, ratio)
+    """For each chunk: write weights; and the moments, if the rule does not adapt."""
+    chunk = locate(table, sizes, chunks, None, rule.adapt)
+    c = LambCoefficients(*load_coefficients(coefficients, chunk, FIELDS))
     if chunk.whole:
         _apply(chunk, seed, rule, c, types, True)
     else:

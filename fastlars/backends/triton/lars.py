@@ -1,4 +1,4 @@
-"""LARS: csrc/rules/lars.h line by line, and its kernels, in which each program has one chunk."""
+"""LARS: csrc/rules/lars.h line by line, and its kernels."""
 
 from __future__ import annotations
 
@@ -24,14 +24,18 @@ from fastlars.backends.triton.memory import (
     Chunk,
     Types,
     address,
-    load_counter,
     locate,
     read,
-    store_ratio,
     write,
     write_weight,
 )
-from fastlars.backends.triton.sums import load_sums, store_sums
+from fastlars.backends.triton.sums import store_sums, sums_of
+from fastlars.backends.triton.tensor import (
+    load_coefficients,
+    load_counter,
+    store_coefficients,
+    store_counter,
+)
 
 NEVER_STEPPED = tl.constexpr(rules.LarsRule.NEVER_STEPPED)
 
@@ -46,6 +50,9 @@ class LarsCoefficients(NamedTuple):
     inner: tl.tensor  # factor of d, before it is added to the buffer
     outer: tl.tensor  # factor of the buffer, before it is subtracted from the weight
     momentum: tl.tensor
+
+
+FIELDS = tl.constexpr(len(LarsCoefficients._fields))
 
 
 @triton.jit
@@ -68,7 +75,7 @@ def trust_ratio(
 
 
 @triton.jit
-def coefficients(
+def coefficients_of(
     rule: rules.LarsRule, scalars: StepScalars, last_lr: tl.tensor, ratio: tl.tensor
 ) -> LarsCoefficients:
     # Goyal et al., remark 2: a buffer that holds lr times a gradient is rescaled when lr changes.
@@ -138,8 +145,8 @@ def _measure(
     types: Types,
     ALIGNED: tl.constexpr,
 ) -> None:
-    w = read(address(chunk, WEIGHT), chunk, types.weight, ALIGNED)
-    g = read(address(chunk, GRAD), chunk, types.grad, ALIGNED)
+    w = read(address(chunk, WEIGHT), chunk, types.weight, ALIGNED, False)
+    g = read(address(chunk, GRAD), chunk, types.grad, ALIGNED, False)
     store_sums(slots, (w, measured(rule, c, w, g)))
 
 
@@ -152,15 +159,15 @@ def _apply(
     types: Types,
     ALIGNED: tl.constexpr,
 ) -> None:
-    w = read(address(chunk, WEIGHT), chunk, types.weight, ALIGNED)
-    g = read(address(chunk, GRAD), chunk, types.grad, ALIGNED)
+    w = read(address(chunk, WEIGHT), chunk, types.weight, ALIGNED, True)
+    g = read(address(chunk, GRAD), chunk, types.grad, ALIGNED, True)
     if types.state is None:
         w = update_without_momentum(c, w, g)
     else:
         base = address(chunk, STATE)
-        buffer = read(base, chunk, types.state, ALIGNED)
+        buffer = read(base, chunk, types.state, ALIGNED, True)
         w, buffer = update_with_momentum(rule, c, w, g, buffer)
-        write(base, chunk, buffer, types.state, ALIGNED)
+        write(base, chunk, buffer, types.state, ALIGNED, True)
     write_weight(chunk, w, seed, types, ALIGNED)
 
 
@@ -176,39 +183,59 @@ def measure(
     rule: rules.LarsRule,
     types: Types,
 ) -> None:
-    """Store the sums of squares of w, and of g or g + wd w."""
+    """For each chunk: store the sums of squares of w, and of g or g + wd w."""
     scalars = step_scalars(device_scalars, lr, gradient_scale)
-    chunk = locate(table, numel, chunks, scalars)
-    c = coefficients(rule, scalars, single(NEVER_STEPPED), double(1.0))
+    chunk = locate(table, numel, chunks, scalars, False)
+    # Only the two coefficients that need no ratio are used: all else is removed by the compiler.
+    c = coefficients_of(rule, scalars, single(NEVER_STEPPED), double(1.0))
     if chunk.whole:
         _measure(chunk, slots, rule, c, types, True)
     else:
         _measure(chunk, slots, rule, c, types, False)
 
 
-@triton.jit(do_not_specialize=["seed"])
-def apply(
+@triton.jit
+def prepare(
     table: tl.tensor,
     numel: tl.tensor,
-    chunks: tl.tensor,
+    first_chunk: tl.tensor,
+    slots: tl.tensor,
     sums: tl.tensor,
     ratios: tl.tensor,
+    sizes: tl.tensor,
+    coefficients: tl.tensor,
     device_scalars: tl.tensor,
     lr: tl.float64,
     gradient_scale: tl.float64,
+    rule: rules.LarsRule,
+    LANES: tl.constexpr,
+) -> None:
+    """For each tensor: store its ratio and coefficients, and its counter, the last learning rate."""
+    scalars = step_scalars(device_scalars, lr, gradient_scale)
+    tensor = tl.program_id(0).to(tl.int64)
+    ratio = double(1.0)
+    if rule.adapt:
+        weight, update = sums_of(tensor, first_chunk, slots, sums, 2, LANES)
+        ratio = trust_ratio(rule, scalars, weight, update)
+    tl.store(ratios + tensor, ratio.to(tl.float32))
+    c = coefficients_of(rule, scalars, load_counter(table, tensor), ratio)
+    store_coefficients(tensor, numel, sizes, coefficients, scalars, c)
+    store_counter(table, tensor, scalars, scalars.lr)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def apply(
+    table: tl.tensor,
+    sizes: tl.tensor,
+    chunks: tl.tensor,
+    coefficients: tl.tensor,
     seed: tl.int64,
     rule: rules.LarsRule,
     types: Types,
 ) -> None:
-    """Write buffers, weights and ratios."""
-    scalars = step_scalars(device_scalars, lr, gradient_scale)
-    chunk = locate(table, numel, chunks, scalars)
-    ratio = double(1.0)
-    if rule.adapt:
-        weight, update = load_sums(sums, chunk, 2)
-        ratio = trust_ratio(rule, scalars, weight, update)
-    store_ratio(ratios, chunk, ratio)
-    c = coefficients(rule, scalars, load_counter(chunk), ratio)
+    """For each chunk: write buffers and weights."""
+    chunk = locate(table, sizes, chunks, None, rule.adapt)
+    c = LarsCoefficients(*load_coefficients(coefficients, chunk, FIELDS))
     if chunk.whole:
         _apply(chunk, seed, rule, c, types, True)
     else:

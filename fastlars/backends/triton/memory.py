@@ -46,13 +46,26 @@ class Chunk(NamedTuple):
 
 
 @triton.jit
-def locate(table: tl.tensor, numel: tl.tensor, chunks: tl.tensor, scalars: StepScalars) -> Chunk:
-    """This program's chunk; empty if the step is skipped."""
+def locate(
+    table: tl.tensor,
+    sizes: tl.tensor,
+    chunks: tl.tensor,
+    scalars: StepScalars | None,
+    BACKWARDS: tl.constexpr,
+) -> Chunk:
+    """This program's chunk; empty if the step is skipped.
+
+    BACKWARDS: the last chunk is the first program's. ``apply`` then begins with what ``measure``
+    has read last, which the GPU's cache still holds.
+    """
     program = tl.program_id(0)
+    if BACKWARDS:
+        program = tl.num_programs(0) - 1 - program
     tensor = tl.load(chunks + 2 * program)
     begin = tl.load(chunks + 2 * program + 1).to(tl.int64) * BLOCK
-    size = tl.minimum(tl.load(numel + tensor) - begin, BLOCK).to(tl.int32)
-    size = tl.where(scalars.step_taken, size, 0)
+    size = tl.minimum(tl.load(sizes + tensor) - begin, BLOCK).to(tl.int32)
+    if scalars is not None:
+        size = tl.where(scalars.step_taken, size, 0)
     row = table + tensor.to(tl.int64) * COLUMNS
     # Whether all arrays are aligned: a chunk begins at a multiple of BLOCK elements, so only base
     # addresses matter. Absent tensors have the address 0.
@@ -65,20 +78,6 @@ def locate(table: tl.tensor, numel: tl.tensor, chunks: tl.tensor, scalars: StepS
 @triton.jit
 def address(chunk: Chunk, COLUMN: tl.constexpr) -> tl.tensor:
     return tl.load(chunk.row + COLUMN)
-
-
-@triton.jit
-def load_counter(chunk: Chunk) -> tl.tensor:
-    """The tensor's counter; 0 if the rule has none."""
-    base = address(chunk, COUNTER)
-    return tl.load(base.to(tl.pointer_type(tl.float32)), mask=base != 0, other=0.0)
-
-
-@triton.jit
-def store_ratio(ratios: tl.tensor, chunk: Chunk, ratio: tl.tensor) -> None:
-    """Store the tensor's trust ratio; only the tensor's first chunk does."""
-    if chunk.begin == 0:
-        tl.store(ratios + chunk.tensor, ratio.to(tl.float32))
 
 
 @triton.jit
@@ -123,31 +122,53 @@ def stored(value: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def read(base: tl.tensor, chunk: Chunk, DTYPE: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
-    """A chunk as float32; zeros after its end."""
+def read(
+    base: tl.tensor,
+    chunk: Chunk,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LAST: tl.constexpr,
+) -> tl.tensor:
+    """A chunk as float32; zeros after its end. LAST: the last use in this step, which need not stay
+    in the cache."""
+    POLICY: tl.constexpr = "evict_first" if LAST else ""
     at = pointers(base, chunk, DTYPE, ALIGNED)
     inside = tl.arange(0, BLOCK) < chunk.size
-    value = tl.load(at) if ALIGNED else tl.load(at, mask=inside, other=0)
+    if ALIGNED:
+        value = tl.load(at, eviction_policy=POLICY)
+    else:
+        value = tl.load(at, mask=inside, other=0, eviction_policy=POLICY)
     return to_float(value, DTYPE)
 
 
 @triton.jit
 def store_raw(
-    base: tl.tensor, chunk: Chunk, value: tl.tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr
+    base: tl.tensor,
+    chunk: Chunk,
+    value: tl.tensor,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LAST: tl.constexpr,
 ) -> None:
     """Store a value that is already in the stored type."""
+    POLICY: tl.constexpr = "evict_first" if LAST else ""
     at = pointers(base, chunk, DTYPE, ALIGNED)
     if ALIGNED:
-        tl.store(at, value)
+        tl.store(at, value, eviction_policy=POLICY)
     else:
-        tl.store(at, value, mask=tl.arange(0, BLOCK) < chunk.size)
+        tl.store(at, value, mask=tl.arange(0, BLOCK) < chunk.size, eviction_policy=POLICY)
 
 
 @triton.jit
 def write(
-    base: tl.tensor, chunk: Chunk, value: tl.tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr
+    base: tl.tensor,
+    chunk: Chunk,
+    value: tl.tensor,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LAST: tl.constexpr,
 ) -> None:
-    store_raw(base, chunk, from_float(value, DTYPE), DTYPE, ALIGNED)
+    store_raw(base, chunk, from_float(value, DTYPE), DTYPE, ALIGNED, LAST)
 
 
 @triton.jit
@@ -195,8 +216,8 @@ def write_weight(
     base = address(chunk, WEIGHT)
     if types.stochastic_rounding:
         rounded = round_stochastically(value, random_bits(seed, chunk))
-        store_raw(base, chunk, rounded, types.weight, ALIGNED)
+        store_raw(base, chunk, rounded, types.weight, ALIGNED, False)
     else:
-        write(base, chunk, value, types.weight, ALIGNED)
+        write(base, chunk, value, types.weight, ALIGNED, False)
     if types.copy is not None:
-        write(address(chunk, COPY), chunk, value, types.copy, ALIGNED)
+        write(address(chunk, COPY), chunk, value, types.copy, ALIGNED, False)

@@ -1,5 +1,4 @@
-"""RMSprop warm-up: csrc/rules/rmsprop_warmup.h line by line, and its kernel, in which each program
-has one chunk."""
+"""RMSprop warm-up: csrc/rules/rmsprop_warmup.h line by line, and its kernels."""
 
 from __future__ import annotations
 
@@ -24,12 +23,16 @@ from fastlars.backends.triton.memory import (
     Chunk,
     Types,
     address,
-    load_counter,
     locate,
     read,
-    store_ratio,
     write,
     write_weight,
+)
+from fastlars.backends.triton.tensor import (
+    load_coefficients,
+    load_counter,
+    store_coefficients,
+    store_counter,
 )
 
 # With 8 warps, four arrays and a division take 180 registers a thread; with 16 warps they take 104.
@@ -48,7 +51,10 @@ class RmspropWarmupCoefficients(NamedTuple):
     sgd: tl.tensor  # the share of SGD
     rmsprop: tl.tensor  # (1 - that share) lr_rmsprop / lr
     lr: tl.tensor
-    warming: tl.tensor  # false: the share stays 1, so squares are neither read nor written
+    warming: tl.tensor  # 0: the share stays 1, so squares are neither read nor written
+
+
+FIELDS = tl.constexpr(len(RmspropWarmupCoefficients._fields))
 
 
 @triton.jit
@@ -63,7 +69,7 @@ def sgd_share(rule: rules.RmspropWarmupRule, steps: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def coefficients(
+def coefficients_of(
     rule: rules.RmspropWarmupRule, scalars: StepScalars, step: tl.tensor
 ) -> RmspropWarmupCoefficients:
     """``step`` counts from 1."""
@@ -82,7 +88,7 @@ def coefficients(
         sgd=share.to(tl.float32),
         rmsprop=tl.where(positive, coefficient(rmsprop), 0.0),
         lr=coefficient(scalars.lr),
-        warming=share < 1.0,
+        warming=tl.where(share < 1.0, 1.0, 0.0),
     )
 
 
@@ -105,40 +111,61 @@ def _apply(
     ALIGNED: tl.constexpr,
 ) -> None:
     buffers = address(chunk, STATE)
-    w = read(address(chunk, WEIGHT), chunk, types.weight, ALIGNED)
-    g = read(address(chunk, GRAD), chunk, types.grad, ALIGNED)
-    buffer = read(buffers, chunk, types.state, ALIGNED)
+    w = read(address(chunk, WEIGHT), chunk, types.weight, ALIGNED, False)
+    g = read(address(chunk, GRAD), chunk, types.grad, ALIGNED, True)
+    buffer = read(buffers, chunk, types.state, ALIGNED, True)
     d = c.gradient_scale * g + c.weight_decay * w
-    if c.warming:
+    if c.warming != 0.0:
         squares = address(chunk, STATE + 1)
-        square = read(squares, chunk, types.state, ALIGNED)
+        square = read(squares, chunk, types.state, ALIGNED, True)
         buffer, square = update(c, d, buffer, square)
-        write(squares, chunk, square, types.state, ALIGNED)
+        write(squares, chunk, square, types.state, ALIGNED, True)
     else:
         buffer = c.momentum * buffer + d
-    write(buffers, chunk, buffer, types.state, ALIGNED)
+    write(buffers, chunk, buffer, types.state, ALIGNED, True)
     write_weight(chunk, w - c.lr * buffer, seed, types, ALIGNED)
+
+
+@triton.jit
+def prepare(
+    table: tl.tensor,
+    numel: tl.tensor,
+    first_chunk: tl.tensor,
+    slots: tl.tensor,
+    sums: tl.tensor,
+    ratios: tl.tensor,
+    sizes: tl.tensor,
+    coefficients: tl.tensor,
+    device_scalars: tl.tensor,
+    lr: tl.float64,
+    gradient_scale: tl.float64,
+    rule: rules.RmspropWarmupRule,
+    LANES: tl.constexpr,
+) -> None:
+    """For each tensor: store its coefficients, and count the step. The rule measures no sums; every
+    ratio is 1."""
+    scalars = step_scalars(device_scalars, lr, gradient_scale)
+    tensor = tl.program_id(0).to(tl.int64)
+    tl.store(ratios + tensor, 1.0)
+    step = load_counter(table, tensor) + 1.0
+    c = coefficients_of(rule, scalars, step)
+    store_coefficients(tensor, numel, sizes, coefficients, scalars, c)
+    store_counter(table, tensor, scalars, step)
 
 
 @triton.jit(do_not_specialize=["seed"])
 def apply(
     table: tl.tensor,
-    numel: tl.tensor,
+    sizes: tl.tensor,
     chunks: tl.tensor,
-    sums: tl.tensor,
-    ratios: tl.tensor,
-    device_scalars: tl.tensor,
-    lr: tl.float64,
-    gradient_scale: tl.float64,
+    coefficients: tl.tensor,
     seed: tl.int64,
     rule: rules.RmspropWarmupRule,
     types: Types,
 ) -> None:
-    """Write weights, states and ratios. The rule measures no sums; every ratio is 1."""
-    scalars = step_scalars(device_scalars, lr, gradient_scale)
-    chunk = locate(table, numel, chunks, scalars)
-    store_ratio(ratios, chunk, double(1.0))
-    c = coefficients(rule, scalars, load_counter(chunk) + 1.0)
+    """For each chunk: write weights and states."""
+    chunk = locate(table, sizes, chunks, None, False)
+    c = RmspropWarmupCoefficients(*load_coefficients(coefficients, chunk, FIELDS))
     if chunk.whole:
         _apply(chunk, seed, c, types, True)
     else:

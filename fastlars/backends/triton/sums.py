@@ -1,6 +1,6 @@
 """Sums of squares: float32 within a chunk, float64 across chunks, each in a fixed order.
 
-Each chunk stores its sums in slots of its own, and a second launch adds up the slots of each
+Each chunk stores its sums in slots of its own, and the launch after it adds up the slots of each
 tensor. Atomic additions would save this launch, but their order, and so the bits of the sum, would
 differ between runs.
 """
@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from fastlars.backends.triton.common import StepScalars, single, step_scalars
-from fastlars.backends.triton.memory import COLUMNS, COUNTER, Chunk
 
 
 @triton.jit
@@ -34,72 +31,41 @@ def store_sums(slots: tl.tensor, values: tl.tuple) -> None:
 
 
 @triton.jit
-def load_sums(sums: tl.tensor, chunk: Chunk, COUNT: tl.constexpr) -> tl.tuple:
-    """The sums of the tensor that the chunk belongs to."""
-    first = sums + COUNT * chunk.tensor.to(tl.int64)
+def sums_of(
+    tensor: tl.tensor,
+    first_chunk: tl.tensor,
+    slots: tl.tensor,
+    sums: tl.tensor,
+    COUNT: tl.constexpr,
+    LANES: tl.constexpr,
+) -> tl.tuple:
+    """The COUNT sums of one tensor: loaded from ``sums``, or, if ``sums`` is None, those of its
+    chunks, added up."""
     values = ()
     for which in tl.static_range(COUNT):
-        values += (tl.load(first + which),)  # type: ignore[assignment]
+        if sums is None:
+            begin = tl.load(first_chunk + tensor)
+            end = tl.load(first_chunk + tensor + 1)
+            lanes = tl.zeros((LANES,), tl.float64)
+            for at in range(begin, end, LANES):
+                slot = at + tl.arange(0, LANES)
+                lanes += tl.load(slots + COUNT * slot + which, mask=slot < end, other=0.0)
+            values += (tl.sum(lanes, 0),)  # type: ignore[assignment]
+        else:
+            values += (tl.load(sums + COUNT * tensor + which),)  # type: ignore[assignment]
     return values
 
 
 @triton.jit
-def _advance_counters(
-    table: tl.tensor,
-    tensor: tl.tensor,
-    mask: tl.tensor,
-    scalars: StepScalars,
-    COUNTS_STEPS: tl.constexpr,
-) -> None:
-    """A counter holds the number of steps (COUNTS_STEPS) or the last learning rate."""
-    mask = tl.where(scalars.step_taken, mask, False)
-    address = tl.load(table + tensor * COLUMNS + COUNTER, mask=mask, other=0)
-    counter = address.to(tl.pointer_type(tl.float32))
-    value = single(scalars.lr)
-    if COUNTS_STEPS:
-        value = tl.load(counter, mask=mask, other=0.0) + 1.0
-    tl.store(counter, value, mask=mask)
-
-
-@triton.jit
 def total(
-    table: tl.tensor,
-    first: tl.tensor,
+    first_chunk: tl.tensor,
     slots: tl.tensor,
     sums: tl.tensor,
-    device_scalars: tl.tensor,
-    lr: tl.float64,
     COUNT: tl.constexpr,
-    ADVANCES: tl.constexpr,
-    COUNTS_STEPS: tl.constexpr,
     LANES: tl.constexpr,
 ) -> None:
-    """Each program adds up one of the COUNT sums of one tensor; with ADVANCES, one program per
-    tensor also advances its counter."""
+    """Store the sums of one tensor, for a caller that adds up those of several processes."""
     tensor = tl.program_id(0).to(tl.int64)
-    which = tl.program_id(1)
-    begin = tl.load(first + tensor)
-    end = tl.load(first + tensor + 1)
-    lanes = tl.zeros((LANES,), tl.float64)
-    for at in range(begin, end, LANES):
-        slot = at + tl.arange(0, LANES)
-        lanes += tl.load(slots + COUNT * slot + which, mask=slot < end, other=0.0)
-    tl.store(sums + COUNT * tensor + which, tl.sum(lanes, 0))
-    if ADVANCES:
-        scalars = step_scalars(device_scalars, lr, 1.0)
-        _advance_counters(table, tensor, which == 0, scalars, COUNTS_STEPS)
-
-
-@triton.jit(do_not_specialize=["count"])
-def advance(
-    table: tl.tensor,
-    count: tl.tensor,
-    device_scalars: tl.tensor,
-    lr: tl.float64,
-    COUNTS_STEPS: tl.constexpr,
-    LANES: tl.constexpr,
-) -> None:
-    """Each program advances the counters of LANES tensors. Launched after ``apply``."""
-    tensor = (tl.program_id(0) * LANES + tl.arange(0, LANES)).to(tl.int64)
-    scalars = step_scalars(device_scalars, lr, 1.0)
-    _advance_counters(table, tensor, tensor < count, scalars, COUNTS_STEPS)
+    values = sums_of(tensor, first_chunk, slots, None, COUNT, LANES)
+    for which in tl.static_range(COUNT):
+        tl.store(sums + COUNT * tensor + which, values[which])

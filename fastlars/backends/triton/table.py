@@ -2,69 +2,104 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlars.backends.triton.memory import BLOCK, COLUMNS
+from fastlars.backends.triton.tensor import COEFFICIENTS
 from fastlars.backends.upload import TableUploader, Uploader, is_capturing
 
+MOST_SUMS = 2  # of any rule
 
-class ChunkTables:
-    """How tensors of given sizes are cut into chunks, as tables on their device.
 
-    An empty tensor has one chunk too, which writes the tensor's trust ratio.
+class Workspace(NamedTuple):
+    """The tables that kernels read and write, as tensors on the device.
 
     Attributes:
+        table: int64 [tensors, COLUMNS], addresses.
         numel: int64 [tensors], the elements of each tensor.
-        entries: int32 [chunks, 2], each chunk's tensor and its index within the tensor.
+        chunks: int32 [chunks, 2], each chunk's tensor and its index within the tensor.
         first_chunk: int32 [tensors + 1], the first chunk of each tensor; last, the chunk count.
+        slots: float64 [chunks, MOST_SUMS], the sums of squares of each chunk.
+        sizes: int64 [tensors], how many elements a step writes: ``numel``, or 0 in skipped steps.
+        coefficients: float32 [tensors, COEFFICIENTS].
+    """
+
+    table: Tensor
+    numel: Tensor
+    chunks: Tensor
+    first_chunk: Tensor
+    slots: Tensor
+    sizes: Tensor
+    coefficients: Tensor
+
+
+class DeviceTables:
+    """The workspace of tensors of given sizes. An empty tensor has one chunk too.
+
+    Tables are uploaded again when a tensor has moved, which is rare after the first steps, and for
+    each stream, so that launches on this stream follow the upload.
     """
 
     def __init__(self, weights: list[Tensor], uploader: Uploader) -> None:
         self.device = uploader.device
+        self._uploader = uploader
         sizes = [weight.numel() for weight in weights]
         numel = torch.tensor(sizes, dtype=torch.int64, device="cpu")
         count = ((numel + BLOCK.value - 1) // BLOCK.value).clamp_(min=1)
         tensor = torch.repeat_interleave(torch.arange(len(weights), device="cpu"), count)
         first = torch.zeros(len(weights) + 1, dtype=torch.int64, device="cpu")
         torch.cumsum(count, 0, out=first[1:])
-        entries = torch.stack(
+        chunks = torch.stack(
             [tensor, torch.arange(len(tensor), device="cpu") - first[tensor]], dim=1
         )
-        self.numel = uploader.upload(uploader.pinned_copy(numel))
-        self.entries = uploader.upload(uploader.pinned_copy(entries.to(torch.int32)))
-        self.first_chunk = uploader.upload(uploader.pinned_copy(first.to(torch.int32)))
         self.tensor_count = len(weights)
         self.chunk_count = len(tensor)
-
-
-class AddressTable:
-    """The addresses of all tensors, on the device; uploaded again when a tensor has moved, which is
-    rare after the first steps."""
-
-    def __init__(self, tensor_count: int, uploader: Uploader) -> None:
-        self._uploader = uploader
-        self._host = torch.zeros(tensor_count, COLUMNS.value, dtype=torch.int64, device="cpu")
+        self._addresses = torch.zeros(
+            self.tensor_count, COLUMNS.value, dtype=torch.int64, device="cpu"
+        )
         # During capture gradients may have other addresses than before: TableUploader has pinned
         # memory for this case.
-        self._table_uploader = TableUploader(uploader, self._host)
-        self._latest: Tensor | None = None
+        self._address_uploader = TableUploader(uploader, self._addresses)
+        self._cut = [
+            TableUploader(uploader, table)
+            for table in (numel, chunks.to(torch.int32), first.to(torch.int32))
+        ]
+        self._latest: Workspace | None = None
         self._stream = 0
 
-    def get(self, tensor_list: Any) -> Tensor:
-        """The table with the addresses of these tensors, for launches on the current stream."""
-        changed = tensor_list.write_table(self._host.data_ptr())
-        stream = self._current_stream()
-        if self._latest is None or changed or stream != self._stream:
-            self._latest = None  # if the upload fails, the next step tries again
-            self._latest = self._table_uploader.upload()
-            self._stream = stream
-        elif is_capturing(self._uploader.device):
-            self._uploader.read_at_replay.append(self._latest)
-        return self._latest
+    def get(self, tensor_list: Any) -> Workspace:
+        """The workspace with the addresses of these tensors, for launches on the current stream."""
+        moved = tensor_list.write_table(self._addresses.data_ptr())
+        stream = 0
+        if self.device.type != "cpu":
+            stream = torch.accelerator.current_stream(self.device).stream_id
+        workspace = self._latest if stream == self._stream else None
+        self._latest = None  # if an upload fails, the next step tries again
+        if workspace is None:
+            workspace = self._new_workspace()
+        elif moved:
+            workspace = workspace._replace(table=self._address_uploader.upload())
+        if is_capturing(self.device):
+            # Its uploads are filled when the graph is replayed: the next eager step must make its
+            # own.
+            self._uploader.read_at_replay.append(workspace)
+        else:
+            self._latest, self._stream = workspace, stream
+        return workspace
 
-    def _current_stream(self) -> int:
-        device = self._uploader.device
-        return 0 if device.type == "cpu" else torch.accelerator.current_stream(device).stream_id
+    def _new_workspace(self) -> Workspace:
+        tensors, chunks = self.tensor_count, self.chunk_count
+
+        def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+
+        return Workspace(
+            self._address_uploader.upload(),
+            *(each.upload() for each in self._cut),
+            slots=empty(chunks, MOST_SUMS, dtype=torch.float64),
+            sizes=empty(tensors, dtype=torch.int64),
+            coefficients=empty(tensors, COEFFICIENTS.value, dtype=torch.float32),
+        )

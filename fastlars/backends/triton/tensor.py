@@ -1,0 +1,55 @@
+"""What ``prepare`` reads and writes for each tensor: its counter, trust ratio and coefficients."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastlars.backends.triton.common import StepScalars, single
+from fastlars.backends.triton.memory import COLUMNS, COUNTER, Chunk
+
+# float32 coefficients of a tensor in the table of coefficients: as many as any rule has, or more.
+COEFFICIENTS = tl.constexpr(16)
+
+
+@triton.jit
+def load_counter(table: tl.tensor, tensor: tl.tensor) -> tl.tensor:
+    """The tensor's counter; 0 if the rule has none."""
+    base = tl.load(table + tensor * COLUMNS + COUNTER)
+    return tl.load(base.to(tl.pointer_type(tl.float32)), mask=base != 0, other=0.0)
+
+
+@triton.jit
+def store_counter(
+    table: tl.tensor, tensor: tl.tensor, scalars: StepScalars, value: tl.tensor
+) -> None:
+    """Advance the counter: the number of steps, or the last learning rate."""
+    base = tl.load(table + tensor * COLUMNS + COUNTER)
+    mask = scalars.step_taken & (base != 0)
+    tl.store(base.to(tl.pointer_type(tl.float32)), single(value), mask=mask)
+
+
+@triton.jit
+def store_coefficients(
+    tensor: tl.tensor,
+    numel: tl.tensor,
+    sizes: tl.tensor,
+    coefficients: tl.tensor,
+    scalars: StepScalars,
+    values: tl.tuple,
+) -> None:
+    """Store what :func:`load_coefficients` returns for the tensor's chunks; and how many of the
+    tensor's elements are stepped: none if the step is skipped."""
+    tl.store(sizes + tensor, tl.where(scalars.step_taken, tl.load(numel + tensor), 0))
+    for which in tl.static_range(len(values)):
+        tl.store(coefficients + COEFFICIENTS * tensor + which, values[which])
+
+
+@triton.jit
+def load_coefficients(coefficients: tl.tensor, chunk: Chunk, COUNT: tl.constexpr) -> tl.tuple:
+    """The coefficients of the tensor that the chunk belongs to."""
+    first = coefficients + COEFFICIENTS * chunk.tensor.to(tl.int64)
+    values = ()
+    for which in tl.static_range(COUNT):
+        values += (tl.load(first + which),)  # type: ignore[assignment]
+    return values
