@@ -31,10 +31,12 @@ class NoLaunches:
     def __init__(self) -> None:
         self.utils = self
         self.device = next(DEVICES)
+        self.sources: list[Any] = []
         self.loaded: list[str] = []
         self.launched: list[str] = []
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        self.sources.append(source)
         return lambda *arguments: self.launched.append(metadata.name)
 
     def load_binary(self, name: str, *arguments: Any) -> tuple[int, ...]:

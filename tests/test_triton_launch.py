@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import fields, replace
-from itertools import count, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from problems import ORDINARY
 
 triton = pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
+from fastlars.backends.triton import launch  # noqa: E402
 from fastlars.backends.triton.common import NUMBER_OFFSET, encode  # noqa: E402
+from triton_host import NoLaunches  # noqa: E402
 
 NAMES = (
     "LARS momentum correction",
@@ -34,43 +36,12 @@ NAMES = (
     "RMSprop warm-up across the transition",
 )
 RATES, SEEDS = (0.1, 1.0, 16.0), (3, 2**61 + 16, 1)
-# Triton keeps kernels by device: not those of one that is there.
-DEVICES = count(100)
-
-
-class Notes:
-    """A driver: kernels are compiled for sm_90, loaded once each, and what is launched is noted."""
-
-    def __init__(self) -> None:
-        self.utils = self
-        self.device = next(DEVICES)
-        self.loaded: list[str] = []
-        self.launched: list[str] = []
-
-    def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        return lambda *arguments: self.launched.append(metadata.name)
-
-    def load_binary(self, name: str, *arguments: Any) -> tuple[int, ...]:
-        self.loaded.append(name)
-        return 1, 1, 32, 0, 1024  # module, function, registers, spills, threads
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 227 * 1024}
-
-    def get_current_target(self) -> Any:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return self.device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 @pytest.fixture
-def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Notes:
+def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NoLaunches:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    found = Notes()
+    found = NoLaunches()
     monkeypatch.setattr(driver, "_active", found)
     return found
 
@@ -79,7 +50,7 @@ def _on_device(rate: float, seed: int | None) -> StepScalars:
     return StepScalars(0.0, 1.0, seed, OnDevice(torch.tensor(rate, dtype=torch.float64)))
 
 
-def _launches(notes: Notes, run: Run, rule: Rule, scalars: StepScalars) -> tuple[int, int]:
+def _launches(notes: NoLaunches, run: Run, rule: Rule, scalars: StepScalars) -> tuple[int, int]:
     """Kernels loaded and launched in one step, and for one global norm."""
     before = len(notes.loaded), len(notes.launched)
     bound = run.bind()
@@ -97,7 +68,7 @@ def _run(name: str, dtypes: Dtypes = PLAIN) -> tuple[Run, Rule]:
 
 @pytest.mark.parametrize("dtypes", [PLAIN, Dtypes(BF16, F32, F32)], ids=["plain", "stochastic"])
 @pytest.mark.parametrize("name", NAMES)
-def test_rates_and_seeds_compile_nothing_anew(name: str, dtypes: Dtypes, notes: Notes) -> None:
+def test_rates_and_seeds_compile_nothing_anew(name: str, dtypes: Dtypes, notes: NoLaunches) -> None:
     run, rule = _run(name, dtypes)
     seeds = SEEDS if dtypes.weight == BF16 else (None,) * 3
     pairs = list(zip(RATES, seeds, strict=True))
@@ -118,7 +89,7 @@ VALUES = (0.0, -0.0, 5e-324, 2.0**-1022, 0.1, 0.5, 0.999, 1.0, 16.0, 1e308, math
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_hyper_parameters_compile_nothing_anew(name: str, notes: Notes) -> None:
+def test_hyper_parameters_compile_nothing_anew(name: str, notes: NoLaunches) -> None:
     run, rule = _run(name)
     _launches(notes, run, rule, StepScalars(0.1))
     tried = 0
@@ -133,12 +104,59 @@ def test_hyper_parameters_compile_nothing_anew(name: str, notes: Notes) -> None:
     assert tried > 10
 
 
-def test_options_compile_anew(notes: Notes) -> None:
+def test_options_compile_anew(notes: NoLaunches) -> None:
     run, rule = _run("LAMB of the paper")
     assert _launches(notes, run, rule, StepScalars(0.1))[0] > 0
     options: dict[str, Any] = {"decay": "decoupled"}
     changed = replace(rule, **options)
-    assert _launches(notes, run, changed, StepScalars(0.1))[0] == 2  # measure and apply
+    # Once before the sums are known and once after, and once for the chunks.
+    loaded = _launches(notes, run, changed, StepScalars(0.1))[0]
+    assert notes.loaded[-loaded:] == ["prepare", "prepare", "apply"]
+
+
+LAUNCHES = {
+    "LARS momentum correction": ["measure", "prepare", "apply"],
+    "LAMB of the paper": ["prepare", "measure", "prepare", "apply"],
+    "LAMB without adaptation": ["prepare", "apply"],
+    "RMSprop warm-up across the transition": ["prepare", "apply"],
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_launches_of_a_step(name: str, notes: NoLaunches) -> None:
+    run, rule = _run(name)
+    run.backend.step(rule, run.bind(), StepScalars(0.1))
+    assert notes.launched == LAUNCHES[name]
+
+
+def test_triton_is_asked_once_for_each_kernel(
+    notes: NoLaunches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton looks at every argument of every call, which takes longer than the rest of a step."""
+    asked: list[Any] = []
+
+    def compiled(kernel: Any, *given: Any) -> Callable[..., None]:
+        asked.append(kernel)
+        return lambda *arguments: None
+
+    monkeypatch.setattr(launch, "_compiled", compiled)
+    run, rule = _run("LAMB of the paper")
+    bound = run.bind()
+    for rate in RATES:
+        run.backend.step(replace(rule, beta1=rate / 20), bound, StepScalars(rate))
+    assert len(asked) == 4
+
+
+def test_sums_of_a_caller_may_begin_anywhere(notes: NoLaunches) -> None:
+    run, rule = _run("LARS momentum correction")
+    bound = run.bind()
+    count = len(run.tensors.weights)
+    sums = torch.rand(2 * count + 1, dtype=torch.float64)[1:].view(count, 2)
+    run.backend.apply(rule, bound, StepScalars(0.1), sums)
+    (source,) = (each for each in notes.sources if each.name == "prepare")
+    aligned = {source.fn.arg_names[place[0]] for place in source.attrs}
+    assert {"table", "ratios"} <= aligned
+    assert "sums" not in aligned
 
 
 @pytest.mark.parametrize("value", VALUES)

@@ -124,7 +124,13 @@ class Triton:
         if rule.measure_writes:
             self._prepare(rule, bound, scalars, None, None)
             key: Any = types
-            arguments = (given.table, given.sizes, given.chunks, given.coefficients, given.slots)
+            arguments: tuple[Any, ...] = (
+                given.table,
+                given.sizes,
+                given.chunks,
+                given.coefficients,
+                given.slots,
+            )
         else:
             doubles = scalars.doubles
             key = types, rule_options(rule), doubles is None

@@ -1,10 +1,12 @@
 """Shared by all rules on Triton: csrc/rules/common.h line by line; rules as kernel arguments.
 
 A rule's module has the rule's name, and holds its arithmetic and its kernels. ``prepare`` has one
-program for each tensor, which computes the tensor's coefficients in float64; ``measure`` and
-``apply`` have one program for each chunk of a tensor, and load the coefficients as float32. If every
-chunk computed them, its loads would wait for 150 operations in float64, of which many GPUs do only
-two per clock cycle. Division and square root round as IEEE 754 requires, and kernels are compiled without fused
+program for each tensor, which computes the tensor's coefficients in float64. ``measure`` and
+``apply`` have one program for each chunk of a tensor, and load the coefficients in float32. If each
+chunk computed them, it would wait for up to 150 operations in float64, of which many GPUs do two
+per clock cycle.
+
+Division and square root round as IEEE 754 requires, and kernels are compiled without fused
 multiply-add, so that all back ends round alike.
 """
 

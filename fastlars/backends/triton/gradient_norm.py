@@ -7,7 +7,7 @@ import triton.language as tl
 
 from fastlars import rules
 from fastlars.backends.triton.common import single, step_scalars
-from fastlars.backends.triton.memory import GRAD, Types, address, locate, read
+from fastlars.backends.triton.memory import Types, locate, read
 from fastlars.backends.triton.sums import store_sums
 
 
@@ -27,7 +27,7 @@ def measure(
     scalars = step_scalars(device_scalars, lr, gradient_scale)
     chunk = locate(table, numel, chunks, scalars, False)
     scale = single(scalars.gradient_scale)
-    base = address(chunk, GRAD)
+    base = chunk.grad
     if chunk.whole:
         store_sums(slots, (scale * read(base, chunk, types.grad, True, False),))
     else:

@@ -19,12 +19,8 @@ from fastlars.backends.triton.common import (
 )
 from fastlars.backends.triton.memory import (
     BLOCK,
-    GRAD,
-    STATE,
-    WEIGHT,
     Chunk,
     Types,
-    address,
     locate,
     read,
     stored,
@@ -155,29 +151,29 @@ def _advance_moments(
     c: LambCoefficients,
     w: tl.tensor,
     types: Types,
-    ALIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,
     LAST: tl.constexpr,
 ) -> tl.tensor:
     """Advance and store the moments; LAST: nothing reads them again in this step. Returns the
     direction, computed from the moments as they were rounded when stored: ``apply`` reads these."""
-    base1 = address(chunk, STATE)
-    base2 = address(chunk, STATE + 1)
-    g = read(address(chunk, GRAD), chunk, types.grad, ALIGNED, True)
-    m = read(base1, chunk, types.state, ALIGNED, LAST)
-    v = read(base2, chunk, types.state, ALIGNED, LAST)
+    base1 = chunk.states[0]
+    base2 = chunk.states[1]
+    g = read(chunk.grad, chunk, types.grad, WHOLE, True)
+    m = read(base1, chunk, types.state, WHOLE, LAST)
+    v = read(base2, chunk, types.state, WHOLE, LAST)
     m, v = moments(c, w, g, m, v)
-    write(base1, chunk, m, types.state, ALIGNED, LAST)
-    write(base2, chunk, v, types.state, ALIGNED, LAST)
+    write(base1, chunk, m, types.state, WHOLE, LAST)
+    write(base2, chunk, v, types.state, WHOLE, LAST)
     return direction(c, w, stored(m, types.state), stored(v, types.state))
 
 
 @triton.jit
 def _measure(
-    chunk: Chunk, slots: tl.tensor, c: LambCoefficients, types: Types, ALIGNED: tl.constexpr
+    chunk: Chunk, slots: tl.tensor, c: LambCoefficients, types: Types, WHOLE: tl.constexpr
 ) -> None:
-    w = read(address(chunk, WEIGHT), chunk, types.weight, ALIGNED, False)
-    u = _advance_moments(chunk, c, w, types, ALIGNED, False)
-    if not ALIGNED:
+    w = read(chunk.weight, chunk, types.weight, WHOLE, False)
+    u = _advance_moments(chunk, c, w, types, WHOLE, False)
+    if not WHOLE:
         # After the end of the tensor all values are 0, and the direction 0 / (0 + eps) is NaN for
         # eps = 0.
         u = tl.where(tl.arange(0, BLOCK) < chunk.size, u, 0.0)
@@ -191,16 +187,16 @@ def _apply(
     rule: rules.LambRule,
     c: LambCoefficients,
     types: Types,
-    ALIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,
 ) -> None:
-    w = read(address(chunk, WEIGHT), chunk, types.weight, ALIGNED, rule.adapt)
+    w = read(chunk.weight, chunk, types.weight, WHOLE, rule.adapt)
     if rule.adapt:
-        m = read(address(chunk, STATE), chunk, types.state, ALIGNED, True)
-        v = read(address(chunk, STATE + 1), chunk, types.state, ALIGNED, True)
+        m = read(chunk.states[0], chunk, types.state, WHOLE, True)
+        v = read(chunk.states[1], chunk, types.state, WHOLE, True)
         u = direction(c, w, m, v)
     else:
-        u = _advance_moments(chunk, c, w, types, ALIGNED, True)
-    write_weight(chunk, updated(c, w, u), seed, types, ALIGNED)
+        u = _advance_moments(chunk, c, w, types, WHOLE, True)
+    write_weight(chunk, updated(c, w, u), seed, types, WHOLE)
 
 
 @triton.jit
@@ -221,7 +217,7 @@ def measure(
         _measure(chunk, slots, c, types, False)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["sums"])
 def prepare(
     table: tl.tensor,
     numel: tl.tensor,

@@ -18,12 +18,8 @@ from fastlars.backends.triton.common import (
     step_scalars,
 )
 from fastlars.backends.triton.memory import (
-    GRAD,
-    STATE,
-    WEIGHT,
     Chunk,
     Types,
-    address,
     locate,
     read,
     write,
@@ -143,10 +139,10 @@ def _measure(
     rule: rules.LarsRule,
     c: LarsCoefficients,
     types: Types,
-    ALIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,
 ) -> None:
-    w = read(address(chunk, WEIGHT), chunk, types.weight, ALIGNED, False)
-    g = read(address(chunk, GRAD), chunk, types.grad, ALIGNED, False)
+    w = read(chunk.weight, chunk, types.weight, WHOLE, False)
+    g = read(chunk.grad, chunk, types.grad, WHOLE, False)
     store_sums(slots, (w, measured(rule, c, w, g)))
 
 
@@ -157,18 +153,18 @@ def _apply(
     rule: rules.LarsRule,
     c: LarsCoefficients,
     types: Types,
-    ALIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,
 ) -> None:
-    w = read(address(chunk, WEIGHT), chunk, types.weight, ALIGNED, True)
-    g = read(address(chunk, GRAD), chunk, types.grad, ALIGNED, True)
+    w = read(chunk.weight, chunk, types.weight, WHOLE, True)
+    g = read(chunk.grad, chunk, types.grad, WHOLE, True)
     if types.state is None:
         w = update_without_momentum(c, w, g)
     else:
-        base = address(chunk, STATE)
-        buffer = read(base, chunk, types.state, ALIGNED, True)
+        base = chunk.states[0]
+        buffer = read(base, chunk, types.state, WHOLE, True)
         w, buffer = update_with_momentum(rule, c, w, g, buffer)
-        write(base, chunk, buffer, types.state, ALIGNED, True)
-    write_weight(chunk, w, seed, types, ALIGNED)
+        write(base, chunk, buffer, types.state, WHOLE, True)
+    write_weight(chunk, w, seed, types, WHOLE)
 
 
 @triton.jit
@@ -194,7 +190,7 @@ def measure(
         _measure(chunk, slots, rule, c, types, False)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["sums"])
 def prepare(
     table: tl.tensor,
     numel: tl.tensor,
@@ -210,7 +206,7 @@ def prepare(
     rule: rules.LarsRule,
     LANES: tl.constexpr,
 ) -> None:
-    """For each tensor: store its ratio and coefficients, and its counter, the last learning rate."""
+    """For each tensor: store ratio and coefficients; and the counter, which is the last rate."""
     scalars = step_scalars(device_scalars, lr, gradient_scale)
     tensor = tl.program_id(0).to(tl.int64)
     ratio = double(1.0)

@@ -41,8 +41,12 @@ class Chunk(NamedTuple):
     tensor: tl.tensor  # index in the list
     begin: tl.tensor  # its first element
     size: tl.tensor
-    whole: tl.tensor  # true: BLOCK elements, on 16-byte boundaries in all arrays
-    row: tl.tensor  # the tensor's row of the address table
+    whole: tl.tensor  # true: BLOCK elements
+    # Addresses of the tensor's arrays; 0 for one that it has not.
+    weight: tl.tensor
+    grad: tl.tensor
+    copy: tl.tensor
+    states: tl.tuple
 
 
 @triton.jit
@@ -67,28 +71,21 @@ def locate(
     if scalars is not None:
         size = tl.where(scalars.step_taken, size, 0)
     row = table + tensor.to(tl.int64) * COLUMNS
-    # Whether all arrays are aligned: a chunk begins at a multiple of BLOCK elements, so only base
-    # addresses matter. Absent tensors have the address 0.
-    every = tl.load(row + WEIGHT) | tl.load(row + GRAD) | tl.load(row + COPY)
+    weight, grad, copy = tl.load(row + WEIGHT), tl.load(row + GRAD), tl.load(row + COPY)
+    states = ()
     for column in tl.static_range(STATE, COLUMNS):
-        every = every | tl.load(row + column)
-    return Chunk(tensor, begin, size, (size == BLOCK) & (every % 16 == 0), row)
+        states += (tl.load(row + column),)  # type: ignore[assignment]
+    return Chunk(tensor, begin, size, size == BLOCK, weight, grad, copy, states)
 
 
 @triton.jit
-def address(chunk: Chunk, COLUMN: tl.constexpr) -> tl.tensor:
-    return tl.load(chunk.row + COLUMN)
-
-
-@triton.jit
-def pointers(
-    base: tl.tensor, chunk: Chunk, DTYPE: tl.constexpr, ALIGNED: tl.constexpr
-) -> tl.tensor:
-    """Pointers to a chunk's elements. ALIGNED: the chunk is whole, so accesses can be wide."""
+def pointers(base: tl.tensor, chunk: Chunk, DTYPE: tl.constexpr, WIDE: tl.constexpr) -> tl.tensor:
+    """Pointers to a chunk's elements. WIDE: the array is on a 16-byte boundary."""
     STORAGE: tl.constexpr = tl.uint16 if DTYPE == tl.bfloat16 else DTYPE
     first = base.to(tl.pointer_type(STORAGE)) + chunk.begin
-    if ALIGNED:
+    if WIDE:
         first = tl.multiple_of(first, 16)
+    # A chunk begins at a multiple of BLOCK elements, so the base address alone decides.
     return first + tl.arange(0, BLOCK)
 
 
@@ -126,18 +123,25 @@ def read(
     base: tl.tensor,
     chunk: Chunk,
     DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,
     LAST: tl.constexpr,
 ) -> tl.tensor:
-    """A chunk as float32; zeros after its end. LAST: the last use in this step, which need not stay
-    in the cache."""
+    """A chunk as float32; zeros after its end.
+
+    WHOLE: the chunk has BLOCK elements. An array that begins off a 16-byte boundary, as DDP's views
+    of gradients do, is then read element by element, and the others by vectors.
+    LAST: the last use in this step, which need not stay in the cache.
+    """
     POLICY: tl.constexpr = "evict_first" if LAST else ""
-    at = pointers(base, chunk, DTYPE, ALIGNED)
-    inside = tl.arange(0, BLOCK) < chunk.size
-    if ALIGNED:
-        value = tl.load(at, eviction_policy=POLICY)
+    narrow = pointers(base, chunk, DTYPE, False)
+    if WHOLE:
+        if base % 16 == 0:
+            value = tl.load(pointers(base, chunk, DTYPE, True), eviction_policy=POLICY)
+        else:
+            value = tl.load(narrow, eviction_policy=POLICY)
     else:
-        value = tl.load(at, mask=inside, other=0, eviction_policy=POLICY)
+        inside = tl.arange(0, BLOCK) < chunk.size
+        value = tl.load(narrow, mask=inside, other=0, eviction_policy=POLICY)
     return to_float(value, DTYPE)
 
 
@@ -147,16 +151,19 @@ def store_raw(
     chunk: Chunk,
     value: tl.tensor,
     DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,
     LAST: tl.constexpr,
 ) -> None:
-    """Store a value that is already in the stored type."""
+    """Store a value that is already in the stored type; WHOLE and LAST as for :func:`read`."""
     POLICY: tl.constexpr = "evict_first" if LAST else ""
-    at = pointers(base, chunk, DTYPE, ALIGNED)
-    if ALIGNED:
-        tl.store(at, value, eviction_policy=POLICY)
+    narrow = pointers(base, chunk, DTYPE, False)
+    if WHOLE:
+        if base % 16 == 0:
+            tl.store(pointers(base, chunk, DTYPE, True), value, eviction_policy=POLICY)
+        else:
+            tl.store(narrow, value, eviction_policy=POLICY)
     else:
-        tl.store(at, value, mask=tl.arange(0, BLOCK) < chunk.size, eviction_policy=POLICY)
+        tl.store(narrow, value, mask=tl.arange(0, BLOCK) < chunk.size, eviction_policy=POLICY)
 
 
 @triton.jit
@@ -165,10 +172,10 @@ def write(
     chunk: Chunk,
     value: tl.tensor,
     DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,
     LAST: tl.constexpr,
 ) -> None:
-    store_raw(base, chunk, from_float(value, DTYPE), DTYPE, ALIGNED, LAST)
+    store_raw(base, chunk, from_float(value, DTYPE), DTYPE, WHOLE, LAST)
 
 
 @triton.jit
@@ -210,14 +217,13 @@ def round_stochastically(value: tl.tensor, random: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def write_weight(
-    chunk: Chunk, value: tl.tensor, seed: tl.tensor, types: Types, ALIGNED: tl.constexpr
+    chunk: Chunk, value: tl.tensor, seed: tl.tensor, types: Types, WHOLE: tl.constexpr
 ) -> None:
     """Store the weights, rounded to nearest or stochastically, and their low-precision copies."""
-    base = address(chunk, WEIGHT)
     if types.stochastic_rounding:
         rounded = round_stochastically(value, random_bits(seed, chunk))
-        store_raw(base, chunk, rounded, types.weight, ALIGNED, False)
+        store_raw(chunk.weight, chunk, rounded, types.weight, WHOLE, False)
     else:
-        write(base, chunk, value, types.weight, ALIGNED, False)
+        write(chunk.weight, chunk, value, types.weight, WHOLE, False)
     if types.copy is not None:
-        write(address(chunk, COPY), chunk, value, types.copy, ALIGNED, False)
+        write(chunk.copy, chunk, value, types.copy, WHOLE, False)

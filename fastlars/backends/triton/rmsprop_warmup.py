@@ -17,12 +17,8 @@ from fastlars.backends.triton.common import (
     step_scalars,
 )
 from fastlars.backends.triton.memory import (
-    GRAD,
-    STATE,
-    WEIGHT,
     Chunk,
     Types,
-    address,
     locate,
     read,
     write,
@@ -108,25 +104,25 @@ def _apply(
     seed: tl.tensor,
     c: RmspropWarmupCoefficients,
     types: Types,
-    ALIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,
 ) -> None:
-    buffers = address(chunk, STATE)
-    w = read(address(chunk, WEIGHT), chunk, types.weight, ALIGNED, False)
-    g = read(address(chunk, GRAD), chunk, types.grad, ALIGNED, True)
-    buffer = read(buffers, chunk, types.state, ALIGNED, True)
+    buffers = chunk.states[0]
+    w = read(chunk.weight, chunk, types.weight, WHOLE, False)
+    g = read(chunk.grad, chunk, types.grad, WHOLE, True)
+    buffer = read(buffers, chunk, types.state, WHOLE, True)
     d = c.gradient_scale * g + c.weight_decay * w
     if c.warming != 0.0:
-        squares = address(chunk, STATE + 1)
-        square = read(squares, chunk, types.state, ALIGNED, True)
+        squares = chunk.states[1]
+        square = read(squares, chunk, types.state, WHOLE, True)
         buffer, square = update(c, d, buffer, square)
-        write(squares, chunk, square, types.state, ALIGNED, True)
+        write(squares, chunk, square, types.state, WHOLE, True)
     else:
         buffer = c.momentum * buffer + d
-    write(buffers, chunk, buffer, types.state, ALIGNED, True)
-    write_weight(chunk, w - c.lr * buffer, seed, types, ALIGNED)
+    write(buffers, chunk, buffer, types.state, WHOLE, True)
+    write_weight(chunk, w - c.lr * buffer, seed, types, WHOLE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["sums"])
 def prepare(
     table: tl.tensor,
     numel: tl.tensor,

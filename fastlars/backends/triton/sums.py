@@ -44,12 +44,13 @@ def sums_of(
     values = ()
     for which in tl.static_range(COUNT):
         if sums is None:
-            begin = tl.load(first_chunk + tensor)
+            at = tl.load(first_chunk + tensor)
             end = tl.load(first_chunk + tensor + 1)
             lanes = tl.zeros((LANES,), tl.float64)
-            for at in range(begin, end, LANES):
+            while at < end:  # the interpreter of Triton 3.6 takes no tensors in `range`
                 slot = at + tl.arange(0, LANES)
                 lanes += tl.load(slots + COUNT * slot + which, mask=slot < end, other=0.0)
+                at += LANES
             values += (tl.sum(lanes, 0),)  # type: ignore[assignment]
         else:
             values += (tl.load(sums + COUNT * tensor + which),)  # type: ignore[assignment]

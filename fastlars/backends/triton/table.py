@@ -96,9 +96,12 @@ class DeviceTables:
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=self.device)
 
+        numel, entries, first_chunk = (each.upload() for each in self._cut)
         return Workspace(
-            self._address_uploader.upload(),
-            *(each.upload() for each in self._cut),
+            table=self._address_uploader.upload(),
+            numel=numel,
+            chunks=entries,
+            first_chunk=first_chunk,
             slots=empty(chunks, MOST_SUMS, dtype=torch.float64),
             sizes=empty(tensors, dtype=torch.int64),
             coefficients=empty(tensors, COEFFICIENTS.value, dtype=torch.float32),
