@@ -81,7 +81,7 @@ def test_chunks_are_counted_as_the_back_ends_cut_them() -> None:
     triton = pytest.importorskip("fastlars.backends.triton.table")
     sizes = [1, 4095, 4096, 4097, 100_000]
     weights = [torch.empty(size) for size in sizes]
-    cut = triton.ChunkTables(weights, Uploader(weights))
+    cut = triton.DeviceTables(weights, Uploader(weights))
     assert traffic.chunks(sizes) == cut.chunk_count
 
 

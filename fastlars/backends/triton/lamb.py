@@ -82,7 +82,7 @@ def trust_ratio(
 
 
 @triton.jit
-def coefficients_of(
+def coefficients(
     rule: rules.LambRule, scalars: StepScalars, step: tl.tensor, ratio: tl.tensor
 ) -> LambCoefficients:
     """``step`` counts from 1."""
@@ -204,13 +204,13 @@ def measure(
     table: tl.tensor,
     sizes: tl.tensor,
     chunks: tl.tensor,
-    coefficients: tl.tensor,
+    coefficient_table: tl.tensor,
     slots: tl.tensor,
     types: Types,
 ) -> None:
     """For each chunk: advance the moments, and store the sums of squares of w and of u."""
     chunk = locate(table, sizes, chunks, None, False)
-    c = LambCoefficients(*load_coefficients(coefficients, chunk, FIELDS))
+    c = LambCoefficients(*load_coefficients(coefficient_table, chunk, FIELDS))
     if chunk.whole:
         _measure(chunk, slots, c, types, True)
     else:
@@ -226,7 +226,7 @@ def prepare(
     sums: tl.tensor,
     ratios: tl.tensor,
     sizes: tl.tensor,
-    coefficients: tl.tensor,
+    coefficient_table: tl.tensor,
     device_scalars: tl.tensor,
     lr: tl.float64,
     gradient_scale: tl.float64,
@@ -246,8 +246,8 @@ def prepare(
         weight, update = sums_of(tensor, first_chunk, slots, sums, 2, LANES)
         ratio = trust_ratio(rule, scalars, weight, update)
     tl.store(ratios + tensor, ratio.to(tl.float32))
-    c = coefficients_of(rule, scalars, step, ratio)
-    store_coefficients(tensor, numel, sizes, coefficients, scalars, c)
+    c = coefficients(rule, scalars, step, ratio)
+    store_coefficients(tensor, numel, sizes, coefficient_table, scalars, c)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -255,14 +255,14 @@ def apply(
     table: tl.tensor,
     sizes: tl.tensor,
     chunks: tl.tensor,
-    coefficients: tl.tensor,
+    coefficient_table: tl.tensor,
     seed: tl.int64,
     rule: rules.LambRule,
     types: Types,
 ) -> None:
     """For each chunk: write weights; and the moments, if the rule does not adapt."""
     chunk = locate(table, sizes, chunks, None, rule.adapt)
-    c = LambCoefficients(*load_coefficients(coefficients, chunk, FIELDS))
+    c = LambCoefficients(*load_coefficients(coefficient_table, chunk, FIELDS))
     if chunk.whole:
         _apply(chunk, seed, rule, c, types, True)
     else:

@@ -71,7 +71,7 @@ def trust_ratio(
 
 
 @triton.jit
-def coefficients_of(
+def coefficients(
     rule: rules.LarsRule, scalars: StepScalars, last_lr: tl.tensor, ratio: tl.tensor
 ) -> LarsCoefficients:
     # Goyal et al., remark 2: a buffer that holds lr times a gradient is rescaled when lr changes.
@@ -183,7 +183,7 @@ def measure(
     scalars = step_scalars(device_scalars, lr, gradient_scale)
     chunk = locate(table, numel, chunks, scalars, False)
     # Only the two coefficients that need no ratio are used: all else is removed by the compiler.
-    c = coefficients_of(rule, scalars, single(NEVER_STEPPED), double(1.0))
+    c = coefficients(rule, scalars, single(NEVER_STEPPED), double(1.0))
     if chunk.whole:
         _measure(chunk, slots, rule, c, types, True)
     else:
@@ -199,7 +199,7 @@ def prepare(
     sums: tl.tensor,
     ratios: tl.tensor,
     sizes: tl.tensor,
-    coefficients: tl.tensor,
+    coefficient_table: tl.tensor,
     device_scalars: tl.tensor,
     lr: tl.float64,
     gradient_scale: tl.float64,
@@ -214,8 +214,8 @@ def prepare(
         weight, update = sums_of(tensor, first_chunk, slots, sums, 2, LANES)
         ratio = trust_ratio(rule, scalars, weight, update)
     tl.store(ratios + tensor, ratio.to(tl.float32))
-    c = coefficients_of(rule, scalars, load_counter(table, tensor), ratio)
-    store_coefficients(tensor, numel, sizes, coefficients, scalars, c)
+    c = coefficients(rule, scalars, load_counter(table, tensor), ratio)
+    store_coefficients(tensor, numel, sizes, coefficient_table, scalars, c)
     store_counter(table, tensor, scalars, scalars.lr)
 
 
@@ -224,14 +224,14 @@ def apply(
     table: tl.tensor,
     sizes: tl.tensor,
     chunks: tl.tensor,
-    coefficients: tl.tensor,
+    coefficient_table: tl.tensor,
     seed: tl.int64,
     rule: rules.LarsRule,
     types: Types,
 ) -> None:
     """For each chunk: write buffers and weights."""
     chunk = locate(table, sizes, chunks, None, rule.adapt)
-    c = LarsCoefficients(*load_coefficients(coefficients, chunk, FIELDS))
+    c = LarsCoefficients(*load_coefficients(coefficient_table, chunk, FIELDS))
     if chunk.whole:
         _apply(chunk, seed, rule, c, types, True)
     else:

@@ -65,7 +65,7 @@ def sgd_share(rule: rules.RmspropWarmupRule, steps: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def coefficients_of(
+def coefficients(
     rule: rules.RmspropWarmupRule, scalars: StepScalars, step: tl.tensor
 ) -> RmspropWarmupCoefficients:
     """``step`` counts from 1."""
@@ -131,7 +131,7 @@ def prepare(
     sums: tl.tensor,
     ratios: tl.tensor,
     sizes: tl.tensor,
-    coefficients: tl.tensor,
+    coefficient_table: tl.tensor,
     device_scalars: tl.tensor,
     lr: tl.float64,
     gradient_scale: tl.float64,
@@ -144,8 +144,8 @@ def prepare(
     tensor = tl.program_id(0).to(tl.int64)
     tl.store(ratios + tensor, 1.0)
     step = load_counter(table, tensor) + 1.0
-    c = coefficients_of(rule, scalars, step)
-    store_coefficients(tensor, numel, sizes, coefficients, scalars, c)
+    c = coefficients(rule, scalars, step)
+    store_coefficients(tensor, numel, sizes, coefficient_table, scalars, c)
     store_counter(table, tensor, scalars, step)
 
 
@@ -154,14 +154,14 @@ def apply(
     table: tl.tensor,
     sizes: tl.tensor,
     chunks: tl.tensor,
-    coefficients: tl.tensor,
+    coefficient_table: tl.tensor,
     seed: tl.int64,
     rule: rules.RmspropWarmupRule,
     types: Types,
 ) -> None:
     """For each chunk: write weights and states."""
     chunk = locate(table, sizes, chunks, None, False)
-    c = RmspropWarmupCoefficients(*load_coefficients(coefficients, chunk, FIELDS))
+    c = RmspropWarmupCoefficients(*load_coefficients(coefficient_table, chunk, FIELDS))
     if chunk.whole:
         _apply(chunk, seed, c, types, True)
     else:

@@ -34,7 +34,7 @@ def store_coefficients(
     tensor: tl.tensor,
     numel: tl.tensor,
     sizes: tl.tensor,
-    coefficients: tl.tensor,
+    coefficient_table: tl.tensor,
     scalars: StepScalars,
     values: tl.tuple,
 ) -> None:
@@ -42,13 +42,13 @@ def store_coefficients(
     tensor's elements are stepped: none if the step is skipped."""
     tl.store(sizes + tensor, tl.where(scalars.step_taken, tl.load(numel + tensor), 0))
     for which in tl.static_range(len(values)):
-        tl.store(coefficients + COEFFICIENTS * tensor + which, values[which])
+        tl.store(coefficient_table + COEFFICIENTS * tensor + which, values[which])
 
 
 @triton.jit
-def load_coefficients(coefficients: tl.tensor, chunk: Chunk, COUNT: tl.constexpr) -> tl.tuple:
+def load_coefficients(coefficient_table: tl.tensor, chunk: Chunk, COUNT: tl.constexpr) -> tl.tuple:
     """The coefficients of the tensor that the chunk belongs to."""
-    first = coefficients + COEFFICIENTS * chunk.tensor.to(tl.int64)
+    first = coefficient_table + COEFFICIENTS * chunk.tensor.to(tl.int64)
     values = ()
     for which in tl.static_range(COUNT):
         values += (tl.load(first + which),)  # type: ignore[assignment]
