@@ -1,9 +1,10 @@
-"""Host time of a step on Triton and on CUDA's path, without a GPU: nothing is launched.
+"""Host time of a step with Triton's and with CUDA's kernels, without a GPU: nothing is launched.
 
-``python benchmarks/triton_host.py [ROUNDS]``. Kernels are compiled for sm_90, and a driver takes
-their launches and does nothing, so that what is timed is the work of Python, torch, fastlars and
-Triton up to the driver. CUDA's path needs its own extension, and is timed by host_turns.py. Prints
-medians over steps, in microseconds, for tensors of 16 elements.
+``python benchmarks/triton_host.py [ROUNDS]``. Triton compiles its kernels for sm_90, and a driver
+takes their launches and does nothing; the extension's functions that launch CUDA kernels are
+replaced by one that does nothing. What is timed is the work of Python, torch, fastlars and Triton
+up to there, for tensors of 16 elements, on one thread; in turns, so that all are disturbed alike.
+Prints medians over the rounds of medians over 50 steps, in microseconds.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ import statistics
 import sys
 import tempfile
 import time
-from itertools import count
+from itertools import count, product
 from typing import Any
 
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+
+import fastlars
+from fastlars import _C
+from fastlars.backends import choose, cuda
 
 # Triton keeps kernels by device: not those of one that is there.
 DEVICES = count(100)
@@ -59,53 +64,60 @@ class NoLaunches:
         return 0
 
 
+def launch_nothing() -> NoLaunches:
+    """Let both back ends step CPU tensors; returns Triton's driver."""
+    os.environ["FASTLARS_CHECK"] = "0"
+    choose.why_no_triton = lambda device: ""  # type: ignore[assignment]
+    cuda.why_not = lambda device: ""  # type: ignore[assignment]
+    cuda.kernel_device_type = lambda: "cpu"
+    _C.cuda_step = lambda *arguments: None  # type: ignore[assignment]
+    notes = NoLaunches()
+    driver._active = notes  # type: ignore[attr-defined]
+    return notes
+
+
+def parameters(count: int) -> list[torch.nn.Parameter]:
+    """With gradients."""
+    made = [torch.nn.Parameter(torch.randn(4, 4)) for _ in range(count)]
+    for p in made:
+        p.grad = torch.randn(4, 4)
+    return made
+
+
+def optimizers(count: int) -> dict[str, Any]:
+    """By name, after a first step, which plans."""
+    made: dict[str, Any] = {}
+    backends = ["triton", *(["cuda"] if _C.build_info()["cuda"] else [])]
+    for rule, backend in product((fastlars.LARS, fastlars.LAMB), backends):
+        os.environ["FASTLARS_BACKEND"] = backend
+        optimizer = made[f"{rule.__name__}, {backend}"] = rule(parameters(count), lr=1e-6)
+        optimizer.step()
+    made["torch's SGD, fused"] = torch.optim.SGD(
+        parameters(count), lr=1e-6, momentum=0.9, fused=True
+    )
+    return {f"{name}, {count} tensors": optimizer for name, optimizer in made.items()}
+
+
 def main(rounds: str = "40") -> int:
     """Print a table."""
-    os.environ |= {"FASTLARS_BACKEND": "triton", "FASTLARS_CHECK": "0"}
-    import fastlars
-    from fastlars.backends import choose
-
-    choose.why_no_triton = lambda device: ""  # type: ignore[assignment]
     torch.set_num_threads(1)
-    made: dict[str, Any] = {}
-    for size in COUNTS:
-        for kind, options in (
-            (fastlars.LARS, {}),
-            (fastlars.LARS, {"momentum_correction": True}),
-            (fastlars.LAMB, {}),
-        ):
-            params = [torch.nn.Parameter(torch.randn(4, 4)) for _ in range(size)]
-            for p in params:
-                p.grad = torch.randn(4, 4)
-            name = " ".join([kind.__name__, *options])
-            made[f"{name}, {size} tensors"] = kind(params, lr=1e-6, **options)
-    fused = [torch.nn.Parameter(torch.randn(4, 4)) for _ in range(COUNTS[0])]
-    for p in fused:
-        p.grad = torch.randn(4, 4)
-    made[f"torch SGD fused, {COUNTS[0]} tensors"] = torch.optim.SGD(
-        fused, lr=1e-6, momentum=0.9, fused=True
-    )
+    notes = launch_nothing()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
-        notes = NoLaunches()
-        driver._active = notes  # type: ignore[attr-defined]
-        times: dict[str, list[float]] = {name: [] for name in made}
-        launches = {}
-        for optimizer in made.values():
+        made = {name: each for count in COUNTS for name, each in optimizers(count).items()}
+    times: dict[str, list[float]] = {name: [] for name in made}
+    launches = {}
+    for _, (name, optimizer) in product(range(int(rounds)), made.items()):
+        before, seconds = len(notes.launched), []
+        for _ in range(BLOCK):
+            start = time.perf_counter()
             optimizer.step()
-        for _ in range(int(rounds)):
-            for name, optimizer in made.items():
-                seconds = []
-                before = len(notes.launched)
-                for _ in range(BLOCK):
-                    start = time.perf_counter()
-                    optimizer.step()
-                    seconds.append(time.perf_counter() - start)
-                launches[name] = (len(notes.launched) - before) / BLOCK
-                times[name].append(statistics.median(seconds) * 1e6)
-    print("| step | us | launches |\n|---|--:|--:|")
+            seconds.append(time.perf_counter() - start)
+        launches[name] = (len(notes.launched) - before) // BLOCK
+        times[name].append(statistics.median(seconds) * 1e6)
+    print("| step | us | launches of Triton |\n|---|--:|--:|")
     for name, each in times.items():
-        print(f"| {name} | {statistics.median(each):.1f} | {launches[name]:g} |")
+        print(f"| {name} | {statistics.median(each):.0f} | {launches[name] or ''} |")
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -34,11 +34,30 @@ DTYPES = {
 }
 
 
-@lru_cache
-def kernels(name: str) -> tuple[Any, dict[str, Any]]:
-    """The module that is named after the rule, and the launch options of its chunk kernels."""
-    module = import_module(f"{__package__}.{name}")
-    return module, {**OPTIONS, **getattr(module, "OPTIONS", {})}
+class RuleKernels(NamedTuple):
+    """A rule's kernels, and what they are launched with.
+
+    Attributes:
+        rule: the rule.
+        module: the module that is named after it.
+        options: launch options of its kernels that work on chunks.
+        words: the rule's words and flags, for which kernels are compiled.
+        argument: the rule as one kernel argument.
+    """
+
+    rule: Rule | GradientNorm
+    module: Any
+    options: dict[str, Any]
+    words: tuple[Any, ...]
+    argument: Any
+
+
+@lru_cache(maxsize=1024)  # a schedule of momentum or weight decay makes a new rule every step
+def kernels(rule: Rule | GradientNorm) -> RuleKernels:
+    """A rule's kernels."""
+    module = import_module(f"{__package__}.{rule.name}")
+    options = {**OPTIONS, **getattr(module, "OPTIONS", {})}
+    return RuleKernels(rule, module, options, rule_options(rule), rule_argument(rule))
 
 
 @lru_cache
@@ -100,88 +119,15 @@ class Triton:
     def measure(
         self, rule: Rule | GradientNorm, bound: TritonBoundTensors, scalars: StepScalars
     ) -> Tensor:
-        tables = bound.layout.tables
+        tables, given = bound.layout.tables, bound.workspace
         found = bound.empty(tables.tensor_count, rule.sums, dtype=torch.float64)
+        arguments = (given.first_chunk, given.slots, found, rule.sums, LANES)
         with device_guard(tables.device):
-            self._measure_chunks(rule, bound, scalars)
+            self._measure_chunks(kernels(rule), bound, scalars)
             bound.layout.launch(
-                sums.total,
-                tables.tensor_count,
-                rule.sums,
-                SMALL_OPTIONS,
-                (bound.workspace.first_chunk, bound.workspace.slots, found, rule.sums, LANES),
+                sums.total, tables.tensor_count, rule.sums, SMALL_OPTIONS, arguments
             )
         return found
-
-    def _measure_chunks(
-        self, rule: Rule | GradientNorm, bound: TritonBoundTensors, scalars: StepScalars
-    ) -> None:
-        """Store the sums of each chunk in ``slots``. A rule whose measure writes counts the step,
-        and advances its states."""
-        module, options = kernels(rule.name)
-        types = types_of(bound.tensors.dtypes, bool(bound.tensors.states), False)
-        given = bound.workspace
-        if rule.measure_writes:
-            self._prepare(rule, bound, scalars, None, None)
-            key: Any = types
-            arguments: tuple[Any, ...] = (
-                given.table,
-                given.sizes,
-                given.chunks,
-                given.coefficients,
-                given.slots,
-            )
-        else:
-            doubles = scalars.doubles
-            key = types, rule_options(rule), doubles is None
-            arguments = (
-                *(given.table, given.numel, given.chunks, given.slots, doubles),
-                *(scalars.lr, scalars.gradient_scale, rule_argument(rule)),
-            )
-        count = bound.layout.tables.chunk_count
-        bound.layout.launch(module.measure, count, key, options, (*arguments, types))
-
-    def _prepare(
-        self,
-        rule: Rule | GradientNorm,
-        bound: TritonBoundTensors,
-        scalars: StepScalars,
-        slots: Tensor | None,
-        sums: Tensor | None,
-    ) -> Tensor:
-        """Store the coefficients of each tensor; return the trust ratios, which the sums give: in
-        ``slots`` those of the chunks, in ``sums`` those of the tensors."""
-        module, _ = kernels(rule.name)
-        given, doubles, count = bound.workspace, scalars.doubles, bound.layout.tables.tensor_count
-        ratios = bound.empty(count, dtype=torch.float32)
-        bound.layout.launch(
-            module.prepare,
-            count,
-            (rule_options(rule), doubles is None, slots is None, sums is None),
-            SMALL_OPTIONS,
-            (
-                *(given.table, given.numel, given.first_chunk, slots, sums, ratios),
-                *(given.sizes, given.coefficients, doubles, scalars.lr, scalars.gradient_scale),
-                *(rule_argument(rule), LANES),
-            ),
-        )
-        return ratios
-
-    def _apply_chunks(self, rule: Rule, bound: TritonBoundTensors, scalars: StepScalars) -> None:
-        module, options = kernels(rule.name)
-        rounds = scalars.seed is not None
-        types = types_of(bound.tensors.dtypes, bool(bound.tensors.states), rounds)
-        given = bound.workspace
-        bound.layout.launch(
-            module.apply,
-            bound.layout.tables.chunk_count,
-            (types, rule_options(rule)),
-            options,
-            (
-                *(given.table, given.sizes, given.chunks, given.coefficients),
-                *(scalars.seed or 0, rule_argument(rule), types),
-            ),
-        )
 
     def apply(
         self, rule: Rule, bound: TritonBoundTensors, scalars: StepScalars, sums: Tensor | None
@@ -189,15 +135,73 @@ class Triton:
         tables = bound.layout.tables
         sums = checked_sums(rule, sums, tables.tensor_count, tables.device)
         with device_guard(tables.device):
-            ratios = self._prepare(rule, bound, scalars, None, sums)
-            self._apply_chunks(rule, bound, scalars)
+            ratios = self._prepare(kernels(rule), bound, scalars, None, sums)
+            self._apply_chunks(kernels(rule), bound, scalars)
         return ratios
 
     def step(self, rule: Rule, bound: TritonBoundTensors, scalars: StepScalars) -> Tensor:
         if not rule.adapt:
             return self.apply(rule, bound, scalars, None)
+        its = kernels(rule)
         with device_guard(bound.layout.tables.device):
-            self._measure_chunks(rule, bound, scalars)
-            ratios = self._prepare(rule, bound, scalars, bound.workspace.slots, None)
-            self._apply_chunks(rule, bound, scalars)
+            self._measure_chunks(its, bound, scalars)
+            ratios = self._prepare(its, bound, scalars, bound.workspace.slots, None)
+            self._apply_chunks(its, bound, scalars)
         return ratios
+
+    def _measure_chunks(
+        self, its: RuleKernels, bound: TritonBoundTensors, scalars: StepScalars
+    ) -> None:
+        """Store the sums of each chunk in ``slots``. A rule whose measure writes counts the step,
+        and advances its states."""
+        dtypes, given = bound.tensors.dtypes, bound.workspace
+        types = types_of(dtypes, bool(bound.tensors.states), False)
+        if its.rule.measure_writes:
+            self._prepare(its, bound, scalars, None, None)
+            kind: tuple[Any, ...] = (dtypes,)
+            arguments: tuple[Any, ...] = (
+                *(given.table, given.sizes, given.chunks, given.coefficients, given.slots),
+                types,
+            )
+        else:
+            doubles = scalars.doubles
+            kind = (dtypes, its.words, doubles is None)
+            arguments = (
+                *(given.table, given.numel, given.chunks, given.slots, doubles),
+                *(scalars.lr, scalars.gradient_scale, its.argument, types),
+            )
+        count = bound.layout.tables.chunk_count
+        bound.layout.launch(its.module.measure, count, kind, its.options, arguments)
+
+    def _prepare(
+        self,
+        its: RuleKernels,
+        bound: TritonBoundTensors,
+        scalars: StepScalars,
+        slots: Tensor | None,
+        sums: Tensor | None,
+    ) -> Tensor:
+        """Store the coefficients of each tensor; return the trust ratios, which the sums give: in
+        ``slots`` those of the chunks, in ``sums`` those of the tensors."""
+        count, given, doubles = bound.layout.tables.tensor_count, bound.workspace, scalars.doubles
+        ratios = bound.empty(count, dtype=torch.float32)
+        kind = (its.words, doubles is None, slots is None, sums is None)
+        arguments = (
+            *(given.table, given.numel, given.first_chunk, slots, sums, ratios, given.sizes),
+            *(given.coefficients, doubles, scalars.lr, scalars.gradient_scale),
+            *(its.argument, LANES),
+        )
+        bound.layout.launch(its.module.prepare, count, kind, SMALL_OPTIONS, arguments)
+        return ratios
+
+    def _apply_chunks(
+        self, its: RuleKernels, bound: TritonBoundTensors, scalars: StepScalars
+    ) -> None:
+        rounds = scalars.seed is not None
+        dtypes, given = bound.tensors.dtypes, bound.workspace
+        arguments = (
+            *(given.table, given.sizes, given.chunks, given.coefficients, scalars.seed or 0),
+            *(its.argument, types_of(dtypes, bool(bound.tensors.states), rounds)),
+        )
+        count, kind = bound.layout.tables.chunk_count, (dtypes, rounds, its.words)
+        bound.layout.launch(its.module.apply, count, kind, its.options, arguments)
