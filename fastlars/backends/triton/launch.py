@@ -1,8 +1,8 @@
 """Launches kernels with little work on the host.
 
 Triton looks at every argument of every call, to find the kernel that was compiled for arguments of
-their kind: 40 microseconds for one of our calls. A :class:`Launcher` asks Triton once for each kind
-and keeps the compiled kernel.
+their kind; this takes longer than the launch itself. A :class:`Launcher` asks Triton once for each
+kind, and keeps the compiled kernel.
 """
 
 from __future__ import annotations
