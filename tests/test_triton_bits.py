@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from backend_cases import F64
+from backend_cases import DEFAULTS, F64, PLAIN
 from device_bits import Bits
-from device_cases import DEVICES, marks
+from device_cases import DEVICES, SIZES, Twin, marks
 from device_streams import Streams
 from fastlars.rules import LambRule
 
@@ -24,6 +24,7 @@ import triton.language as tl  # noqa: E402
 from fastlars.backends.triton import sums  # noqa: E402
 from fastlars.backends.triton.backend import LANES  # noqa: E402
 from fastlars.backends.triton.common import decoded, rule_argument  # noqa: E402
+from fastlars.backends.triton.memory import BLOCK, locate  # noqa: E402
 
 DEVICE = DEVICES["triton"]
 pytestmark = marks("triton")
@@ -61,3 +62,28 @@ def test_numbers_arrive_with_all_their_bits(value: float) -> None:
     out = torch.zeros(3, dtype=F64, device=DEVICE)
     _numbers[(1,)](rule_argument(LambRule(lower=value, ratio_eps=value)), out)
     assert out.tolist() == [value, math.inf, value]
+
+
+@triton.jit
+def _located(table, sizes, chunks, out, BACKWARDS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    chunk = locate(table, sizes, chunks, None, BACKWARDS)
+    first = out + 3 * tl.program_id(0)
+    tl.store(first, chunk.tensor.to(tl.int64))
+    tl.store(first + 1, chunk.begin)
+    tl.store(first + 2, chunk.size.to(tl.int64))
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_every_chunk_has_a_program_and_backwards_the_last_comes_first(backwards: bool) -> None:
+    block = BLOCK.value
+    twin = Twin("triton", DEFAULTS[0], PLAIN, SIZES)
+    twin.take_gradients(0)
+    given = twin.bind().workspace
+    out = torch.full((len(given.chunks), 3), -1, dtype=torch.int64, device=DEVICE)
+    _located[(len(out),)](given.table, given.numel, given.chunks, out, BACKWARDS=backwards)
+    expected = [
+        [i, begin, min(block, weight.numel() - begin)]
+        for i, weight in enumerate(twin.tensors.weights)
+        for begin in range(0, max(weight.numel(), 1), block)
+    ]
+    assert out.tolist() == (expected[::-1] if backwards else expected)
