@@ -72,7 +72,7 @@ def launch_nothing() -> NoLaunches:
     cuda.kernel_device_type = lambda: "cpu"
     _C.cuda_step = lambda *arguments: None  # type: ignore[assignment]
     notes = NoLaunches()
-    driver._active = notes  # type: ignore[attr-defined]
+    driver.set_active(notes)
     return notes
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
@@ -39,11 +39,13 @@ RATES, SEEDS = (0.1, 1.0, 16.0), (3, 2**61 + 16, 1)
 
 
 @pytest.fixture
-def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NoLaunches:
+def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NoLaunches]:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    found = NoLaunches()
-    monkeypatch.setattr(driver, "_active", found)
-    return found
+    found, before = NoLaunches(), vars(driver).copy()
+    driver.set_active(found)
+    yield found
+    vars(driver).clear()  # not driver.reset_active(), which needs a GPU
+    vars(driver).update(before)
 
 
 def _on_device(rate: float, seed: int | None) -> StepScalars:
