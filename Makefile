@@ -45,7 +45,7 @@ endif
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all bench docs gpu gpu-first gpu-test gpu-counters gpu-bench lint format lock dist clean
+.PHONY: help setup train test test-all bench triton-code docs gpu gpu-first gpu-test gpu-counters gpu-bench lint format lock dist clean
 .NOTPARALLEL:
 # Only what is complete counts as made.
 .DELETE_ON_ERROR:
@@ -55,6 +55,7 @@ help:
 	@echo 'make test    run the tests that every change needs; with TORCH=2.11.0, under that torch'
 	@echo 'make test-all  run all tests, as CI does'
 	@echo 'make bench   time the optimizers beside others, and print one table'
+	@echo 'make triton-code  compile the Triton kernels for GPUs that are not here, and write down what their code needs'
 	@echo 'make docs    build the documentation site in .site'
 	@echo 'make gpu     build for the GPU that is here, try, test and time it, without .venv or network,'
 	@echo '             in 10 minutes; its parts: gpu-first (4 minutes), gpu-test, gpu-counters, gpu-bench'
@@ -86,6 +87,9 @@ bench: $(READY)
 	$(RUN) -m pytest benchmarks -m 'not gpu' --benchmark-json .benchmarks/run.json $(PYTEST_ARGS)
 	@$(RUN) benchmarks/report.py .benchmarks/run.json --csv $(BENCH_CSV) --pictures .benchmarks \
 	    $(if $(BENCH_COMPARE),--compare $(BENCH_COMPARE))
+
+triton-code: $(READY)
+	$(RUN) benchmarks/triton_code.py --out benchmarks/results/triton_code.csv
 
 docs: $(READY)
 	$(RUN) -m sphinx -q -W --keep-going docs .site

@@ -13,6 +13,7 @@ from fastlars import _C
 from fastlars.backends import cuda, selfcheck
 from fastlars.backends.base import Backend, Dtypes, is_dense
 from fastlars.backends.cpu import DTYPES, STATE_DTYPES, Cpu
+from fastlars.backends.float64 import has_float64
 from fastlars.backends.reference import Reference
 from fastlars.rules import GradientNorm, Rule
 
@@ -67,7 +68,12 @@ def why_not(name: str, weight: Tensor, dtypes: Dtypes) -> str:
     if not is_dense(weight):
         return "compiled back ends need weights without gaps in memory"
     if name == "triton":
-        return why_no_triton(weight.device.type)
+        if reason := why_no_triton(weight.device.type):
+            return reason
+        # Found here and not by the check against the reference, which can be switched off.
+        if not has_float64(weight.device):
+            return f"the {name} back end needs float64, which {weight.device} does not have"
+        return ""
     if name == "cuda":
         return cuda.why_not(weight.device)
     if weight.device.type != name:

@@ -11,9 +11,9 @@ parameters, and an optimizer takes DTensors like any other parameters::
 Each rank measures its own shards, all-reduces their sums of squares with the ranks that hold the
 other shards (:func:`all_reduce_sums`), and applies the rule to its shards. The sums are one float64
 array [tensors, sums] for each mesh and each set of its dimensions over which parameters are
-sharded. With ``max_grad_norm`` there is one more all-reduce, because LAMB's update depends on the
-clipped gradient. No parameter, gradient or state is gathered, and replicated parameters need no
-communication.
+sharded; float32 on a device without float64. With ``max_grad_norm`` there is one more all-reduce,
+because LAMB's update depends on the clipped gradient. No parameter, gradient or state is gathered,
+and replicated parameters need no communication.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastlars.backends.base import Mismatch, Tensors
+from fastlars.backends.float64 import to_widest, widest
 from fastlars.optim.gradients import plain_gradients
 from fastlars.optim.wrapped import Path, is_plain, path_inside
 
@@ -214,21 +215,21 @@ def all_reduce_sums(batches: list[tuple[TableRows | None, Tensor]]) -> list[Tens
     started = []
     for mesh_dims, indices in members.items():
         # Parameters that FSDP2 offloads to the CPU have a mesh, and so process groups, of GPUs.
-        device = mesh_dims.mesh.device_type
+        device = torch.device(mesh_dims.mesh.device_type)
         width = batches[indices[0]][1].shape[1]
-        array = torch.zeros(sizes[mesh_dims], width, dtype=torch.float64, device=device)
+        array = torch.zeros(sizes[mesh_dims], width, dtype=widest(device), device=device)
         places = []
         for i in indices:
             rows, sums = batches[i]
             assert rows is not None
             places.append(rows.rows + offsets[id(rows.table)])
-            array[places[-1].to(array.device)] = sums.to(array.device)
+            array[places[-1].to(device)] = to_widest(sums, device)
         started.append((indices, places, _all_reduce_async(array, mesh_dims)))
     reduced = [sums for _, sums in batches]
     for indices, places, finish in started:
         array = finish()
         for i, place in zip(indices, places, strict=True):
-            reduced[i] = array.to(reduced[i].device)[place.to(reduced[i].device)]
+            reduced[i] = to_widest(array, reduced[i].device)[place.to(reduced[i].device)]
     return reduced
 
 

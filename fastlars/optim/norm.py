@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastlars.backends.float64 import to_widest
 from fastlars.optim.dtensor import process_group_of
 
 if TYPE_CHECKING:
@@ -100,6 +101,6 @@ class NormReducer:
             mesh_type = group.device_type
             device = device if device.type == mesh_type else torch.device(mesh_type)
             group = process_group_of(group)
-        total = square.to(device, copy=True)
+        total = to_widest(square, device).clone()
         dist.all_reduce(total, group=group)
-        return total.to(square.device)
+        return to_widest(total, square.device)

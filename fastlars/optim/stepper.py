@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from fastlars.backends.float64 import has_float64
 from fastlars.backends.upload import is_capturing
 from fastlars.optim.dtensor import all_reduce_sums, plain_shard
 from fastlars.optim.execute import BoundBatch, StepResults, check_recording, run_step
@@ -193,7 +194,8 @@ class Stepper:
         first = next((p for group in groups for p in group["params"]), None)
         device = torch.device("cpu") if first is None else plain_shard(first).device
         if square is None:  # a process without gradients has to take part too
-            square = torch.zeros((), dtype=torch.float64, device=device)
+            place = device if has_float64(device) else "cpu"
+            square = torch.zeros((), dtype=torch.float64, device=place)
         if self.norm_group is None:
             return square
         return self.norm_group.sum(scalars.unless_skipped(square), device)

@@ -13,8 +13,8 @@ This module advances the counters. When these functions are called, a counter of
 this step already; a counter that holds a learning rate still holds that of the step before.
 
 This back end serves float64 and strided tensors, and any device that no other back end serves.
-Arithmetic is float64 for float64 and float32 for all other types; sums of squares are float64 on
-devices that have it.
+Arithmetic is float64 for float64 and float32 for all other types; sums of squares are float64, on
+a device that has it, and float32 on one that has not.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from fastlars.backends.base import Mismatch, StepScalars, Tensors
+from fastlars.backends.float64 import has_float64
 from fastlars.rules import GradientNorm, Rule
 
 
@@ -44,8 +45,13 @@ def _arithmetic(dtype: torch.dtype) -> torch.dtype:
 
 
 def _sum_of_squares(x: Tensor) -> float:
-    exact = torch.float32 if x.device.type == "mps" else torch.float64
-    return float(x.to(exact).square().sum())
+    if not has_float64(x.device):
+        total = float(x.square().sum())
+        # Squares of values beyond about 1e19 or 1e-19 exceed the limits of float32.
+        if 1e-25 < total < 1e37:
+            return total
+        x = x.cpu()
+    return float(x.to(torch.float64).square().sum())
 
 
 def _round_stochastically(value: Tensor, seed: int, tensor: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 from triton.runtime.interpreter import InterpretedFunction
 
-from fastlars.backends.triton import sums
+from fastlars.backends.triton import compile_lock, sums
 
 
 def is_interpreted() -> bool:
@@ -56,6 +56,7 @@ def _compiled(
     grid = (programs, 1, 1)
     if isinstance(kernel, InterpretedFunction):
         return lambda *given: kernel[grid](*given, **options)
-    compiled = kernel.warmup(*arguments, grid=grid, **options)
+    with compile_lock.alone():
+        compiled = kernel.warmup(*arguments, grid=grid, **options)
     launch: Callable[..., None] = compiled[grid]
     return launch

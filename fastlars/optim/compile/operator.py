@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastlars.backends.base import Backend, Dtypes, Mismatch, StepScalars, Tensors
 from fastlars.backends.choose import ChoiceCache
+from fastlars.backends.float64 import to_widest, widest
 from fastlars.backends.upload import is_capturing
 from fastlars.optim.checks import check_lr
 from fastlars.optim.gradients import bind_copying_gradients
@@ -164,7 +165,7 @@ def _square_norm(weights: list[Tensor], grads: list[Tensor], sizes: list[int]) -
         backend.measure(GradientNorm(), _bind_cached("", backend, tensors), StepScalars(0.0))
         for backend, tensors in batches
     ]
-    return square_of_norm(sums, on_device).to(grads[0].device)
+    return to_widest(square_of_norm(sums, on_device), grads[0].device)
 
 
 _library = torch.library.Library("fastlars", "DEF")
@@ -180,6 +181,6 @@ _library.impl("square_norm", _square_norm, "CompositeExplicitAutograd")
 torch.library.register_fake("fastlars::step", lambda *args: None, lib=_library)
 torch.library.register_fake(
     "fastlars::square_norm",
-    lambda weights, grads, sizes: torch.empty((), dtype=torch.float64, device=grads[0].device),
+    lambda weights, grads, sizes: grads[0].new_empty((), dtype=widest(grads[0].device)),
     lib=_library,
 )
