@@ -31,6 +31,9 @@ Job = tuple[str, str, str]  # kernel, types, target
 
 # Opcodes of NVIDIA's that compute in float64 or convert to or from it.
 _NVIDIA_F64 = re.compile(r"^(D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|MUFU\.\w*64H|\w+\.(\w+\.)*F64)")
+# In PTX: multiplications that do not round before an addition, and what is approximate or flushes
+# subnormal numbers to 0. Kernels have none, so that all back ends round alike.
+_INEXACT = re.compile(r"fma\.rn\.f32|\w+\.approx[\w.]*|div\.full[\w.]*|\w+[\w.]*\.ftz")
 _AMD_F64 = re.compile(r"^v_\w*f64")
 
 
@@ -91,6 +94,8 @@ def row(name: str, mix: str, target: str) -> Row:
     from triton_kernels import TARGETS, compiled
 
     made = compiled(name, TARGETS[target], mix)
+    if inexact := set(_INEXACT.findall(made.asm.get("ptx", ""))):
+        raise RuntimeError(f"operations that do not round as IEEE 754 requires: {inexact}")
     found = of_nvidia(made.asm["cubin"]) if target.startswith("sm_") else of_amd(made.asm["amdgcn"])
     found["shared"] = made.metadata.shared
     names = {"kernel": name, "types": mix, "target": target, "triton": triton.__version__}

@@ -35,7 +35,7 @@ while not Path(folder, "go").exists():
     time.sleep(0.01)
 begin = time.perf_counter()
 for name in names:
-    with contextlib.nullcontext() if how == "without" else alone():
+    with contextlib.nullcontext() if how == "without" else alone(name):
         compiled(name, TARGETS["sm_90"])
         if how not in ("alone", "without"):
             Path(folder, "held").touch()

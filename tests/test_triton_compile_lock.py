@@ -21,7 +21,7 @@ from child import ROOT
 pytest.importorskip("triton")
 
 from fastlars.backends.triton import compile_lock
-from fastlars.backends.triton.compile_lock import NAME, alone
+from fastlars.backends.triton.compile_lock import FOLDER, alone
 
 KERNELS = ("advance", "total")
 
@@ -73,12 +73,19 @@ def _go(folder: Path, count: int) -> None:
     Path(folder, "go").touch()
 
 
+def _lock(cache: Path) -> Path:
+    """The one file of a lock."""
+    (path,) = Path(cache, FOLDER).iterdir()
+    return path
+
+
 @contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """The lock, taken by nobody who would let it go."""
-    folder.mkdir(exist_ok=True)
-    with Path(folder, NAME).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def _held(cache: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """The lock, taken by a process that does not let it go."""
+    with alone("kernel"):
+        pass
+    with _lock(cache).open("w") as file:
+        fcntl.flock(file, how)
         yield
 
 
@@ -89,7 +96,8 @@ def test_processes_compile_each_kernel_once(
     _go(tmp_path, 3)
     assert sum(map(_compiled, processes)) == len(KERNELS)
     assert not [path for path in cache.rglob("*") if "tmp" in path.name]
-    assert Path(cache, NAME).stat().st_size == 0
+    locks = list(Path(cache, FOLDER).iterdir())
+    assert [path.stat().st_size for path in locks] == [0] * len(KERNELS)
 
 
 def test_a_killed_process_blocks_nobody(
@@ -112,24 +120,34 @@ def test_whoever_waits_too_long_goes_on_and_does_not_wait_again(
     entered = []
     with _held(cache):
         begin = time.monotonic()
-        with alone(0.2):
+        with alone("kernel", 0.2):
             entered.append(time.monotonic() - begin)
-        monkeypatch.setattr(compile_lock, "_try", lambda lock: pytest.fail("it waits again"))
-        with alone():
+        monkeypatch.setattr(compile_lock, "_try", lambda *given: pytest.fail("it waits again"))
+        with alone("kernel"):
             entered.append(0.0)
     assert entered[0] >= 0.2
     assert len(entered) == 2
 
 
+def test_processes_load_what_is_compiled_at_the_same_time(cache: Path) -> None:
+    with _held(cache, fcntl.LOCK_SH), alone("kernel", 30.0):
+        assert not compile_lock._gave_up
+
+
+def test_other_kernels_do_not_wait(cache: Path) -> None:
+    with _held(cache), alone("another", 0.0):
+        assert not compile_lock._gave_up
+
+
 def test_the_lock_is_let_go_after_an_error(cache: Path) -> None:
-    with pytest.raises(ZeroDivisionError), alone():
+    with pytest.raises(ZeroDivisionError), alone("kernel"):
         1 / 0  # noqa: B018
-    with Path(cache, NAME).open("w") as file:
+    with _lock(cache).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_forked_child_does_not_keep_it(cache: Path) -> None:
-    with alone():
+    with alone("kernel"):
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
@@ -137,7 +155,7 @@ def test_a_forked_child_does_not_keep_it(cache: Path) -> None:
             os.read(reader, 1)
             os._exit(0)
         os.close(reader)
-    with Path(cache, NAME).open("w") as file:
+    with _lock(cache).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(writer)
     os.waitpid(child, 0)
@@ -155,7 +173,7 @@ def test_waiting_holds_up_neither_other_threads_nor_ctrl_c(cache: Path) -> None:
     with _held(cache):
         thread = threading.Thread(target=interrupt)
         thread.start()
-        with pytest.raises(KeyboardInterrupt), alone(1000.0):
+        with pytest.raises(KeyboardInterrupt), alone("kernel", 1000.0):
             entered.set()
         thread.join()
     assert len(turns) == 5
@@ -177,7 +195,7 @@ def test_without_a_place_for_the_lock_it_goes_on(
     opened = len(os.listdir("/proc/self/fd"))
     with monkeypatch.context() as patch:
         patch.setattr(module, fails, refuse)
-        with alone():
+        with alone("kernel"):
             assert calls
     assert len(os.listdir("/proc/self/fd")) == opened
 
@@ -185,5 +203,5 @@ def test_without_a_place_for_the_lock_it_goes_on(
 def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path(tmp_path, "file").touch()
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    with alone():
+    with alone("kernel"):
         pass

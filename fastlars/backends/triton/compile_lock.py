@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ try:
 except ImportError:  # Windows: each process compiles
     fcntl = None  # type: ignore[assignment]
 
-NAME = "fastlars.lock"
+FOLDER = "fastlars-locks"
 # One kernel takes a few seconds on a busy machine: what takes longer is a stopped process.
 LIMIT_S = 60.0
 # A process that has waited in vain does not wait again: each kernel would cost it the limit.
@@ -22,16 +23,17 @@ _gave_up = False
 
 
 @contextlib.contextmanager
-def alone(limit_s: float = LIMIT_S) -> Iterator[None]:
+def alone(kernel: str, limit_s: float = LIMIT_S) -> Iterator[None]:
     """Context manager around the first compilation of a kernel, for processes that start together.
 
-    The first one compiles; those that waited for it get the kernel from Triton's cache. The lock is
-    a file in the folder of that cache, so processes with other folders do not wait. It ends with
-    its process, however that ends. Without the lock, kernels are compiled several times, but not
-    wrongly. So this goes on without it after ``limit_s``, and where there is none: in a read-only
-    folder, or on a file system without locks. Not to be nested.
+    The first one compiles. The others wait for it, and then load the kernel from Triton's cache,
+    all at the same time. ``kernel`` names what is compiled, with everything that makes Triton
+    compile it anew, such as types. Locks are files in the folder of the cache, so processes with
+    other folders do not wait. A lock ends with its process, however that ends. Without it, kernels
+    are compiled several times, but not wrongly. So this goes on without it after ``limit_s``, and
+    where there is none: in a read-only folder, or on a file system without locks.
     """
-    lock = _acquire(limit_s)
+    lock = _acquire(kernel, limit_s)
     try:
         yield
     finally:
@@ -42,26 +44,30 @@ def alone(limit_s: float = LIMIT_S) -> Iterator[None]:
             os.close(lock)
 
 
-def _acquire(limit_s: float) -> int | None:
+def _acquire(kernel: str, limit_s: float) -> int | None:
     """The descriptor of the locked file; None without a lock."""
     global _gave_up
     if fcntl is None or _gave_up:
         return None
     try:
-        folder = triton.knobs.cache.dir
+        folder = os.path.join(triton.knobs.cache.dir, FOLDER)
         os.makedirs(folder, exist_ok=True)
-        lock = os.open(os.path.join(folder, NAME), os.O_RDWR | os.O_CREAT, 0o666)
+        name = hashlib.sha256(kernel.encode()).hexdigest()[:16]
+        lock = os.open(os.path.join(folder, name), os.O_RDWR | os.O_CREAT, 0o666)
     except OSError:
         return None
     locked = False
     try:
         end = time.monotonic() + limit_s
-        while not (locked := _try(lock)):
+        locked = _try(lock, fcntl.LOCK_EX)
+        while not locked:
             if time.monotonic() >= end:
                 _gave_up = True
                 break
             # Not a call that waits for the lock, which no signal to Python and no limit would end.
             time.sleep(0.02)
+            # Shared: the one that had it alone has compiled, and loading takes others no turns.
+            locked = _try(lock, fcntl.LOCK_SH)
     except OSError:  # the file system has no locks
         pass
     finally:
@@ -70,9 +76,9 @@ def _acquire(limit_s: float) -> int | None:
     return lock if locked else None
 
 
-def _try(lock: int) -> bool:
+def _try(lock: int, how: int) -> bool:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
