@@ -40,13 +40,16 @@ class Launcher:
             kernel: a function with ``@triton.jit``.
             programs: how many of them run; the same for each call with this kernel.
             kind: a hashable value that is the same in all calls for which Triton may use the same
-                compiled kernel: it stands for all arguments whose values are compiled in.
+                compiled kernel: it stands for all arguments whose values are compiled in. It is
+                printed alike in all processes, which compile a kernel one after the other.
             options: Triton's, such as ``num_warps``.
             arguments: all of the kernel's, in order. Tensors begin on 16-byte boundaries.
         """
         launch = self._launches.get((kernel, kind))
         if launch is None:
-            launch = self._launches[kernel, kind] = _compiled(kernel, programs, options, arguments)
+            with compile_lock.alone(f"{kernel} {kind}"):
+                launch = _compiled(kernel, programs, options, arguments)
+            self._launches[kernel, kind] = launch
         launch(*arguments)
 
 
@@ -56,7 +59,5 @@ def _compiled(
     grid = (programs, 1, 1)
     if isinstance(kernel, InterpretedFunction):
         return lambda *given: kernel[grid](*given, **options)
-    with compile_lock.alone():
-        compiled = kernel.warmup(*arguments, grid=grid, **options)
-    launch: Callable[..., None] = compiled[grid]
+    launch: Callable[..., None] = kernel.warmup(*arguments, grid=grid, **options)[grid]
     return launch
