@@ -23,7 +23,7 @@ from fastlars.backends.triton.launch import is_interpreted  # noqa: E402
 from fastlars.backends.triton.table import DeviceTables  # noqa: E402
 from fastlars.backends.upload import Uploader  # noqa: E402
 from fastlars.rules import LarsRule  # noqa: E402
-from triton_kernels import KERNELS, TARGETS, compiled, every  # noqa: E402
+from triton_kernels import KERNELS, TARGETS, compiled  # noqa: E402
 
 BLOCK = memory.BLOCK.value
 
@@ -131,16 +131,7 @@ def test_a_device_that_triton_does_not_serve_gets_the_reference_with_one_warning
 # Generated code. test_triton_code.py holds registers and spills, for more GPUs.
 
 CHUNKS = [name for name, kernel in KERNELS.items() if not kernel.by_tensor]
-# Accesses of 16 bytes by a thread, for each array of floats.
-EACH = {"sm_90": 4, "gfx942": 2}
-
-
-def _assert_ieee(ptx: str) -> None:
-    """Every multiplication rounds before the addition; nothing is approximate or flushed to 0."""
-    wrong = set(
-        re.findall(r"(?:fma\.rn\.f32|\w+\.approx[\w.]*|div\.full[\w.]*|\w+[\w.]*\.ftz)", ptx)
-    )
-    assert not wrong, wrong
+EACH = 4  # accesses of 16 bytes by a thread of 8 warps, for each array of floats
 
 
 @pytest.fixture(autouse=True)
@@ -152,8 +143,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_chunks_are_read_and_written_by_vectors(name: str) -> None:
     kernel = KERNELS[name]
     ptx = compiled(name, TARGETS["sm_90"]).asm["ptx"]
-    _assert_ieee(ptx)
-    each = EACH["sm_90"] // (kernels(kernel.rule).options["num_warps"] // 8)
+    each = EACH // (kernels(kernel.rule).options["num_warps"] // 8)
     loads = re.findall(r"ld\.global[\w.:]*\.v4\.b32", ptx)
     assert len(loads) == kernel.reads * each
     assert len(re.findall(r"st\.global[\w.:]*\.v4\.b32", ptx)) == kernel.writes * each
@@ -164,21 +154,3 @@ def test_chunks_are_read_and_written_by_vectors(name: str) -> None:
     # Coefficients are computed by `prepare` alone. Rare branches take sums again in float64.
     if kernel.function == "apply":
         assert ".f64" not in ptx
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CHUNKS)
-def test_chunks_are_read_and_written_by_vectors_on_amd(name: str) -> None:
-    kernel = KERNELS[name]
-    code = compiled(name, TARGETS["gfx942"]).asm["amdgcn"]
-    each = EACH["gfx942"] / (kernels(kernel.rule).options["num_warps"] // 8)
-    assert len(re.findall(r"(?:buffer|global)_load_dwordx4", code)) >= kernel.reads * each
-    assert len(re.findall(r"(?:buffer|global)_store_dwordx4", code)) >= kernel.writes * each
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "mix"), [each for each in every() if each[1] != "float32"])
-def test_every_type_is_rounded_as_ieee_754_requires(name: str, mix: str) -> None:
-    ptx = compiled(name, TARGETS["sm_90"], mix).asm["ptx"]
-    _assert_ieee(ptx)
-    assert re.search(r"ld\.global[\w.:]*\.v4\.b32", ptx)

@@ -23,7 +23,7 @@ pytest.importorskip("triton")
 from fastlars.backends.triton import compile_lock
 from fastlars.backends.triton.compile_lock import FOLDER, alone
 
-KERNELS = ("advance", "total")
+KERNELS = ("LAMB prepare before measure", "total")
 
 
 @pytest.fixture(autouse=True)
