@@ -115,7 +115,7 @@ def test_missing_triton_is_a_reason_not_an_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "fastlars.backends.triton.backend", None)
     reason = choose.why_no_triton.__wrapped__("cuda")
     assert reason.startswith("Triton cannot be imported (")
-    assert reason.endswith("for other builds pip install 'fastlars[triton]'")
+    assert reason.endswith("for other builds there is pip install 'fastlars[triton]'")
 
 
 def test_a_compiler_that_fails_is_a_reason_not_an_error() -> None:

@@ -53,7 +53,7 @@ def why_no_triton(device_type: str) -> str:
     except ImportError as error:
         return (
             f"Triton cannot be imported ({error}): torch's builds for CUDA, ROCm and XPU bring it, "
-            "and for other builds pip install 'fastlars[triton]'"
+            "CPUs need none, and for other builds there is pip install 'fastlars[triton]'"
         )
     if device_type == "cpu" and not is_interpreted():
         return "Triton serves cpu in its interpreter alone (TRITON_INTERPRET=1)"
