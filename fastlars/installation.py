@@ -1,26 +1,28 @@
 """Says in one line what this installation lacks: a newer Python, torch or the compiled extension.
 
-``import fastlars`` looks for them without importing torch, which takes seconds.
+``import fastlars`` looks for them without torch, which takes seconds to import, and without
+pathlib, which takes longer than all of this.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 import sys
 from importlib import import_module
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import find_spec
-from pathlib import Path
 from types import ModuleType
 
 OLDEST_PYTHON = (3, 10)
 OLDEST_TORCH = (2, 10)
-FOLDER = Path(__file__).parent
-IS_CHECKOUT = (FOLDER.parent / "csrc").is_dir()
+FOLDER = os.path.dirname(os.path.abspath(__file__))
+PARENT = os.path.dirname(FOLDER)
+IS_CHECKOUT = os.path.isdir(os.path.join(PARENT, "csrc"))
 # The command that replaces a broken extension.
 REMEDY = (
-    f"build it with pip install -e {FOLDER.parent}"
+    f"build it with pip install -e {PARENT}"
     if IS_CHECKOUT
     else "reinstall it with pip install --force-reinstall --no-deps fastlars, or the folder "
     "that it was installed from"
@@ -81,14 +83,14 @@ def _check_extension() -> None:
     then shares."""
     spec = find_spec("fastlars._C")
     if spec is not None and spec.origin is not None:
-        missing = _missing_bytes(Path(spec.origin))
+        missing = _missing_bytes(spec.origin)
         if missing:
             raise ImportError(
                 f"the compiled extension {spec.origin} lacks its last {missing} bytes: {REMEDY}",
                 name="fastlars",
             )
         return
-    others = ", ".join(sorted(path.name for path in FOLDER.glob("_C.*.so")))
+    others = ", ".join(sorted(name for name in os.listdir(FOLDER) if re.match(r"_C\..*so$", name)))
     if others:
         raise ImportError(
             f"the compiled extension in {FOLDER} is for another Python ({others}; this one needs "
@@ -115,17 +117,18 @@ def _torch_version() -> str | None:
     if spec is None or (spec.origin is None and spec.submodule_search_locations is not None):
         return None
     for folder in spec.submodule_search_locations or ():
-        path = Path(folder, "version.py")
-        if path.exists():
-            version = re.search(r"^__version__ = ['\"](.*)['\"]", path.read_text(), re.MULTILINE)
+        path = os.path.join(folder, "version.py")
+        if os.path.exists(path):
+            with open(path) as file:
+                version = re.search(r"^__version__ = ['\"](.*)['\"]", file.read(), re.MULTILINE)
             return version[1] if version else ""
     return ""
 
 
-def _missing_bytes(path: Path) -> int:
+def _missing_bytes(path: str) -> int:
     """How many bytes a 64-bit ELF file lacks at its end. Loading a file that was cut off kills the
     process, instead of raising an error."""
-    with path.open("rb") as file:
+    with open(path, "rb") as file:
         header = file.read(64)
         size = file.seek(0, 2)
     if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
