@@ -9,7 +9,6 @@ from pathlib import Path
 
 TOOLS = "leave out --no-build-isolation, or pip install -U setuptools scikit-build-core pybind11"
 try:
-    import scikit_build_core
     import setuptools
     from scikit_build_core.errors import FailedLiveProcessError, NotFoundError
     from scikit_build_core.setuptools.build_cmake import BuildCMake
@@ -17,11 +16,10 @@ try:
     from setuptools.command.build import build
 except ImportError as error:
     sys.exit(f"error: fastlars cannot be built without its build tools ({error}): {TOOLS}")
-# pip does not compare the versions of a build that is not isolated.
-for tool, oldest in ((setuptools, 77), (scikit_build_core, 1)):
-    if int(tool.__version__.split(".")[0]) < oldest:
-        old = f"{tool.__name__} {oldest} or newer, and {tool.__version__} is installed"
-        sys.exit(f"error: fastlars needs {old}: {TOOLS}")
+# pip compares no versions where a build is not isolated. Older ones stop with a traceback.
+if int(setuptools.__version__.split(".")[0]) < 77:
+    old = setuptools.__version__
+    sys.exit(f"error: fastlars needs setuptools 77 or newer, and {old} is installed: {TOOLS}")
 
 
 class Build(BuildCMake):
