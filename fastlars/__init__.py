@@ -10,15 +10,11 @@ overlap with DDP (:mod:`fastlars.distributed`).
 
 import typing as _typing
 from importlib import import_module as _import_module
-from importlib.util import find_spec as _find_spec
 
 from fastlars import forks as forks
+from fastlars import installation as _installation
 
-if _find_spec(f"{__name__}._C") is None:
-    raise ImportError(
-        f"{__path__[0]} holds the sources of fastlars without the compiled extension: run Python "
-        "in another folder, or build the extension in place with pip install -e"
-    )
+_installation.check()
 
 __all__ = [
     "LAMB",
@@ -62,6 +58,8 @@ if _typing.TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
+        if name == "_C":
+            return _installation.load_extension()
         if name in _MODULES or name in _INNER:
             return _import_module(f"fastlars.{name}")
         if name == "__version__":

@@ -14,6 +14,12 @@ import sys
 if __name__ == "__main__":
     # Before torch is imported, which takes seconds: Ctrl-C then prints no traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from fastlars import installation
+
+    try:
+        installation.load_all()
+    except ImportError as error:
+        sys.exit(f"fastlars: error: {error}")
 
 import torch
 from torch import Tensor
@@ -46,10 +52,11 @@ def build_lines() -> list[str]:
 
 def triton_version() -> str:
     """Triton's version, or why it cannot be imported."""
-    try:
-        import triton
-    except ImportError as error:
-        return f"cannot be imported ({error})"
+    reason = choose.why_no_triton("cuda")
+    if reason:
+        return reason
+    import triton
+
     return f"{triton.__version__}"
 
 

@@ -100,7 +100,8 @@ def test_report_of_the_interpreter() -> None:
 def test_missing_triton_is_a_reason_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fastlars.backends.triton.launch", None)
     reason = choose.why_no_triton.__wrapped__("cuda")
-    assert reason.startswith("Triton cannot be imported")
+    assert reason.startswith("Triton cannot be imported (")
+    assert reason.endswith("for other builds there is pip install 'fastlars[triton]'")
 
 
 def test_a_compiler_that_fails_is_a_reason_not_an_error() -> None:

@@ -14,6 +14,7 @@ TEXT = (ROOT / "docs" / "troubleshooting.md").read_text()
 PYTHON = [path for path in files("fastlars", suffixes=(".py",)) if "/trainer/" not in path]
 CUDA = "csrc/cuda/launch.cu"
 BINDINGS = "csrc/bindings.cpp"
+CMAKE = files("csrc", suffixes=(".txt", ".cmake"))
 # Functions that return a reason, which another message ends in.
 REASONS = re.compile(r"why_|incompatibility")
 # Not for users: Mismatch never leaves a step, and the others end a process or a lookup.
@@ -77,8 +78,23 @@ def branches(expression: str) -> Iterator[str]:
             said += "…"
 
 
+def in_setup() -> Iterator[str]:
+    """What setup.py says before it ends."""
+    for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "sys.exit":
+            yield from template(node.args[0])
+
+
+def in_cmake(path: str) -> Iterator[str]:
+    """What setup.py repeats of CMake's errors."""
+    text = (ROOT / path).read_text().replace("\\\n", "")
+    for said in re.findall(r'^ *fastlars_(?:stop|if_it_stops)\("(.*)"\)$', text, re.MULTILINE):
+        yield re.sub(r"\$(ENV)?\{\w+\}", "…", said).replace('\\"', '"')
+
+
 def in_sources() -> set[str]:
     found = {text for path in PYTHON for text in in_python(path)}
+    found |= {*in_setup(), *(text for path in CMAKE for text in in_cmake(path))}
     found |= {text for path in (CUDA, BINDINGS) for text in in_cxx(path)}
     return {text for text in found if says_something(text)}
 

@@ -10,8 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastlars._C import Mismatch as Mismatch  # args: (list, index, what differs)
+from fastlars import _C
 from fastlars.rules import GradientNorm, Rule
+
+Mismatch = _C.Mismatch  # args: (list, index, what differs)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,10 @@ def why_no_triton(device_type: str) -> str:
     try:
         from fastlars.backends.triton.launch import is_interpreted
     except ImportError as error:
-        return f"Triton cannot be imported ({error})"
+        return (
+            f"Triton cannot be imported ({error}): torch's builds for CUDA, ROCm and XPU bring it, "
+            "CPUs need none, and for other builds there is pip install 'fastlars[triton]'"
+        )
     if device_type == "cpu" and not is_interpreted():
         return "Triton serves cpu in its interpreter alone (TRITON_INTERPRET=1)"
     return ""

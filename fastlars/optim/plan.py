@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastlars._C as _C
+from fastlars import _C
 from fastlars.backends.base import Backend, Dtypes, Tensors
 from fastlars.backends.choose import ChoiceCache
 from fastlars.optim.checks import (

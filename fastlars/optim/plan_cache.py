@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-import fastlars._C as _C
+from fastlars import _C
 from fastlars.backends.base import Backend, Dtypes
 from fastlars.backends.cpu import viewer
 from fastlars.optim.dtensor import MeshDims, at_path

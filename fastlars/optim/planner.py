@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-import fastlars._C as _C
+from fastlars import _C
 from fastlars.backends.base import Mismatch
 from fastlars.optim.checks import check_lr, check_shared_memory, checked_rule, location
 from fastlars.optim.execute import BoundBatch, check_states_exist

@@ -266,6 +266,7 @@ def test_a_package_that_does_not_load(tmp_path: Path) -> None:
         ("tqdm", AttributeError("no attribute"), "tqdm is there but does not load: no attribute"),
         ("tqdm", ModuleNotFoundError("", name="tqdm"), "tqdm is not installed: pip install"),
         ("torch", ModuleNotFoundError("No module named 'sympy'", name="sympy"), "No module named"),
+        ("fastlars.optim.lars", ImportError("too short: reinstall", name="fastlars"), "too short"),
     ],
 )
 def test_how_a_package_fails(

@@ -39,6 +39,8 @@ def load(module: str, wanted_by: str = "", package: str = "") -> None:
         import_module(module)
         return
     except Exception as error:  # a broken package may raise anything
+        if isinstance(error, ImportError) and error.name == "fastlars":
+            raise TrainerError(str(error), everywhere=True) from None  # it names the cure itself
         why = f"is there but does not load: {one_line(error)}"
         if isinstance(error, ModuleNotFoundError) and error.name in (package, module):
             why, cure = "is not installed", "pip install 'fastlars[trainer]'"
