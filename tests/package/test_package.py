@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tarfile
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,12 @@ def test_extension_needs_neither_torch_nor_a_shared_cuda() -> None:
 
 def test_extension_exports_its_init_function_alone() -> None:
     assert symbols("--defined-only") == ["PyInit__C"]
+
+
+def test_notices_have_the_licence_of_pybind11() -> None:
+    (path,) = [path for path in distribution("pybind11").files or [] if path.name == "LICENSE"]
+    licence = " ".join(path.read_text().split())
+    assert licence in " ".join((ROOT / "THIRD_PARTY_NOTICES.txt").read_text().split())
 
 
 def test_build_needs_no_torch() -> None:
