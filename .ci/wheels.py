@@ -86,7 +86,7 @@ def main() -> int:
     parser.add_argument("--pythons", nargs="+", required=True, help="interpreters")
     parser.add_argument("--torches", nargs="+", required=True, help="versions, such as 2.10.*")
     parser.add_argument("--kernels", nargs="+", default=["1", "0"], help="values of FASTLARS_CUDA")
-    parser.add_argument("--index", default="", help="where else torch is looked for")
+    parser.add_argument("--index", default="", help="an index that comes before PyPI")
     given = parser.parse_args()
     out = given.out.resolve()
     must(*UV, "build", "-q", "--sdist", "-o", out, ".")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
+import sys
 import tarfile
+import zipfile
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -93,6 +96,21 @@ def test_build_needs_no_torch() -> None:
     (requires,) = re.findall(r"^requires = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.M)
     assert "scikit-build-core" in requires
     assert "torch" not in requires
+
+
+def test_editable_install_is_a_path_that_mypy_follows(source: Path, tmp_path: Path) -> None:
+    """setuptools writes an import hook for some layouts, which only a running Python follows."""
+    copy = shutil.copytree(source, tmp_path / "copy")
+    # Nothing is compiled: the extension is not what this looks at.
+    text = "cmake_minimum_required(VERSION 3.22)\nproject(nothing LANGUAGES NONE)\n"
+    (copy / "csrc/CMakeLists.txt").write_text(text)
+    code = "from scikit_build_core.setuptools.build_meta import build_editable as f; f('..')"
+    output(sys.executable, "-c", code, cwd=copy)
+    (built,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(built) as archive:
+        (pth,) = [name for name in archive.namelist() if "dist-info/" not in name]
+        assert pth.endswith(".pth")
+        assert archive.read(pth).decode().strip() == str(copy)
 
 
 def test_version_is_written_once() -> None:
