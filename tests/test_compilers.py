@@ -42,7 +42,7 @@ from tolerances import assert_same_bits
 pytestmark = pytest.mark.slow
 
 CMAKE = (ROOT / "csrc/CMakeLists.txt").read_text()
-# Problems for all mixes of types, and those for float32 alone: their thousands of elements take time.
+# Problems for all mixes of types, and those for float32 alone, with thousands of elements.
 SMALL = {"huge weights", "NaN gradient", "infinite weight", "ends of float16", "zeros"}
 LARGE = {"ordinary", "tiny", "around the cut"}
 
