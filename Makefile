@@ -127,6 +127,7 @@ dist: $(READY)
 
 # Downloads each torch that it tries: gigabytes.
 wheels: $(READY)
+	rm -rf dist/wheels
 	$(RUN) .ci/wheels.py --out dist/wheels --pythons $(PYTHONS) --torches $(foreach t,$(TORCHES),'$t') $(WHEELS_ARGS)
 
 clean:
