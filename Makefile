@@ -9,6 +9,7 @@
 # BENCH_COMPARE  rows to hold its ratios against, such as benchmarks/results/cpu.csv
 # GPU_OUT      where `make gpu` writes its page, figures and logs
 # GPU_AGAIN    stages of `make gpu` to run though they were run before: GPU_AGAIN="rows grid", or all
+# PYTHONS, TORCHES  interpreters and versions of torch that `make wheels` tries; WHEELS_ARGS, more arguments for it
 # PYTEST_ARGS  more arguments for pytest in `make test`, `make test-all`, `make bench` and `make gpu`, such as PYTEST_ARGS="-k lamb"
 
 PYTHON ?= python3
@@ -21,6 +22,9 @@ BENCH_CSV ?= .benchmarks/run.csv
 BENCH_COMPARE ?=
 GPU_OUT ?= benchmarks/results/gpu
 GPU_AGAIN ?=
+PYTHONS ?= $(PYTHON)
+TORCHES ?= 2.10.* 2.14.*
+WHEELS_ARGS ?=
 
 # The newest torch that has wheels for every Python of pyproject.toml, and the torchvision released with it.
 LOCKED_TORCH := torch==2.14.1 torchvision==0.29.1
@@ -45,7 +49,7 @@ endif
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all bench triton-code docs gpu gpu-first gpu-test gpu-counters gpu-bench lint format lock dist clean
+.PHONY: help setup train test test-all bench triton-code docs gpu gpu-first gpu-test gpu-counters gpu-bench lint format lock dist wheels clean
 .NOTPARALLEL:
 # Only what is complete counts as made.
 .DELETE_ON_ERROR:
@@ -63,6 +67,7 @@ help:
 	@echo 'make format  bring the sources into style'
 	@echo 'make lock    choose the newest versions of all packages again, and write requirements.lock'
 	@echo 'make dist    build, repair and try the sdist and the wheel of this Python in dist'
+	@echo 'make wheels  build wheels with and without CUDA kernels, and try them under several Pythons and torches'
 	@echo 'make setup   set up $(VENV), and nothing else'
 	@echo 'make clean   remove what was built and cached; environments and runs stay'
 	@echo
@@ -123,6 +128,11 @@ dist: $(READY)
 	$(RUN) -m twine check --strict dist/*
 	FASTLARS_WHEEL="$$(echo dist/*.whl)" $(RUN) -m pytest tests/package/test_wheel.py $(PYTEST_ARGS)
 	@ls -l dist
+
+# Downloads each torch that it tries: gigabytes.
+wheels: $(READY)
+	rm -rf dist/wheels
+	$(RUN) .ci/wheels.py --out dist/wheels --pythons $(PYTHONS) --torches $(foreach t,$(TORCHES),'$t') $(WHEELS_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info fastlars/*.so $(TESTED)/.built

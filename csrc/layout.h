@@ -6,7 +6,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
 #include <optional>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "core/dtype.h"
@@ -16,8 +19,8 @@ namespace fastlars {
 
 // A tensor that cannot be paired with its weight: args are (list, index, what differs).
 struct Mismatch : std::exception {
-  Mismatch(std::string list, std::size_t index, std::string what)
-      : list(std::move(list)), index(index), what_differs(std::move(what)) {}
+  Mismatch(std::string in, std::size_t at, std::string what)
+      : list(std::move(in)), index(at), what_differs(std::move(what)) {}
   std::string list;
   std::size_t index;
   std::string what_differs;

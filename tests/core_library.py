@@ -33,7 +33,7 @@ def load(instruction_set: str) -> ctypes.CDLL:
     if instruction_set == "avx2":
         if platform.machine() not in ("x86_64", "AMD64") or not torch.cpu._is_avx2_supported():
             pytest.skip("this machine has no AVX2")
-        flags += ["-mavx2", "-mf16c"]
+        flags.append("-mavx2")
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "core.so"
         sources = [Path(__file__).with_name("core.cpp"), ROOT / "csrc/cpu/isa.cpp"]

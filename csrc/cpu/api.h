@@ -23,7 +23,7 @@ void apply(const Rule& rule, const StepScalars& scalars, TensorList& list,
 template <class Rule>
 void step(const Rule& rule, const StepScalars& scalars, TensorList& list, float* ratios);
 
-// The instruction set that the loops run with: "avx2" or "baseline".
+// The instruction set that the loops run with: "avx2" or "baseline"; "neon" on ARM.
 const char* instruction_set();
 
 }  // namespace fastlars::cpu

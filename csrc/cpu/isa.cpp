@@ -15,7 +15,7 @@ bool has_avx2() {
     const char* forced = std::getenv("FASTLARS_CPU");
     if (forced != nullptr && std::strcmp(forced, "baseline") == 0) return false;
 #if defined(__x86_64__)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") != 0;
 #else
     return false;
 #endif
@@ -32,6 +32,12 @@ bool prefetches() {
 #endif
 }
 
-const char* instruction_set() { return has_avx2() ? "avx2" : "baseline"; }
+const char* instruction_set() {
+#if defined(__aarch64__)
+  return "neon";  // a part of every 64-bit ARM processor: the baseline has it
+#else
+  return has_avx2() ? "avx2" : "baseline";
+#endif
+}
 
 }  // namespace fastlars::cpu

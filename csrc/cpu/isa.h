@@ -11,7 +11,7 @@ bool has_avx2();
 // then knows that no store of the loop changes what it has captured.
 #if defined(__x86_64__)
 template <class Body>
-__attribute__((target("avx2,f16c"))) void run_avx2(const Body& body) {
+__attribute__((target("avx2"))) void run_avx2(const Body& body) {
   const Body copy = body;
   copy();
 }

@@ -36,7 +36,11 @@ void for_each(int size, const Each& each, const T*... arrays) {
     for (int begin = 0; begin < size; begin += kStrip) {
       if (ahead) (prefetch(arrays + begin), ...);
       const int end = begin + kStrip < size ? begin + kStrip : size;
+#if defined(__clang__)
+#pragma clang loop vectorize(assume_safety)
+#else
 #pragma GCC ivdep
+#endif
       for (int i = begin; i < end; ++i) each(i);
     }
   });

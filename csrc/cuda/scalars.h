@@ -47,8 +47,8 @@ struct DeviceScalars {
     lr_kind = scale_kind = skip_kind = SourceKind::float64;
   }
 
-  DeviceScalars(const ScalarAddresses& addresses, double limit, double sign)
-      : square_norm(reinterpret_cast<const double*>(addresses[3].first)), limit(limit) {
+  DeviceScalars(const ScalarAddresses& addresses, double norm_limit, double sign)
+      : square_norm(reinterpret_cast<const double*>(addresses[3].first)), limit(norm_limit) {
     const auto set = [](const ScalarAddress& address, ScalarSource& source, SourceKind& kind) {
       if (address.first == 0) return;
       source.float64 = reinterpret_cast<const double*>(address.first);

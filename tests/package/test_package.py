@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+import shutil
+import sys
 import tarfile
+import zipfile
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -82,10 +86,31 @@ def test_extension_exports_its_init_function_alone() -> None:
     assert symbols("--defined-only") == ["PyInit__C"]
 
 
+def test_notices_have_the_licence_of_pybind11() -> None:
+    (path,) = [path for path in distribution("pybind11").files or [] if path.name == "LICENSE"]
+    licence = " ".join(path.read_text().split())
+    assert licence in " ".join((ROOT / "THIRD_PARTY_NOTICES.txt").read_text().split())
+
+
 def test_build_needs_no_torch() -> None:
     (requires,) = re.findall(r"^requires = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.M)
     assert "scikit-build-core" in requires
     assert "torch" not in requires
+
+
+def test_editable_install_is_a_path_that_mypy_follows(source: Path, tmp_path: Path) -> None:
+    """setuptools writes an import hook for some layouts, which only a running Python follows."""
+    copy = shutil.copytree(source, tmp_path / "copy")
+    # Nothing is compiled: the extension is not what this looks at.
+    text = "cmake_minimum_required(VERSION 3.22)\nproject(nothing LANGUAGES NONE)\n"
+    (copy / "csrc/CMakeLists.txt").write_text(text)
+    code = "from scikit_build_core.setuptools.build_meta import build_editable as f; f('..')"
+    output(sys.executable, "-c", code, cwd=copy)
+    (built,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(built) as archive:
+        (pth,) = [name for name in archive.namelist() if "dist-info/" not in name]
+        assert pth.endswith(".pth")
+        assert archive.read(pth).decode().strip() == str(copy)
 
 
 def test_version_is_written_once() -> None:

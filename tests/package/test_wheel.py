@@ -28,6 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("package")]
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 (VERSION,) = re.findall(r'^version = "(.*)"', PYPROJECT, re.M)
 (OLDEST,) = re.findall(r'^    "torch>=(.*)"', PYPROJECT, re.M)
+LICENCES = ("LICENSE", "THIRD_PARTY_NOTICES.txt")
 # What any optimizer promises, and the equations: with the back ends that a user's torch is given.
 CONTRACT = ("test_optimizer_contract.py", "test_checkpoints.py", "test_equations.py")
 # No variable of ours, no working directory, no packages of the user's: what is installed, alone.
@@ -68,6 +69,8 @@ def test_wheel_holds_the_package_and_one_extension(wheel: Path) -> None:
     wanted = {*files("fastlars", suffixes=(".py", ".pyi", ".typed"))}
     assert wanted <= set(held), sorted(wanted - set(held))
     assert len([name for name in held if re.fullmatch(r"fastlars/_C\..*\.so", name)]) == 1
+    licences = {f"fastlars-{VERSION}.dist-info/licenses/{name}" for name in LICENCES}
+    assert licences <= set(held)
     # Libraries that a repair has added would be fastlars.libs/*.
     parts = (f"fastlars-{VERSION}.dist-info/", "fastlars/")
     assert not [name for name in held if not name.startswith(parts)]
