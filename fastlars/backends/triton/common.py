@@ -3,7 +3,7 @@
 A rule's module has the rule's name, and holds its arithmetic and its kernels. ``prepare`` has one
 program for each tensor, which computes the tensor's coefficients in float64. ``measure`` and
 ``apply`` have one program for each chunk of a tensor, and load the coefficients in float32. If each
-chunk computed them, it would wait for up to 150 operations in float64, of which many GPUs do two
+chunk computed them, it would wait for a hundred operations in float64, of which many GPUs do two
 per clock cycle.
 
 Division and square root round as IEEE 754 requires, and kernels are compiled without fused
