@@ -17,7 +17,7 @@ from fastlars.backends import choose, selfcheck
 
 triton = pytest.importorskip("triton")
 
-from fastlars.backends.triton import memory  # noqa: E402
+from fastlars.backends.triton import memory, table  # noqa: E402
 from fastlars.backends.triton.backend import Triton, kernels  # noqa: E402
 from fastlars.backends.triton.launch import is_interpreted  # noqa: E402
 from fastlars.backends.triton.table import DeviceTables  # noqa: E402
@@ -65,7 +65,7 @@ def test_tables_are_made_on_the_host_whatever_the_default_device() -> None:
     assert given.numel.tolist() == [3, BLOCK + 1]
     assert given.chunks.tolist() == [[0, 0], [1, 0], [1, 1]]
     assert given.first_chunk.tolist() == [0, 1, 3]
-    assert {table.device.type for table in given} == {"cpu"}
+    assert {each.device.type for each in given} == {"cpu"}
 
 
 def test_tables_are_uploaded_again_only_when_a_tensor_has_moved() -> None:
@@ -76,6 +76,25 @@ def test_tables_are_uploaded_again_only_when_a_tensor_has_moved() -> None:
     moved = tables.get(Moved())
     assert [a is b for a, b in zip(moved, first, strict=True)] == [False] + [True] * 6
     assert tables.get(NotMoved()) is moved
+
+
+def test_what_a_graph_uploads_is_used_in_its_capture_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weights = [torch.ones(3)]
+    uploader = Uploader(weights)
+    tables = DeviceTables(weights, uploader)
+    eager = tables.get(NotMoved())
+    with monkeypatch.context() as capture:
+        capture.setattr(table, "is_capturing", lambda device: True)
+        assert tables.get(NotMoved()) is eager  # its uploads are done: none at each replay
+        captured = tables.get(Moved())
+        assert captured.table is not eager.table
+        assert tables.get(NotMoved()) is captured
+    assert uploader.read_at_replay == [eager, captured, captured]
+    after = tables.get(NotMoved())
+    assert not any(a is b for a, b in zip(after, captured, strict=True))
+    assert tables.get(NotMoved()) is after
 
 
 def test_interpreter_stays_in_its_own_process() -> None:

@@ -154,18 +154,18 @@ class Triton:
     ) -> None:
         """Store the sums of each chunk in ``slots``. A rule whose measure writes counts the step,
         and advances its states."""
-        dtypes, given = bound.tensors.dtypes, bound.workspace
-        types = types_of(dtypes, bool(bound.tensors.states), False)
+        given, stored = bound.workspace, (bound.tensors.dtypes, bool(bound.tensors.states), False)
+        types = types_of(*stored)
         if its.rule.measure_writes:
             self._prepare(its, bound, scalars, None, None)
-            kind: tuple[Any, ...] = (dtypes,)
+            kind: tuple[Any, ...] = stored
             arguments: tuple[Any, ...] = (
                 *(given.table, given.sizes, given.chunks, given.coefficients, given.slots),
                 types,
             )
         else:
             doubles = scalars.doubles
-            kind = (dtypes, its.words, doubles is None)
+            kind = (stored, its.words, doubles is None)
             arguments = (
                 *(given.table, given.numel, given.chunks, given.slots, doubles),
                 *(scalars.lr, scalars.gradient_scale, its.argument, types),
@@ -197,11 +197,11 @@ class Triton:
     def _apply_chunks(
         self, its: RuleKernels, bound: TritonBoundTensors, scalars: StepScalars
     ) -> None:
-        rounds = scalars.seed is not None
-        dtypes, given = bound.tensors.dtypes, bound.workspace
+        given, rounds = bound.workspace, scalars.seed is not None
+        stored = bound.tensors.dtypes, bool(bound.tensors.states), rounds
         arguments = (
             *(given.table, given.sizes, given.chunks, given.coefficients, scalars.seed or 0),
-            *(its.argument, types_of(dtypes, bool(bound.tensors.states), rounds)),
+            *(its.argument, types_of(*stored)),
         )
-        count, kind = bound.layout.tables.chunk_count, (dtypes, rounds, its.words)
+        count, kind = bound.layout.tables.chunk_count, (stored, its.words)
         bound.layout.launch(its.module.apply, count, kind, its.options, arguments)

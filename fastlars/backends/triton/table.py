@@ -69,25 +69,33 @@ class DeviceTables:
         ]
         self._latest: Workspace | None = None
         self._stream = 0
+        self._filled_at_replay = False  # some table of `_latest` is uploaded by a CUDA graph
 
     def get(self, tensor_list: Any) -> Workspace:
         """The workspace with the addresses of these tensors, for launches on the current stream."""
         moved = tensor_list.write_table(self._addresses.data_ptr())
+        capturing = is_capturing(self.device)
         stream = 0
         if self.device.type != "cpu":
             stream = torch.accelerator.current_stream(self.device).stream_id
-        workspace = self._latest if stream == self._stream else None
-        self._latest = None  # if an upload fails, the next step tries again
-        if workspace is None:
-            workspace = self._new_workspace()
+        workspace, self._latest = (
+            self._latest,
+            None,
+        )  # if an upload fails, the next step tries again
+        if self._filled_at_replay:
+            usable = capturing and stream == self._stream
+        else:  # torch.cuda.graph waits for the device, and so for the uploads, before it captures
+            usable = capturing or stream == self._stream
+        if workspace is None or not usable:
+            workspace, self._filled_at_replay = self._new_workspace(), capturing
         elif moved:
             workspace = workspace._replace(table=self._address_uploader.upload())
-        if is_capturing(self.device):
-            # Its uploads are filled when the graph is replayed: the next eager step must make its
-            # own.
+            self._filled_at_replay = capturing
+        if capturing:
             self._uploader.read_at_replay.append(workspace)
-        else:
-            self._latest, self._stream = workspace, stream
+        self._latest = workspace
+        if self._filled_at_replay or not capturing:
+            self._stream = stream
         return workspace
 
     def _new_workspace(self) -> Workspace:
