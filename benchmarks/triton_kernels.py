@@ -80,7 +80,7 @@ KERNELS = {
     "LARS apply": Kernel(LARS, "apply", 3, 2, 3, typed=True),
     "LARS apply without momentum": Kernel(LarsRule(momentum=0.0), "apply", 2, 1, 2),
     "LAMB prepare before measure": Kernel(
-        LambRule(), "prepare", absent=("slots", "sums", "device_scalars")
+        LambRule(), "prepare", absent=("slots", "sums", "ratios", "device_scalars")
     ),
     "LAMB measure": Kernel(LambRule(), "measure", 4, 2, 1, typed=True),
     "LAMB prepare": Kernel(LambRule(), "prepare", absent=("sums",)),

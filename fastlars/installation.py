@@ -128,9 +128,12 @@ def _torch_version() -> str | None:
 def _missing_bytes(path: str) -> int:
     """How many bytes a 64-bit ELF file lacks at its end. Loading a file that was cut off kills the
     process, instead of raising an error."""
-    with open(path, "rb") as file:
-        header = file.read(64)
-        size = file.seek(0, 2)
+    try:
+        with open(path, "rb") as file:
+            header = file.read(64)
+            size = file.seek(0, 2)
+    except OSError:  # in a frozen program there is no such file
+        return 0
     if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
         return 0
     # The table of sections is at the end.

@@ -36,6 +36,7 @@ while not Path(folder, "go").exists():
 begin = time.perf_counter()
 for name in names:
     with contextlib.nullcontext() if how == "without" else alone(name):
+        Path(folder, f"entered-{how}").touch()
         compiled(name, TARGETS["sm_90"])
         if how not in ("alone", "without"):
             Path(folder, "held").touch()

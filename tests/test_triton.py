@@ -17,6 +17,7 @@ from fastlars.backends import choose, selfcheck
 
 triton = pytest.importorskip("triton")
 
+from fastlars.backends import upload  # noqa: E402
 from fastlars.backends.triton import memory, table  # noqa: E402
 from fastlars.backends.triton.backend import Triton, kernels  # noqa: E402
 from fastlars.backends.triton.launch import is_interpreted  # noqa: E402
@@ -78,22 +79,25 @@ def test_tables_are_uploaded_again_only_when_a_tensor_has_moved() -> None:
     assert tables.get(NotMoved()) is moved
 
 
-def test_what_a_graph_uploads_is_used_in_its_capture_alone(
+def test_a_graph_uploads_what_has_moved_and_for_itself_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     weights = [torch.ones(3)]
     uploader = Uploader(weights)
     tables = DeviceTables(weights, uploader)
-    eager = tables.get(NotMoved())
-    with monkeypatch.context() as capture:
-        capture.setattr(table, "is_capturing", lambda device: True)
-        assert tables.get(NotMoved()) is eager  # its uploads are done: none at each replay
-        captured = tables.get(Moved())
-        assert captured.table is not eager.table
-        assert tables.get(NotMoved()) is captured
-    assert uploader.read_at_replay == [eager, captured, captured]
+    eager, pinned = tables.get(NotMoved()), []
+    for module in (table, upload):
+        monkeypatch.setattr(module, "is_capturing", lambda device: True)
+    monkeypatch.setattr(Uploader, "pinned_copy", lambda _, values: pinned.append(values))
+    assert tables.get(NotMoved()) is eager  # its uploads are done: none at each replay
+    captures = [tables.get(Moved()), tables.get(NotMoved()), tables.get(NotMoved())]
+    assert len({id(capture.table) for capture in (eager, *captures)}) == 4
+    assert all(capture.chunks is eager.chunks for capture in captures)
+    assert pinned == []  # pinned memory cannot be allocated during capture
+    monkeypatch.undo()
     after = tables.get(NotMoved())
-    assert not any(a is b for a, b in zip(after, captured, strict=True))
+    assert not any(after.table is capture.table for capture in captures)
+    assert after.chunks is eager.chunks
     assert tables.get(NotMoved()) is after
 
 
@@ -174,3 +178,9 @@ def test_chunks_are_read_and_written_by_vectors(name: str) -> None:
     # Coefficients are computed by `prepare` alone. Rare branches take sums again in float64.
     if kernel.function == "apply":
         assert ".f64" not in ptx
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if "prepare" in name])
+def test_a_tensor_has_one_warp(name: str) -> None:
+    """All its threads read the counter before one of them writes it, and no barrier is between."""
+    assert compiled(name, TARGETS["sm_90"]).metadata.num_warps == 1

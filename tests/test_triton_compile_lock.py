@@ -54,7 +54,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
         process.communicate()
 
 
-def _wait_for(what: Callable[[], bool], seconds: float = 120.0) -> None:
+def _wait_for(what: Callable[[], bool], seconds: float = 600.0) -> None:
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, "nothing happened"
@@ -63,7 +63,7 @@ def _wait_for(what: Callable[[], bool], seconds: float = 120.0) -> None:
 
 def _compiled(process: subprocess.Popen[str]) -> int:
     """How many kernels a process has compiled."""
-    printed, _ = process.communicate(timeout=120)
+    printed, _ = process.communicate(timeout=600)
     assert process.returncode == 0
     return int(printed.split()[0])
 
@@ -108,8 +108,8 @@ def test_a_killed_process_blocks_nobody(
     _wait_for(Path(tmp_path, "held").exists)
     second = start("alone")
     _wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == 2)
-    with pytest.raises(subprocess.TimeoutExpired):  # it does wait
-        second.wait(0.3)
+    time.sleep(0.3)
+    assert not Path(tmp_path, "entered-alone").exists()  # it does wait
     first.send_signal(signal.SIGKILL)
     assert _compiled(second) == len(KERNELS) - 1  # the first one has left its first kernel
 

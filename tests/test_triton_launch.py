@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
@@ -41,6 +41,7 @@ RATES, SEEDS = (0.1, 1.0, 16.0), (3, 2**61 + 16, 1)
 @pytest.fixture
 def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NoLaunches]:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(launch, "_compiled", {})
     found, before = NoLaunches(), vars(driver).copy()
     driver.set_active(found)
     yield found
@@ -135,18 +136,37 @@ def test_triton_is_asked_once_for_each_kernel(
     notes: NoLaunches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Triton looks at every argument of every call, which takes longer than the rest of a step."""
-    asked: list[Any] = []
+    asked = []
+    warmup = triton.JITFunction.warmup
 
-    def compiled(kernel: Any, *given: Any) -> Callable[..., None]:
+    def noted(kernel: Any, *arguments: Any, **options: Any) -> Any:
         asked.append(kernel)
-        return lambda *arguments: None
+        return warmup(kernel, *arguments, **options)
 
-    monkeypatch.setattr(launch, "_compiled", compiled)
+    monkeypatch.setattr(triton.JITFunction, "warmup", noted)
     run, rule = _run("LAMB of the paper")
-    bound = run.bind()
-    for rate in RATES:
+    for bound, rate in product((run.bind(), run.bind()), RATES):  # two plans
         run.backend.step(replace(rule, beta1=rate / 20), bound, StepScalars(rate))
     assert len(asked) == 4
+    assert len(notes.launched) == 4 * 2 * len(RATES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_kernel_that_does_not_compile_leaves_everything_as_it_was(
+    name: str, notes: NoLaunches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, rule = _run(name)
+    compiled = launch.Launcher._compile
+
+    def fails(launcher: Any, kernel: Any, *given: Any) -> Any:
+        if kernel.__name__ == "apply":
+            raise RuntimeError("no compiler")
+        return compiled(launcher, kernel, *given)
+
+    monkeypatch.setattr(launch.Launcher, "_compile", fails)
+    with pytest.raises(RuntimeError, match="no compiler"):
+        run.backend.step(rule, run.bind(), StepScalars(0.1))
+    assert notes.launched == []
 
 
 def test_sums_of_a_caller_may_begin_anywhere(notes: NoLaunches) -> None:

@@ -70,24 +70,28 @@ class Uploader:
 class TableUploader:
     """Uploads a host table, as it is at each call.
 
-    Pinned memory cannot be allocated during capture, so one pinned buffer is held in reserve.
+    Pinned memory cannot be allocated during capture, so one pinned buffer is held in reserve. A
+    second upload of the same values in a capture reads the same buffer.
     """
 
     def __init__(self, uploader: Uploader, table: Tensor) -> None:
         self._uploader = uploader
         self._table = table
         self._reserve = None if is_capturing(uploader.device) else uploader.pinned_copy(table)
+        self._captured: Tensor | None = None  # the buffer that a graph reads
 
     def upload(self) -> Tensor:
         """A copy of the table on the device."""
-        capturing = is_capturing(self._uploader.device)
-        if capturing and self._reserve is not None:
-            pinned, self._reserve = self._reserve.copy_(self._table), None
-        else:
-            pinned = self._uploader.pinned_copy(self._table)
-        if self._reserve is None and not capturing:
-            self._reserve = self._uploader.pinned_copy(self._table)
-        return self._uploader.upload(pinned)
+        if not is_capturing(self._uploader.device):
+            if self._reserve is None:
+                self._reserve = self._uploader.pinned_copy(self._table)
+            return self._uploader.upload(self._uploader.pinned_copy(self._table))
+        if self._captured is None or not torch.equal(self._captured, self._table):
+            if self._reserve is None:
+                self._captured = self._uploader.pinned_copy(self._table)
+            else:
+                self._captured, self._reserve = self._reserve.copy_(self._table), None
+        return self._uploader.upload(self._captured)
 
 
 class UploadedTensors:

@@ -15,7 +15,7 @@ from fastlars.backends import cpu
 from fastlars.backends.base import Dtypes, StepScalars, Tensors, checked_sums
 from fastlars.backends.triton import sums
 from fastlars.backends.triton.common import rule_argument, rule_options
-from fastlars.backends.triton.launch import Launcher
+from fastlars.backends.triton.launch import Launch, Launcher
 from fastlars.backends.triton.memory import Types
 from fastlars.backends.triton.table import DeviceTables, Workspace
 from fastlars.backends.upload import Uploader, device_guard
@@ -24,8 +24,9 @@ from fastlars.rules import GradientNorm, Rule
 LANES = 1024  # numbers that `sums_of` adds at once
 # Without fused multiply-add, which rounds once where other back ends round twice.
 OPTIONS: dict[str, Any] = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
-# For kernels that work on a few numbers per tensor and not on its elements. Every thread computes
-# the coefficients, so more warps would do more of the slow operations in float64.
+# For kernels that work on a few numbers per tensor and not on its elements. One warp: every thread
+# computes the coefficients, so more would do more of the slow operations in float64. And every
+# thread reads the counter before one of them writes it: a second warp could read the new value.
 SMALL_OPTIONS: dict[str, Any] = {**OPTIONS, "num_warps": 1}
 DTYPES = {
     torch.float32: tl.constexpr(tl.float32),
@@ -80,7 +81,7 @@ class TritonLayout:
 
     expected: Any  # fastlars._C.Layout: what `bind` compares tensors with
     tables: DeviceTables
-    launch: Launcher
+    launcher: Launcher
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Triton:
 
     def layout(self, weights: list[Tensor]) -> TritonLayout:
         tables = DeviceTables(weights, Uploader(weights))
-        return TritonLayout(self._checker.layout(weights), tables, Launcher())
+        return TritonLayout(self._checker.layout(weights), tables, Launcher(tables.device))
 
     def bind(self, tensors: Tensors, layout: TritonLayout) -> TritonBoundTensors:
         tensor_list = self._checker.bind(tensors, layout.expected).tensor_list
@@ -123,41 +124,49 @@ class Triton:
         found = bound.empty(tables.tensor_count, rule.sums, dtype=torch.float64)
         arguments = (given.first_chunk, given.slots, found, rule.sums, LANES)
         with device_guard(tables.device):
-            self._measure_chunks(kernels(rule), bound, scalars)
-            bound.layout.launch(
-                sums.total, tables.tensor_count, rule.sums, SMALL_OPTIONS, arguments
+            _run(
+                *self._measure_chunks(kernels(rule), bound, scalars),
+                bound.layout.launcher(
+                    sums.total, tables.tensor_count, rule.sums, SMALL_OPTIONS, arguments
+                ),
             )
         return found
 
     def apply(
         self, rule: Rule, bound: TritonBoundTensors, scalars: StepScalars, sums: Tensor | None
     ) -> Tensor:
-        tables = bound.layout.tables
+        its, tables = kernels(rule), bound.layout.tables
         sums = checked_sums(rule, sums, tables.tensor_count, tables.device)
+        ratios = bound.empty(tables.tensor_count, dtype=torch.float32)
         with device_guard(tables.device):
-            ratios = self._prepare(kernels(rule), bound, scalars, None, sums)
-            self._apply_chunks(kernels(rule), bound, scalars)
+            _run(
+                self._prepare(its, bound, scalars, None, sums, ratios),
+                self._apply_chunks(its, bound, scalars),
+            )
         return ratios
 
     def step(self, rule: Rule, bound: TritonBoundTensors, scalars: StepScalars) -> Tensor:
         if not rule.adapt:
             return self.apply(rule, bound, scalars, None)
-        its = kernels(rule)
-        with device_guard(bound.layout.tables.device):
-            self._measure_chunks(its, bound, scalars)
-            ratios = self._prepare(its, bound, scalars, bound.workspace.slots, None)
-            self._apply_chunks(its, bound, scalars)
+        its, tables = kernels(rule), bound.layout.tables
+        ratios = bound.empty(tables.tensor_count, dtype=torch.float32)
+        with device_guard(tables.device):
+            _run(
+                *self._measure_chunks(its, bound, scalars),
+                self._prepare(its, bound, scalars, bound.workspace.slots, None, ratios),
+                self._apply_chunks(its, bound, scalars),
+            )
         return ratios
 
     def _measure_chunks(
         self, its: RuleKernels, bound: TritonBoundTensors, scalars: StepScalars
-    ) -> None:
+    ) -> list[Launch]:
         """Store the sums of each chunk in ``slots``. A rule whose measure writes counts the step,
         and advances its states."""
         given, stored = bound.workspace, (bound.tensors.dtypes, bool(bound.tensors.states), False)
-        types = types_of(*stored)
+        launches, types = [], types_of(*stored)
         if its.rule.measure_writes:
-            self._prepare(its, bound, scalars, None, None)
+            launches.append(self._prepare(its, bound, scalars, None, None, None))
             kind: tuple[Any, ...] = stored
             arguments: tuple[Any, ...] = (
                 *(given.table, given.sizes, given.chunks, given.coefficients, given.slots),
@@ -171,7 +180,10 @@ class Triton:
                 *(scalars.lr, scalars.gradient_scale, its.argument, types),
             )
         count = bound.layout.tables.chunk_count
-        bound.layout.launch(its.module.measure, count, kind, its.options, arguments)
+        launches.append(
+            bound.layout.launcher(its.module.measure, count, kind, its.options, arguments)
+        )
+        return launches
 
     def _prepare(
         self,
@@ -180,23 +192,23 @@ class Triton:
         scalars: StepScalars,
         slots: Tensor | None,
         sums: Tensor | None,
-    ) -> Tensor:
-        """Store the coefficients of each tensor; return the trust ratios, which the sums give: in
+        ratios: Tensor | None,
+    ) -> Launch:
+        """Store the coefficients of each tensor, and the trust ratios, which the sums give: in
         ``slots`` those of the chunks, in ``sums`` those of the tensors."""
-        count, given, doubles = bound.layout.tables.tensor_count, bound.workspace, scalars.doubles
-        ratios = bound.empty(count, dtype=torch.float32)
-        kind = (its.words, doubles is None, slots is None, sums is None)
+        given, doubles = bound.workspace, scalars.doubles
+        absent = tuple(each is None for each in (doubles, slots, sums, ratios))
         arguments = (
             *(given.table, given.numel, given.first_chunk, slots, sums, ratios, given.sizes),
             *(given.coefficients, doubles, scalars.lr, scalars.gradient_scale),
             *(its.argument, LANES),
         )
-        bound.layout.launch(its.module.prepare, count, kind, SMALL_OPTIONS, arguments)
-        return ratios
+        count, kind = bound.layout.tables.tensor_count, (its.words, absent)
+        return bound.layout.launcher(its.module.prepare, count, kind, SMALL_OPTIONS, arguments)
 
     def _apply_chunks(
         self, its: RuleKernels, bound: TritonBoundTensors, scalars: StepScalars
-    ) -> None:
+    ) -> Launch:
         given, rounds = bound.workspace, scalars.seed is not None
         stored = bound.tensors.dtypes, bool(bound.tensors.states), rounds
         arguments = (
@@ -204,4 +216,9 @@ class Triton:
             *(its.argument, types_of(*stored)),
         )
         count, kind = bound.layout.tables.chunk_count, (stored, its.words)
-        bound.layout.launch(its.module.apply, count, kind, its.options, arguments)
+        return bound.layout.launcher(its.module.apply, count, kind, its.options, arguments)
+
+
+def _run(*launches: Launch) -> None:
+    for launch in launches:
+        launch()

@@ -245,7 +245,8 @@ def prepare(
     else:
         weight, update = sums_of(tensor, first_chunk, slots, sums, 2, LANES)
         ratio = trust_ratio(rule, scalars, weight, update)
-    tl.store(ratios + tensor, ratio.to(tl.float32))
+    if ratios is not None:
+        tl.store(ratios + tensor, ratio.to(tl.float32))
     c = coefficients(rule, scalars, step, ratio)
     store_coefficients(tensor, numel, sizes, coefficient_table, scalars, c)
 

@@ -1,18 +1,25 @@
 """Launches kernels with little work on the host.
 
 Triton looks at every argument of every call, to find the kernel that was compiled for arguments of
-their kind; this takes longer than the launch itself. A :class:`Launcher` asks Triton once for each
-kind, and keeps the compiled kernel.
+their kind; this takes longer than the launch itself. Here Triton is asked once for each kind, and
+the compiled kernel is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
+import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 from fastlars.backends.triton import compile_lock, sums
+
+Launch: TypeAlias = Callable[[], None]
+# By kernel, kind and device, for the whole process: a model whose gradients come and go makes many
+# plans, each with a Launcher of its own.
+_compiled: dict[tuple[Any, Any, torch.device], Any] = {}
 
 
 def is_interpreted() -> bool:
@@ -21,9 +28,10 @@ def is_interpreted() -> bool:
 
 
 class Launcher:
-    """Launches kernels on one device, and each of them on one number of programs."""
+    """Makes launches on one device; each kernel always runs the same number of programs."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._launches: dict[tuple[Any, Any], Callable[..., None]] = {}
 
     def __call__(
@@ -33,12 +41,15 @@ class Launcher:
         kind: Any,
         options: dict[str, Any],
         arguments: tuple[Any, ...],
-    ) -> None:
-        """Launch a kernel on the current stream of the current device.
+    ) -> Launch:
+        """Compile a kernel if need be. Calling the result launches it on the current stream.
+
+        Nothing is launched before: a caller with several launches makes all of them first, so that
+        a kernel that does not compile leaves everything as it was.
 
         Args:
             kernel: a function with ``@triton.jit``.
-            programs: how many of them run; the same for each call with this kernel.
+            programs: how many of them run.
             kind: a hashable value that is the same in all calls for which Triton may use the same
                 compiled kernel: it stands for all arguments whose values are compiled in. It is
                 printed alike in all processes, which compile a kernel one after the other.
@@ -47,17 +58,24 @@ class Launcher:
         """
         launch = self._launches.get((kernel, kind))
         if launch is None:
-            with compile_lock.alone(f"{kernel} {kind}"):
-                launch = _compiled(kernel, programs, options, arguments)
+            grid = (programs, 1, 1)
+            if isinstance(kernel, InterpretedFunction):
+                launch = partial(kernel[grid], **options)
+            else:
+                launch = self._compile(kernel, grid, kind, options, arguments)[grid]
             self._launches[kernel, kind] = launch
-        launch(*arguments)
+        return partial(launch, *arguments)
 
-
-def _compiled(
-    kernel: Any, programs: int, options: dict[str, Any], arguments: tuple[Any, ...]
-) -> Callable[..., None]:
-    grid = (programs, 1, 1)
-    if isinstance(kernel, InterpretedFunction):
-        return lambda *given: kernel[grid](*given, **options)
-    launch: Callable[..., None] = kernel.warmup(*arguments, grid=grid, **options)[grid]
-    return launch
+    def _compile(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        kind: Any,
+        options: dict[str, Any],
+        arguments: tuple[Any, ...],
+    ) -> Any:
+        key = kernel, kind, self._device
+        if key not in _compiled:
+            with compile_lock.alone(f"{kernel} {kind}"):
+                _compiled[key] = kernel.warmup(*arguments, grid=grid, **options)
+        return _compiled[key]

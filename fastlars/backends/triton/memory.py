@@ -84,8 +84,8 @@ def pointers(base: tl.tensor, chunk: Chunk, DTYPE: tl.constexpr, WIDE: tl.conste
     STORAGE: tl.constexpr = tl.uint16 if DTYPE == tl.bfloat16 else DTYPE
     first = base.to(tl.pointer_type(STORAGE)) + chunk.begin
     if WIDE:
+        # A chunk begins at a multiple of BLOCK elements, so it is on such a boundary too.
         first = tl.multiple_of(first, 16)
-    # A chunk begins at a multiple of BLOCK elements, so the base address alone decides.
     return first + tl.arange(0, BLOCK)
 
 

@@ -63,39 +63,34 @@ class DeviceTables:
         # During capture gradients may have other addresses than before: TableUploader has pinned
         # memory for this case.
         self._address_uploader = TableUploader(uploader, self._addresses)
-        self._cut = [
-            TableUploader(uploader, table)
-            for table in (numel, chunks.to(torch.int32), first.to(torch.int32))
-        ]
-        self._latest: Workspace | None = None
+        self._cut = numel, chunks.to(torch.int32), first.to(torch.int32)
+        self._latest: Workspace | None = None  # filled on `_stream`
         self._stream = 0
-        self._filled_at_replay = False  # some table of `_latest` is uploaded by a CUDA graph
+        self._table: Tensor | None = None  # of `_latest`; None if a tensor has moved since
 
     def get(self, tensor_list: Any) -> Workspace:
         """The workspace with the addresses of these tensors, for launches on the current stream."""
-        moved = tensor_list.write_table(self._addresses.data_ptr())
+        if tensor_list.write_table(self._addresses.data_ptr()):
+            self._table = None
         capturing = is_capturing(self.device)
         stream = 0
         if self.device.type != "cpu":
             stream = torch.accelerator.current_stream(self.device).stream_id
-        workspace, self._latest = (
-            self._latest,
-            None,
-        )  # if an upload fails, the next step tries again
-        if self._filled_at_replay:
-            usable = capturing and stream == self._stream
-        else:  # torch.cuda.graph waits for the device, and so for the uploads, before it captures
-            usable = capturing or stream == self._stream
-        if workspace is None or not usable:
-            workspace, self._filled_at_replay = self._new_workspace(), capturing
-        elif moved:
-            workspace = workspace._replace(table=self._address_uploader.upload())
-            self._filled_at_replay = capturing
+        # A capture may use what another stream has uploaded: torch.cuda.graph waits for the device
+        # before it starts.
+        usable = stream == self._stream or capturing
+        workspace = self._latest if usable else None
+        if workspace is None:
+            workspace, self._table = self._new_workspace(), None
+        table = self._address_uploader.upload() if self._table is None else self._table
+        if table is not workspace.table:
+            workspace = workspace._replace(table=table)
         if capturing:
+            # What a graph uploads is filled when it is replayed. Neither an eager step nor another
+            # graph may use it.
             self._uploader.read_at_replay.append(workspace)
-        self._latest = workspace
-        if self._filled_at_replay or not capturing:
-            self._stream = stream
+        else:
+            self._latest, self._stream, self._table = workspace, stream, table
         return workspace
 
     def _new_workspace(self) -> Workspace:
@@ -104,9 +99,12 @@ class DeviceTables:
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=self.device)
 
-        numel, entries, first_chunk = (each.upload() for each in self._cut)
+        uploader = self._uploader
+        numel, entries, first_chunk = (
+            uploader.upload(uploader.pinned_copy(each)) for each in self._cut
+        )
         return Workspace(
-            table=self._address_uploader.upload(),
+            table=numel,  # to be replaced
             numel=numel,
             chunks=entries,
             first_chunk=first_chunk,
