@@ -10,8 +10,9 @@ from torch import Tensor
 from fastlars.backends.triton.memory import BLOCK, COLUMNS
 from fastlars.backends.triton.tensor import COEFFICIENTS
 from fastlars.backends.upload import TableUploader, Uploader, is_capturing
+from fastlars.rules import RULES
 
-MOST_SUMS = 2  # of any rule
+MOST_SUMS = max(rule.sums for rule in RULES)
 
 
 class Workspace(NamedTuple):

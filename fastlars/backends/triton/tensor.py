@@ -40,6 +40,7 @@ def store_coefficients(
 ) -> None:
     """Store what :func:`load_coefficients` returns for the tensor's chunks; and how many of the
     tensor's elements are stepped: none if the step is skipped."""
+    tl.static_assert(len(values) <= COEFFICIENTS)
     tl.store(sizes + tensor, tl.where(scalars.step_taken, tl.load(numel + tensor), 0))
     for which in tl.static_range(len(values)):
         tl.store(coefficient_table + COEFFICIENTS * tensor + which, values[which])
