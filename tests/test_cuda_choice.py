@@ -52,6 +52,7 @@ def _answers(
     monkeypatch.setattr(cuda, "kernel_device_type", lambda: "cuda")
     monkeypatch.setattr(cuda, "device_guard", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(choose, "why_no_triton", lambda device: triton)
+    monkeypatch.setattr(choose, "has_float64", lambda device: True)
 
 
 def _dtypes(weight: Tensor) -> Dtypes:
