@@ -161,8 +161,8 @@ class Triton:
     def _measure_chunks(
         self, its: RuleKernels, bound: TritonBoundTensors, scalars: StepScalars
     ) -> list[Launch]:
-        """Store the sums of each chunk in ``slots``. A rule whose measure writes counts the step,
-        and advances its states."""
+        """Launches that store the sums of each chunk in ``slots``. A rule whose measure writes
+        counts the step in them, and advances its states."""
         given, stored = bound.workspace, (bound.tensors.dtypes, bool(bound.tensors.states), False)
         launches, types = [], types_of(*stored)
         if its.rule.measure_writes:
@@ -194,7 +194,7 @@ class Triton:
         sums: Tensor | None,
         ratios: Tensor | None,
     ) -> Launch:
-        """Store the coefficients of each tensor, and the trust ratios, which the sums give: in
+        """A launch that stores each tensor's coefficients and trust ratio, which the sums give: in
         ``slots`` those of the chunks, in ``sums`` those of the tensors."""
         given, doubles = bound.workspace, scalars.doubles
         absent = tuple(each is None for each in (doubles, slots, sums, ratios))
@@ -209,6 +209,7 @@ class Triton:
     def _apply_chunks(
         self, its: RuleKernels, bound: TritonBoundTensors, scalars: StepScalars
     ) -> Launch:
+        """A launch that writes weights, and the states that ``measure`` has not written."""
         given, rounds = bound.workspace, scalars.seed is not None
         stored = bound.tensors.dtypes, bool(bound.tensors.states), rounds
         arguments = (
