@@ -67,31 +67,28 @@ class DeviceTables:
         self._cut = numel, chunks.to(torch.int32), first.to(torch.int32)
         self._latest: Workspace | None = None  # filled on `_stream`
         self._stream = 0
-        self._table: Tensor | None = None  # of `_latest`; None if a tensor has moved since
+        self._stale = False  # a tensor has moved since `_latest` was filled
 
     def get(self, tensor_list: Any) -> Workspace:
         """The workspace with the addresses of these tensors, for launches on the current stream."""
-        if tensor_list.write_table(self._addresses.data_ptr()):
-            self._table = None
+        self._stale |= tensor_list.write_table(self._addresses.data_ptr())
         capturing = is_capturing(self.device)
         stream = 0
         if self.device.type != "cpu":
             stream = torch.accelerator.current_stream(self.device).stream_id
+        workspace = self._latest
         # A capture may use what another stream has uploaded: torch.cuda.graph waits for the device
         # before it starts.
-        usable = stream == self._stream or capturing
-        workspace = self._latest if usable else None
-        if workspace is None:
-            workspace, self._table = self._new_workspace(), None
-        table = self._address_uploader.upload() if self._table is None else self._table
-        if table is not workspace.table:
-            workspace = workspace._replace(table=table)
+        if workspace is None or not (capturing or stream == self._stream):
+            workspace = self._new_workspace()
+        elif self._stale:
+            workspace = workspace._replace(table=self._address_uploader.upload())
         if capturing:
             # What a graph uploads is filled when it is replayed. Neither an eager step nor another
             # graph may use it.
             self._uploader.read_at_replay.append(workspace)
         else:
-            self._latest, self._stream, self._table = workspace, stream, table
+            self._latest, self._stream, self._stale = workspace, stream, False
         return workspace
 
     def _new_workspace(self) -> Workspace:
@@ -105,7 +102,7 @@ class DeviceTables:
             uploader.upload(uploader.pinned_copy(each)) for each in self._cut
         )
         return Workspace(
-            table=numel,  # to be replaced
+            table=self._address_uploader.upload(),
             numel=numel,
             chunks=entries,
             first_chunk=first_chunk,
