@@ -23,6 +23,26 @@ PAIRS = 7
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def parameters(count: int) -> list[Any]:
+    """Plain tensors of 16 elements, with gradients."""
+    import torch
+
+    made = [torch.nn.Parameter(torch.randn(4, 4)) for _ in range(count)]
+    for p in made:
+        p.grad = torch.randn(4, 4)
+    return made
+
+
+def median_us(optimizer: Any) -> float:
+    """The median of a block of steps, in microseconds."""
+    seconds = []
+    for _ in range(BLOCK):
+        start = time.perf_counter()
+        optimizer.step()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds) * 1e6
+
+
 def optimizers() -> dict[str, Any]:
     """By name, after a first step, which plans."""
     import torch
@@ -40,9 +60,7 @@ def optimizers() -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (8,))
     found: dict[str, Any] = {}
     for kind in (fastlars.LARS, fastlars.LAMB):
-        plain = [torch.nn.Parameter(torch.randn(4, 4)) for _ in range(TENSORS)]
-        for p in plain:
-            p.grad = torch.randn(4, 4)
+        plain = parameters(TENSORS)
         sharded = sharded_host.parameters(mesh, [Shard(0)], TENSORS)
         for what, params in (("tensors", plain), ("DTensors", sharded)):
             found[f"{kind.__name__}, {TENSORS} {what}"] = kind(params, lr=1e-6)
@@ -56,15 +74,7 @@ def answer() -> None:
     made = optimizers()
     print("; ".join(made), flush=True)
     for _ in sys.stdin:
-        medians = []
-        for optimizer in made.values():
-            seconds = []
-            for _ in range(BLOCK):
-                start = time.perf_counter()
-                optimizer.step()
-                seconds.append(time.perf_counter() - start)
-            medians.append(statistics.median(seconds) * 1e6)
-        print(*medians, flush=True)
+        print(*map(median_us, made.values()), flush=True)
 
 
 def child(checkout: Path) -> subprocess.Popen[str]:

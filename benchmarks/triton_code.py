@@ -30,11 +30,11 @@ Row = dict[str, Any]
 Job = tuple[str, str, str]  # kernel, types, target
 
 # Opcodes of NVIDIA's that compute in float64 or convert to or from it.
-_NVIDIA_F64 = re.compile(r"^(D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|MUFU\.\w*64H|\w+\.(\w+\.)*F64)")
+_NVIDIA_F64 = r"D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|MUFU\.\w*64H|\w+\.(\w+\.)*F64"
 # In PTX: multiplications that do not round before an addition, and what is approximate or flushes
 # subnormal numbers to 0. Kernels have none, so that all back ends round alike.
 _INEXACT = re.compile(r"fma\.rn\.f32|\w+\.approx[\w.]*|div\.full[\w.]*|\w+[\w.]*\.ftz")
-_AMD_F64 = re.compile(r"^v_\w*f64")
+_AMD_F64 = r"v_\w*f64"
 
 
 def _tool(option: str, cubin: Path) -> str:
@@ -62,7 +62,7 @@ def of_nvidia(cubin: bytes) -> dict[str, int]:
         "spills": _count(r"STL\b|LDL\b", code),
         "stack": usage["STACK"] + usage["LOCAL"],
         "instructions": len(code),
-        "float64": sum(bool(_NVIDIA_F64.match(each)) for each in code),
+        "float64": _count(_NVIDIA_F64, code),
         "wide": _count(r"(LD|ST)G?\.(\w+\.)*128\b", code),
     }
 
@@ -78,7 +78,7 @@ def of_amd(text: str) -> dict[str, int]:
         "spills": usage["vgpr_spill_count"] + usage["sgpr_spill_count"],
         "stack": usage["private_segment_fixed_size"],
         "instructions": len(code),
-        "float64": sum(bool(_AMD_F64.match(each)) for each in code),
+        "float64": _count(_AMD_F64, code),
         "wide": _count(r"(global|buffer|flat)_(load|store)_(dwordx4|b128)", code),
     }
 

@@ -13,7 +13,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from itertools import count, product
 from typing import Any
 
@@ -24,10 +23,11 @@ from triton.runtime import driver
 import fastlars
 from fastlars import _C
 from fastlars.backends import choose, cuda
+from host_turns import BLOCK, median_us, parameters
 
 # Triton keeps kernels by device: not those of one that is there.
 DEVICES = count(100)
-COUNTS, BLOCK = (161, 1000), 50
+COUNTS = (161, 1000)
 
 
 class NoLaunches:
@@ -76,14 +76,6 @@ def launch_nothing() -> NoLaunches:
     return notes
 
 
-def parameters(count: int) -> list[torch.nn.Parameter]:
-    """With gradients."""
-    made = [torch.nn.Parameter(torch.randn(4, 4)) for _ in range(count)]
-    for p in made:
-        p.grad = torch.randn(4, 4)
-    return made
-
-
 def optimizers(count: int) -> dict[str, Any]:
     """By name, after a first step, which plans."""
     made: dict[str, Any] = {}
@@ -108,13 +100,9 @@ def main(rounds: str = "40") -> int:
     times: dict[str, list[float]] = {name: [] for name in made}
     launches = {}
     for _, (name, optimizer) in product(range(int(rounds)), made.items()):
-        before, seconds = len(notes.launched), []
-        for _ in range(BLOCK):
-            start = time.perf_counter()
-            optimizer.step()
-            seconds.append(time.perf_counter() - start)
+        before = len(notes.launched)
+        times[name].append(median_us(optimizer))
         launches[name] = (len(notes.launched) - before) // BLOCK
-        times[name].append(statistics.median(seconds) * 1e6)
     print("| step | us | launches of Triton |\n|---|--:|--:|")
     for name, each in times.items():
         print(f"| {name} | {statistics.median(each):.0f} | {launches[name] or ''} |")
