@@ -1,6 +1,8 @@
 // Steps of the CPU back end without Python, for compilers and processors that have no torch here:
 // core_steps JOBS DATA. A line of JOBS is one step of one list; DATA holds the bytes of its
-// tensors, which are written back after all steps. test_compilers.py makes both files.
+// tensors, which are written back after all steps. The first line of JOBS has where each gap
+// between two tensors begins and ends in DATA; -DGUARD_GAPS lets AddressSanitizer stop whoever
+// reads or writes there. test_compilers.py makes both files.
 #include <cstdlib>
 #include <fstream>
 #include <iostream>
@@ -12,6 +14,12 @@
 
 #include "cpu/api.h"
 #include "rules/all.h"
+#ifdef GUARD_GAPS
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(address, size) static_cast<void>(size)
+#define ASAN_UNPOISON_MEMORY_REGION(address, size) static_cast<void>(size)
+#endif
 
 using namespace fastlars;
 
@@ -95,7 +103,13 @@ int main(int count, char** arguments) {
   std::ifstream in(arguments[2], std::ios::binary);
   std::vector<char> data{std::istreambuf_iterator<char>(in), {}};
   std::ifstream jobs(arguments[1]);
-  for (std::string line; std::getline(jobs, line);) {
+  std::string line;
+  std::getline(jobs, line);
+  const auto gaps = Job(line, data).integers();
+  for (std::size_t i = 0; i + 1 < gaps.size(); i += 2) {
+    ASAN_POISON_MEMORY_REGION(data.data() + gaps[i], gaps[i + 1] - gaps[i]);
+  }
+  while (std::getline(jobs, line)) {
     Job job(line, data);
     const std::string name = job.word();
     Compiled::for_each([&](auto rule) {
@@ -105,6 +119,7 @@ int main(int count, char** arguments) {
       }
     });
   }
+  ASAN_UNPOISON_MEMORY_REGION(data.data(), data.size());
   std::ofstream(arguments[2], std::ios::binary).write(data.data(), data.size());
   std::cout << cpu::instruction_set() << "\n";
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import inspect
 import io
@@ -98,7 +99,7 @@ def _start(
         try:
             for rank in range(size):
                 reader, writer = _context.Pipe(duplex=False)
-                where = (rank, size, f"{folder}/store", group_timeout)
+                where = (rank, size, folder, group_timeout)
                 process = _context.Process(
                     target=_work, args=(writer, where, call, payload), daemon=True
                 )
@@ -114,7 +115,8 @@ def _start(
                     break
                 for reader in ready:
                     rank = readers.pop(reader)
-                    found[rank] = _read(reader, rank, processes[rank], time.monotonic() - begun)
+                    seconds = time.monotonic() - begun
+                    found[rank] = _read(reader, rank, processes[rank], folder, seconds)
         finally:
             for process in processes:
                 process.kill()
@@ -123,13 +125,20 @@ def _start(
     return [found.get(rank) or Outcome(rank, error=late, seconds=timeout) for rank in range(size)]
 
 
-def _read(reader: Any, rank: int, process: Any, seconds: float) -> Outcome:
+def _read(reader: Any, rank: int, process: Any, folder: str, seconds: float) -> Outcome:
     try:
         value, error = pickle.loads(reader.recv_bytes())
     except EOFError:
         process.join()
-        return Outcome(rank, None, f"died with exit code {process.exitcode}", seconds)
+        stack = _stack(folder, rank)
+        said = stack.read_text() if stack.exists() else ""
+        return Outcome(rank, None, f"died with exit code {process.exitcode}\n{said}", seconds)
     return Outcome(rank, value, error, seconds)
+
+
+def _stack(folder: str, rank: int) -> Path:
+    """Where a process that crashes leaves the stack of every thread."""
+    return Path(folder, f"stack-{rank}")
 
 
 def _work(
@@ -139,7 +148,8 @@ def _work(
     payload: bytes,
 ) -> None:
     """In the new process."""
-    rank, size, store, seconds = where
+    rank, size, folder, seconds = where
+    faulthandler.enable(_stack(folder, rank).open("w"))
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -147,7 +157,7 @@ def _work(
     try:
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(store, size),
+            store=dist.FileStore(f"{folder}/store", size),
             rank=rank,
             world_size=size,
             timeout=timedelta(seconds=seconds),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -26,6 +27,12 @@ COUNTERS = ("step", "last_lr")
 WIDE, NARROW = 8, 5  # 5 rows over 4 ranks: shards of 2, 2, 1 and 0
 
 
+@functools.cache
+def cpu_mesh(*shape: int, names: tuple[str, ...] | None = None) -> DeviceMesh:
+    """One mesh for all models: each has process groups, and each of these has threads."""
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)
+
+
 def make_model(width: int = WIDE) -> nn.Sequential:
     """Two linear layers and a norm, the same on every rank."""
     torch.manual_seed(7)
@@ -35,7 +42,7 @@ def make_model(width: int = WIDE) -> nn.Sequential:
 def fsdp(policy: MixedPrecisionPolicy | None = None) -> nn.Module:
     """Every layer over 4 ranks, unevenly."""
     model = make_model(NARROW)
-    mesh = init_device_mesh("cpu", (4,))
+    mesh = cpu_mesh(4)
     for part in (*model, model):
         fully_shard(part, mesh=mesh, mp_policy=policy or MixedPrecisionPolicy())
     return model
@@ -48,7 +55,7 @@ def fsdp_bf16() -> nn.Module:
 def fsdp_columns() -> nn.Module:
     """One layer along its second dimension, where FSDP2 takes even shards alone."""
     model = make_model()
-    mesh = init_device_mesh("cpu", (4,))
+    mesh = cpu_mesh(4)
     columns = model[1].weight
     fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(1 if p is columns else 0))
     return model
@@ -57,7 +64,7 @@ def fsdp_columns() -> nn.Module:
 def hsdp() -> nn.Module:
     """Replicated over 2, sharded over 2."""
     model = make_model(NARROW)
-    fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("rep", "shard")))
+    fully_shard(model, mesh=cpu_mesh(2, 2, names=("rep", "shard")))
     return model
 
 
@@ -65,7 +72,7 @@ def tensor_parallel() -> nn.Module:
     """Linear layers over 4 ranks, one bias replicated; the norm has plain parameters."""
     model = make_model()
     plan = {"0": ColwiseParallel(), "1": RowwiseParallel()}
-    parallelize_module(model, init_device_mesh("cpu", (4,)), plan)
+    parallelize_module(model, cpu_mesh(4), plan)
     return model
 
 
@@ -77,7 +84,7 @@ def sequence_parallel() -> nn.Module:
         "1": RowwiseParallel(output_layouts=Shard(1)),
         "2": SequenceParallel(),
     }
-    parallelize_module(model, init_device_mesh("cpu", (4,)), plan)
+    parallelize_module(model, cpu_mesh(4), plan)
     return model
 
 
@@ -90,18 +97,18 @@ def _both(mesh: Any) -> nn.Module:
 
 def two_dimensions() -> nn.Module:
     """FSDP2 over tensor parallel: a mesh of 2 x 2, and one of 2 for the norm."""
-    return _both(init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp")))
+    return _both(cpu_mesh(2, 2, names=("dp", "tp")))
 
 
 def part_of_the_ranks() -> nn.Module:
     """As above in each half of the ranks: no mesh spans all of them."""
-    return _both(init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("pp", "dp", "tp")))
+    return _both(cpu_mesh(2, 1, 2, names=("pp", "dp", "tp")))
 
 
 def side_by_side() -> nn.Module:
     """One layer sharded, the others plain."""
     model = make_model(NARROW)
-    fully_shard(model[0], mesh=init_device_mesh("cpu", (4,)))
+    fully_shard(model[0], mesh=cpu_mesh(4))
     return model
 
 
