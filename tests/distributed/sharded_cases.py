@@ -29,7 +29,7 @@ WIDE, NARROW = 8, 5  # 5 rows over 4 ranks: shards of 2, 2, 1 and 0
 
 @functools.cache
 def cpu_mesh(*shape: int, names: tuple[str, ...] | None = None) -> DeviceMesh:
-    """One mesh for all models: each has process groups, and each of these has threads."""
+    """One mesh for the models of all cases: a mesh makes process groups, and a group threads."""
     return init_device_mesh("cpu", shape, mesh_dim_names=names)
 
 
