@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from child import python
 
 MARKED = """
 import os, pathlib, pytest
@@ -23,8 +22,7 @@ def test_a_group_stays_on_one_worker(tmp_path: Path) -> None:
     pytest.importorskip("xdist")
     test = tmp_path / "test_marked.py"
     test.write_text(MARKED)
-    command = (sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadgroup", str(test))
-    ours = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    done = subprocess.run(command, cwd=tmp_path, env=ours, capture_output=True, text=True)
-    assert "6 passed" in done.stdout, done.stdout + done.stderr
+    workers = ("-n", "2", "--dist", "loadgroup")
+    printed = python("-m", "pytest", "-p", "no:cacheprovider", *workers, str(test)).stdout
+    assert "6 passed" in printed, printed
     assert len(list(tmp_path.glob("gw*"))) == 1, "xdist_group has no effect"
