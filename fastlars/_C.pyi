@@ -14,6 +14,7 @@ class Layout:
     def __init__(self, viewer: Viewer, weights: list[Tensor]) -> None: ...
 
 class TensorList:
+    def set_step(self, seed: int | None, gradient_sums: int) -> None: ...
     def write_table(self, table: int) -> bool: ...
 
 TABLE_COLUMNS: int
@@ -41,7 +42,6 @@ def cpu_measure(
     tensors: TensorList,
     lr: float,
     gradient_scale: float,
-    gradient_sums: int,
     sums: int,
 ) -> None: ...
 def cpu_apply(
@@ -49,8 +49,6 @@ def cpu_apply(
     tensors: TensorList,
     lr: float,
     gradient_scale: float,
-    gradient_sums: int,
-    seed: int | None,
     sums: int,
     ratios: int,
 ) -> None: ...
@@ -59,8 +57,6 @@ def cpu_step(
     tensors: TensorList,
     lr: float,
     gradient_scale: float,
-    gradient_sums: int,
-    seed: int | None,
     ratios: int,
 ) -> None: ...
 def instruction_set() -> str: ...
@@ -96,7 +92,6 @@ def cuda_measure(
     tensors: TensorList,
     table: CudaChunkTable,
     scalars: CudaScalars,
-    gradient_sums: int,
     sums: int,
     stream: int,
     grid: int,
@@ -106,8 +101,6 @@ def cuda_apply(
     tensors: TensorList,
     table: CudaChunkTable,
     scalars: CudaScalars,
-    gradient_sums: int,
-    seed: int | None,
     sums: int,
     ratios: int,
     stream: int,
@@ -118,7 +111,6 @@ def cuda_step(
     tensors: TensorList,
     table: CudaChunkTable,
     scalars: CudaScalars,
-    gradient_sums: int,
     ratios: int,
     stream: int,
     grid: int,

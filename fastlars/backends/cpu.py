@@ -92,19 +92,25 @@ class Cpu:
             DTYPES[dtypes.copy] if dtypes.copy is not None else 0,
         )
 
+    def _call(
+        self,
+        call: Callable[..., None],
+        rule: Rule | GradientNorm,
+        bound: BoundTensors,
+        scalars: StepScalars,
+        *results: Tensor | None,
+    ) -> None:
+        """Call a function of the extension. ``results``: what it reads and writes per tensor."""
+        given = checked_gradient_sums(rule, scalars, len(bound), torch.device("cpu"))
+        addresses = [0 if each is None else each.data_ptr() for each in (given, *results)]
+        bound.tensor_list.set_step(scalars.seed, addresses.pop(0))
+        call(native_rule(rule), bound.tensor_list, scalars.lr, scalars.gradient_scale, *addresses)
+
     def measure(
         self, rule: Rule | GradientNorm, bound: BoundTensors, scalars: StepScalars
     ) -> Tensor:
         sums = torch.empty((len(bound), rule.sums), dtype=torch.float64, device="cpu")
-        given = checked_gradient_sums(rule, scalars, len(bound), sums.device)
-        _C.cpu_measure(
-            native_rule(rule),
-            bound.tensor_list,
-            scalars.lr,
-            scalars.gradient_scale,
-            0 if given is None else given.data_ptr(),
-            sums.data_ptr(),
-        )
+        self._call(_C.cpu_measure, rule, bound, scalars, sums)
         return sums
 
     def apply(
@@ -112,31 +118,12 @@ class Cpu:
     ) -> Tensor:
         ratios = torch.empty(len(bound), dtype=torch.float32, device="cpu")
         sums = checked_sums(rule, sums, len(bound), ratios.device)
-        given = checked_gradient_sums(rule, scalars, len(bound), ratios.device)
-        _C.cpu_apply(
-            native_rule(rule),
-            bound.tensor_list,
-            scalars.lr,
-            scalars.gradient_scale,
-            0 if given is None else given.data_ptr(),
-            scalars.seed,
-            0 if sums is None else sums.data_ptr(),
-            ratios.data_ptr(),
-        )
+        self._call(_C.cpu_apply, rule, bound, scalars, sums, ratios)
         return ratios
 
     def step(self, rule: Rule, bound: BoundTensors, scalars: StepScalars) -> Tensor:
         ratios = torch.empty(len(bound), dtype=torch.float32, device="cpu")
-        given = checked_gradient_sums(rule, scalars, len(bound), ratios.device)
-        _C.cpu_step(
-            native_rule(rule),
-            bound.tensor_list,
-            scalars.lr,
-            scalars.gradient_scale,
-            0 if given is None else given.data_ptr(),
-            scalars.seed,
-            ratios.data_ptr(),
-        )
+        self._call(_C.cpu_step, rule, bound, scalars, ratios)
         return ratios
 
 

@@ -219,20 +219,20 @@ class Cuda:
         rule: Rule | GradientNorm,
         bound: CudaBoundTensors,
         scalars: StepScalars,
-        *arguments: int | None,
+        *arguments: int,
         after_grid: tuple[int, ...] = (),
     ) -> None:
         """Launch on the current stream. ``arguments``: those that differ between the extension's
         functions; ``after_grid``: those that follow the stream and the grid."""
         table, cuda_scalars = bound.layout.table, bound.scalars(scalars)
         given = checked_gradient_sums(rule, scalars, table.tensors, bound.device)
+        bound.tensor_list.set_step(scalars.seed, 0 if given is None else given.data_ptr())
         with device_guard(bound.device):
             call(
                 native_rule(rule),
                 bound.tensor_list,
                 table,
                 cuda_scalars,
-                0 if given is None else given.data_ptr(),
                 *arguments,
                 bound.stream(),
                 self.grid,
@@ -254,7 +254,7 @@ class Cuda:
         ratios = bound.empty(bound.layout.table.tensors, dtype=torch.float32)
         sums = checked_sums(rule, sums, len(ratios), ratios.device)
         address = 0 if sums is None else sums.data_ptr()
-        self._launch(_C.cuda_apply, rule, bound, scalars, scalars.seed, address, ratios.data_ptr())
+        self._launch(_C.cuda_apply, rule, bound, scalars, address, ratios.data_ptr())
         return ratios
 
     def step(self, rule: Rule, bound: CudaBoundTensors, scalars: StepScalars) -> Tensor:
