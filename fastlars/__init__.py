@@ -1,10 +1,10 @@
-"""LARS, LAMB and RMSprop warm-up for PyTorch: a whole step in one call of a compiled kernel.
+"""LARS, LAMB, LANS and RMSprop warm-up for PyTorch: a whole step in one call of a compiled kernel.
 
-:class:`LARS`, :class:`LAMB` and :class:`RMSpropWarmup` are ``torch.optim`` optimizers, and
-:func:`parameter_groups` makes groups in which biases and norms are not adapted. There are modules
-for learning rates (:mod:`fastlars.schedules`), for the variants of LARS and LAMB in other libraries
-(:mod:`fastlars.conventions`), for loading their checkpoints (:mod:`fastlars.migrate`) and for the
-overlap with DDP (:mod:`fastlars.distributed`).
+:class:`LARS`, :class:`LAMB`, :class:`LANS` and :class:`RMSpropWarmup` are ``torch.optim``
+optimizers, and :func:`parameter_groups` makes groups in which biases and norms are not adapted.
+There are modules for learning rates (:mod:`fastlars.schedules`), for the variants of LARS and LAMB
+in other libraries (:mod:`fastlars.conventions`), for loading their checkpoints
+(:mod:`fastlars.migrate`) and for the overlap with DDP (:mod:`fastlars.distributed`).
 ``python -m fastlars`` says what was built, ``python -m fastlars.trainer`` trains.
 """
 
@@ -18,6 +18,7 @@ _installation.check()
 
 __all__ = [
     "LAMB",
+    "LANS",
     "LARS",
     "RMSpropWarmup",
     "__version__",
@@ -30,6 +31,7 @@ __all__ = [
 # lines parse their arguments and handle Ctrl-C before that. Public names and their modules:
 _OBJECTS = {
     "LAMB": "fastlars.optim.lamb",
+    "LANS": "fastlars.optim.lans",
     "LARS": "fastlars.optim.lars",
     "RMSpropWarmup": "fastlars.optim.rmsprop_warmup",
     "parameter_groups": "fastlars.groups",
@@ -51,6 +53,7 @@ if _typing.TYPE_CHECKING:
     from fastlars import schedules as schedules
     from fastlars.groups import parameter_groups
     from fastlars.optim.lamb import LAMB
+    from fastlars.optim.lans import LANS
     from fastlars.optim.lars import LARS
     from fastlars.optim.rmsprop_warmup import RMSpropWarmup
 

@@ -8,93 +8,21 @@ the compiled kernels and Triton's constants (:attr:`_Rule.constants`), the rule 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
-from decimal import Decimal
 from functools import cached_property
-from numbers import Real
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-# Rates that torch's schedulers bring down to 0 end, by their roundings, a little above or below.
-ROUNDING = 1e-9
-
-
-def unboxed(value: Any) -> Any:
-    """The element of an array or tensor of one, of numpy or torch; anything else as it is."""
-    boxed = hasattr(value, "item") and math.prod(value.shape) == 1
-    return value.item() if boxed else value
-
-
-def real(name: str, value: Any) -> float:
-    """``value`` as a float: a real number of Python, numpy or torch, or an array of one element.
-
-    A value below 0 by no more than a rounding is 0. True and False are refused.
-    """
-    value = unboxed(value)
-    if isinstance(value, bool) or not isinstance(value, (Real, Decimal)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    found = float(value)
-    return 0.0 if -ROUNDING < found < 0.0 else found
-
-
-def pair(name: str, value: Any) -> tuple[float, float]:
-    """``value``, any sequence of two numbers, as two floats."""
-    try:
-        if isinstance(value, (str, Mapping, Set)):
-            raise TypeError
-        first, second = value
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a pair of numbers, got {value!r}") from None
-    return real(name, first), real(name, second)
-
-
-def at_least_zero(name: str, value: Any) -> float:
-    """``value`` as a finite float of at least 0."""
-    found = real(name, value)
-    if not 0.0 <= found < math.inf:
-        raise ValueError(f"{name} must be finite and at least 0, got {value}")
-    return found
-
-
-def up_to_one(name: str, value: Any) -> float:
-    """``value`` as a float in [0, 1]."""
-    found = at_least_zero(name, value)
-    if found > 1.0:
-        raise ValueError(f"{name} must lie in [0, 1], got {value}")
-    return found
-
-
-def above_zero(name: str, value: Any) -> float:
-    """``value`` as a finite float above 0."""
-    found = real(name, value)
-    if not 0.0 < found < math.inf:
-        raise ValueError(f"{name} must be finite and above 0, got {value}")
-    return found
-
-
-def below_one(name: str, value: Any) -> float:
-    """``value`` as a float in [0, 1)."""
-    found = real(name, value)
-    if not 0.0 <= found < 1.0:
-        raise ValueError(f"{name} must lie in [0, 1), got {value}")
-    return found
-
-
-def one_of(name: str, value: Any, words: tuple[str, ...]) -> str:
-    """``value``, which is one of ``words``."""
-    if value not in words:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, words))}, got {value!r}")
-    return words[words.index(value)]
-
-
-def flag(name: str, value: Any) -> bool:
-    """``value`` as a bool: True, False, numpy's, or 1 and 0."""
-    if isinstance(value, bool):
-        return value
-    value = unboxed(value)
-    if not isinstance(value, int) or value not in (0, 1):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-    return bool(value)
+from fastlars.ranges import (
+    above_zero,
+    at_least_zero,
+    below_one,
+    check_bounds,
+    flag,
+    one_of,
+    real,
+    up_to_one,
+)
 
 
 def adapts(group: Mapping[str, Any]) -> bool:
@@ -210,6 +138,7 @@ class LarsRule(_Rule):
     name: ClassVar[str] = "lars"
     title: ClassVar[str] = "LARS"
     sums: ClassVar[int] = 2  # of w, and of g or g + wd w
+    normalize_grad: ClassVar[bool] = False
     STATES: ClassVar[frozenset[str]] = frozenset({"momentum_buffer"})
     COUNTER: ClassVar[str] = "last_lr"
     NEVER_STEPPED: ClassVar[float] = -1.0
@@ -262,6 +191,7 @@ class LambRule(_Rule):
     name: ClassVar[str] = "lamb"
     title: ClassVar[str] = "LAMB"
     sums: ClassVar[int] = 2  # of w, and of the update u
+    normalize_grad: ClassVar[bool] = False
     measure_writes: ClassVar[bool] = True
     states: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
     STATES: ClassVar[frozenset[str]] = frozenset(states)
@@ -270,11 +200,45 @@ class LambRule(_Rule):
     counts_steps: ClassVar[bool] = True
 
     def _check_together(self) -> None:
-        if not 0.0 <= self.lower <= self.upper or self.upper == 0.0:
-            raise ValueError(
-                f"phi must be (lower, upper) with 0 <= lower <= upper and upper > 0, "
-                f"got ({self.lower}, {self.upper})"
-            )
+        check_bounds("phi", self.lower, self.upper)
+
+
+@dataclass(frozen=True)
+class LansRule(_Rule):
+    r"""LANS (Zheng et al. 2020). The fields are arguments of :class:`fastlars.LANS`, with ``betas``
+    and ``phi`` as two fields each.
+
+    Example:
+        >>> LansRule(norm_eps=-1.0)
+        Traceback (most recent call last):
+        ValueError: norm_eps must be finite and at least 0, got -1.0
+    """
+
+    beta1: float = number(below_one, default=0.9, probe=0.8)
+    beta2: float = number(below_one, default=0.999, probe=0.95)
+    eps: float = number(at_least_zero, default=1e-6, probe=0.01)
+    weight_decay: float = number(at_least_zero, default=0.0, probe=0.1)
+    normalize_grad: bool = True
+    norm_eps: float = number(at_least_zero, default=0.0, probe=0.3)
+    decay: Literal["update", "gradient"] = "update"
+    bias_correction: bool = True
+    grad_averaging: bool = True
+    lower: float = number(real, default=0.0, probe=0.0)
+    upper: float = number(real, default=math.inf, probe=10.0)
+    adapt: bool = True
+
+    name: ClassVar[str] = "lans"
+    title: ClassVar[str] = "LANS"
+    sums: ClassVar[int] = 3  # of w, and of the directions r of the momentum and c of the gradient
+    measure_writes: ClassVar[bool] = True
+    states: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    STATES: ClassVar[frozenset[str]] = frozenset(states)
+    counter: ClassVar[str] = "step"
+    COUNTER: ClassVar[str] = counter
+    counts_steps: ClassVar[bool] = True
+
+    def _check_together(self) -> None:
+        check_bounds("phi", self.lower, self.upper)
 
 
 @dataclass(frozen=True)
@@ -301,6 +265,7 @@ class RmspropWarmupRule(_Rule):
     title: ClassVar[str] = "RMSprop warm-up"
     sums: ClassVar[int] = 0
     adapt: ClassVar[bool] = False
+    normalize_grad: ClassVar[bool] = False
     states: ClassVar[tuple[str, ...]] = ("momentum_buffer", "square_avg")
     STATES: ClassVar[frozenset[str]] = frozenset(states)
     counter: ClassVar[str] = "step"
@@ -350,9 +315,10 @@ class GradientNorm(_Rule):
     name: ClassVar[str] = "gradient_norm"
     title: ClassVar[str] = "gradient norm"
     sums: ClassVar[int] = 1
+    normalize_grad: ClassVar[bool] = False
     states: ClassVar[tuple[str, ...]] = ()
     counter: ClassVar[None] = None
 
 
-Rule = LarsRule | LambRule | RmspropWarmupRule
+Rule = LarsRule | LambRule | LansRule | RmspropWarmupRule
 RULES: tuple[type[Rule], ...] = get_args(Rule)

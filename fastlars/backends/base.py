@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -88,12 +88,15 @@ class StepScalars:
         seed: of stochastic rounding; None rounds to nearest.
         device: scalars whose values are on the device; they take precedence over those above. Only
             back ends with ``reads_device`` can read them, which they do without a wait of the host.
+        gradient_sums: float64 [tensors, 1], the sum of squares of each scaled gradient, for a rule
+            that divides gradients by their norms; None: the back end takes these sums itself.
     """
 
     lr: float
     gradient_scale: float = 1.0
     seed: int | None = None
     device: OnDevice | None = None
+    gradient_sums: Tensor | None = None
 
     @cached_property
     def doubles(self) -> Tensor | None:
@@ -162,6 +165,15 @@ def checked_sums(
     return sums.contiguous()
 
 
+def with_gradient_sums(
+    backend: Backend, rule: Rule | GradientNorm, bound: Any, scalars: StepScalars
+) -> StepScalars:
+    """The scalars with the sums of squares of the gradients, if the rule needs them."""
+    if not rule.normalize_grad or scalars.gradient_sums is not None:
+        return scalars
+    return replace(scalars, gradient_sums=backend.measure(GradientNorm(), bound, scalars))
+
+
 class Backend(Protocol):
     """Measures and applies a rule over a list of tensors.
 
@@ -188,8 +200,8 @@ class Backend(Protocol):
     def measure(self, rule: Rule | GradientNorm, bound: Any, scalars: StepScalars) -> Tensor:
         """Sums of squares, float64 [tensors, rule.sums]. Only for rules that adapt.
 
-        The last column is of the update (LAMB) or the gradient (LARS, GradientNorm). A rule with
-        ``measure_writes`` advances its states and counters here. ``measure`` and ``apply`` are
+        The last column is of the update (LAMB, LANS) or the gradient (LARS, GradientNorm). A rule
+        with ``measure_writes`` advances its states and counters here. ``measure`` and ``apply`` are
         separate so that sharded parameters can add up their sums in between.
         """
         ...

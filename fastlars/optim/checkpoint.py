@@ -28,7 +28,8 @@ from fastlars.optim.states import (
     state_dtype,
     state_dtypes,
 )
-from fastlars.rules import Rule, at_least_zero, real
+from fastlars.ranges import at_least_zero, real
+from fastlars.rules import Rule
 
 if TYPE_CHECKING:
     from fastlars.optim.base import FusedOptimizer

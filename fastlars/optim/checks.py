@@ -17,7 +17,8 @@ from fastlars.backends.base import is_dense
 from fastlars.optim.dtensor import is_dtensor, local_tensor, plain_shard
 from fastlars.optim.gradients import plain_gradients
 from fastlars.optim.wrapped import is_plain
-from fastlars.rules import Rule, at_least_zero, flag, real
+from fastlars.ranges import at_least_zero, flag, real
+from fastlars.rules import Rule
 
 FLAGS = frozenset(
     {"adapt", "always_adapt", "maximize", "master_weights", "stochastic_rounding", "capturable"}

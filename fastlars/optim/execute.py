@@ -43,8 +43,11 @@ class BoundBatch:
 
     def square_norms(self, scalars: Scalars) -> Tensor:
         """Sums of squares of the gradients, for the global norm."""
-        unclipped = scalars.unclipped(self.sign, self.device)
-        return self.backend.measure(GradientNorm(), self.bound, unclipped)
+        return self.gradient_sums(scalars.unclipped(self.sign, self.device))
+
+    def gradient_sums(self, scalars: StepScalars) -> Tensor:
+        """The sum of squares of each scaled gradient."""
+        return self.backend.measure(GradientNorm(), self.bound, scalars)
 
     def step_scalars(self, scalars: Scalars) -> StepScalars:
         """What the back end needs to know of this step."""
@@ -79,9 +82,13 @@ def check_states_exist(group: dict[str, Any], rule: Rule, states: States) -> Non
         )
 
 
-def run_step(batches: list[BoundBatch], scalars: Scalars) -> StepResults:
-    """Step every batch. Where a batch is clipped, ``scalars`` already knows the global norm."""
+def run_step(
+    batches: list[BoundBatch], scalars: Scalars, gradient_sums: list[Tensor] | None = None
+) -> StepResults:
+    """Step every batch. Where a batch is clipped, ``scalars`` already knows the global norm, and
+    ``gradient_sums`` are the sums of squares of all gradients before the clip, over all shards."""
     each = [batch.step_scalars(scalars) for batch in batches]
+    _set_gradient_sums(batches, each, scalars, gradient_sums)
     sums = _sums_of_shards(batches, each)
     results = []
     for i, (b, given) in enumerate(zip(batches, each, strict=True)):
@@ -103,6 +110,28 @@ def mark_written(batches: list[BoundBatch]) -> None:
         for name in b.batch.path:
             written = at_path(written, (name,))
             torch.autograd.graph.increment_version(written)
+
+
+def _set_gradient_sums(
+    batches: list[BoundBatch],
+    each: list[StepScalars],
+    scalars: Scalars,
+    unclipped: list[Tensor] | None,
+) -> None:
+    """Put sums of squares of gradients into the scalars of batches that normalize gradients: those
+    that the global norm has taken already, and those to which other ranks' shards contribute. A
+    back end takes all others itself."""
+    normalizing = [i for i, b in enumerate(batches) if b.rule.normalize_grad]
+    found: dict[int, Tensor] = {}
+    if unclipped is not None:
+        for i in normalizing:
+            found[i] = scalars.clipped_sums(unclipped[i], batches[i].group["max_grad_norm"])
+    else:
+        sharded = [i for i in normalizing if batches[i].batch.rows is not None]
+        measured = [(batches[i].batch.rows, batches[i].gradient_sums(each[i])) for i in sharded]
+        found = dict(zip(sharded, all_reduce_sums(measured), strict=True))
+    for i, sums in found.items():
+        each[i] = replace(each[i], gradient_sums=sums)
 
 
 def _sums_of_shards(batches: list[BoundBatch], each: list[StepScalars]) -> dict[int, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastlars.rules import at_least_zero
+from fastlars.ranges import at_least_zero
 
 Group = dict[str, Any]
 

@@ -12,7 +12,8 @@ from fastlars.optim.base import FusedOptimizer, Params
 from fastlars.optim.checkpoint import ForeignOptimizer
 from fastlars.optim.options import documented, from_arguments
 from fastlars.optim.stepper import SkipIf
-from fastlars.rules import LambRule, Rule, pair
+from fastlars.ranges import pair
+from fastlars.rules import LambRule, Rule
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

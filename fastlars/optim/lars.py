@@ -11,7 +11,8 @@ from fastlars.optim.base import FusedOptimizer, Params
 from fastlars.optim.checkpoint import ForeignOptimizer
 from fastlars.optim.options import documented, from_arguments
 from fastlars.optim.stepper import SkipIf
-from fastlars.rules import LarsRule, Rule, adapts, flag, real
+from fastlars.ranges import flag, real
+from fastlars.rules import LarsRule, Rule, adapts
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastlars.rules import pair, real
+from fastlars.ranges import pair, real
 
 Group = Mapping[str, Any]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastlars.backends.base import Backend, OnDevice, StepScalars
-from fastlars.rules import real
+from fastlars.ranges import real
 
 
 class HostScalars:
@@ -35,6 +35,12 @@ class HostScalars:
     def set_square(self, square: Tensor) -> None:
         """Take the global norm, given its square."""
         self._norm = math.sqrt(float(square))
+
+    def clipped_sums(self, sums: Tensor, limit: float | None) -> Tensor:
+        """Sums of squares of gradients before the clip, as they are after it."""
+        if limit is None or self._norm <= limit:
+            return sums
+        return sums * (real("max_grad_norm", limit) / self._norm) ** 2
 
     def skip_where(self, condition: bool | Tensor) -> None:
         """Skip the step where this is true."""
@@ -79,6 +85,14 @@ class DeviceScalars:
     def set_square(self, square: Tensor) -> None:
         """Take the global norm, given its square."""
         self._square = square
+
+    def clipped_sums(self, sums: Tensor, limit: float | None) -> Tensor:
+        """Sums of squares of gradients before the clip, as they are after it."""
+        square = None if limit is None else _on_device(self._square, sums.device)
+        if square is None:
+            return sums
+        most = real("max_grad_norm", limit) ** 2
+        return sums * torch.where(square > most, most / square, 1.0)
 
     def skip_where(self, condition: bool | Tensor) -> None:
         """Skip the step where this is true, or where a GradScaler has found an inf or NaN."""

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastlars.optim.dtensor import empty_like, local_tensor, plain_shard
 from fastlars.optim.wrapped import is_plain
-from fastlars.rules import Rule, real
+from fastlars.ranges import real
+from fastlars.rules import Rule
 
 States = dict[Tensor, dict[str, Any]]
 LOW_PRECISION = (torch.float16, torch.bfloat16)

@@ -16,7 +16,7 @@ from fastlars.optim.dtensor import all_reduce_sums, plain_shard
 from fastlars.optim.execute import BoundBatch, StepResults, check_recording, run_step
 from fastlars.optim.norm import NormReducer, check_norm, owner_from_stack
 from fastlars.optim.scalars import Scalars, scalars_for, square_of_norm, to_device
-from fastlars.rules import real, unboxed
+from fastlars.ranges import real, unboxed
 
 SkipIf: TypeAlias = float | Callable[[Tensor], Tensor | bool]
 Groups: TypeAlias = list[dict[str, Any]]
@@ -139,9 +139,9 @@ class Stepper:
         if scalars.skip and is_local:
             self._skip_unmeasured(needs)
             return None
-        self.square = None
+        self.square = gradient_sums = None
         if needs:
-            self.square = self._square_of_norm(groups, batches, scalars)
+            self.square, gradient_sums = self._square_of_norm(groups, batches, scalars)
             scalars.set_square(self.square)
             if scalars.has_scaler and not is_local:
                 # The GradScaler of any process may have found an inf or NaN.
@@ -154,7 +154,7 @@ class Stepper:
         verdict = scalars.verdict()
         if verdict is not None:
             self.count_skips_on(verdict.device)
-        results = run_step(batches, scalars)
+        results = run_step(batches, scalars, gradient_sums)
         if verdict is not None:
             self.skipped.add_(to_device(verdict, self.skipped.device))
         self.verdict = verdict
@@ -183,22 +183,23 @@ class Stepper:
 
     def _square_of_norm(
         self, groups: Groups, batches: list[BoundBatch], scalars: Scalars
-    ) -> Tensor:
-        """The square of the global norm, over all shards and the processes of ``norm_group``."""
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The square of the global norm, over all shards and the processes of ``norm_group``; and
+        what it is the sum of, the sums of squares of every batch."""
         square = None
+        sums = all_reduce_sums([(b.batch.rows, b.square_norms(scalars)) for b in batches])
         if batches:
-            measured = [(b.batch.rows, b.square_norms(scalars)) for b in batches]
-            square = square_of_norm(all_reduce_sums(measured), scalars.on_device)
+            square = square_of_norm(sums, scalars.on_device)
         if square is not None and self.norm_group is None:
-            return square
+            return square, sums
         first = next((p for group in groups for p in group["params"]), None)
         device = torch.device("cpu") if first is None else plain_shard(first).device
         if square is None:  # a process without gradients has to take part too
             place = device if has_float64(device) else "cpu"
             square = torch.zeros((), dtype=torch.float64, device=place)
-        if self.norm_group is None:
-            return square
-        return self.norm_group.sum(scalars.unless_skipped(square), device)
+        if self.norm_group is not None:
+            square = self.norm_group.sum(scalars.unless_skipped(square), device)
+        return square, sums
 
 
 class StepReadings:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastlars.rules import unboxed
+from fastlars.ranges import unboxed
 
 BUILTIN = frozenset({NoneType, bool, int, float, str, torch.dtype})
 

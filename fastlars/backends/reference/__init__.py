@@ -4,8 +4,9 @@ A rule's equations are in the module of its name: ``rule.name``. Symbols are tho
 docs/numerics.md, "Notation". For one parameter, where w and g are the weight and the scaled
 gradient in the type of the arithmetic, and states and counter are stored tensors, the module has
 
+* ``normalized(rule, g, norm)``: the gradient that takes g's place, if ``rule.normalize_grad``;
 * ``measured(rule, w, g, states, counter)``: the ``rule.sums`` tensors whose norms are taken;
-* ``trust_ratio(rule, lr, *norms)``: the ratio q;
+* ``trust_ratio(rule, lr, *norms)``: the ratio q, or a tuple of two, of which the first is reported;
 * ``advance(rule, w, g, states)``: writes the states of a rule with ``measure_writes``;
 * ``update(rule, lr, q, w, g, states, counter)``: returns the new weight; writes all other states.
 
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlars.backends.base import Mismatch, StepScalars, Tensors
+from fastlars.backends.base import Mismatch, StepScalars, Tensors, with_gradient_sums
 from fastlars.backends.float64 import has_float64
 from fastlars.rules import GradientNorm, Rule
 
@@ -93,14 +94,21 @@ class Reference:
         return tensors
 
     def _each(
-        self, tensors: Tensors, scalars: StepScalars
+        self, rule: Rule | GradientNorm, tensors: Tensors, scalars: StepScalars
     ) -> Iterator[tuple[Tensor, Tensor, list[Tensor], Tensor | None]]:
         """w, g, states and counter of each parameter."""
         dtype = _arithmetic(tensors.dtypes.weight)
+        norms: list[float] = []
+        if rule.normalize_grad:
+            sums = with_gradient_sums(self, rule, tensors, scalars).gradient_sums
+            norms = [] if sums is None else sums[:, 0].sqrt().tolist()
         for i, (w, g) in enumerate(zip(tensors.weights, tensors.grads, strict=True)):
             states = [each[i] for each in tensors.states]
             counter = None if tensors.counters is None else tensors.counters[i]
-            yield w.to(dtype), scalars.gradient_scale * g.to(dtype), states, counter
+            g = scalars.gradient_scale * g.to(dtype)
+            if norms:
+                g = equations(rule.name).normalized(rule, g, norms[i])
+            yield w.to(dtype), g, states, counter
 
     def _advance(
         self,
@@ -117,7 +125,7 @@ class Reference:
 
     def measure(self, rule: Rule | GradientNorm, bound: Tensors, scalars: StepScalars) -> Tensor:
         sums = []
-        for each in self._each(bound, scalars):
+        for each in self._each(rule, bound, scalars):
             if rule.measure_writes:
                 self._advance(rule, *each)
             measured = equations(rule.name).measured(rule, *each)
@@ -128,8 +136,8 @@ class Reference:
         self, rule: Rule, bound: Tensors, scalars: StepScalars, sums: Tensor | None
     ) -> Tensor:
         lr, ratios = scalars.lr, []
-        for i, (w, g, states, counter) in enumerate(self._each(bound, scalars)):
-            q = 1.0
+        for i, (w, g, states, counter) in enumerate(self._each(rule, bound, scalars)):
+            q: Any = 1.0
             if sums is not None and rule.adapt:
                 norms = map(math.sqrt, sums[i].tolist())
                 q = equations(rule.name).trust_ratio(rule, lr, *norms)
@@ -139,7 +147,7 @@ class Reference:
             if counter is not None and not rule.counts_steps:
                 counter.fill_(lr)
             self._store(bound, i, new, scalars.seed)
-            ratios.append(q)
+            ratios.append(q[0] if isinstance(q, tuple) else q)
         return torch.tensor(ratios, dtype=torch.float32, device="cpu")
 
     def _store(self, bound: Tensors, i: int, new: Tensor, seed: int | None) -> None:
