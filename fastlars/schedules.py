@@ -102,10 +102,9 @@ def polynomial(
     warmup_steps = _check_count("warmup_steps", warmup_steps, minimum=0)
     hold_steps = _check_count("hold_steps", hold_steps, minimum=0)
     steps = _check_count("steps", steps, minimum=1)
-    if steps <= warmup_steps + hold_steps:
-        before = f"warmup_steps ({warmup_steps})"
-        before += f" and hold_steps ({hold_steps}) together" if hold_steps else ""
-        raise ValueError(f"steps must exceed {before}, got {steps}")
+    before = warmup_steps + hold_steps
+    if steps <= before:
+        raise ValueError(f"steps must exceed warmup_steps + hold_steps ({before}), got {steps}")
     if not (math.isfinite(power) and power > 0):
         raise ValueError(f"power must be finite and above 0, got {power}")
     _check_rate("end_lr", end_lr)

@@ -298,10 +298,13 @@ def test_a_schedule_saved_before_rates_were_held_is_loaded() -> None:
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"steps": 5.0}, "steps must be whole numbers of iterations, got 5.0"),
-        ({"steps": 5, "warmup_steps": 5}, r"steps must exceed warmup_steps \(5\), got 5"),
+        (
+            {"steps": 5, "warmup_steps": 5},
+            r"steps must exceed warmup_steps \+ hold_steps \(5\), got 5",
+        ),
         (
             {"steps": 5, "warmup_steps": 2, "hold_steps": 3},
-            r"steps must exceed warmup_steps \(2\) and hold_steps \(3\) together, got 5",
+            r"steps must exceed warmup_steps \+ hold_steps \(5\), got 5",
         ),
         ({"steps": 5, "hold_steps": -1}, "hold_steps must be at least 0, got -1"),
         ({"steps": 5, "hold_steps": 0.5}, "hold_steps must be whole numbers of iterations"),
