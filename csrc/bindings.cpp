@@ -180,9 +180,11 @@ bool holds(const py::dict& dict, const py::list& values) {
   return true;
 }
 
-void set_seed(TensorList& list, std::optional<std::uint64_t> seed) {
+// What a list has of one step alone. `gradient_sums` is an address, 0 for none.
+void set_step(TensorList& list, std::optional<std::uint64_t> seed, std::uintptr_t gradient_sums) {
   list.stochastic_rounding = seed.has_value();
   list.seed = seed.value_or(0);
+  list.gradient_sums = reinterpret_cast<const double*>(gradient_sums);
 }
 
 // The calls below release the interpreter lock, so that other Python threads run meanwhile.
@@ -224,30 +226,33 @@ void define_cpu_calls(py::module_& m) {
     m.def(
         "cpu_measure",
         [](const Rule& rule, TensorList& list, double lr, double gradient_scale,
-           std::uintptr_t sums) {
+           std::uintptr_t gradient_sums, std::uintptr_t sums) {
+          set_step(list, std::nullopt, gradient_sums);
           cpu::measure(rule, {lr, gradient_scale}, list, pointer<Sums>(sums));
         },
-        Released(), "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "sums"_a);
+        Released(), "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "gradient_sums"_a, "sums"_a);
   }
   if constexpr (Rule::steps) {
     m.def(
         "cpu_apply",
         [](const Rule& rule, TensorList& list, double lr, double gradient_scale,
-           std::optional<std::uint64_t> seed, std::uintptr_t sums, std::uintptr_t ratios) {
-          set_seed(list, seed);
+           std::uintptr_t gradient_sums, std::optional<std::uint64_t> seed, std::uintptr_t sums,
+           std::uintptr_t ratios) {
+          set_step(list, seed, gradient_sums);
           cpu::apply(rule, {lr, gradient_scale}, list, pointer<const Sums>(sums),
                      pointer<float>(ratios));
         },
-        Released(), "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "seed"_a, "sums"_a,
-        "ratios"_a);
+        Released(), "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "gradient_sums"_a, "seed"_a,
+        "sums"_a, "ratios"_a);
     m.def(
         "cpu_step",
         [](const Rule& rule, TensorList& list, double lr, double gradient_scale,
-           std::optional<std::uint64_t> seed, std::uintptr_t ratios) {
-          set_seed(list, seed);
+           std::uintptr_t gradient_sums, std::optional<std::uint64_t> seed, std::uintptr_t ratios) {
+          set_step(list, seed, gradient_sums);
           cpu::step(rule, {lr, gradient_scale}, list, pointer<float>(ratios));
         },
-        Released(), "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "seed"_a, "ratios"_a);
+        Released(), "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "gradient_sums"_a, "seed"_a,
+        "ratios"_a);
   }
 }
 
@@ -267,38 +272,42 @@ void define_cuda_calls(py::module_& m) {
     m.def(
         "cuda_measure",
         [](const Rule& rule, TensorList& list, const ChunkTable& table, const CudaScalars& scalars,
-           std::uintptr_t sums, std::uintptr_t stream, int grid) {
+           std::uintptr_t gradient_sums, std::uintptr_t sums, std::uintptr_t stream, int grid) {
+          set_step(list, std::nullopt, gradient_sums);
           cuda::measure(rule, scalars.host,
                         {table, list, scalars.device, pointer<void>(stream), grid},
                         pointer<Sums>(sums));
         },
-        Released(), "rule"_a, "tensors"_a, "table"_a, "scalars"_a, "sums"_a, "stream"_a, "grid"_a);
+        Released(), "rule"_a, "tensors"_a, "table"_a, "scalars"_a, "gradient_sums"_a, "sums"_a,
+        "stream"_a, "grid"_a);
   }
   if constexpr (Rule::steps) {
     m.def(
         "cuda_apply",
         [](const Rule& rule, TensorList& list, const ChunkTable& table, const CudaScalars& scalars,
-           std::optional<std::uint64_t> seed, std::uintptr_t sums, std::uintptr_t ratios,
-           std::uintptr_t stream, int grid) {
-          set_seed(list, seed);
+           std::uintptr_t gradient_sums, std::optional<std::uint64_t> seed, std::uintptr_t sums,
+           std::uintptr_t ratios, std::uintptr_t stream, int grid) {
+          set_step(list, seed, gradient_sums);
           cuda::apply(rule, scalars.host,
                       {table, list, scalars.device, pointer<void>(stream), grid},
                       pointer<const Sums>(sums), pointer<float>(ratios));
         },
-        Released(), "rule"_a, "tensors"_a, "table"_a, "scalars"_a, "seed"_a, "sums"_a, "ratios"_a,
-        "stream"_a, "grid"_a);
+        Released(), "rule"_a, "tensors"_a, "table"_a, "scalars"_a, "gradient_sums"_a, "seed"_a,
+        "sums"_a, "ratios"_a, "stream"_a, "grid"_a);
   }
   if constexpr (Rule::sums > 0 && Rule::steps) {
     m.def(
         "cuda_step",
         [](const Rule& rule, TensorList& list, const ChunkTable& table, const CudaScalars& scalars,
-           std::uintptr_t ratios, std::uintptr_t stream, int grid, int shared_slots) {
+           std::uintptr_t gradient_sums, std::uintptr_t ratios, std::uintptr_t stream, int grid,
+           int shared_slots) {
+          set_step(list, std::nullopt, gradient_sums);
           cuda::step(rule, scalars.host,
                      {table, list, scalars.device, pointer<void>(stream), grid, shared_slots},
                      pointer<float>(ratios));
         },
-        Released(), "rule"_a, "tensors"_a, "table"_a, "scalars"_a, "ratios"_a, "stream"_a, "grid"_a,
-        "shared_slots"_a);
+        Released(), "rule"_a, "tensors"_a, "table"_a, "scalars"_a, "gradient_sums"_a, "ratios"_a,
+        "stream"_a, "grid"_a, "shared_slots"_a);
   }
 }
 

@@ -41,6 +41,7 @@ def cpu_measure(
     tensors: TensorList,
     lr: float,
     gradient_scale: float,
+    gradient_sums: int,
     sums: int,
 ) -> None: ...
 def cpu_apply(
@@ -48,6 +49,7 @@ def cpu_apply(
     tensors: TensorList,
     lr: float,
     gradient_scale: float,
+    gradient_sums: int,
     seed: int | None,
     sums: int,
     ratios: int,
@@ -57,6 +59,7 @@ def cpu_step(
     tensors: TensorList,
     lr: float,
     gradient_scale: float,
+    gradient_sums: int,
     seed: int | None,
     ratios: int,
 ) -> None: ...
@@ -93,6 +96,7 @@ def cuda_measure(
     tensors: TensorList,
     table: CudaChunkTable,
     scalars: CudaScalars,
+    gradient_sums: int,
     sums: int,
     stream: int,
     grid: int,
@@ -102,6 +106,7 @@ def cuda_apply(
     tensors: TensorList,
     table: CudaChunkTable,
     scalars: CudaScalars,
+    gradient_sums: int,
     seed: int | None,
     sums: int,
     ratios: int,
@@ -113,6 +118,7 @@ def cuda_step(
     tensors: TensorList,
     table: CudaChunkTable,
     scalars: CudaScalars,
+    gradient_sums: int,
     ratios: int,
     stream: int,
     grid: int,

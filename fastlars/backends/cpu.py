@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from fastlars import _C
-from fastlars.backends.base import Mismatch, StepScalars, Tensors, checked_sums
+from fastlars.backends.base import (
+    Mismatch,
+    StepScalars,
+    Tensors,
+    checked_gradient_sums,
+    checked_sums,
+)
 from fastlars.rules import GradientNorm, Rule
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -38,6 +44,9 @@ class BoundTensors:
 
     tensor_list: Any  # fastlars._C.TensorList
     tensors: Tensors  # kept alive, as the list has addresses alone
+
+    def __len__(self) -> int:
+        return len(self.tensors.weights)
 
 
 class Cpu:
@@ -86,13 +95,14 @@ class Cpu:
     def measure(
         self, rule: Rule | GradientNorm, bound: BoundTensors, scalars: StepScalars
     ) -> Tensor:
-        shape = len(bound.tensors.weights), rule.sums
-        sums = torch.empty(shape, dtype=torch.float64, device="cpu")
+        sums = torch.empty((len(bound), rule.sums), dtype=torch.float64, device="cpu")
+        given = checked_gradient_sums(rule, scalars, len(bound), sums.device)
         _C.cpu_measure(
             native_rule(rule),
             bound.tensor_list,
             scalars.lr,
             scalars.gradient_scale,
+            0 if given is None else given.data_ptr(),
             sums.data_ptr(),
         )
         return sums
@@ -100,13 +110,15 @@ class Cpu:
     def apply(
         self, rule: Rule, bound: BoundTensors, scalars: StepScalars, sums: Tensor | None
     ) -> Tensor:
-        ratios = torch.empty(len(bound.tensors.weights), dtype=torch.float32, device="cpu")
-        sums = checked_sums(rule, sums, len(ratios), ratios.device)
+        ratios = torch.empty(len(bound), dtype=torch.float32, device="cpu")
+        sums = checked_sums(rule, sums, len(bound), ratios.device)
+        given = checked_gradient_sums(rule, scalars, len(bound), ratios.device)
         _C.cpu_apply(
             native_rule(rule),
             bound.tensor_list,
             scalars.lr,
             scalars.gradient_scale,
+            0 if given is None else given.data_ptr(),
             scalars.seed,
             0 if sums is None else sums.data_ptr(),
             ratios.data_ptr(),
@@ -114,12 +126,14 @@ class Cpu:
         return ratios
 
     def step(self, rule: Rule, bound: BoundTensors, scalars: StepScalars) -> Tensor:
-        ratios = torch.empty(len(bound.tensors.weights), dtype=torch.float32, device="cpu")
+        ratios = torch.empty(len(bound), dtype=torch.float32, device="cpu")
+        given = checked_gradient_sums(rule, scalars, len(bound), ratios.device)
         _C.cpu_step(
             native_rule(rule),
             bound.tensor_list,
             scalars.lr,
             scalars.gradient_scale,
+            0 if given is None else given.data_ptr(),
             scalars.seed,
             ratios.data_ptr(),
         )
