@@ -10,8 +10,11 @@ struct ChunkOps<LansRule> {
   static constexpr int kMeasureBlocks = 3;
   static constexpr int kCached = 2;  // r and c
 
-  // Four arrays of four vectors would not fit the registers.
+  // Four arrays of four vectors would not fit the registers; of two vectors not where measure
+  // caches both directions, or reads types from its arguments.
   static constexpr int kBatch = kVectors / 2;
+  template <bool CacheInShared, class Types>
+  static constexpr int kMeasureBatch = CacheInShared || Types::has_copies ? 1 : kBatch;
 
   // The index of c in the cache, where r has `index`.
   static __device__ __forceinline__ int index_of_c(int index) {
@@ -56,7 +59,7 @@ struct ChunkOps<LansRule> {
                                                  const Chunk& chunk, PartialSums<Sum, 3>& sums,
                                                  float4* cache) {
     sums.bits = 1;  // chunks whose updates are all 0 are too rare to spend a register on
-    sweep<kBatch>(chunk.size, [&](auto slice) {
+    sweep<kMeasureBatch<CacheInShared, Types>>(chunk.size, [&](auto slice) {
       PackedVector w[slice.batch], g[slice.batch], m[slice.batch], v[slice.batch];
       load<false>(w, types.weight(), chunk.weight, slice);
       load<CacheInShared>(g, types.grad(), chunk.grad, slice);
