@@ -48,6 +48,16 @@ def pair(name: str, value: Any) -> tuple[float, float]:
     return real(name, first), real(name, second)
 
 
+def check_bounds(name: str, words: str, lower: float, upper: float) -> None:
+    """Raise unless 0 <= lower <= upper, with a finite lower and an upper above 0."""
+    if not (0.0 <= lower <= upper and lower < math.inf and upper > 0.0):
+        first, second = words.split(", ")
+        raise ValueError(
+            f"{name} must be ({words}) with 0 <= {first} <= {second} and {second} > 0, "
+            f"got ({lower}, {upper})"
+        )
+
+
 def at_least_zero(name: str, value: Any) -> float:
     """``value`` as a finite float of at least 0."""
     found = real(name, value)
@@ -187,7 +197,8 @@ class _Rule:
 
 @dataclass(frozen=True)
 class LarsRule(_Rule):
-    r"""LARS (You, Gitman, Ginsburg 2017). The fields are arguments of :class:`fastlars.LARS`.
+    r"""LARS (You, Gitman, Ginsburg 2017). The fields are arguments of :class:`fastlars.LARS`, with
+    ``ratio_bounds`` as two fields.
 
     Example:
         >>> LarsRule(momentum=1.5)
@@ -204,6 +215,8 @@ class LarsRule(_Rule):
     ratio: Literal["separate", "combined"] = "separate"
     buffer: Literal["step", "scaled", "gradient"] = "step"
     momentum_correction: bool = False
+    ratio_floor: float = number(real, default=0.0, probe=0.75)
+    ratio_ceiling: float = number(real, default=math.inf, probe=1.4)
     trust_clip: bool = False
     adapt: bool = True
 
@@ -215,6 +228,7 @@ class LarsRule(_Rule):
     NEVER_STEPPED: ClassVar[float] = -1.0
 
     def _check_together(self) -> None:
+        check_bounds("ratio_bounds", "floor, ceiling", self.ratio_floor, self.ratio_ceiling)
         if self.nesterov and (self.momentum == 0.0 or self.dampening != 0.0):
             raise ValueError("nesterov needs a momentum and no dampening")
         if self.momentum_correction and self.buffer != "step":
@@ -237,8 +251,8 @@ class LarsRule(_Rule):
 
 @dataclass(frozen=True)
 class LambRule(_Rule):
-    r"""LAMB (You et al. 2020). The fields are arguments of :class:`fastlars.LAMB`, with ``betas``
-    and ``phi`` as two fields each.
+    r"""LAMB (You et al. 2020). The fields are arguments of :class:`fastlars.LAMB`, with ``betas``,
+    ``phi`` and ``ratio_bounds`` as two fields each.
 
     Example:
         >>> LambRule(beta1=-0.1)
@@ -253,9 +267,12 @@ class LambRule(_Rule):
     decay: Literal["update", "decoupled", "gradient"] = "update"
     bias_correction: Literal["moments", "none", "rate"] = "moments"
     grad_averaging: bool = True
+    nesterov: Literal["none", "first", "both"] = "none"
     lower: float = number(real, default=0.0, probe=0.0)
     upper: float = number(real, default=math.inf, probe=10.0)
     ratio_eps: float = number(at_least_zero, default=0.0, probe=0.01)
+    ratio_floor: float = number(real, default=0.0, probe=0.1)
+    ratio_ceiling: float = number(real, default=math.inf, probe=0.5)
     trust_clip: bool = False
     adapt: bool = True
 
@@ -270,10 +287,16 @@ class LambRule(_Rule):
     counts_steps: ClassVar[bool] = True
 
     def _check_together(self) -> None:
-        if not 0.0 <= self.lower <= self.upper or self.upper == 0.0:
+        check_bounds("phi", "lower, upper", self.lower, self.upper)
+        check_bounds("ratio_bounds", "floor, ceiling", self.ratio_floor, self.ratio_ceiling)
+        if self.nesterov != "none" and self.bias_correction == "rate":
             raise ValueError(
-                f"phi must be (lower, upper) with 0 <= lower <= upper and upper > 0, "
-                f"got ({self.lower}, {self.upper})"
+                'nesterov corrects m and g by different factors: bias_correction="rate", which '
+                "has one for both, does not go with it"
+            )
+        if self.nesterov == "first" and self.beta2 == 0.0:
+            raise ValueError(
+                "nesterov=True takes beta2 v for the second moment, which is 0 with betas[1]=0"
             )
 
 

@@ -119,7 +119,8 @@ def _from_stored_moments(
         weight.copy_(old)
         assert exact.counters is not None
         moments = [states[i] for states in exact.states]
-        each = weight, exact.grads[i], moments, exact.counters[i]
+        g = now.gradient_scale * exact.grads[i]
+        each = weight, g, moments, exact.counters[i]
         measured = equations(rule.name).measured(rule, *each)
         sums.append([float(x.square().sum()) for x in measured])
     squares = torch.tensor(sums, dtype=F64).reshape(-1, rule.sums)

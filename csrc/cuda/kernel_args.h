@@ -6,10 +6,10 @@
 
 namespace fastlars::cuda {
 
-// Every driver and device takes 4 KB of kernel parameters (newer ones take 32 KB). 480 tensors are
+// Every driver and device takes 4 KB of kernel parameters (newer ones take 32 KB). 464 tensors are
 // more than ResNet-50 or BERT-large have; longer lists need several launches.
 constexpr int kParameterBytes = 4096;
-constexpr int kTensorsPerLaunch = 480;
+constexpr int kTensorsPerLaunch = 464;
 
 template <class Rule>
 struct KernelArgs {

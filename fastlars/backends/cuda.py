@@ -173,7 +173,7 @@ class CudaBoundTensors:
 class Cuda:
     """float32, bfloat16 and float16 weights and gradients in any mix; float32 or bfloat16 states.
 
-    ``measure`` and ``apply`` take one launch each for up to 480 tensors. ``step`` takes one launch
+    ``measure`` and ``apply`` take one launch each for up to 464 tensors. ``step`` takes one launch
     on the one-launch path; it calls ``measure`` and ``apply`` on the two-launch path, and whenever
     it rounds stochastically. Results have the same bits on either path, for any grid, in every run.
 
