@@ -298,6 +298,21 @@ apex_lamb = replace(
     source="apex.optimizers.FusedLAMB",
 )
 
+deepspeed_lamb = Convention(
+    name="deepspeed_lamb",
+    optimizer="LAMB",
+    keywords={"decay": "update", "eps": 1e-8, "ratio_bounds": (0.01, 10.0)},
+    equation=f"{_ADAM}  u = r + wd w;  q = min(max(|w| / |u|, 0.01), 10);  w -= lr q u",
+    excluded=_NOTHING,
+    differences=(
+        "min_coeff and max_coeff are ratio_bounds here. There is no eps_inside_sqrt.",
+        "Earlier releases correct the rate instead, lr sqrt(1 - beta2^t) / (1 - beta1^t), which "
+        "also scales the decay: bias_correction=False here, and that factor in the schedule.",
+        "max_grad_norm=0 is None here. It clips by a norm that is passed to it, plus 1e-6.",
+    ),
+    source="deepspeed.ops.lamb.FusedLamb",
+)
+
 pytorch_optimizer_lamb = Convention(
     name="pytorch_optimizer_lamb",
     optimizer="LAMB",

@@ -78,6 +78,7 @@ FORMATS: Mapping[str, Format] = {
     "timm_lamb": _lamb("group", "grad_averaging"),
     "apex_lamb": _lamb("group", "grad_averaging"),
     "pytorch_optimizer_lamb": _lamb("group", "grad_averaging", demands={"adanorm": False}),
+    "deepspeed_lamb": _lamb("state", "min_coeff", "max_coeff"),
     "cybertronai_lamb": _lamb("state", "eps", refused=("max_exp_avg_sq",)),
     "torch_adamw": _lamb("state", "amsgrad", refused=("max_exp_avg_sq",)),
     "bitsandbytes_lamb": _lamb(

@@ -33,11 +33,14 @@ int main(int count, char**) {
   lamb.eps = lamb.weight_decay = 0.1;
   lamb.upper = lamb.ratio_ceiling = 10.0;
   lamb.adapt = true;
+  LambRule nesterov = lamb;
+  nesterov.nesterov = Nesterov::both;
   Problem problem;
   if (count > 1) reinterpret_cast<cuda::Control*>(problem.workspace.data())->ticket = 1;
   for (int blocks = 1; blocks <= 4; ++blocks) {
     step(problem, lars, blocks);
     step(problem, lamb, blocks);
+    step(problem, nesterov, blocks);
   }
   std::printf("stepped\n");
   return 0;
