@@ -48,12 +48,11 @@ def pair(name: str, value: Any) -> tuple[float, float]:
     return real(name, first), real(name, second)
 
 
-def check_bounds(name: str, words: str, lower: float, upper: float) -> None:
+def check_bounds(name: str, lower: float, upper: float) -> None:
     """Raise unless 0 <= lower <= upper, with a finite lower and an upper above 0."""
     if not (0.0 <= lower <= upper and lower < math.inf and upper > 0.0):
-        first, second = words.split(", ")
         raise ValueError(
-            f"{name} must be ({words}) with 0 <= {first} <= {second} and {second} > 0, "
+            f"{name} must be (lower, upper) with 0 <= lower <= upper, lower finite and upper > 0, "
             f"got ({lower}, {upper})"
         )
 
@@ -228,7 +227,7 @@ class LarsRule(_Rule):
     NEVER_STEPPED: ClassVar[float] = -1.0
 
     def _check_together(self) -> None:
-        check_bounds("ratio_bounds", "floor, ceiling", self.ratio_floor, self.ratio_ceiling)
+        check_bounds("ratio_bounds", self.ratio_floor, self.ratio_ceiling)
         if self.nesterov and (self.momentum == 0.0 or self.dampening != 0.0):
             raise ValueError("nesterov needs a momentum and no dampening")
         if self.momentum_correction and self.buffer != "step":
@@ -287,12 +286,12 @@ class LambRule(_Rule):
     counts_steps: ClassVar[bool] = True
 
     def _check_together(self) -> None:
-        check_bounds("phi", "lower, upper", self.lower, self.upper)
-        check_bounds("ratio_bounds", "floor, ceiling", self.ratio_floor, self.ratio_ceiling)
+        check_bounds("phi", self.lower, self.upper)
+        check_bounds("ratio_bounds", self.ratio_floor, self.ratio_ceiling)
         if self.nesterov != "none" and self.bias_correction == "rate":
             raise ValueError(
-                'nesterov corrects m and g by different factors: bias_correction="rate", which '
-                "has one for both, does not go with it"
+                'nesterov corrects m and g by different factors: bias_correction="rate" has one '
+                "for both"
             )
         if self.nesterov == "first" and self.beta2 == 0.0:
             raise ValueError(

@@ -179,7 +179,7 @@ REFUSED = [
     ({"nesterov": True, "bias_correction": "rate"}, 'nesterov corrects .* bias_correction="rate"'),
     ({"nesterov": "both", "bias_correction": "rate"}, 'nesterov corrects .*="rate"'),
     ({"nesterov": True, "betas": (0.9, 0.0)}, r"nesterov=True takes beta2 v .* betas\[1\]=0"),
-    ({"ratio_bounds": (2.0, 1.0)}, r"ratio_bounds must be \(floor, ceiling\) .* got \(2.0, 1.0\)"),
+    ({"ratio_bounds": (2.0, 1.0)}, r"ratio_bounds must be \(lower, upper\) .* got \(2.0, 1.0\)"),
 ]
 
 
