@@ -70,7 +70,7 @@ struct ChunkOps<LambRule> {
                     bool measured) {
     with_weights(list, chunk, [&](auto weights) {
       with_states<0, 1>(list, chunk, [&](auto* moment1, auto* moment2) {
-        // This loop over Nesterov's form would double the code for little: two loops, then.
+        // Without a ratio too, Nesterov's form has two passes: a loop for both would be more code.
         const bool advanced = measured || c.nesterov;
         if (!measured && c.nesterov) measure(list, chunk, c);
         if (advanced && !c.nesterov) {

@@ -101,10 +101,10 @@ FASTLARS_HD void set_ratio_coefficient(const LambRule&, float value, LambCoeffic
 
 // The direction's factors of a moment, and of the gradient (or its square) that enters the moment
 // with `weight`. `power` is beta^t, or 0 without bias correction.
-struct Factors {
+struct LambFactors {
   float of_moment, of_gradient;
 };
-FASTLARS_HD Factors factors(double beta, double power, double weight, bool looks_ahead) {
+FASTLARS_HD LambFactors lamb_factors(double beta, double power, double weight, bool looks_ahead) {
   if (!looks_ahead) return {static_cast<float>(1.0 / (1.0 - power)), 0.0f};
   return {static_cast<float>(beta / (1.0 - beta * power)),
           static_cast<float>(weight / (1.0 - power))};
@@ -119,8 +119,8 @@ FASTLARS_HD LambCoefficients coefficients(const LambRule& rule, const StepScalar
   c.gradient_scale = static_cast<float>(scalars.gradient_scale);
   c.gradient_decay = static_cast<float>(rule.decay == Decay::gradient ? decay : 0.0);
   const double power2 = moments ? power(rule.beta2, step) : 0.0;
-  const Factors second =
-      factors(rule.beta2, power2, 1.0 - rule.beta2, rule.nesterov == Nesterov::both);
+  const LambFactors second =
+      lamb_factors(rule.beta2, power2, 1.0 - rule.beta2, rule.nesterov == Nesterov::both);
   c.beta2 = static_cast<float>(rule.beta2);
   c.square_weight = static_cast<float>(1.0 - rule.beta2);
   c.correction2 = rule.nesterov == Nesterov::first ? static_cast<float>(rule.beta2 / (1.0 - power2))
@@ -128,8 +128,8 @@ FASTLARS_HD LambCoefficients coefficients(const LambRule& rule, const StepScalar
   c.ahead2 = second.of_gradient;
   const double power1 = power(rule.beta1, step);
   const double gradient_weight = rule.grad_averaging ? 1.0 - rule.beta1 : 1.0;
-  const Factors first =
-      factors(rule.beta1, moments ? power1 : 0.0, gradient_weight, rule.nesterov != Nesterov::none);
+  const LambFactors first = lamb_factors(rule.beta1, moments ? power1 : 0.0, gradient_weight,
+                                         rule.nesterov != Nesterov::none);
   c.beta1 = static_cast<float>(rule.beta1);
   c.gradient_weight = static_cast<float>(gradient_weight);
   c.correction1 = first.of_moment;
