@@ -72,6 +72,7 @@ class Kernel:
 
 
 LARS = LarsRule(nesterov=True, trust_clip=True)
+NN_LAMB = LambRule(nesterov="both")
 RMSPROP = RmspropWarmupRule(center_steps=100.0, period_steps=50.0)
 KERNELS = {
     "gradient norm": Kernel(GradientNorm(), "measure", 1),
@@ -86,6 +87,9 @@ KERNELS = {
     "LAMB prepare": Kernel(LambRule(), "prepare", absent=("sums",)),
     "LAMB apply": Kernel(LambRule(), "apply", 3, 1, 3, typed=True),
     "LAMB apply without sums": Kernel(LambRule(adapt=False), "apply", 4, 3, 3),
+    "NN-LAMB measure": Kernel(NN_LAMB, "measure", 4, 2),
+    "NN-LAMB prepare": Kernel(NN_LAMB, "prepare", absent=("sums",)),
+    "NN-LAMB apply": Kernel(NN_LAMB, "apply", 4, 1, 4),
     "RMSprop warm-up prepare": Kernel(
         RMSPROP, "prepare", absent=("slots", "sums", "device_scalars")
     ),

@@ -10,15 +10,12 @@ Example:
     >>> from fastlars import conventions
     >>> model = torch.nn.Linear(3, 2)
     >>> groups = fastlars.parameter_groups(model, weight_decay=1e-4)
-    >>> optimizer = fastlars.LARS(groups, lr=1.0, **conventions.timm_lars)
     >>> optimizer = fastlars.LARS(groups, lr=1.0, **conventions.timm_lars(momentum=0.9))
     >>> dict(conventions.vicreg_lars)
     {'ratio': 'combined', 'buffer': 'scaled', 'momentum': 0.9}
 
-The symbols in :attr:`Convention.equation` are those of docs/numerics.md, "Notation": lr, mu
-(momentum), wd (weight decay), eta (trust coefficient), eps, beta1; w weight, g gradient, q trust
-ratio, b momentum buffer, m and v moments, r Adam's direction, u update, t the number of steps; r
-and c the directions of LANS. In all equations a ratio is 1 where one of its norms is 0.
+The symbols in :attr:`Convention.equation` are those of docs/numerics.md, "Notation". In all
+equations a ratio is 1 where one of its norms is 0.
 """
 
 from __future__ import annotations
@@ -298,6 +295,21 @@ apex_lamb = replace(
     source="apex.optimizers.FusedLAMB",
 )
 
+deepspeed_lamb = Convention(
+    name="deepspeed_lamb",
+    optimizer="LAMB",
+    keywords={"decay": "update", "eps": 1e-8, "ratio_bounds": (0.01, 10.0)},
+    equation=f"{_ADAM}  u = r + wd w;  q = min(max(|w| / |u|, 0.01), 10);  w -= lr q u",
+    excluded=_NOTHING,
+    differences=(
+        "min_coeff and max_coeff are ratio_bounds here. There is no eps_inside_sqrt.",
+        "Earlier releases correct the rate instead, lr sqrt(1 - beta2^t) / (1 - beta1^t), which "
+        "also scales the decay: bias_correction=False here, and that factor in the schedule.",
+        "max_grad_norm=0 is None here. It clips by a norm that is passed to it, plus 1e-6.",
+    ),
+    source="deepspeed.ops.lamb.FusedLamb",
+)
+
 pytorch_optimizer_lamb = Convention(
     name="pytorch_optimizer_lamb",
     optimizer="LAMB",
@@ -374,8 +386,7 @@ gluonnlp_lans = Convention(
     ),
     differences=(
         "Its eps is both eps and norm_eps here: change both.",
-        'adam_w_mode=False is decay="gradient" here.',
-        "In szhengac's fork of apex, normalize_grad is False by default.",
+        'adam_w_mode=False is decay="gradient" here. In the fork normalize_grad defaults to False.',
         "It overwrites p.grad, rounds r and c to the type of p.grad before taking their norms, and "
         "keeps a third state, scaled_grad.",
         _SHARED_STEP,
@@ -383,8 +394,6 @@ gluonnlp_lans = Convention(
     source="gluonnlp.torch.optimizers.FusedLANS; also FusedLANS in szhengac/apex, branch lans",
 )
 
-by_name = {
-    value.name: value for value in tuple(globals().values()) if isinstance(value, Convention)
-}
+by_name = {each.name: each for each in [*globals().values()] if isinstance(each, Convention)}
 
 __all__ = ["Convention", "by_name", *by_name]

@@ -91,9 +91,9 @@ def flag(name: str, value: Any) -> bool:
 
 
 def check_bounds(name: str, lower: float, upper: float) -> None:
-    """Raise where nothing positive lies within these bounds, or something negative does."""
-    if not 0.0 <= lower <= upper or upper == 0.0:
+    """Raise unless 0 <= lower <= upper, with a finite lower and an upper above 0."""
+    if not (0.0 <= lower <= upper and lower < math.inf and upper > 0.0):
         raise ValueError(
-            f"{name} must be (lower, upper) with 0 <= lower <= upper and upper > 0, "
+            f"{name} must be (lower, upper) with 0 <= lower <= upper, lower finite and upper > 0, "
             f"got ({lower}, {upper})"
         )

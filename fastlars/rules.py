@@ -38,7 +38,7 @@ def number(
     """A field that holds a real number.
 
     Args:
-        check: the function above that converts it and refuses what is out of range.
+        check: a function of :mod:`fastlars.ranges` that converts it, or refuses it.
         probe: a value whose effect shows in two steps, for the check at first use.
         default: the field's default; without one the field must be given.
         off: whether 0 switches a state off, so that a probe must leave it at 0.
@@ -115,7 +115,8 @@ class _Rule:
 
 @dataclass(frozen=True)
 class LarsRule(_Rule):
-    r"""LARS (You, Gitman, Ginsburg 2017). The fields are arguments of :class:`fastlars.LARS`.
+    r"""LARS (You, Gitman, Ginsburg 2017). The fields are arguments of :class:`fastlars.LARS`, with
+    ``ratio_bounds`` as two fields.
 
     Example:
         >>> LarsRule(momentum=1.5)
@@ -132,6 +133,8 @@ class LarsRule(_Rule):
     ratio: Literal["separate", "combined"] = "separate"
     buffer: Literal["step", "scaled", "gradient"] = "step"
     momentum_correction: bool = False
+    ratio_floor: float = number(real, default=0.0, probe=0.75)
+    ratio_ceiling: float = number(real, default=math.inf, probe=1.4)
     trust_clip: bool = False
     adapt: bool = True
 
@@ -144,6 +147,7 @@ class LarsRule(_Rule):
     NEVER_STEPPED: ClassVar[float] = -1.0
 
     def _check_together(self) -> None:
+        check_bounds("ratio_bounds", self.ratio_floor, self.ratio_ceiling)
         if self.nesterov and (self.momentum == 0.0 or self.dampening != 0.0):
             raise ValueError("nesterov needs a momentum and no dampening")
         if self.momentum_correction and self.buffer != "step":
@@ -166,8 +170,8 @@ class LarsRule(_Rule):
 
 @dataclass(frozen=True)
 class LambRule(_Rule):
-    r"""LAMB (You et al. 2020). The fields are arguments of :class:`fastlars.LAMB`, with ``betas``
-    and ``phi`` as two fields each.
+    r"""LAMB (You et al. 2020). The fields are arguments of :class:`fastlars.LAMB`, with ``betas``,
+    ``phi`` and ``ratio_bounds`` as two fields each.
 
     Example:
         >>> LambRule(beta1=-0.1)
@@ -182,9 +186,12 @@ class LambRule(_Rule):
     decay: Literal["update", "decoupled", "gradient"] = "update"
     bias_correction: Literal["moments", "none", "rate"] = "moments"
     grad_averaging: bool = True
+    nesterov: Literal["none", "first", "both"] = "none"
     lower: float = number(real, default=0.0, probe=0.0)
     upper: float = number(real, default=math.inf, probe=10.0)
     ratio_eps: float = number(at_least_zero, default=0.0, probe=0.01)
+    ratio_floor: float = number(real, default=0.0, probe=0.1)
+    ratio_ceiling: float = number(real, default=math.inf, probe=0.5)
     trust_clip: bool = False
     adapt: bool = True
 
@@ -201,6 +208,16 @@ class LambRule(_Rule):
 
     def _check_together(self) -> None:
         check_bounds("phi", self.lower, self.upper)
+        check_bounds("ratio_bounds", self.ratio_floor, self.ratio_ceiling)
+        if self.nesterov != "none" and self.bias_correction == "rate":
+            raise ValueError(
+                'nesterov corrects m and g by different factors: bias_correction="rate" has one '
+                "for both"
+            )
+        if self.nesterov == "first" and self.beta2 == 0.0:
+            raise ValueError(
+                "nesterov=True takes beta2 v for the second moment, which is 0 with betas[1]=0"
+            )
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,9 @@ OPTIONS = (
     _lars("trust clip", trust_clip=True, trust_coefficient=0.1),
     _lars("trust clip, gradient", trust_clip=True, trust_coefficient=0.1, buffer="gradient"),
     _lars("trust clip at rate 0", trust_clip=True, rates=(0.0,)),
+    # Of the problems' ratios some lie below the floor, some between, some above the ceiling.
+    _lars("ratio bounds", ratio_floor=0.15, ratio_ceiling=0.95),
+    _lars("ratio bounds, trust clip", ratio_floor=0.7, ratio_ceiling=0.75, trust_clip=True),
     _lars("eps", eps=0.5),
     _lars("eps, combined", eps=0.5, ratio="combined"),
     _lars("maximize, unscaled", scale=-0.125),
@@ -130,6 +133,24 @@ OPTIONS = (
     _lamb("phi at least 20", lower=20.0),
     _lamb("phi at most 0.5", upper=0.5),
     _lamb("phi between, decoupled", lower=1.0, upper=3.0, decay="decoupled"),
+    _lamb("ratio bounds", ratio_floor=0.2, ratio_ceiling=0.8),
+    _lamb("ratio bounds, trust clip", ratio_floor=0.2, trust_clip=True),
+    *(
+        _lamb(f"nesterov {nesterov}, decay {decay}", nesterov=nesterov, decay=decay)
+        for nesterov in ("first", "both")
+        for decay in LambRule.CHOICES["decay"]
+    ),
+    *(
+        _lamb(
+            f"nesterov {nesterov}, neither corrected nor averaged",
+            nesterov=nesterov,
+            bias_correction="none",
+            grad_averaging=False,
+        )
+        for nesterov in ("first", "both")
+    ),
+    _lamb("nesterov first, maximize, unscaled", nesterov="first", scale=-0.125),
+    _lamb("nesterov both, without adaptation", nesterov="both", adapt=False),
     _lamb("ratio_eps", ratio_eps=0.5),
     _lamb("trust clip", trust_clip=True),
     _lamb("eps", eps=0.5),

@@ -53,6 +53,7 @@ double lars(double weight, double update, double trust, double decay, double eps
   rule.weight_decay = decay;
   rule.eps = eps;
   rule.ratio = combined != 0 ? Ratio::combined : Ratio::separate;
+  rule.ratio_ceiling = INFINITY;
   rule.adapt = true;
   return trust_ratio(rule, {}, {{weight, update}});
 }
@@ -62,6 +63,7 @@ double lamb(double weight, double update, double lower, double upper, double eps
   rule.lower = lower;
   rule.upper = upper;
   rule.ratio_eps = eps;
+  rule.ratio_ceiling = INFINITY;
   rule.adapt = true;
   return trust_ratio(rule, {}, {{weight, update}});
 }

@@ -125,6 +125,18 @@ Cybertronai = named(
     clamp_value=10.0,
     adam=False,
 )
+Deepspeed = named(
+    peers.deepspeed,
+    bias_correction=True,
+    betas=(0.9, 0.999),
+    eps=1e-8,
+    weight_decay=0.0,
+    max_grad_norm=0.0,
+    max_coeff=10.0,
+    min_coeff=0.01,
+    # An option of the formula alone.
+    corrects_rate=False,
+)
 FILTERS = {"weight_decay_filter": None, "lars_adaptation_filter": None}
 Vicreg = named(peers.vicreg, weight_decay=0.0, momentum=0.9, eta=1e-3, **FILTERS)
 
@@ -151,6 +163,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         "solo.utils.lars": {"LARS": Solo},
         "simclr.modules": {"LARS": Simclr},
         "torch_optimizer": {"Lamb": Cybertronai},
+        "deepspeed.ops.lamb": {"FusedLamb": Deepspeed},
         "main_vicreg": {"LARS": Vicreg, "exclude_bias_and_norm": exclude_bias_and_norm},
         "main": {"LARS": Vicreg, "exclude_bias_and_norm": exclude_bias_and_norm},
         "moco.optimizer": {"LARS": moco},

@@ -219,6 +219,15 @@ CYBERTRONAI_OPTIONS = {
     "clamp_value": 10.0,
     "adam": False,
 }
+DEEPSPEED_OPTIONS = {
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "bias_correction": True,
+    "max_coeff": 10.0,
+    "min_coeff": 0.01,
+    "corrects_rate": False,
+}
 NUS_OPTIONS = {"momentum": 0.0, "weight_decay": 0.0, "eeta": 1e-3}
 
 
@@ -320,6 +329,16 @@ ROWS = [
         {"weight_decay": 0.1, "betas": (0.8, 0.9), "eps": 1e-3},
         ({"adam": True}, {"adapt": False}),
         ({"clamp_value": 5.0}, {"phi": (0.0, 5.0)}),
+    ),
+    *rows(
+        "deepspeed_lamb",
+        formula(peers.deepspeed, DEEPSPEED_OPTIONS),
+        0.05,
+        {},
+        {"weight_decay": 0.1, "betas": (0.8, 0.9), "eps": 1e-3},
+        {"weight_decay": 0.1, "bias_correction": False},
+        # The ratios lie on both sides of each.
+        ({"min_coeff": 0.4, "max_coeff": 1.0}, {"ratio_bounds": (0.4, 1.0)}),
     ),
     *rows("apex_lamb", peers.ApexLamb, 0.05, *APEX_LAMB, groups=split),
     *rows("gluonnlp_lans", peers.GluonnlpLans, 0.05, *GLUONNLP_LANS, groups=split),

@@ -244,6 +244,28 @@ def cybertronai(p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, An
     p.sub_(group["lr"] * (1.0 if group["adam"] else ratio) * u)
 
 
+def deepspeed(p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    """DeepSpeed's FusedLamb: a ratio has a floor and a ceiling, the 1 where a norm is 0 has none.
+
+    ``corrects_rate``: as in earlier releases, which correct the rate and not the moments.
+    """
+    beta1, beta2 = group["betas"]
+    t = state["step"] = state.get("step", 0) + 1
+    m = beta1 * state.get("exp_avg", torch.zeros_like(p)) + (1.0 - beta1) * g
+    v = beta2 * state.get("exp_avg_sq", torch.zeros_like(p)) + (1.0 - beta2) * g * g
+    state |= {"exp_avg": m, "exp_avg_sq": v}
+    rate = group["lr"]
+    if group["bias_correction"] and group["corrects_rate"]:
+        rate *= math.sqrt(1.0 - beta2**t) / (1.0 - beta1**t)
+    elif group["bias_correction"]:
+        m, v = m / (1.0 - beta1**t), v / (1.0 - beta2**t)
+    u = m / (v.sqrt() + group["eps"]) + group["weight_decay"] * p
+    w_norm, u_norm, ratio = float(p.norm()), float(u.norm()), 1.0
+    if w_norm != 0 and u_norm != 0:
+        ratio = max(min(w_norm / u_norm, group["max_coeff"]), group["min_coeff"])
+    p.sub_(rate * ratio * u)
+
+
 class ApexLamb(Formula):
     """apex's FusedLAMB: two stages, after a global norm over all groups."""
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import fastlars
 import peers
 from fastlars import conventions
-from peer_rows import LIGHTLY_OPTIONS, SIMCLR_OPTIONS, SOLO_OPTIONS, formula
+from peer_rows import DEEPSPEED_OPTIONS, LIGHTLY_OPTIONS, SIMCLR_OPTIONS, SOLO_OPTIONS, formula
 from peers import AroundSgd, Model, distance, train
 
 
@@ -188,6 +188,39 @@ def test_apex_takes_a_norm_of_zero_for_a_limit() -> None:
         fastlars.LAMB([torch.zeros(1)], **conventions.apex_lamb(max_grad_norm=0.0))
     free = conventions.apex_lamb(max_grad_norm=None, **options)
     assert steps_of(fastlars.LAMB, [3.0, 4.0], [1.0, 1.0], **free)[0] == pytest.approx([0.01] * 2)
+
+
+def test_deepspeeds_earlier_rate_is_a_schedule() -> None:
+    """Its releases that correct the rate, and with it the decay, are the uncorrected rule here."""
+    options = {"weight_decay": 0.1}
+    peer = formula(peers.deepspeed, DEEPSPEED_OPTIONS)
+    moves = {}
+    for earlier in (True, False):
+        grads = ([0.5, -2.0], [1.0, 0.25], [-0.5, 0.125])
+        p = nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
+        q = nn.Parameter(p.detach().clone())
+        theirs = peer([p], lr=0.01, corrects_rate=earlier, **options)
+        ours = fastlars.LAMB([q], **conventions.deepspeed_lamb(bias_correction=False, **options))
+        for t, grad in enumerate(grads, 1):
+            rate = 0.01 * math.sqrt(1.0 - 0.999**t) / (1.0 - 0.9**t)
+            ours.param_groups[0]["lr"] = rate
+            p.grad = torch.tensor(grad, dtype=torch.float64)
+            q.grad = p.grad.clone()
+            theirs.step()
+            ours.step()
+        moves[earlier] = float((p - q).detach().abs().max())
+    assert moves[True] < 1e-14
+    assert moves[False] > 1e-3
+
+
+def test_deepspeed_bounds_no_one() -> None:
+    """Where a norm is 0 its ratio is 1, also where 1 is above the ceiling, and here too."""
+    peer = partial(formula(peers.deepspeed, DEEPSPEED_OPTIONS), lr=0.01, max_coeff=0.5)
+    ours = partial(fastlars.LAMB, **conventions.deepspeed_lamb(lr=0.01, ratio_bounds=(0.01, 0.5)))
+    for make in (peer, ours):
+        # The first direction is the sign of the gradient.
+        assert steps_of(make, [0.0, 0.0], [0.6, 0.8]) == [pytest.approx([0.01, 0.01])]
+        assert steps_of(make, [3.0, 4.0], [0.6, 0.8]) == [pytest.approx([0.005, 0.005])]
 
 
 def test_timm_clips_by_the_constructors_norm_alone() -> None:

@@ -101,6 +101,7 @@ def other(keyword: str, value: Any) -> Any:
         "decay": {"update": "gradient", "decoupled": "gradient"},
         "bias_correction": {"rate": True},
         "phi": {(0.0, math.inf): (0.0, 10.0), (0.0, 10.0): (0.0, math.inf)},
+        "ratio_bounds": {(0.0, math.inf): (0.002, 1.0), (0.01, 10.0): (0.01, 9.0)},
         "betas": {(0.9, 0.999): (0.9, 0.998)},
         "max_grad_norm": {None: 8.0, 1.0: None},
         "eps": {0.0: 1e-3, 1e-8: 0.0, 1e-6: 1e-8},
@@ -115,6 +116,7 @@ def keywords() -> Iterator[tuple[str, str]]:
     of_storage = {"lr", "master_weights", "stochastic_rounding", "state_dtype", "capturable"}
     of_storage |= {"fused_unscale"}
     without_ratio = {"ratio", "trust_coefficient", "eps", "phi", "ratio_eps", "trust_clip"}
+    without_ratio |= {"ratio_bounds"}
     for name, convention in conventions.by_name.items():
         optimizer = getattr(fastlars, convention.optimizer)([torch.zeros(1)], lr=1.0, **convention)
         meaningless = set(of_storage)
@@ -122,6 +124,8 @@ def keywords() -> Iterator[tuple[str, str]]:
             meaningless |= {"momentum_correction"}  # is refused
         if convention.get("momentum_correction"):
             meaningless |= {"buffer"}  # any other is refused
+        if convention.get("bias_correction") == "rate":
+            meaningless |= {"nesterov"}  # is refused
         if not convention.get("adapt", True):
             meaningless |= without_ratio | {"always_adapt"}
             if convention.optimizer != "LARS":
@@ -139,7 +143,7 @@ def test_another_value_shows(name: str, keyword: str, monkeypatch: pytest.Monkey
         convention = conventions.by_name[name](**row.ours)
         optimizer = getattr(fastlars, convention.optimizer)([torch.zeros(1)], 1.0, **convention)
         changes = {keyword: other(keyword, optimizer.defaults[keyword])}
-        if changes == {"nesterov": True} and not convention.get("momentum"):
+        if changes == {"nesterov": True} and convention.get("momentum") == 0.0:
             continue
         if keyword == "dampening" and convention.get("nesterov"):
             continue

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from fastlars import _C
-from fastlars.rules import RULES, GradientNorm
+from fastlars.rules import RULES, GradientNorm, LambRule
 
 INFO = _C.build_info()
 ARCHITECTURES = re.findall(r"\d+", INFO["cuda_archs"])
@@ -40,19 +40,29 @@ KERNELS = {
     "measure<GradientNorm, RuntimeDtypes>": (4, 4, 0),
     "measure<LarsRule, Float32Only>": (4, 8, 0),
     "measure<LarsRule, RuntimeDtypes>": (4, 8, 0),
-    "measure<LambRule, Float32Only>": (3, 8, 2),
-    "measure<LambRule, RuntimeDtypes>": (3, 8, 2),
-    "measure<LansRule, Float32Only>": (3, 8, 2),
-    "measure<LansRule, RuntimeDtypes>": (3, 4, 2),
+    "measure<PlainLamb, Float32Only>": (3, 8, 2),
+    "measure<PlainLamb, RuntimeDtypes>": (3, 8, 2),
     "apply<LarsRule, Float32Only, global>": (3, 12, 8),
     "apply<LarsRule, RuntimeDtypes, global>": (3, 12, 8),
     "apply<LarsRule, RuntimeDtypes, global, stochastic>": (3, 12, 4),
-    "apply<LambRule, Float32Only, global>": (3, 12, 4),
-    "apply<LambRule, RuntimeDtypes, global>": (3, 12, 4),
-    "apply<LambRule, RuntimeDtypes, global, stochastic>": (3, 12, 0),
-    "apply<LambRule, Float32Only, fused>": (3, 8, 3),
-    "apply<LambRule, RuntimeDtypes, fused>": (2, 8, 3),
-    "apply<LambRule, RuntimeDtypes, fused, stochastic>": (2, 8, 2),
+    "apply<PlainLamb, Float32Only, global>": (3, 12, 4),
+    "apply<PlainLamb, RuntimeDtypes, global>": (3, 12, 4),
+    "apply<PlainLamb, RuntimeDtypes, global, stochastic>": (3, 12, 0),
+    "apply<PlainLamb, Float32Only, fused>": (3, 8, 3),
+    "apply<PlainLamb, RuntimeDtypes, fused>": (2, 8, 3),
+    "apply<PlainLamb, RuntimeDtypes, fused, stochastic>": (2, 8, 2),
+    "measure<NesterovLamb, Float32Only>": (2, 8, 2),
+    "measure<NesterovLamb, RuntimeDtypes>": (2, 8, 2),
+    "apply<NesterovLamb, Float32Only, global>": (3, 8, 2),
+    "apply<NesterovLamb, RuntimeDtypes, global>": (3, 8, 2),
+    "apply<NesterovLamb, RuntimeDtypes, global, stochastic>": (3, 8, 0),
+    "apply<NesterovLamb, Float32Only, fused>": (3, 8, 3),
+    "apply<NesterovLamb, RuntimeDtypes, fused>": (2, 8, 3),
+    "apply<NesterovLamb, RuntimeDtypes, fused, stochastic>": (2, 8, 2),
+    "step<NesterovLamb, Float32Only>": (2, 8, 4),
+    "step<NesterovLamb, RuntimeDtypes>": (2, 8, 4),
+    "measure<LansRule, Float32Only>": (3, 8, 2),
+    "measure<LansRule, RuntimeDtypes>": (3, 4, 2),
     "apply<LansRule, Float32Only, global>": (3, 8, 2),
     "apply<LansRule, RuntimeDtypes, global>": (3, 8, 2),
     "apply<LansRule, RuntimeDtypes, global, stochastic>": (3, 8, 0),
@@ -64,14 +74,16 @@ KERNELS = {
     "apply<RmspropWarmupRule, RuntimeDtypes, fused, stochastic>": (2, 12, 8),
     "step<LarsRule, Float32Only>": (3, 8, 4),
     "step<LarsRule, RuntimeDtypes>": (2, 8, 4),
-    "step<LambRule, Float32Only>": (3, 8, 4),
-    "step<LambRule, RuntimeDtypes>": (2, 8, 4),
+    "step<PlainLamb, Float32Only>": (3, 8, 4),
+    "step<PlainLamb, RuntimeDtypes>": (2, 8, 4),
     "step<LansRule, Float32Only>": (3, 8, 4),
     "step<LansRule, RuntimeDtypes>": (2, 8, 4),
 }
 # As csrc/cuda/block.cuh numbers OperandSource.
 SOURCES = ("global", "shared", "evicted", "fused")
-NAMES = "|".join(rule.__name__ for rule in (GradientNorm, *RULES))
+# LAMB's kernels are named after the forms of it that csrc/cuda/lamb.cu tells apart.
+RULE_NAMES = [rule.__name__ for rule in (GradientNorm, *RULES) if rule is not LambRule]
+NAMES = "|".join([*RULE_NAMES, "PlainLamb", "NesterovLamb"])
 
 
 def cuobjdump(*options: str) -> str:

@@ -46,6 +46,13 @@ ADAPTING = [
     ("adapt", 2, TypeError),
     ("always_adapt", "yes", TypeError),
     ("trust_clip", "no", TypeError),
+    ("ratio_bounds", (1.0, 0.5), ValueError),
+    ("ratio_bounds", (-0.1, 1.0), ValueError),
+    ("ratio_bounds", (0.0, 0.0), ValueError),
+    ("ratio_bounds", (INF, INF), ValueError),
+    ("ratio_bounds", (NAN, 1.0), ValueError),
+    ("ratio_bounds", 10.0, TypeError),
+    ("ratio_bounds", (None, 10.0), TypeError),
 ]
 LARS_NUMBERS = [
     *ADAPTING,
@@ -70,6 +77,8 @@ LAMB_NUMBERS = [
     ("phi", (-1.0, 1.0), ValueError),
     ("ratio_eps", -1.0, ValueError),
     ("bias_correction", "maybe", ValueError),
+    ("nesterov", "first", ValueError),
+    ("nesterov", 2, ValueError),
     ("decay", "l2", ValueError),
     ("grad_averaging", None, TypeError),
 ]

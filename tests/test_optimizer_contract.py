@@ -44,8 +44,10 @@ def test_defaults_and_words_are_those_of_the_rule(row: Row) -> None:
     needed = {name: value for name, value in row.needed.items() if name in known}
     defaults = {name: parameter.default for name, parameter in given.items()}
     assert row.kind.rule_of(defaults | needed) == row.kind.rule(**needed)
+    # LAMB's signature has words of its own.
+    own = {"bias_correction", "nesterov"} if row.kind is fastlars.LAMB else set()
     for name in known.keys() & given.keys():
-        if name != "bias_correction":  # LAMB's signature has words of its own
+        if name not in own:
             assert given[name].annotation == known[name].type, name
 
 

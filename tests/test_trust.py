@@ -47,6 +47,33 @@ LAMB_RATIOS = [
 ]
 
 
+BOUNDS = [
+    # rule, weight^2, update^2, ratio at lr 0.1
+    (LarsRule(trust_coefficient=1.0, ratio_floor=3.0), 25.0, 4.0, 3.0),
+    (LarsRule(trust_coefficient=1.0, ratio_ceiling=2.0), 25.0, 4.0, 2.0),
+    (LarsRule(trust_coefficient=1.0, ratio_floor=2.0, ratio_ceiling=3.0), 25.0, 4.0, 2.5),
+    # LARC has the last word: 0.5 / lr, and 1 where the bounds leave q above lr.
+    (LarsRule(trust_coefficient=1.0, ratio_ceiling=0.05, trust_clip=True), 25.0, 4.0, 0.5),
+    (LarsRule(trust_coefficient=1.0, ratio_floor=3.0, trust_clip=True), 25.0, 4.0, 1.0),
+    # No ratio, so no bounds.
+    (LarsRule(ratio_floor=3.0), 0.0, 4.0, 1.0),
+    (LarsRule(ratio_ceiling=0.5), 25.0, 0.0, 1.0),
+    (LarsRule(ratio_floor=3.0), NAN, 4.0, 1.0),
+    (LarsRule(adapt=False, ratio_floor=3.0), 25.0, 4.0, 1.0),
+    (LambRule(ratio_floor=3.0), 25.0, 4.0, 3.0),
+    (LambRule(ratio_ceiling=2.0), 25.0, 4.0, 2.0),
+    (LambRule(ratio_floor=2.0, ratio_ceiling=3.0), 25.0, 4.0, 2.5),
+    (LambRule(ratio_floor=2.0, ratio_ceiling=2.0), 1e-8, 4.0, 2.0),
+    (LambRule(upper=3.0, ratio_floor=2.0), 25.0, 4.0, 2.0),  # phi: 1.5
+    (LambRule(ratio_floor=3.0, trust_clip=True), 25.0, 4.0, 1.0),
+    (LambRule(ratio_floor=3.0), 0.0, 4.0, 1.0),
+    (LambRule(ratio_ceiling=0.5), 25.0, 0.0, 1.0),
+    (LambRule(ratio_ceiling=0.5), 25.0, NAN, 1.0),
+    (LambRule(ratio_floor=0.5), 25.0, INF, 0.5),
+    (LambRule(ratio_ceiling=2.0), 1.0, 1e-84, 2.0),  # beyond float32 without the ceiling
+]
+
+
 @pytest.mark.parametrize("row", LARS_RATIOS, ids=str)
 def test_lars_ratio(core: ctypes.CDLL, row: tuple[float, ...]) -> None:
     *arguments, combined, expected = row
@@ -71,6 +98,19 @@ def test_back_ends_guard_ratios_alike(backend: str, row: tuple[float, ...]) -> N
     else:
         w, u, lower, upper, eps, expected = row
         rule = LambRule(lower=lower, upper=upper, ratio_eps=eps)
+    assert _ratio_of_sums(backend, rule, w, u) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize(("rule", "w", "u", "expected"), BOUNDS, ids=str)
+def test_back_ends_bound_ratios_alike(
+    backend: str, rule: LarsRule | LambRule, w: float, u: float, expected: float
+) -> None:
+    assert _ratio_of_sums(backend, rule, w, u) == pytest.approx(expected, rel=1e-6)
+
+
+def _ratio_of_sums(backend: str, rule: LarsRule | LambRule, w: float, u: float) -> float:
+    """The ratio that a back end makes of sums of squares, at a learning rate of 0.1."""
     one = [torch.zeros(1)]
     counters = [torch.ones(())] if rule.counter else None
     tensors = Tensors(
@@ -82,9 +122,9 @@ def test_back_ends_guard_ratios_alike(backend: str, row: tuple[float, ...]) -> N
         Dtypes(F32, F32, F32),
     )
     chosen = instance(backend)
-    sums = torch.tensor([[w, u]], dtype=torch.float64)
+    sums = torch.tensor([[w, u]], dtype=torch.float64) if rule.adapt else None
     found = chosen.apply(rule, chosen.bind(tensors, chosen.layout(one)), StepScalars(lr=0.1), sums)
-    assert found.item() == pytest.approx(expected, rel=1e-6)
+    return found.item()
 
 
 @pytest.mark.parametrize("backend", NAMES)

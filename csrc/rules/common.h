@@ -48,13 +48,13 @@ FASTLARS_HD double bounded(double value, double lower, double upper) {
   return raised > upper ? upper : raised;
 }
 
-// numerator / denominator, or 1 where either sum of squares is zero: such a tensor (fresh zeros, no
-// gradient) would otherwise never move again. NaN norms compare false and give 1 too; the NaN
-// itself reaches the weights through the gradient, where it can be seen.
-FASTLARS_HD double guarded_ratio(double weight, double update, double numerator,
-                                 double denominator) {
+// numerator / denominator within [floor, ceiling], or 1 where either sum of squares is zero: such a
+// tensor (fresh zeros, no gradient) would otherwise never move again. NaN norms compare false and
+// give 1 too; the NaN itself reaches the weights through the gradient, where it can be seen.
+FASTLARS_HD double guarded_ratio(double weight, double update, double numerator, double denominator,
+                                 double floor = 0.0, double ceiling = INFINITY) {
   if (!(weight > 0.0 && update > 0.0)) return 1.0;
-  const double ratio = numerator / denominator;
+  const double ratio = bounded(numerator / denominator, floor, ceiling);
   // Gradients around 1e-40 ask for a q beyond float32. The largest float times such a gradient is
   // still a sensible step, infinity times it is not.
   return (ratio > FLT_MAX && std::isfinite(numerator)) ? FLT_MAX : ratio;

@@ -28,7 +28,7 @@ struct LarsCoefficients {
 };
 
 struct LarsRule {
-  double momentum, dampening, weight_decay, trust_coefficient, eps;
+  double momentum, dampening, weight_decay, trust_coefficient, eps, ratio_floor, ratio_ceiling;
   Ratio ratio;
   Buffer buffer;
   bool nesterov, momentum_correction, trust_clip, adapt;
@@ -51,6 +51,8 @@ struct LarsRule {
     field("ratio", &LarsRule::ratio);
     field("buffer", &LarsRule::buffer);
     field("momentum_correction", &LarsRule::momentum_correction);
+    field("ratio_floor", &LarsRule::ratio_floor);
+    field("ratio_ceiling", &LarsRule::ratio_ceiling);
     field("trust_clip", &LarsRule::trust_clip);
     field("adapt", &LarsRule::adapt);
   }
@@ -65,9 +67,10 @@ FASTLARS_HD double trust_ratio(const LarsRule& rule, const StepScalars& scalars,
   const double weight_norm = std::sqrt(sums.of[0]);
   const double decay_norm = rule.ratio == Ratio::combined ? 0.0 : rule.weight_decay * weight_norm;
   const double q = guarded_ratio(sums.of[0], sums.of[1], rule.trust_coefficient * weight_norm,
-                                 std::sqrt(sums.of[1]) + decay_norm + rule.eps);
+                                 std::sqrt(sums.of[1]) + decay_norm + rule.eps, rule.ratio_floor,
+                                 rule.ratio_ceiling);
   if (!rule.trust_clip) return q;
-  // LARC: the layer's rate lr q never exceeds lr.
+  // LARC: the layer's rate lr q never exceeds lr, whatever the floor.
   const double clipped = scalars.lr > 0.0 ? q / scalars.lr : 1.0;
   return clipped > 1.0 ? 1.0 : clipped;
 }

@@ -80,6 +80,7 @@ FORMATS: Mapping[str, Format] = {
     # A state with scaled_grad is of LANS, whose moments are of normalized gradients.
     "apex_lamb": _lamb("group", "grad_averaging", refused=("scaled_grad",)),
     "pytorch_optimizer_lamb": _lamb("group", "grad_averaging", demands={"adanorm": False}),
+    "deepspeed_lamb": _lamb("state", "min_coeff", "max_coeff"),
     "cybertronai_lamb": _lamb("state", "eps", refused=("max_exp_avg_sq",)),
     "torch_adamw": _lamb("state", "amsgrad", refused=("max_exp_avg_sq",)),
     "bitsandbytes_lamb": _lamb(

@@ -59,6 +59,24 @@ class LAMB(FusedOptimizer):
             pytorch_optimizer does.
         grad_averaging: False lets g enter m with weight 1 instead of :math:`1 - \beta_1`. Default
             True. Change it only to match a run of apex or timm that has it.
+        nesterov: True is N-LAMB, ``"both"`` NN-LAMB, of the paper's appendix: the first moment, or
+            both, look one step ahead, as in Nadam. Default False. In r they are, for N-LAMB,
+
+            .. math::
+                \hat m = \frac{\beta_1 m}{1 - \beta_1^{t+1}}
+                         + \frac{(1 - \beta_1) g}{1 - \beta_1^t}, \quad
+                \hat v = \frac{\beta_2 v}{1 - \beta_2^t}
+
+            and for NN-LAMB the same :math:`\hat m`, and
+
+            .. math::
+                \hat v = \frac{\beta_2 v}{1 - \beta_2^{t+1}}
+                         + \frac{(1 - \beta_2) g^2}{1 - \beta_2^t}
+
+            The appendix has :math:`\beta_1 = 0.975`. ``bias_correction=False`` leaves out all
+            denominators, and ``"rate"`` is refused, as one factor cannot correct both terms; with
+            ``grad_averaging=False`` g has weight 1 here too; with ``decay="gradient"`` it is the
+            decayed gradient. A step reads the gradients once more where it takes two passes.
         decay: where weight decay enters. ``"update"`` (default): in u, as above. ``"decoupled"``:
             :math:`w = (1 - \mathrm{lr} \, \mathrm{wd}) w` before all else, and u = r.
             ``"gradient"``: :math:`g + \mathrm{wd} \, w` in place of g, as apex with
@@ -68,7 +86,12 @@ class LAMB(FusedOptimizer):
             libraries have (0, 10), against long steps of large layers.
         ratio_eps: added to ``|u|`` in q, at least 0, default 0. Change it only to match
             pytorch_optimizer, which has 1e-6.
-        trust_clip: True is LAMBC: no q above 1. Default False. Set it where early steps diverge.
+        ratio_bounds: (floor, ceiling) of q, floor at least 0, ceiling above 0 and at least floor.
+            Default (0, infinity), no bounds. The q of 1 where a norm is 0 stays. DeepSpeed has
+            (0.01, 10). (0, ceiling) is LAMBC (Fong et al. 2020, `arXiv:2011.05556
+            <https://arxiv.org/abs/2011.05556>`_), against long steps where u is short.
+        trust_clip: True is LAMBC with a ceiling of 1, as timm has it: no q above 1, whatever the
+            floor. Default False. Set it where early steps diverge.
         adapt: False sets q = 1, which is AdamW. Default True. Usually set for a group, as
             :func:`fastlars.parameter_groups` does for biases and norms.
         always_adapt: False sets q = 1 in groups without weight decay, as apex and timm do. Default
@@ -110,9 +133,11 @@ class LAMB(FusedOptimizer):
         *,
         bias_correction: bool | Literal["rate"] = True,
         grad_averaging: bool = True,
+        nesterov: bool | Literal["both"] = False,
         decay: Literal["update", "decoupled", "gradient"] = "update",
         phi: tuple[float, float] = (0.0, math.inf),
         ratio_eps: float = 0.0,
+        ratio_bounds: tuple[float, float] = (0.0, math.inf),
         trust_clip: bool = False,
         adapt: bool = True,
         always_adapt: bool = True,
@@ -134,7 +159,14 @@ class LAMB(FusedOptimizer):
         correction = group["bias_correction"]
         if correction not in corrections:
             raise ValueError(f'bias_correction must be True, False or "rate", got {correction!r}')
+        looks: dict[Any, str] = {True: "first", False: "none", "both": "both"}
+        nesterov = group["nesterov"]
+        if nesterov not in looks:
+            raise ValueError(f'nesterov must be True, False or "both", got {nesterov!r}')
         beta1, beta2 = pair("betas", group["betas"])
         lower, upper = pair("phi", group["phi"])
+        floor, ceiling = pair("ratio_bounds", group["ratio_bounds"])
         values = {"beta1": beta1, "beta2": beta2, "lower": lower, "upper": upper}
-        return super().rule_of({**group, **values, "bias_correction": corrections[correction]})
+        values |= {"ratio_floor": floor, "ratio_ceiling": ceiling}
+        words = {"bias_correction": corrections[correction], "nesterov": looks[nesterov]}
+        return super().rule_of({**group, **values, **words})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from fastlars.optim.base import FusedOptimizer, Params
 from fastlars.optim.checkpoint import ForeignOptimizer
 from fastlars.optim.options import documented, from_arguments
 from fastlars.optim.stepper import SkipIf
-from fastlars.ranges import flag, real
+from fastlars.ranges import flag, pair, real
 from fastlars.rules import LarsRule, Rule, adapts
 
 if TYPE_CHECKING:
@@ -74,8 +75,12 @@ class LARS(FusedOptimizer):
         momentum_correction: True multiplies a ``"step"`` buffer by the new lr over the old one when
             lr changes (Goyal et al. 2017, remark 2). Default False. It makes ``"step"`` equal to
             ``"scaled"``, as long as no lr is 0, which empties the buffer.
+        ratio_bounds: (floor, ceiling) of q, floor at least 0, ceiling above 0 and at least floor.
+            Default (0, infinity), no bounds. A ceiling keeps layers with tiny gradients from long
+            steps, a floor keeps layers with large ones moving. The q of 1 where a norm is 0 stays.
         trust_clip: True is LARC: :math:`q = \min(q / \mathrm{lr}, 1)`, so that no layer's rate
-            exceeds lr. Default False. Set it where early steps diverge.
+            exceeds lr, whatever the floor: it comes after ``ratio_bounds``. Default False. Set it
+            where early steps diverge.
         adapt: False sets q = 1, which is stochastic gradient descent with momentum. Default True.
             Usually set for a group, as :func:`fastlars.parameter_groups` does for biases and norms.
         always_adapt: False sets q = 1 in groups without weight decay, as timm does. Default True.
@@ -121,6 +126,7 @@ class LARS(FusedOptimizer):
         ratio: Literal["separate", "combined"] = "separate",
         buffer: Literal["step", "scaled", "gradient"] = "step",
         momentum_correction: bool = False,
+        ratio_bounds: tuple[float, float] = (0.0, math.inf),
         trust_clip: bool = False,
         adapt: bool = True,
         always_adapt: bool = True,
@@ -151,4 +157,6 @@ class LARS(FusedOptimizer):
         # A schedule may take the momentum to 0, where there is nothing to look ahead to.
         has_momentum = real("momentum", group["momentum"]) != 0.0
         nesterov = flag("nesterov", group["nesterov"]) and has_momentum
-        return super().rule_of({**group, "nesterov": nesterov})
+        floor, ceiling = pair("ratio_bounds", group["ratio_bounds"])
+        values = {"nesterov": nesterov, "ratio_floor": floor, "ratio_ceiling": ceiling}
+        return super().rule_of({**group, **values})

@@ -25,18 +25,22 @@ int main(int count, char**) {
   LarsRule lars = {};
   lars.momentum = 0.9;
   lars.weight_decay = lars.trust_coefficient = 0.1;
+  lars.ratio_ceiling = 10.0;
   lars.adapt = true;
   LambRule lamb = {};
   lamb.beta1 = 0.9;
   lamb.beta2 = 0.99;
   lamb.eps = lamb.weight_decay = 0.1;
-  lamb.upper = 10.0;
+  lamb.upper = lamb.ratio_ceiling = 10.0;
   lamb.adapt = true;
+  LambRule nesterov = lamb;
+  nesterov.nesterov = Nesterov::both;
   Problem problem;
   if (count > 1) reinterpret_cast<cuda::Control*>(problem.workspace.data())->ticket = 1;
   for (int blocks = 1; blocks <= 4; ++blocks) {
     step(problem, lars, blocks);
     step(problem, lamb, blocks);
+    step(problem, nesterov, blocks);
   }
   std::printf("stepped\n");
   return 0;

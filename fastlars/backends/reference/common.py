@@ -9,10 +9,19 @@ import torch
 LARGEST_FLOAT = torch.finfo(torch.float32).max
 
 
-def guarded_ratio(w: float, u: float, numerator: float, denominator: float) -> float:
-    """q = numerator / denominator; 1 where either norm is 0: such a tensor, of fresh zeros or
-    without a gradient, would otherwise never move again."""
-    q = numerator / denominator if w > 0.0 and u > 0.0 else 1.0
+def guarded_ratio(
+    w: float,
+    u: float,
+    numerator: float,
+    denominator: float,
+    floor: float = 0.0,
+    ceiling: float = math.inf,
+) -> float:
+    """q = numerator / denominator within [floor, ceiling]; 1 where either norm is 0: such a tensor,
+    of fresh zeros or without a gradient, would otherwise never move again."""
+    if not (w > 0.0 and u > 0.0):
+        return 1.0
+    q = min(max(numerator / denominator, floor), ceiling)
     return LARGEST_FLOAT if q > LARGEST_FLOAT and math.isfinite(numerator) else q
 
 

@@ -1,6 +1,6 @@
 """LARS. You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks", 2017.
 
-q = eta |w| / (|g| + wd |w| + eps)
+q = eta |w| / (|g| + wd |w| + eps)      (within ratio_bounds)
 b = mu b + lr q (g + wd w)
 w = w - b
 """
@@ -21,7 +21,8 @@ def measured(
 
 def trust_ratio(rule: LarsRule, lr: float, w: float, u: float) -> float:
     decay = rule.weight_decay * w if rule.ratio == "separate" else 0.0
-    q = guarded_ratio(w, u, rule.trust_coefficient * w, u + decay + rule.eps)
+    bounds = rule.ratio_floor, rule.ratio_ceiling
+    q = guarded_ratio(w, u, rule.trust_coefficient * w, u + decay + rule.eps, *bounds)
     if rule.trust_clip:
         return min(q / lr, 1.0) if lr > 0.0 else 1.0
     return q

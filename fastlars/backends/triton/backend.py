@@ -167,10 +167,10 @@ class Triton:
         launches, types = [], types_of(*stored)
         if its.rule.measure_writes:
             launches.append(self._prepare(its, bound, scalars, None, None, None))
-            kind: tuple[Any, ...] = stored
+            kind: tuple[Any, ...] = (stored, its.words)
             arguments: tuple[Any, ...] = (
                 *(given.table, given.sizes, given.chunks, given.coefficients, given.slots),
-                types,
+                *(its.argument, types),
             )
         else:
             doubles = scalars.doubles

@@ -132,11 +132,19 @@ def power(base: tl.tensor, exponent: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def guarded_ratio(
-    weight: tl.tensor, update: tl.tensor, numerator: tl.tensor, denominator: tl.tensor
+    weight: tl.tensor,
+    update: tl.tensor,
+    numerator: tl.tensor,
+    denominator: tl.tensor,
+    floor: tl.tensor,
+    ceiling: tl.tensor,
 ) -> tl.tensor:
-    """numerator / denominator; 1 where either sum of squares is 0 or NaN."""
+    """numerator / denominator within [floor, ceiling]; 1 where either sum of squares is 0 or
+    NaN."""
     nonzero = (weight > 0.0) & (update > 0.0)
     ratio = numerator / tl.where(nonzero, denominator, double(1.0))
+    ratio = tl.where(ratio < floor, floor, ratio)
+    ratio = tl.where(ratio > ceiling, ceiling, ratio)
     # The ratio overflows float32 for gradients around 1e-40. The largest float times such a
     # gradient is a sensible step; infinity times it is not.
     ratio = tl.where((ratio > LARGEST_FLOAT) & (numerator < INFINITY), double(LARGEST_FLOAT), ratio)

@@ -45,8 +45,10 @@ class LambCoefficients(NamedTuple):
     gradient_weight: tl.tensor
     beta2: tl.tensor
     square_weight: tl.tensor
-    correction1: tl.tensor
+    correction1: tl.tensor  # of m and v in the direction
     correction2: tl.tensor
+    ahead1: tl.tensor  # of the gradient and its square there, where the moments look ahead
+    ahead2: tl.tensor
     eps: tl.tensor
     update_decay: tl.tensor
     shrink: tl.tensor  # 1 - lr wd where the decay is decoupled, else 1
@@ -75,10 +77,26 @@ def trust_ratio(
     lower, upper = decoded(rule.lower), decoded(rule.upper)
     raised = tl.where(weight_norm < lower, lower, weight_norm)
     phi = tl.where(raised > upper, upper, raised)
-    q = guarded_ratio(weight, update, phi, tl.sqrt(update) + decoded(rule.ratio_eps))
+    floor, ceiling = decoded(rule.ratio_floor), decoded(rule.ratio_ceiling)
+    denominator = tl.sqrt(update) + decoded(rule.ratio_eps)
+    q = guarded_ratio(weight, update, phi, denominator, floor, ceiling)
     if rule.trust_clip:
         q = tl.where(q > 1.0, double(1.0), q)
     return q
+
+
+@triton.jit
+def factors(
+    beta: tl.tensor, power: tl.tensor, weight: tl.tensor, LOOKS_AHEAD: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """The direction's factors of a moment, and of the gradient (or its square) that enters the
+    moment with ``weight``. ``power`` is beta^t, or 0 without bias correction."""
+    of_moment = 1.0 / (1.0 - power)
+    of_gradient = double(0.0)
+    if LOOKS_AHEAD:
+        of_moment = beta / (1.0 - beta * power)
+        of_gradient = weight / (1.0 - power)
+    return of_moment, of_gradient
 
 
 @triton.jit
@@ -89,11 +107,11 @@ def coefficients(
     beta1, beta2 = decoded(rule.beta1), decoded(rule.beta2)
     weight_decay = decoded(rule.weight_decay)
     lr = scalars.lr
-    correction1 = double(1.0)
-    correction2 = double(1.0)
+    power1 = double(0.0)
+    power2 = double(0.0)
     if rule.bias_correction == "moments":
-        correction1 = 1.0 / (1.0 - power(beta1, step))
-        correction2 = 1.0 / (1.0 - power(beta2, step))
+        power1 = power(beta1, step)
+        power2 = power(beta2, step)
     elif rule.bias_correction == "rate":
         lr = lr / (1.0 - power(beta1, step))
     gradient_decay = double(0.0)
@@ -105,6 +123,10 @@ def coefficients(
     gradient_weight = double(1.0)
     if rule.grad_averaging:
         gradient_weight = 1.0 - beta1
+    correction1, ahead1 = factors(beta1, power1, gradient_weight, rule.nesterov != "none")
+    correction2, ahead2 = factors(beta2, power2, 1.0 - beta2, rule.nesterov == "both")
+    if rule.nesterov == "first":
+        correction2 = beta2 / (1.0 - power2)
     return LambCoefficients(
         gradient_scale=scalars.gradient_scale.to(tl.float32),
         gradient_decay=gradient_decay.to(tl.float32),
@@ -114,6 +136,8 @@ def coefficients(
         square_weight=(1.0 - beta2).to(tl.float32),
         correction1=correction1.to(tl.float32),
         correction2=correction2.to(tl.float32),
+        ahead1=ahead1.to(tl.float32),
+        ahead2=ahead2.to(tl.float32),
         eps=decoded(rule.eps).to(tl.float32),
         update_decay=update_decay.to(tl.float32),
         shrink=shrink_of(rule, scalars).to(tl.float32),
@@ -122,21 +146,41 @@ def coefficients(
 
 
 @triton.jit
+def gradient(c: LambCoefficients, w: tl.tensor, g: tl.tensor) -> tl.tensor:
+    """The gradient that enters the moments."""
+    # Without decay, not even 0 * w is added: for an infinite weight it would be NaN.
+    scaled = c.gradient_scale * g
+    return tl.where(c.gradient_decay != 0.0, scaled + c.gradient_decay * w, scaled)
+
+
+@triton.jit
 def moments(
     c: LambCoefficients, w: tl.tensor, g: tl.tensor, m: tl.tensor, v: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor]:
-    # Without decay, not even 0 * w is added: for an infinite weight it would be NaN.
-    scaled = c.gradient_scale * g
-    d = tl.where(c.gradient_decay != 0.0, scaled + c.gradient_decay * w, scaled)
+    d = gradient(c, w, g)
     m = c.beta1 * m + c.gradient_weight * d
     v = c.beta2 * v + c.square_weight * (d * d)
     return m, v
 
 
 @triton.jit
-def direction(c: LambCoefficients, w: tl.tensor, m: tl.tensor, v: tl.tensor) -> tl.tensor:
-    """u: the trust ratio divides by its norm."""
-    r = tl.div_rn(c.correction1 * m, tl.sqrt_rn(c.correction2 * v) + c.eps)
+def direction(
+    rule: rules.LambRule,
+    c: LambCoefficients,
+    w: tl.tensor,
+    g: tl.tensor,
+    m: tl.tensor,
+    v: tl.tensor,
+) -> tl.tensor:
+    """u: the trust ratio divides by its norm. ``g`` is read where moments look ahead."""
+    first = c.correction1 * m
+    second = c.correction2 * v
+    if rule.nesterov != "none":
+        d = gradient(c, w, g)
+        first = first + c.ahead1 * d
+        if rule.nesterov == "both":
+            second = second + c.ahead2 * (d * d)
+    r = tl.div_rn(first, tl.sqrt_rn(second) + c.eps)
     return tl.where(c.update_decay != 0.0, r + c.update_decay * w, r)
 
 
@@ -148,31 +192,37 @@ def updated(c: LambCoefficients, w: tl.tensor, u: tl.tensor) -> tl.tensor:
 @triton.jit
 def _advance_moments(
     chunk: Chunk,
+    rule: rules.LambRule,
     c: LambCoefficients,
     w: tl.tensor,
     types: Types,
     WHOLE: tl.constexpr,
     LAST: tl.constexpr,
 ) -> tl.tensor:
-    """Advance and store the moments; LAST: nothing reads them again in this step. Returns the
+    """Advance and store the moments; LAST: nothing reads them again in this step. Return the
     direction, computed from the moments as they were rounded when stored: ``apply`` reads these."""
     base1 = chunk.states[0]
     base2 = chunk.states[1]
-    g = read(chunk.grad, chunk, types.grad, WHOLE, True)
+    g = read(chunk.grad, chunk, types.grad, WHOLE, LAST or rule.nesterov == "none")
     m = read(base1, chunk, types.state, WHOLE, LAST)
     v = read(base2, chunk, types.state, WHOLE, LAST)
     m, v = moments(c, w, g, m, v)
     write(base1, chunk, m, types.state, WHOLE, LAST)
     write(base2, chunk, v, types.state, WHOLE, LAST)
-    return direction(c, w, stored(m, types.state), stored(v, types.state))
+    return direction(rule, c, w, g, stored(m, types.state), stored(v, types.state))
 
 
 @triton.jit
 def _measure(
-    chunk: Chunk, slots: tl.tensor, c: LambCoefficients, types: Types, WHOLE: tl.constexpr
+    chunk: Chunk,
+    slots: tl.tensor,
+    rule: rules.LambRule,
+    c: LambCoefficients,
+    types: Types,
+    WHOLE: tl.constexpr,
 ) -> None:
     w = read(chunk.weight, chunk, types.weight, WHOLE, False)
-    u = _advance_moments(chunk, c, w, types, WHOLE, False)
+    u = _advance_moments(chunk, rule, c, w, types, WHOLE, False)
     if not WHOLE:
         # After the end of the tensor all values are 0, and the direction 0 / (0 + eps) is NaN for
         # eps = 0.
@@ -193,9 +243,12 @@ def _apply(
     if rule.adapt:
         m = read(chunk.states[0], chunk, types.state, WHOLE, True)
         v = read(chunk.states[1], chunk, types.state, WHOLE, True)
-        u = direction(c, w, m, v)
+        g = w
+        if rule.nesterov != "none":
+            g = read(chunk.grad, chunk, types.grad, WHOLE, True)
+        u = direction(rule, c, w, g, m, v)
     else:
-        u = _advance_moments(chunk, c, w, types, WHOLE, True)
+        u = _advance_moments(chunk, rule, c, w, types, WHOLE, True)
     write_weight(chunk, updated(c, w, u), seed, types, WHOLE)
 
 
@@ -206,15 +259,16 @@ def measure(
     chunks: tl.tensor,
     coefficient_table: tl.tensor,
     slots: tl.tensor,
+    rule: rules.LambRule,
     types: Types,
 ) -> None:
     """For each chunk: advance the moments, and store the sums of squares of w and of u."""
     chunk = locate(table, sizes, chunks, None, False)
     c = LambCoefficients(*load_coefficients(coefficient_table, chunk, FIELDS))
     if chunk.whole:
-        _measure(chunk, slots, c, types, True)
+        _measure(chunk, slots, rule, c, types, True)
     else:
-        _measure(chunk, slots, c, types, False)
+        _measure(chunk, slots, rule, c, types, False)
 
 
 @triton.jit(do_not_specialize_on_alignment=["sums"])

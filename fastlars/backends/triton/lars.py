@@ -61,7 +61,8 @@ def trust_ratio(
     if rule.ratio == "separate":
         denominator += decoded(rule.weight_decay) * weight_norm
     numerator = decoded(rule.trust_coefficient) * weight_norm
-    q = guarded_ratio(weight, update, numerator, denominator + decoded(rule.eps))
+    floor, ceiling = decoded(rule.ratio_floor), decoded(rule.ratio_ceiling)
+    q = guarded_ratio(weight, update, numerator, denominator + decoded(rule.eps), floor, ceiling)
     if rule.trust_clip:
         # LARC: the local rate lr q never exceeds lr.
         positive = scalars.lr > 0.0
