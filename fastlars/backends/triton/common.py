@@ -131,6 +131,12 @@ def power(base: tl.tensor, exponent: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def bounded(value: tl.tensor, lower: tl.tensor, upper: tl.tensor) -> tl.tensor:
+    raised = tl.where(value < lower, lower, value)
+    return tl.where(raised > upper, upper, raised)
+
+
+@triton.jit
 def guarded_ratio(
     weight: tl.tensor, update: tl.tensor, numerator: tl.tensor, denominator: tl.tensor
 ) -> tl.tensor:
