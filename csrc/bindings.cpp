@@ -180,11 +180,6 @@ bool holds(const py::dict& dict, const py::list& values) {
   return true;
 }
 
-void set_seed(TensorList& list, std::optional<std::uint64_t> seed) {
-  list.stochastic_rounding = seed.has_value();
-  list.seed = seed.value_or(0);
-}
-
 // The calls below release the interpreter lock, so that other Python threads run meanwhile.
 using Released = py::call_guard<py::gil_scoped_release>;
 
@@ -233,21 +228,18 @@ void define_cpu_calls(py::module_& m) {
     m.def(
         "cpu_apply",
         [](const Rule& rule, TensorList& list, double lr, double gradient_scale,
-           std::optional<std::uint64_t> seed, std::uintptr_t sums, std::uintptr_t ratios) {
-          set_seed(list, seed);
+           std::uintptr_t sums, std::uintptr_t ratios) {
           cpu::apply(rule, {lr, gradient_scale}, list, pointer<const Sums>(sums),
                      pointer<float>(ratios));
         },
-        Released(), "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "seed"_a, "sums"_a,
-        "ratios"_a);
+        Released(), "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "sums"_a, "ratios"_a);
     m.def(
         "cpu_step",
         [](const Rule& rule, TensorList& list, double lr, double gradient_scale,
-           std::optional<std::uint64_t> seed, std::uintptr_t ratios) {
-          set_seed(list, seed);
+           std::uintptr_t ratios) {
           cpu::step(rule, {lr, gradient_scale}, list, pointer<float>(ratios));
         },
-        Released(), "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "seed"_a, "ratios"_a);
+        Released(), "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "ratios"_a);
   }
 }
 
@@ -278,15 +270,13 @@ void define_cuda_calls(py::module_& m) {
     m.def(
         "cuda_apply",
         [](const Rule& rule, TensorList& list, const ChunkTable& table, const CudaScalars& scalars,
-           std::optional<std::uint64_t> seed, std::uintptr_t sums, std::uintptr_t ratios,
-           std::uintptr_t stream, int grid) {
-          set_seed(list, seed);
+           std::uintptr_t sums, std::uintptr_t ratios, std::uintptr_t stream, int grid) {
           cuda::apply(rule, scalars.host,
                       {table, list, scalars.device, pointer<void>(stream), grid},
                       pointer<const Sums>(sums), pointer<float>(ratios));
         },
-        Released(), "rule"_a, "tensors"_a, "table"_a, "scalars"_a, "seed"_a, "sums"_a, "ratios"_a,
-        "stream"_a, "grid"_a);
+        Released(), "rule"_a, "tensors"_a, "table"_a, "scalars"_a, "sums"_a, "ratios"_a, "stream"_a,
+        "grid"_a);
   }
   if constexpr (Rule::sums > 0 && Rule::steps) {
     m.def(
@@ -368,6 +358,14 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&make_layout), "viewer"_a, "weights"_a)
       .def(py::self == py::self);
   py::class_<TensorList>(m, "TensorList")
+      .def(
+          "set_step",  // what belongs to one step alone; `gradient_sums` is an address, 0 for none
+          [](TensorList& list, std::optional<std::uint64_t> seed, std::uintptr_t gradient_sums) {
+            list.stochastic_rounding = seed.has_value();
+            list.seed = seed.value_or(0);
+            list.gradient_sums = pointer<const double>(gradient_sums);
+          },
+          "seed"_a, "gradient_sums"_a)
       .def(
           "write_table",
           [](const TensorList& list, std::uintptr_t at) {

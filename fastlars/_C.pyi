@@ -14,6 +14,7 @@ class Layout:
     def __init__(self, viewer: Viewer, weights: list[Tensor]) -> None: ...
 
 class TensorList:
+    def set_step(self, seed: int | None, gradient_sums: int) -> None: ...
     def write_table(self, table: int) -> bool: ...
 
 TABLE_COLUMNS: int
@@ -48,7 +49,6 @@ def cpu_apply(
     tensors: TensorList,
     lr: float,
     gradient_scale: float,
-    seed: int | None,
     sums: int,
     ratios: int,
 ) -> None: ...
@@ -57,7 +57,6 @@ def cpu_step(
     tensors: TensorList,
     lr: float,
     gradient_scale: float,
-    seed: int | None,
     ratios: int,
 ) -> None: ...
 def instruction_set() -> str: ...
@@ -102,7 +101,6 @@ def cuda_apply(
     tensors: TensorList,
     table: CudaChunkTable,
     scalars: CudaScalars,
-    seed: int | None,
     sums: int,
     ratios: int,
     stream: int,

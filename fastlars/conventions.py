@@ -1,4 +1,4 @@
-"""Keyword sets with which LARS and LAMB compute what other libraries compute.
+"""Keyword sets with which LARS, LAMB and LANS compute what other libraries compute.
 
 Libraries disagree about what LARS and LAMB are: what stands in the denominator of the trust ratio,
 what the momentum buffer holds, where the weight decay and the bias correction enter, which
@@ -17,8 +17,8 @@ Example:
 
 The symbols in :attr:`Convention.equation` are those of docs/numerics.md, "Notation": lr, mu
 (momentum), wd (weight decay), eta (trust coefficient), eps, beta1; w weight, g gradient, q trust
-ratio, b momentum buffer, m and v moments, r Adam's direction, u update, t the number of steps. In
-all equations q = 1 where a norm is 0.
+ratio, b momentum buffer, m and v moments, r Adam's direction, u update, t the number of steps; r
+and c the directions of LANS. In all equations a ratio is 1 where one of its norms is 0.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ _SHARED_STEP = (
 
 @dataclass(frozen=True, eq=False)
 class Convention(Mapping[str, Any]):
-    """Keywords for :class:`fastlars.LARS` or :class:`fastlars.LAMB`; ``**`` unpacks them.
+    """Keywords for an optimizer of fastlars; ``**`` unpacks them.
 
     Attributes:
         name: its name in this module, a str; :func:`fastlars.migrate.load` takes it as ``source``.
-        optimizer: ``"LARS"`` or ``"LAMB"``, the class that the keywords are for.
+        optimizer: ``"LARS"``, ``"LAMB"`` or ``"LANS"``, the class that the keywords are for.
         keywords: keywords of that class, by name: those that make it compute the equation, and the
             other library's defaults where fastlars has others. The learning rate is never among
             them: pass it yourself.
@@ -75,7 +75,7 @@ class Convention(Mapping[str, Any]):
     """
 
     name: str
-    optimizer: Literal["LARS", "LAMB"]
+    optimizer: Literal["LARS", "LAMB", "LANS"]
     keywords: Mapping[str, Any]
     equation: str
     excluded: str
@@ -358,6 +358,29 @@ torch_adamw = Convention(
     excluded=_NOTHING,
     differences=("There is no amsgrad.",),
     source="torch.optim.AdamW",
+)
+
+gluonnlp_lans = Convention(
+    name="gluonnlp_lans",
+    optimizer="LANS",
+    keywords={"weight_decay": 0.01, "norm_eps": 1e-6},
+    equation=(
+        "g = g / (|g| + eps);  r = Adam's direction, bias-corrected, + wd w;  c = the same with g "
+        "for the corrected m;  w -= lr (beta1 |w| / |r| r + (1 - beta1) |w| / |c| c)"
+    ),
+    excluded=(
+        f"{_NOTHING} No decay for biases and norms, as in its BERT script: "
+        "parameter_groups(model, weight_decay, adapt_excluded=True)."
+    ),
+    differences=(
+        "Its eps is both eps and norm_eps here: change both.",
+        'adam_w_mode=False is decay="gradient" here.',
+        "In szhengac's fork of apex, normalize_grad is False by default.",
+        "It overwrites p.grad, rounds r and c to the type of p.grad before taking their norms, and "
+        "keeps a third state, scaled_grad.",
+        _SHARED_STEP,
+    ),
+    source="gluonnlp.torch.optimizers.FusedLANS; also FusedLANS in szhengac/apex, branch lans",
 )
 
 by_name = {

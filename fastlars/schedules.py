@@ -17,7 +17,7 @@ from itertools import pairwise
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["linear_scaling", "polynomial", "slow_start", "step_decay"]
+__all__ = ["linear_scaling", "polynomial", "slow_start", "step_decay", "time_varying"]
 
 
 def linear_scaling(base_lr: float, batch_size: int, base_batch_size: int = 256) -> float:
@@ -53,30 +53,36 @@ def polynomial(
     end_lr: float = 0.0,
     warmup_steps: int = 0,
     warmup_from: float = 0.0,
+    hold_steps: int = 0,
 ) -> LambdaLR:
-    """Linear warm-up, then polynomial decay.
+    """Linear warm-up, a constant rate if asked for, then polynomial decay.
 
-    With W = warmup_steps and T = steps,
+    With W = warmup_steps, H = W + hold_steps and T = steps,
 
     * i < W:       lr(i) = warmup_from + (peak - warmup_from) * i / W
-    * W <= i <= T: lr(i) = end_lr + (peak - end_lr) * (1 - (i - W) / (T - W))^power
+    * W <= i < H:  lr(i) = peak
+    * H <= i <= T: lr(i) = end_lr + (peak - end_lr) * (1 - (i - H) / (T - H))^power
     * i > T:       lr(i) = end_lr
 
     ``power=2`` is LARS's schedule (You et al. 2017, arXiv:1708.03888, Algorithm 1), ``power=1``
-    LAMB's (You et al. 2019, arXiv:1904.00962). MLPerf's ResNet reference divides by one iteration
-    more, so that its last iteration stays above ``end_lr``: pass ``steps + 1`` for its numbers.
+    LAMB's (You et al. 2019, arXiv:1904.00962), and with ``hold_steps`` that of LANS (Zheng et al.
+    2020, arXiv:2006.13484), whose batches are too large for a higher rate. MLPerf's ResNet
+    reference divides by one iteration more, so that its last iteration stays above ``end_lr``:
+    pass ``steps + 1`` for its numbers.
 
     Args:
         optimizer: any optimizer of torch; the ``lr`` of each group, a number or a tensor, is the
             group's peak.
-        steps: the iteration at which ``end_lr`` is reached, warm-up included; more than
-            ``warmup_steps``. Usually all iterations of the run.
+        steps: the iteration at which ``end_lr`` is reached, warm-up and hold included; more than
+            the two together. Usually all iterations of the run.
         power: exponent of the decay; above 0, default 2. Lower it to keep the rate high for longer.
         end_lr: the rate at the end; from 0 to the smallest peak, default 0. MLPerf has 1e-4.
         warmup_steps: iterations of warm-up; at least 0, default 0 (none). Raise it where early
             steps diverge; 5 epochs are usual for large batches.
         warmup_from: the rate at iteration 0, from 0 to the smallest peak. Default 0, as in MLPerf.
             Goyal et al. 2017, section 2.2, start at the unscaled base rate. Unused without warm-up.
+        hold_steps: iterations at the peak between warm-up and decay; at least 0, default 0. Raise
+            it where the peak cannot be raised and the run is short of steps.
 
     Raises:
         ValueError: an argument is out of its range, or exceeds a group's peak.
@@ -94,16 +100,18 @@ def polynomial(
         [0.0, 4.0, 8.0, 4.5, 2.0, 0.5, 0.0]
     """
     warmup_steps = _check_count("warmup_steps", warmup_steps, minimum=0)
+    hold_steps = _check_count("hold_steps", hold_steps, minimum=0)
     steps = _check_count("steps", steps, minimum=1)
-    if steps <= warmup_steps:
-        raise ValueError(f"steps must exceed warmup_steps ({warmup_steps}), got {steps}")
+    before = warmup_steps + hold_steps
+    if steps <= before:
+        raise ValueError(f"steps must exceed warmup_steps + hold_steps ({before}), got {steps}")
     if not (math.isfinite(power) and power > 0):
         raise ValueError(f"power must be finite and above 0, got {power}")
     _check_rate("end_lr", end_lr)
     _check_rate("warmup_from", warmup_from)
 
     def factor(peak: float) -> _Polynomial:
-        return _Polynomial(peak, warmup_steps, warmup_from, steps, power, end_lr)
+        return _Polynomial(peak, warmup_steps, warmup_from, steps, power, end_lr, hold_steps)
 
     bounds = {"end_lr": end_lr, "warmup_from": warmup_from if warmup_steps else 0.0}
     return _schedule(optimizer, factor, bounds)
@@ -226,6 +234,64 @@ def slow_start(
     return _schedule(optimizer, lambda peak: _Steps(peak, 0, 0.0, milestones, [*factors]), {})
 
 
+def time_varying(
+    optimizer: Optimizer,
+    *,
+    steepness: float,
+    delay_steps: float = 0.0,
+    alpha: float = 1.0,
+    end_factor: float = 0.0,
+) -> LambdaLR:
+    """TVLARS's schedule: no warm-up, but a high rate that falls along a sigmoid.
+
+    lr(i) = peak * (1 / (alpha + exp(steepness * (i - delay_steps))) + end_factor)
+
+    Do et al. 2023 (arXiv:2309.14053) multiply the ratios of LARS by this factor, phi(t) = 1 /
+    (alpha + exp(lambda (t - d_e))) + gamma_min, in place of warm-up. As a factor of the rate it
+    does the same with ``fastlars.LARS`` and its default ``buffer="step"``, which keeps the rate
+    within the momentum; parameters that are not adapted follow it, too. The authors' code
+    (KhoiDOO/tvlars) has alpha = 0.1, d_e = 0 in the exponent, gamma_min = 0, t counted in steps
+    from 1, and a factor of 1 in the first 10 epochs.
+
+    Args:
+        optimizer: any optimizer of torch; the ``lr`` of each group, a number or a tensor, is the
+            peak of the formula. Where ``alpha`` is below 1 the schedule begins above it.
+        steepness: lambda, by step: the fall takes about 4 / steepness steps; above 0. The authors'
+            scripts try 1e-6 to 1e-2. Raise it for an earlier and steeper fall.
+        delay_steps: d_e in steps, about where the fall is steepest; at least 0, default 0. With
+            alpha = 1 the first factor of the formula is 1/2 there. Raise it to explore for longer.
+        alpha: above 0, default 1: the first factor then begins near 1 for a late fall. It is
+            1 / alpha at most.
+        end_factor: gamma_min, the factor that remains at the end; at least 0, default 0, which
+            lets the rate go to 0.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Example:
+        >>> import torch
+        >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=8.0)
+        >>> schedule = time_varying(sgd, steepness=1.0, delay_steps=3, end_factor=0.125)
+        >>> rates = []
+        >>> for _ in range(7):
+        ...     rates.append(round(schedule.get_last_lr()[0], 3))
+        ...     sgd.step()
+        ...     schedule.step()
+        >>> rates
+        [8.621, 8.046, 6.848, 5.0, 3.152, 1.954, 1.379]
+    """
+    for name, value in (("steepness", steepness), ("alpha", alpha)):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be finite and above 0, got {value}")
+    for name, value in (("delay_steps", delay_steps), ("end_factor", end_factor)):
+        _check_rate(name, value)
+
+    def factor(peak: float) -> _TimeVarying:
+        return _TimeVarying(peak, 0, 0.0, steepness, delay_steps, alpha, end_factor)
+
+    return _schedule(optimizer, factor, {})
+
+
 # The factors are dataclasses and not lambdas because LambdaLR.state_dict() saves their __dict__:
 # a resumed run then follows the schedule it was started with.
 
@@ -255,10 +321,11 @@ class _Polynomial(_Factor):
     steps: int
     power: float
     end_lr: float
+    hold_steps: int = 0  # state dicts of schedules without it are loaded, too
 
     def after_warmup(self, step: int) -> float:
-        end = self.end_lr / self.peak
-        left = max(self.steps - step, 0) / (self.steps - self.warmup_steps)
+        end, decay = self.end_lr / self.peak, self.steps - self.warmup_steps - self.hold_steps
+        left = min(max(self.steps - step, 0) / decay, 1.0)  # 1 as long as the rate is held
         return end + (1.0 - end) * left**self.power
 
 
@@ -269,6 +336,22 @@ class _Steps(_Factor):
 
     def after_warmup(self, step: int) -> float:
         return self.factors[bisect_right(self.milestones, step)]
+
+
+@dataclass
+class _TimeVarying(_Factor):
+    steepness: float
+    delay_steps: float
+    alpha: float
+    end_factor: float
+
+    def after_warmup(self, step: int) -> float:
+        # exp(-x) / (alpha exp(-x) + 1) where x > 0: exp(x) would leave float64 beyond 709.
+        x = self.steepness * (step - self.delay_steps)
+        if x > 0.0:
+            falling = math.exp(-x)
+            return falling / (self.alpha * falling + 1.0) + self.end_factor
+        return 1.0 / (self.alpha + math.exp(x)) + self.end_factor
 
 
 def _schedule(

@@ -12,7 +12,7 @@ from torch import Tensor
 import emulated
 from fastlars.backends.base import Backend, Dtypes, StepScalars, Tensors
 from fastlars.backends.choose import instance
-from fastlars.rules import RULES, LambRule, LarsRule, RmspropWarmupRule, Rule
+from fastlars.rules import RULES, LambRule, LansRule, LarsRule, RmspropWarmupRule, Rule
 from problems import ORDINARY, Problem, place
 
 # The back ends that this process can test on CPU tensors: test_triton.py and test_cuda_on_cpu.py
@@ -58,6 +58,13 @@ def _lamb(name: str, *, scale: float = 1.0, **options: Any) -> Row:
     return Row(f"LAMB {name}", rule, RATES, scale)
 
 
+def _lans(name: str, *, scale: float = 1.0, **options: Any) -> Row:
+    # The eps as of LAMB.
+    eps = 1e-2 if options.get("decay") == "gradient" else 1e-6
+    usual = {"beta1": 0.8, "beta2": 0.95, "weight_decay": 0.1, "eps": eps}
+    return Row(f"LANS {name}", LansRule(**{**usual, **options}), RATES, scale)
+
+
 def _rmsprop(
     name: str, *, rates: tuple[float, ...] = RATES, scale: float = 1.0, **options: Any
 ) -> Row:
@@ -72,6 +79,8 @@ DEFAULTS = (
     _lars("without adaptation", adapt=False),
     _lamb("of the paper"),
     _lamb("without adaptation", adapt=False),
+    _lans("of the paper"),
+    _lans("without adaptation", adapt=False),
     _rmsprop("across the transition", period_steps=0.7),  # warmed up at the second step
 )
 USUAL = tuple(next(row for row in DEFAULTS if type(row.rule) is rule) for rule in RULES)
@@ -127,6 +136,26 @@ OPTIONS = (
     _lamb("maximize, unscaled", scale=-0.125),
     _lamb("without adaptation, decoupled", adapt=False, decay="decoupled"),
     _lamb("without adaptation, rate", adapt=False, bias_correction="rate"),
+    *(
+        _lans(
+            f"decay {decay}{', without correction' * (not corrects)}",
+            decay=decay,
+            bias_correction=corrects,
+        )
+        for decay in LansRule.CHOICES["decay"]
+        for corrects in (True, False)
+    ),
+    _lans("without weight decay", weight_decay=0.0),
+    _lans("norm_eps", norm_eps=0.5),
+    _lans("not normalized", normalize_grad=False),
+    _lans("without averaging", grad_averaging=False),
+    _lans("without first moment", beta1=0.0),
+    _lans("without second moment", beta2=0.0, eps=0.1),
+    _lans("phi at least 20", lower=20.0),
+    _lans("phi at most 0.5", upper=0.5),
+    _lans("eps", eps=0.5),
+    _lans("maximize, unscaled", scale=-0.125, norm_eps=0.5),
+    _lans("not normalized, without adaptation", normalize_grad=False, adapt=False),
     _rmsprop("before the center", center_steps=7.3, period_steps=4.0),
     _rmsprop("behind the center", center_steps=0.0, period_steps=20.0),
     _rmsprop("printed", transition="printed"),

@@ -144,6 +144,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {
         "apex.parallel.LARC": {"LARC": Larc},
         "apex.optimizers": {"FusedLAMB": FusedLamb},
+        "gluonnlp.torch.optimizers": {"FusedLANS": peers.GluonnlpLans},
         "torchlars": {"LARS": Torchlars},
         "lightly.utils.lars": {"LARS": Lightly},
         "pl_bolts.optimizers": {"LARS": Lightly},

@@ -70,6 +70,11 @@ def _lamb(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Row:
     return Row(f"LAMB {name}", fastlars.LAMB, {**usual, **options}, dtype)
 
 
+def _lans(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Row:
+    usual = {"lr": 0.05, "weight_decay": 0.01}
+    return Row(f"LANS {name}", fastlars.LANS, {**usual, **options}, dtype)
+
+
 def _rmsprop(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Row:
     # The tests take a few steps: some before the center, some after it, some warmed up.
     usual = {"lr": 0.05, "weight_decay": 0.01, "center_steps": 1.5, "period_steps": 3.0}
@@ -97,6 +102,13 @@ ROWS = (
     _lamb("bfloat16 state", state_dtype=BF16),
     _lamb("masters, bfloat16 state", dtype=BF16, master_weights=True, state_dtype=BF16),
     _lamb("float64", dtype=F64),
+    _lans("of the paper"),
+    _lans("norm_eps, decay gradient", norm_eps=1e-3, decay="gradient"),
+    _lans("not normalized, phi", normalize_grad=False, phi=(0.1, 10.0)),
+    _lans("without adaptation", adapt=False),
+    _lans("bfloat16 state", state_dtype=BF16),
+    _lans("masters, bfloat16 state", dtype=BF16, master_weights=True, state_dtype=BF16),
+    _lans("float64", dtype=F64),
     _rmsprop("of the paper"),
     _rmsprop("printed", transition="printed"),
     _rmsprop("masters, bfloat16 state", dtype=BF16, master_weights=True, state_dtype=BF16),

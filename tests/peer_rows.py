@@ -153,6 +153,15 @@ APEX_LAMB: list[Any] = [
     {"bias_correction": False, "grad_averaging": False},
     {"betas": (0.8, 0.9), "eps": 1e-3},
 ]
+GLUONNLP_LANS: list[Any] = [
+    {},
+    {"weight_decay": 0.0},
+    {"weight_decay": 0.1, "bias_correction": False},
+    {"weight_decay": 0.1, "grad_averaging": False, "betas": (0.8, 0.9)},
+    {"weight_decay": 0.1, "normalize_grad": False},
+    ({"weight_decay": 0.1, "adam_w_mode": False}, {"weight_decay": 0.1, "decay": "gradient"}),
+    ({"eps": 1e-2}, {"eps": 1e-2, "norm_eps": 1e-2}),
+]
 # With a peak of 1: above it, see test_larc_does_not_clip_zeros.
 LARC: list[Any] = [
     {},
@@ -313,6 +322,7 @@ ROWS = [
         ({"clamp_value": 5.0}, {"phi": (0.0, 5.0)}),
     ),
     *rows("apex_lamb", peers.ApexLamb, 0.05, *APEX_LAMB, groups=split),
+    *rows("gluonnlp_lans", peers.GluonnlpLans, 0.05, *GLUONNLP_LANS, groups=split),
     *rows("mlperf_lars", mlperf(correct=False), 5.0, *MLPERF_ROWS, **MLPERF_GROUPS),
     *rows("mlperf_mxnet_lars", mlperf(correct=True), 5.0, *MLPERF_ROWS, **MLPERF_GROUPS),
     *(

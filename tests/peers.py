@@ -1,8 +1,8 @@
-"""Other implementations of LARS and LAMB on one training problem, for tests/test_conventions.py.
+"""Other implementations of LARS, LAMB and LANS on one training problem, for test_conventions.py.
 
-Peers that can be installed are run as they are. Those that cannot (apex, torchlars, TensorFlow's
-and MXNet's MLPerf code, VICReg's script), or that would bring a trainer along (lightly, solo-learn,
-SimCLR's port), stand here as their published formula, step by step.
+Peers that can be installed are run as they are. Those that cannot (apex, gluon-nlp, torchlars,
+TensorFlow's and MXNet's MLPerf code, VICReg's script), or that would bring a trainer along
+(lightly, solo-learn, SimCLR's port), stand here as their published formula, step by step.
 """
 
 from __future__ import annotations
@@ -289,6 +289,53 @@ class ApexLamb(Formula):
         if (wd != 0 or group["use_nvlamb"]) and p.norm() != 0 and u.norm() != 0:
             trust = float(p.norm() / u.norm())
         p.sub_(group["lr"] * trust * u)
+
+
+class GluonnlpLans(Formula):
+    """gluon-nlp's FusedLANS: one eps in two places, and one count of steps for each group."""
+
+    def __init__(self, params: Any, lr: float, **options: Any) -> None:
+        gluonnlp = {
+            "betas": (0.9, 0.999),
+            "eps": 1e-6,
+            "weight_decay": 0.01,
+            "bias_correction": True,
+            "adam_w_mode": True,
+            "grad_averaging": True,
+            "normalize_grad": True,
+        }
+        super().__init__(params, lr, self.update_tensor, **(gluonnlp | options))
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+        super().step()
+
+    @staticmethod
+    def update_tensor(p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
+        beta3 = 1.0 - beta1 if group["grad_averaging"] else 1.0
+        wd, eps, t = group["weight_decay"], group["eps"], group["step"]
+        if group["normalize_grad"] and g.norm() != 0:
+            g = g / (g.norm() + eps)
+        decay = wd * p
+        if not group["adam_w_mode"]:
+            g, decay = g + decay, torch.zeros_like(p)
+        for name in ("exp_avg", "exp_avg_sq", "scaled_grad"):
+            state.setdefault(name, torch.zeros_like(p))
+        m = state["exp_avg"].mul_(beta1).add_(beta3 * g)
+        v = state["exp_avg_sq"].mul_(beta2).add_((1.0 - beta2) * g * g)
+        if group["bias_correction"]:
+            m, v = m / (1.0 - beta1**t), v / (1.0 - beta2**t)
+        root = v.sqrt() + eps
+        length, moved = p.norm(), torch.zeros_like(p)
+        for share, direction in ((beta1, m / root + decay), (beta3, g / root + decay)):
+            norm = direction.norm()
+            ratio = float(length / norm) if length != 0 and norm != 0 else 1.0
+            moved += share * ratio * direction
+        state["scaled_grad"].copy_(g / root + decay)
+        p.sub_(group["lr"] * moved)
 
 
 def optax_runs(rows: Sequence[tuple[str, dict[str, Any], float, torch.dtype]]) -> list[list[Any]]:

@@ -16,6 +16,7 @@ struct RuleOfThree {
   bool adapt;
   static constexpr int sums = 3, states = 3;
   static constexpr bool steps = true, counts_steps = true, measure_writes = true;
+  static constexpr bool normalizes = false;
 };
 
 inline RuleOfThree::Coefficients coefficients(const RuleOfThree&, const StepScalars& scalars,

@@ -101,7 +101,8 @@ def _condition(rule: Rule, tensors: Tensors, now: StepScalars) -> list[float]:
         rule = LarsRule(weight_decay=rule.weight_decay, ratio="combined")
     reference, copy = instance("reference"), in_float64(tensors)
     sums = reference.measure(rule, reference.bind(copy, reference.layout(copy.weights)), now)
-    w, u = sums.sqrt().nan_to_num(0.0, 0.0).unbind(1)
+    w, *directions = sums.sqrt().nan_to_num(0.0, 0.0).unbind(1)
+    u = torch.stack(directions).amin(0)
     return (1.0 + 2.0 * rule.weight_decay * w / u.where(u > 0.0, 1.0)).tolist()
 
 
@@ -119,7 +120,10 @@ def _from_stored_moments(
         weight.copy_(old)
         assert exact.counters is not None
         moments = [states[i] for states in exact.states]
-        each = weight, exact.grads[i], moments, exact.counters[i]
+        gradient = now.gradient_scale * exact.grads[i]
+        if rule.normalize_grad:
+            gradient = equations(rule.name).normalized(rule, gradient, float(gradient.norm()))
+        each = weight, gradient, moments, exact.counters[i]
         measured = equations(rule.name).measured(rule, *each)
         sums.append([float(x.square().sum()) for x in measured])
     squares = torch.tensor(sums, dtype=F64).reshape(-1, rule.sums)

@@ -164,6 +164,17 @@ def test_steps_are_counted_by_parameter(name: str) -> None:
     assert steps_of(make, [3.0, 4.0], *in_time, lr=0.01, **options)[0] == expected
 
 
+def test_gluonnlp_counts_the_steps_of_a_group() -> None:
+    """Adam's direction, to whose scale a ratio is blind, is of another length than the decay."""
+    late, options = (None, [0.5, -2.0]), {"lr": 0.01, "weight_decay": 0.5}
+    # Both directions are (1, -1) + 0.5 w at a parameter's first step; |w| is 5.
+    expected = pytest.approx([0.01 * 5.0 / math.hypot(2.5, 1.0) * r for r in (2.5, 1.0)], rel=1e-4)
+    convention = conventions.gluonnlp_lans(**options)
+    assert steps_of(fastlars.LANS, [3.0, 4.0], *late, **convention)[1] == expected
+    assert steps_of(peers.GluonnlpLans, [3.0, 4.0], *late, **options)[1] != expected
+    assert steps_of(peers.GluonnlpLans, [3.0, 4.0], late[1], **options)[0] == expected
+
+
 def test_torch_counts_by_parameter_too() -> None:
     moves = steps_of(torch.optim.AdamW, [3.0, 4.0], None, [0.5, -2.0], lr=0.01, weight_decay=0.0)
     assert moves[1] == pytest.approx([0.01, -0.01])

@@ -98,13 +98,14 @@ def other(keyword: str, value: Any) -> Any:
     alternatives = {
         "ratio": {"separate": "combined", "combined": "separate"},
         "buffer": {"step": "scaled", "scaled": "step", "gradient": "scaled"},
-        "decay": {"update": "decoupled", "decoupled": "gradient"},
+        "decay": {"update": "gradient", "decoupled": "gradient"},
         "bias_correction": {"rate": True},
         "phi": {(0.0, math.inf): (0.0, 10.0), (0.0, 10.0): (0.0, math.inf)},
         "betas": {(0.9, 0.999): (0.9, 0.998)},
         "max_grad_norm": {None: 8.0, 1.0: None},
         "eps": {0.0: 1e-3, 1e-8: 0.0, 1e-6: 1e-8},
         "ratio_eps": {0.0: 1e-6, 1e-6: 0.0},
+        "norm_eps": {1e-6: 0.0},
     }
     return alternatives[keyword][value] if keyword in alternatives else value + 0.001
 
@@ -123,7 +124,7 @@ def keywords() -> Iterator[tuple[str, str]]:
             meaningless |= {"buffer"}  # any other is refused
         if not convention.get("adapt", True):
             meaningless |= without_ratio | {"always_adapt"}
-            if convention.optimizer == "LAMB":
+            if convention.optimizer != "LARS":
                 meaningless -= {"eps"}  # stands in the direction
         yield from ((name, key) for key in optimizer.defaults if key not in meaningless)
 

@@ -42,6 +42,8 @@ KERNELS = {
     "measure<LarsRule, RuntimeDtypes>": (4, 8, 0),
     "measure<LambRule, Float32Only>": (3, 8, 2),
     "measure<LambRule, RuntimeDtypes>": (3, 8, 2),
+    "measure<LansRule, Float32Only>": (3, 8, 2),
+    "measure<LansRule, RuntimeDtypes>": (3, 4, 2),
     "apply<LarsRule, Float32Only, global>": (3, 12, 8),
     "apply<LarsRule, RuntimeDtypes, global>": (3, 12, 8),
     "apply<LarsRule, RuntimeDtypes, global, stochastic>": (3, 12, 4),
@@ -51,6 +53,12 @@ KERNELS = {
     "apply<LambRule, Float32Only, fused>": (3, 8, 3),
     "apply<LambRule, RuntimeDtypes, fused>": (2, 8, 3),
     "apply<LambRule, RuntimeDtypes, fused, stochastic>": (2, 8, 2),
+    "apply<LansRule, Float32Only, global>": (3, 8, 2),
+    "apply<LansRule, RuntimeDtypes, global>": (3, 8, 2),
+    "apply<LansRule, RuntimeDtypes, global, stochastic>": (3, 8, 0),
+    "apply<LansRule, Float32Only, fused>": (3, 8, 3),
+    "apply<LansRule, RuntimeDtypes, fused>": (2, 8, 3),
+    "apply<LansRule, RuntimeDtypes, fused, stochastic>": (2, 8, 2),
     "apply<RmspropWarmupRule, Float32Only, fused>": (3, 12, 14),
     "apply<RmspropWarmupRule, RuntimeDtypes, fused>": (2, 12, 14),
     "apply<RmspropWarmupRule, RuntimeDtypes, fused, stochastic>": (2, 12, 8),
@@ -58,6 +66,8 @@ KERNELS = {
     "step<LarsRule, RuntimeDtypes>": (2, 8, 4),
     "step<LambRule, Float32Only>": (3, 8, 4),
     "step<LambRule, RuntimeDtypes>": (2, 8, 4),
+    "step<LansRule, Float32Only>": (3, 8, 4),
+    "step<LansRule, RuntimeDtypes>": (2, 8, 4),
 }
 # As csrc/cuda/block.cuh numbers OperandSource.
 SOURCES = ("global", "shared", "evicted", "fused")

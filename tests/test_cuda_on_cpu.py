@@ -44,6 +44,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         ("test_selfcheck.py", 100, 100),
         ("test_gpu_stages.py", 6, 6),
         ("test_rmsprop_warmup.py", 7, 7),
+        ("test_lans.py", 36, 36),
         ("test_grad_norm.py", 72, 72),
     ],
 )

@@ -275,3 +275,19 @@ def test_leaves_the_norms_of_a_plain_lamb_out() -> None:
     assert optimizer.state[w].keys() == {"step", "exp_avg", "exp_avg_sq"}
     assert torch.equal(optimizer.state[w]["exp_avg_sq"], moments["exp_avg_sq"])
     assert optimizer.state[w]["step"] == 7
+
+
+def test_leaves_the_scratch_of_gluonnlps_lans_out() -> None:
+    w = nn.Parameter(torch.ones(3))
+    states = {"exp_avg": torch.full((3,), 0.25), "exp_avg_sq": torch.full((3,), 0.5)}
+    group = {"lr": 1.0, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.01, "step": 7}
+    group |= {"bias_correction": True, "grad_averaging": True, "normalize_grad": True}
+    scratch = {"scaled_grad": torch.full((3,), 9.0)}
+    old = {"state": {0: {**states, **scratch}}, "param_groups": [{**group, "params": [0]}]}
+    optimizer = fastlars.LANS([w], **conventions.gluonnlp_lans)
+    migrate.load(optimizer, through_file(old), conventions.gluonnlp_lans)
+    assert optimizer.state[w].keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert torch.equal(optimizer.state[w]["exp_avg"], states["exp_avg"])
+    assert torch.equal(optimizer.state[w]["exp_avg_sq"], states["exp_avg_sq"])
+    assert optimizer.state[w]["step"] == 7
+    assert optimizer.param_groups[0]["step"] == 7

@@ -26,6 +26,10 @@ def lamb(**options: Any) -> fastlars.LAMB:
     return fastlars.LAMB(parameters(), lr=0.5, **options)
 
 
+def lans(**options: Any) -> fastlars.LANS:
+    return fastlars.LANS(parameters(), lr=0.5, **options)
+
+
 def timm_lars(**states: Any) -> dict[str, Any]:
     group = {"lr": 0.1, "momentum": 0.9, "trust_coeff": 1e-3, "params": [0, 1]}
     buffers = {0: {"momentum_buffer": torch.ones(2, 3)}, 1: {"momentum_buffer": torch.ones(3)}}
@@ -47,6 +51,7 @@ def moments(names: tuple[str, str] = ("exp_avg", "exp_avg_sq"), **more: Any) -> 
 
 ADAMW = {"group": {"amsgrad": False}}
 TIMM_LAMB = {"grad_averaging": True, "step": 3}
+GLUONNLP = {"grad_averaging": True, "normalize_grad": True}
 POPULAR = {
     "momentum": 0.9,
     "eeta": 1e-3,
@@ -130,6 +135,36 @@ REFUSED: list[tuple[Any, Any, Any, dict[str, Any], str]] = [
     (lamb, moments(each={"max_exp_avg_sq": 1}, **ADAMW), "torch_adamw", {}, "has max_exp_avg_sq"),
     (lamb, moments(**ADAMW), "torch_adamw", {}, "group 0, parameter 0: no step"),
     (lamb, moments(("state1", "state2"), **QUANTIZED), "bitsandbytes_lamb", {}, "has absmax1"),
+    (
+        lamb,
+        moments(group={**GLUONNLP, "step": 3}, each={"scaled_grad": torch.zeros(3)}),
+        "apex_lamb",
+        {},
+        "the apex_lamb state of parameter 0 has scaled_grad, which has no counterpart here",
+    ),
+    (lamb, moments(), "gluonnlp_lans", {}, "gluonnlp_lans states are for fastlars.LANS, got LAMB"),
+    (
+        lans,
+        moments(group=TIMM_LAMB),
+        "gluonnlp_lans",
+        {},
+        "this state_dict is not of gluonnlp_lans: group 0 has no .'normalize_grad'",
+    ),
+    # The count that later versions of the fork of apex keep, in the state of one parameter alone.
+    (
+        lans,
+        moments(group=GLUONNLP, each={"step": 3}),
+        "gluonnlp_lans",
+        {},
+        "group 0, parameter 0: no step",
+    ),
+    (
+        lambda: lans(grad_averaging=False),
+        moments(group={**GLUONNLP, "step": 3}),
+        "gluonnlp_lans",
+        {},
+        "group 0: gluonnlp_lans: these states were made with grad_averaging=True, and mean .*=Fa",
+    ),
     (lamb, (), "optax_lamb", {}, "the optax state has 0 parts with mu, nu, count, not 1"),
     (
         lambda: lars(buffer="step"),

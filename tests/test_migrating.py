@@ -173,7 +173,8 @@ HIDDEN = {"adam_debias", "adanorm"}
 
 @each
 def test_tables_name_keywords_that_exist(section: Section) -> None:
-    kinds = (fastlars.LARS, fastlars.LAMB, fastlars.parameter_groups)
+    kinds = (fastlars.LARS, fastlars.LAMB, fastlars.LANS, fastlars.parameter_groups)
+    kinds += (fastlars.schedules.polynomial,)
     mine = {"None"}.union(*(inspect.signature(kind).parameters for kind in kinds))
     rows = section.rows()
     for before, after in rows:

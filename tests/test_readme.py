@@ -47,7 +47,7 @@ def test_blocks_run() -> None:
 
 
 def test_conventions_are_all_there() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| (.*) \| `(LARS|LAMB)` \|$", TEXT, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \| `(LARS|LAMB|LANS)` \|$", TEXT, re.MULTILINE)
     assert rows == [(c.name, c.source, c.optimizer) for c in by_name.values()]
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from fastlars import schedules
-from fastlars.schedules import linear_scaling, polynomial, slow_start, step_decay
+import fastlars
+from fastlars import conventions, schedules
+from fastlars.schedules import linear_scaling, polynomial, slow_start, step_decay, time_varying
 
 # The factor is a quotient of rates and the rate a product again: two roundings.
 REL = 4 * torch.finfo(torch.float64).eps
@@ -121,6 +122,91 @@ def test_lamb_linear_decay() -> None:
     assert lr[3519] == 0.0
 
 
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_lans_at_96k(power: float) -> None:
+    """Its authors' schedule: with x = i / T, x / warm-up; 1; ((1 - x) / (1 - both))^degree.
+
+    Their script for batches of 96K has 3,870 steps, shares of 0.05 and 0.25, a peak of 0.005, and
+    degree 1. A share of the steps that is no whole number is rounded here.
+    """
+    steps, warmup, hold = 4000, 200, 1000
+    schedule = polynomial(
+        sgd(0.005), steps=steps, power=power, warmup_steps=warmup, hold_steps=hold
+    )
+    lr = [row[0] for row in rates(schedule, steps + 1)]
+
+    def factor(x: float) -> float:
+        if x < 0.05:
+            return x / 0.05
+        return 1.0 if x < 0.05 + 0.25 else ((1.0 - x) / (1.0 - 0.05 - 0.25)) ** power
+
+    # Near the end 1 - x has lost up to 12 bits, and its power twice as much of what is left.
+    for i, rate in enumerate(lr):
+        assert rate == pytest.approx(0.005 * factor(i / steps), rel=1e-11, abs=1e-18)
+    assert lr[warmup : warmup + hold + 1] == [0.005] * (hold + 1)
+    assert lr[warmup - 1] < 0.005 > lr[warmup + hold + 1]
+    assert lr[steps] == 0.0
+
+
+def test_hold_alone_and_to_an_end_rate() -> None:
+    schedule = polynomial(sgd(8.0), steps=5, power=1.0, end_lr=2.0, hold_steps=2)
+    assert [row[0] for row in rates(schedule, 7)] == [8.0, 8.0, 8.0, 6.0, 4.0, 2.0, 2.0]
+
+
+def phi(t: float, alpha: float, lam: float, d_e: float, gamma_min: float) -> float:
+    """TVLARS's factor as it is printed."""
+    return 1.0 / (alpha + math.exp(lam * (t - d_e))) + gamma_min
+
+
+@pytest.mark.parametrize(
+    ("lam", "d_e", "alpha", "gamma_min"),
+    [(0.05, 40.0, 1.0, 0.0), (0.01, 0.0, 0.1, 0.0), (0.3, 20.5, 0.5, 0.01), (2.0, 7.0, 1.0, 0.1)],
+)
+def test_tvlars(lam: float, d_e: float, alpha: float, gamma_min: float) -> None:
+    made = time_varying(
+        sgd(5.0, 0.0), steepness=lam, delay_steps=d_e, alpha=alpha, end_factor=gamma_min
+    )
+    seen = rates(made, 120)
+    for t, (lr, frozen) in enumerate(seen):
+        # An exponential, a sum, a quotient and the peak: four roundings, and those of exponents
+        # up to 226, which an exponential magnifies.
+        assert lr == pytest.approx(5.0 * phi(t, alpha, lam, d_e, gamma_min), rel=1e-13)
+        assert frozen == 0.0
+    falling = [lr for lr, _ in seen]
+    assert all(a >= b for a, b in pairwise(falling))
+    assert falling[0] > falling[-1] >= 5.0 * gamma_min
+
+
+def test_tvlars_begins_at_the_peak_and_goes_to_its_end_factor() -> None:
+    late = time_varying(sgd(8.0), steepness=1.0, delay_steps=50.0, end_factor=0.25)
+    lr = [row[0] for row in rates(late, 101)]
+    assert lr[0] == pytest.approx(8.0 * 1.25, rel=1e-12)
+    assert lr[50] == close(8.0 * 0.75)
+    assert lr[100] == pytest.approx(8.0 * 0.25, rel=1e-12)
+    # exp(1000) is beyond float64.
+    assert rates(time_varying(sgd(8.0), steepness=1e3), 2)[1] == [0.0]
+
+
+def test_tvlars_is_a_factor_of_the_ratios() -> None:
+    """Its authors multiply LARS's ratio by the factor, inside the momentum, at a constant rate."""
+    generator = torch.Generator().manual_seed(3)
+    w = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    p, mu = torch.nn.Parameter(w.clone()), torch.zeros_like(w)
+    convention = conventions.barlow_twins_lars(buffer="step", weight_decay=5e-4)
+    optimizer = fastlars.LARS([p], lr=2.0, **convention)
+    schedule = time_varying(optimizer, steepness=0.2, delay_steps=10.0, alpha=0.1, end_factor=0.01)
+    for t in range(20):
+        p.grad = torch.randn(w.shape, generator=generator, dtype=torch.float64)
+        d = p.grad + 5e-4 * w
+        ratio = 0.001 * phi(t, 0.1, 0.2, 10.0, 0.01) * w.norm() / d.norm()
+        mu = 0.9 * mu + ratio * d
+        w = w - 2.0 * mu
+        optimizer.step()
+        schedule.step()
+    # Operations in another order: roundings of 1e-16 in 20 steps.
+    torch.testing.assert_close(p.detach(), w, rtol=1e-13, atol=1e-13)
+
+
 def test_end_rate_is_exact_enough() -> None:
     lr = rates(polynomial(sgd(10.0), steps=3, end_lr=1e-4), 6)
     assert [row[0] for row in lr[3:]] == [close(1e-4)] * 3
@@ -154,15 +240,19 @@ def test_tensor_learning_rate_is_changed_in_place() -> None:
 
 @pytest.mark.parametrize("at", [0, 1, 2, 3, 5])
 @pytest.mark.parametrize("optimizer_first", [True, False])
-@pytest.mark.parametrize("kind", ["polynomial", "step_decay", "slow_start"])
+@pytest.mark.parametrize("kind", ["polynomial", "step_decay", "slow_start", "time_varying"])
 def test_resume_through_state_dict(at: int, optimizer_first: bool, kind: str) -> None:
     """Saved to a file and loaded safely, the schedule goes on exactly, peaks included."""
 
     def build(optimizer: torch.optim.Optimizer) -> LambdaLR:
         if kind == "polynomial":
-            return polynomial(optimizer, steps=6, end_lr=0.1, warmup_steps=2, warmup_from=0.3)
+            return polynomial(
+                optimizer, steps=6, end_lr=0.1, warmup_steps=2, warmup_from=0.3, hold_steps=1
+            )
         if kind == "slow_start":
             return slow_start(optimizer, steps_per_epoch=1, epochs=[2, 3, 5])
+        if kind == "time_varying":
+            return time_varying(optimizer, steepness=0.5, delay_steps=2.0, end_factor=0.01)
         return step_decay(optimizer, milestones=[3, 5], warmup_steps=2, warmup_from=0.3)
 
     expected = rates(build(sgd(3.0, 0.7)), 8)
@@ -188,9 +278,19 @@ def test_resume_through_state_dict(at: int, optimizer_first: bool, kind: str) ->
 
 def test_the_saved_schedule_wins_over_the_new_arguments() -> None:
     first = polynomial(sgd(8.0), steps=6, warmup_steps=2)
-    other = polynomial(sgd(8.0), steps=100, power=1.0)
+    other = polynomial(sgd(8.0), steps=100, power=1.0, hold_steps=3)
     other.load_state_dict(first.state_dict())
     assert other.lr_lambdas == first.lr_lambdas
+
+
+def test_a_schedule_saved_before_rates_were_held_is_loaded() -> None:
+    first = polynomial(sgd(8.0), steps=6, warmup_steps=2)
+    saved = first.state_dict()
+    for factor in saved["lr_lambdas"]:
+        del factor["hold_steps"]
+    other = polynomial(sgd(8.0), steps=6, warmup_steps=2)
+    other.load_state_dict(saved)
+    assert rates(other, 7) == rates(first, 7)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +298,16 @@ def test_the_saved_schedule_wins_over_the_new_arguments() -> None:
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"steps": 5.0}, "steps must be whole numbers of iterations, got 5.0"),
-        ({"steps": 5, "warmup_steps": 5}, r"steps must exceed warmup_steps \(5\), got 5"),
+        (
+            {"steps": 5, "warmup_steps": 5},
+            r"steps must exceed warmup_steps \+ hold_steps \(5\), got 5",
+        ),
+        (
+            {"steps": 5, "warmup_steps": 2, "hold_steps": 3},
+            r"steps must exceed warmup_steps \+ hold_steps \(5\), got 5",
+        ),
+        ({"steps": 5, "hold_steps": -1}, "hold_steps must be at least 0, got -1"),
+        ({"steps": 5, "hold_steps": 0.5}, "hold_steps must be whole numbers of iterations"),
         ({"steps": 5, "warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
         ({"steps": 5, "power": 0.0}, "power must be finite and above 0, got 0.0"),
         ({"steps": 5, "power": math.nan}, "power must be finite and above 0, got nan"),
@@ -255,6 +364,22 @@ def test_slow_start_refuses(arguments: dict[str, object], message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"steepness": 0.0}, "steepness must be finite and above 0, got 0.0"),
+        ({"steepness": math.nan}, "steepness must be finite and above 0, got nan"),
+        ({"alpha": 0.0}, "alpha must be finite and above 0, got 0.0"),
+        ({"alpha": math.inf}, "alpha must be finite and above 0, got inf"),
+        ({"delay_steps": -1.0}, "delay_steps must be finite and at least 0, got -1.0"),
+        ({"end_factor": -0.1}, "end_factor must be finite and at least 0, got -0.1"),
+    ],
+)
+def test_time_varying_refuses(arguments: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        time_varying(sgd(1.0), **{"steepness": 0.1, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         ((-0.1, 256), "base_lr must be finite and at least 0, got -0.1"),
         ((0.1, 0), "batch_size must be at least 1, got 0"),
         ((0.1, 256, 0), "base_batch_size must be at least 1, got 0"),
@@ -268,5 +393,5 @@ def test_linear_scaling_refuses(arguments: tuple[float, int], message: str) -> N
 
 def test_examples_in_the_docstrings() -> None:
     result = doctest.testmod(schedules)
-    assert result.attempted >= 4
+    assert result.attempted >= 5
     assert result.failed == 0

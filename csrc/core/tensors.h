@@ -23,8 +23,12 @@ struct TensorList {
   Dtype copy_dtype = Dtype::float32;
   Dtype grad_dtype = Dtype::float32;
   Dtype state_dtype = Dtype::float32;
+  // Of this step:
   std::uint64_t seed = 0;  // of stochastic rounding
   bool stochastic_rounding = false;
+  // By tensor, the sum of squares of the scaled gradient, for a rule that divides by its norm. Null
+  // where the back end takes these sums itself, or the rule does not divide.
+  const double* gradient_sums = nullptr;
 
   int count() const { return static_cast<int>(numel.size()); }
   bool has_state() const { return !state.empty(); }

@@ -14,6 +14,7 @@
 
 #include "cpu/api.h"
 #include "cpu/chunk.h"
+#include "cpu/gradient_norm.h"
 
 namespace fastlars::cpu {
 
@@ -81,16 +82,48 @@ std::vector<typename Rule::Coefficients> all_coefficients(const Rule& rule,
   return all;
 }
 
+// Puts the norms of the gradients into the coefficients of all tensors of which chunks from `begin`
+// to `end` are. Takes those norms itself where the list has no sums of them; `partial` has room for
+// all chunks. Called by all threads of a parallel region.
+template <class Rule>
+void normalize_gradients(const Rule& rule, const StepScalars& scalars, const TensorList& list,
+                         const Chunks& chunks, int begin, int end, std::vector<Sums<1>>& partial,
+                         std::vector<typename Rule::Coefficients>& all) {
+  if constexpr (Rule::normalizes) {
+    if (!rule.normalize_grad || begin == end) return;
+    if (list.gradient_sums == nullptr) {
+      const float scale = coefficients(GradientNorm(), scalars, 0.0f);
+#pragma omp for schedule(static)
+      for (int i = begin; i < end; ++i) {
+        partial[i] = ChunkOps<GradientNorm>::measure(list, chunks.chunk[i], scale);
+      }
+    }
+#pragma omp for schedule(static)
+    for (int tensor = chunks.chunk[begin].tensor; tensor <= chunks.chunk[end - 1].tensor;
+         ++tensor) {
+      const double sum = list.gradient_sums == nullptr ? total(partial, chunks, tensor).of[0]
+                                                       : list.gradient_sums[tensor];
+      all[tensor].gradient_scale = normalizing_scale(rule, scalars, sum);
+    }
+  }
+}
+
 template <class Rule>
 void measure(const Rule& rule, const StepScalars& scalars, TensorList& list,
              Sums<Rule::sums>* sums) {
   const Chunks chunks = cut(list.numel, kChunk);
-  const auto all = all_coefficients(rule, scalars, list, true);
-  std::vector<Sums<Rule::sums>> partial(chunks.chunk.size());
-#pragma omp parallel for schedule(static) if (worth_threads(list))
-  for (std::int64_t i = 0; i < static_cast<std::int64_t>(partial.size()); ++i) {
-    const Chunk& chunk = chunks.chunk[i];
-    partial[i] = ChunkOps<Rule>::measure(list, chunk, all[chunk.tensor]);
+  const int count = static_cast<int>(chunks.chunk.size());
+  auto all = all_coefficients(rule, scalars, list, true);
+  std::vector<Sums<1>> norms(Rule::normalizes ? count : 0);
+  std::vector<Sums<Rule::sums>> partial(count);
+#pragma omp parallel if (worth_threads(list))
+  {
+    normalize_gradients(rule, scalars, list, chunks, 0, count, norms, all);
+#pragma omp for schedule(static)
+    for (int i = 0; i < count; ++i) {
+      const Chunk& chunk = chunks.chunk[i];
+      partial[i] = ChunkOps<Rule>::measure(list, chunk, all[chunk.tensor]);
+    }
   }
   for (int tensor = 0; tensor < list.count(); ++tensor) {
     sums[tensor] = total(partial, chunks, tensor);
@@ -102,18 +135,24 @@ template <class Rule>
 void apply(const Rule& rule, const StepScalars& scalars, TensorList& list,
            const Sums<Rule::sums>* sums, float* ratios) {
   const Chunks chunks = cut(list.numel, kChunk);
+  const int count = static_cast<int>(chunks.chunk.size());
   const bool measured = rule.adapt;
   const bool advances = !(measured && Rule::measure_writes);
   auto all = all_coefficients(rule, scalars, list, advances);
+  std::vector<Sums<1>> norms(Rule::normalizes ? count : 0);
   for (int tensor = 0; tensor < list.count(); ++tensor) {
-    const double ratio = measured ? trust_ratio(rule, scalars, sums[tensor]) : 1.0;
+    const auto ratio = measured ? trust_ratio(rule, scalars, sums[tensor]) : ratio_of_one<Rule>();
     apply_trust_ratio(rule, scalars, ratio, all[tensor]);
-    ratios[tensor] = static_cast<float>(ratio);
+    ratios[tensor] = static_cast<float>(reported(ratio));
   }
-#pragma omp parallel for schedule(static) if (worth_threads(list))
-  for (std::int64_t i = 0; i < static_cast<std::int64_t>(chunks.chunk.size()); ++i) {
-    const Chunk& chunk = chunks.chunk[i];
-    ChunkOps<Rule>::apply(list, chunk, all[chunk.tensor], measured);
+#pragma omp parallel if (worth_threads(list))
+  {
+    normalize_gradients(rule, scalars, list, chunks, 0, count, norms, all);
+#pragma omp for schedule(static)
+    for (int i = 0; i < count; ++i) {
+      const Chunk& chunk = chunks.chunk[i];
+      ChunkOps<Rule>::apply(list, chunk, all[chunk.tensor], measured);
+    }
   }
   if (advances) advance_counters(rule, scalars, list);
 }
@@ -123,13 +162,15 @@ void step(const Rule& rule, const StepScalars& scalars, TensorList& list, float*
   if (!rule.adapt) return apply(rule, scalars, list, nullptr, ratios);
   if constexpr (Rule::sums > 0) {
     const Chunks chunks = cut(list.numel, kChunk);
-    const auto all = all_coefficients(rule, scalars, list, true);
+    auto all = all_coefficients(rule, scalars, list, true);
+    std::vector<Sums<1>> norms(Rule::normalizes ? chunks.chunk.size() : 0);
     std::vector<Sums<Rule::sums>> partial(chunks.chunk.size());
     const std::vector<int> ends = block_ends(chunks, list.numel, kBlockPerThread * threads());
 #pragma omp parallel if (worth_threads(list))
     {
       int begin = 0;
       for (const int end : ends) {
+        normalize_gradients(rule, scalars, list, chunks, begin, end, norms, all);
 #pragma omp for schedule(static)
         for (int i = begin; i < end; ++i) {
           const Chunk& chunk = chunks.chunk[i];
@@ -145,8 +186,8 @@ void step(const Rule& rule, const StepScalars& scalars, TensorList& list, float*
           if (chunk.tensor != tensor) {
             tensor = chunk.tensor;
             c = all[tensor];
-            const double ratio = trust_ratio(rule, scalars, total(partial, chunks, tensor));
-            apply_trust_ratio(rule, scalars, ratio, c);
+            apply_trust_ratio(rule, scalars,
+                              trust_ratio(rule, scalars, total(partial, chunks, tensor)), c);
           }
           ChunkOps<Rule>::apply(list, chunk, c, true);
         }
@@ -154,8 +195,8 @@ void step(const Rule& rule, const StepScalars& scalars, TensorList& list, float*
       }
     }
     for (int tensor = 0; tensor < list.count(); ++tensor) {
-      const double ratio = trust_ratio(rule, scalars, total(partial, chunks, tensor));
-      ratios[tensor] = static_cast<float>(ratio);
+      const auto ratio = trust_ratio(rule, scalars, total(partial, chunks, tensor));
+      ratios[tensor] = static_cast<float>(reported(ratio));
     }
     advance_counters(rule, scalars, list);
   }

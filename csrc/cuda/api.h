@@ -8,7 +8,7 @@
 //   intrinsics.cuh                 GPU primitives
 //   vector_io.cuh                  loads and stores of one chunk
 //   reduce.cuh                     sums over a block's threads and over a tensor's chunks
-//   lars.cu, lamb.cu,              one file a rule: its loops over one chunk, and the instantiation
+//   lars.cu, lamb.cu, lans.cu,     one file a rule: its loops over one chunk, and the instantiation
 //   rmsprop_warmup.cu,             of the templates below. A new rule is a new file here and
 //   gradient_norm.cu               changes no other
 //   block.cuh                      what a block does before, between and after its chunks

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads, (kApplyBlocks<Types, source>))
   __shared__ BlockState<Rule> state;
   const Types types(args);
   const auto trust = [&](int number) {
-    if (args.sums == nullptr) return 1.0;
+    if (args.sums == nullptr) return ratio_of_one<Rule>();
     return trust_ratio(args.rule, args.scalars.step_scalars(), args.sums[number]);
   };
   if (thread() == 0) start(state);
@@ -29,10 +29,10 @@ __global__ void __launch_bounds__(kThreads, (kApplyBlocks<Types, source>))
     if (thread() == 0) {
       next_tensor<true>(args, advances, state);
       if (tensor.end != 0) {
-        const double ratio = trust(tensor.number);
+        const auto ratio = trust(tensor.number);
         apply_trust_ratio(args.rule, args.scalars.step_scalars(), ratio, state.tensor.c);
         if (tensor.first == tensor.entry.first_chunk) {
-          args.ratios[tensor.number] = static_cast<float>(ratio);
+          args.ratios[tensor.number] = static_cast<float>(reported(ratio));
         }
       }
     }
@@ -48,8 +48,9 @@ __global__ void __launch_bounds__(kThreads, (kApplyBlocks<Types, source>))
     barrier();
   }
   if (is_last_block(*args.tables.control, state.last)) {
-    finish_launch(args, advances,
-                  [&](int empty) { args.ratios[empty] = static_cast<float>(trust(empty)); });
+    finish_launch(args, advances, [&](int empty) {
+      args.ratios[empty] = static_cast<float>(reported(trust(empty)));
+    });
   }
 }
 

@@ -20,6 +20,7 @@ enum class OperandSource { global, shared, evicted, fused };
 //   measure_again                  the same in double, from states that have already advanced; only
 //                                  for rules whose measure writes
 //   kMeasureBlocks                 minimum resident blocks of measure per multiprocessor
+//   kCached                        floats of an element that `cache` holds
 //   apply<OperandSource, StochasticRounding>
 template <class Rule>
 struct ChunkOps;
@@ -160,6 +161,8 @@ __device__ __forceinline__ void next_tensor(const KernelArgs<Rule>& args, bool a
     tensor.c = coefficients(args.rule, args.scalars.step_scalars(), counter);
   }
   tensor.counter = counter;
+  normalize_gradient(args.rule, args.scalars.step_scalars(), args.gradient_sums, chunk.tensor,
+                     tensor.c);
 }
 
 // A chunk of the current tensor, without a read of the tables in global memory.

@@ -54,6 +54,9 @@ struct Control {
   std::uint32_t unused;
 };
 
+// float32 ratio coefficients of a tensor: as many as any rule has.
+constexpr int kMostRatioWords = 2;
+
 // Device memory for launches on one list. `sums` and `tagged` have room for any rule; a launch uses
 // them as arrays of Sums<Rule::sums> and TaggedSums<Rule::sums>.
 struct Tables {
@@ -62,7 +65,7 @@ struct Tables {
   double* sums;            // by chunk: sums of squares, from measure
   std::uint64_t* tagged;   // by chunk: sums of squares, from step
   std::uint32_t* arrived;  // by tensor: chunks measured so far; 0 between launches
-  std::uint64_t* flags;    // by tensor: epoch and ratio coefficient, once its sums are known
+  std::uint64_t* flags;    // by tensor: its ratio coefficients, each below the epoch, once known
   QueueLink* links;        // by chunk: the next chunk in the same block's queue
   Control* control;
 };
@@ -124,7 +127,7 @@ class ChunkTable {
     take(work.tables.control, 1);
     take(work.tables.sums, chunks() * std::size_t{Rules::most_sums});
     take(work.tables.tagged, chunks() * std::size_t{2 * Rules::most_sums});
-    take(work.tables.flags, tensors());
+    take(work.tables.flags, tensors() * std::size_t{kMostRatioWords});
     take(work.tables.links, chunks());
     take(work.tables.arrived, tensors());
     return work;

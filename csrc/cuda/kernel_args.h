@@ -6,18 +6,19 @@
 
 namespace fastlars::cuda {
 
-// Every driver and device takes 4 KB of kernel parameters (newer ones take 32 KB). 480 tensors are
+// Every driver and device takes 4 KB of kernel parameters (newer ones take 32 KB). 464 tensors are
 // more than ResNet-50 or BERT-large have; longer lists need several launches.
 constexpr int kParameterBytes = 4096;
-constexpr int kTensorsPerLaunch = 480;
+constexpr int kTensorsPerLaunch = 464;
 
 template <class Rule>
 struct KernelArgs {
   Rule rule;
   DeviceScalars scalars;
   Tables tables;
-  Sums<Rule::sums>* sums;  // by tensor of the list: measure writes them, apply reads them
-  float* ratios;           // by tensor of the list
+  Sums<Rule::sums>* sums;       // by tensor of the list: measure writes them, apply reads them
+  float* ratios;                // by tensor of the list
+  const double* gradient_sums;  // by tensor of the list; null where gradients are not normalized
   std::uint64_t seed;
   int first_tensor, tensors;  // of this launch
   int first_chunk, chunks;    // of this launch

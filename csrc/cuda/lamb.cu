@@ -8,6 +8,7 @@ namespace fastlars::cuda {
 template <>
 struct ChunkOps<LambRule> {
   static constexpr int kMeasureBlocks = 3;
+  static constexpr int kCached = 1;
 
   // Four arrays of four vectors would not fit the registers.
   static constexpr int kBatch = kVectors / 2;

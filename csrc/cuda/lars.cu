@@ -8,6 +8,7 @@ namespace fastlars::cuda {
 template <>
 struct ChunkOps<LarsRule> {
   static constexpr int kMeasureBlocks = 4;
+  static constexpr int kCached = 1;
 
   // CacheInShared: stores the gradients to `cache`, where apply reads them.
   template <bool CacheInShared, int Batch = kVectors, class Sum, class Types>

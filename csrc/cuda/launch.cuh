@@ -42,6 +42,7 @@ void for_each_launch(const Rule& rule, const StepScalars& scalars, const LaunchT
   args.tables = target.table.tables();
   args.sums = nullptr;
   args.ratios = nullptr;
+  args.gradient_sums = list.gradient_sums;
   args.seed = list.seed;
   args.runs = args.chunks_per_run = args.longer_runs = args.shared_slots = 0;
   args.weight_dtype = list.weight_dtype;

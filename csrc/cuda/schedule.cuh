@@ -11,6 +11,8 @@
 // or not they run at the same time.
 #pragma once
 
+#include <cstring>
+
 #include "cuda/block.cuh"
 
 namespace fastlars::cuda {
@@ -38,6 +40,7 @@ struct StepState {
   std::uint64_t answer;           // from the scheduler's first lane to its others
   int first_chunk[kTensorsPerLaunch + 1];  // by tensor; both counted from the launch's first
   float counter[kTensorsPerLaunch];        // by tensor of the launch, for this step
+  float gradient_scale[Rule::normalizes ? kTensorsPerLaunch : 1];  // by tensor of the launch
 };
 
 // Publishes a tensor's ratio and advances its counter. Blocks that begin late may still read that
@@ -45,8 +48,8 @@ struct StepState {
 template <class Rule>
 __device__ __forceinline__ void finish_tensor(const KernelArgs<Rule>& args,
                                               const StepScalars& scalars, bool step_taken,
-                                              int number, double ratio) {
-  args.ratios[number] = static_cast<float>(ratio);
+                                              int number, const RatioOf<Rule>& ratio) {
+  args.ratios[number] = static_cast<float>(reported(ratio));
   const TensorEntry& tensor = args.tables.tensors[number];
   if (tensor.counter == 0 || !step_taken) return;
   auto* const counter = reinterpret_cast<std::uint32_t*>(tensor.counter);
@@ -62,6 +65,13 @@ __device__ __forceinline__ void start(StepState<Rule>& state, const KernelArgs<R
     const TensorEntry& tensor = args.tables.tensors[number];
     state.counter[i] = read_counter<true>(args.rule, tensor, true);
     state.first_chunk[i] = tensor.first_chunk - args.first_chunk;
+    if constexpr (Rule::normalizes) {
+      const StepScalars scalars = args.scalars.step_scalars();
+      state.gradient_scale[i] =
+          args.gradient_sums == nullptr
+              ? static_cast<float>(scalars.gradient_scale)
+              : normalizing_scale(args.rule, scalars, args.gradient_sums[number]);
+    }
     // No block would report a tensor without chunks.
     if (tensor.chunks == 0 && block() == 0) {
       const StepScalars scalars = args.scalars.step_scalars();
@@ -114,6 +124,11 @@ class Scheduler {
 
  private:
   static constexpr int kSums = Rule::sums;
+  using RatioCoefficient = decltype(ratio_coefficient(
+      std::declval<const Rule&>(), std::declval<StepScalars>(),
+      std::declval<const typename Rule::Coefficients&>(), std::declval<RatioOf<Rule>>()));
+  static constexpr int kRatioWords = sizeof(RatioCoefficient) / sizeof(std::uint32_t);
+  static_assert(kRatioWords <= kMostRatioWords, "the table of flags has no more");
 
   // A chunk and its tensor, both counted from the first of the launch.
   struct Claim {
@@ -140,10 +155,8 @@ class Scheduler {
   // Decides on a turn while the other warps work on turn `running_turn`.
   __device__ Job choose(Turn<Rule>& turn, const Job& running, int running_turn) {
     for (Backoff backoff;; backoff.pause()) {
-      const std::uint64_t flag = head_flag();
-      if (static_cast<std::uint32_t>(flag >> 32) == epoch_) {
-        return apply(turn, float_of(static_cast<std::uint32_t>(flag)));
-      }
+      RatioCoefficient published;
+      if (head_is_ready(published)) return apply(turn, published);
       // When all slots are taken, measuring another chunk evicts one, whose bytes must then be read
       // again. So check the flag for as long as the others work, and longer if all chunks of the
       // tensor are claimed. A tensor of which some are not is larger than all slots together.
@@ -163,13 +176,25 @@ class Scheduler {
     }
   }
 
-  // The flag of the tensor at the queue's head; 0 where the queue is empty.
-  __device__ std::uint64_t head_flag() {
-    std::uint64_t flag = 0;
-    if (lane() == 0 && popped_ != pushed_) {
-      flag = load_relaxed(&args_.tables.flags[args_.first_tensor + head_.tensor]);
+  // Whether the ratio coefficients of the tensor at the queue's head are known, and which.
+  __device__ bool head_is_ready(RatioCoefficient& published) {
+    std::uint32_t words[kRatioWords];
+#pragma unroll
+    for (int i = 0; i < kRatioWords; ++i) {
+      std::uint64_t flag = 0;
+      if (lane() == 0 && popped_ != pushed_) {
+        flag = load_relaxed(&flags_of(args_.first_tensor + head_.tensor)[i]);
+      }
+      flag = broadcast(flag);
+      if (static_cast<std::uint32_t>(flag >> 32) != epoch_) return false;
+      words[i] = static_cast<std::uint32_t>(flag);
     }
-    return broadcast(flag);
+    std::memcpy(&published, words, sizeof words);
+    return true;
+  }
+
+  __device__ std::uint64_t* flags_of(int tensor) {
+    return args_.tables.flags + tensor * kRatioWords;
   }
 
   __device__ int finished_turn() {
@@ -177,14 +202,14 @@ class Scheduler {
   }
 
   // Takes the queue's head.
-  __device__ Job apply(Turn<Rule>& turn, float ratio_coefficient) {
+  __device__ Job apply(Turn<Rule>& turn, const RatioCoefficient& published) {
     const Claim claimed = head_;
     fill(turn, claimed);
     sync_warp();
     if (lane() == 0) {
       turn.slot = popped_ % args_.shared_slots;
       turn.in_shared = pushed_ - popped_ <= args_.shared_slots;
-      set_ratio_coefficient(args_.rule, ratio_coefficient, turn.c);
+      set_ratio_coefficient(args_.rule, published, turn.c);
     }
     ++popped_;
     if (popped_ != pushed_) {
@@ -257,6 +282,10 @@ class Scheduler {
       const auto* from = reinterpret_cast<const std::uint32_t*>(&state_.c);
       reinterpret_cast<std::uint32_t*>(&turn.c)[lane()] = from[lane()];
     }
+    if constexpr (Rule::normalizes) {
+      sync_warp();
+      if (lane() == 0) turn.c.gradient_scale = state_.gradient_scale[claimed.tensor];
+    }
   }
 
   // Computes the coefficients of a tensor, unless the last tensor had the same counter: most have.
@@ -294,10 +323,15 @@ class Scheduler {
     }
     prepare_coefficients(job.claim.tensor);
     if (lane() == 0) {
-      const double ratio = trust_ratio(args_.rule, scalars_, sums);
-      const float published = ratio_coefficient(args_.rule, scalars_, state_.c, ratio);
+      const auto ratio = trust_ratio(args_.rule, scalars_, sums);
+      const RatioCoefficient published = ratio_coefficient(args_.rule, scalars_, state_.c, ratio);
+      std::uint32_t words[kRatioWords];
+      std::memcpy(words, &published, sizeof words);
       // The epoch in the upper half says that the coefficient is of this launch.
-      store_relaxed(&args_.tables.flags[number], tagged_with_epoch(bits_of(published)));
+#pragma unroll
+      for (int i = 0; i < kRatioWords; ++i) {
+        store_relaxed(&flags_of(number)[i], tagged_with_epoch(words[i]));
+      }
       finish_tensor(args_, scalars_, step_taken_, number, ratio);
     }
     return true;

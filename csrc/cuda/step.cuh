@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads + kLanes, (kStepBlocks<Types>))
     if (action == Action::leave) break;
     if (action == Action::wait) continue;
     const Chunk chunk = turn.chunk;
-    float4* const cache = slots + turn.slot * (kChunkElements / kVector);
+    float4* const cache = slots + turn.slot * (ChunkOps<Rule>::kCached * kChunkElements / kVector);
     if (action == Action::measure) {
       PartialSums<float, Rule::sums> mine = {};
       ChunkOps<Rule>::template measure<true>(turn.c, types, chunk, mine, cache);
@@ -56,7 +56,8 @@ __global__ void __launch_bounds__(kThreads + kLanes, (kStepBlocks<Types>))
 
 template <class Rule>
 void step(const Rule& rule, const StepScalars& scalars, const LaunchTarget& target, float* ratios) {
-  constexpr int kMostSlots = 4, kSlotBytes = kChunkElements * sizeof(float);
+  constexpr int kMostSlots = 4;
+  constexpr int kSlotBytes = ChunkOps<Rule>::kCached * kChunkElements * sizeof(float);
   using Constant = Float32Only<Rule>;
   using Any = RuntimeDtypes<Rule>;
   const bool constant = is_float32(target.list);

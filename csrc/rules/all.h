@@ -5,6 +5,7 @@
 
 #include "rules/gradient_norm.h"
 #include "rules/lamb.h"
+#include "rules/lans.h"
 #include "rules/lars.h"
 #include "rules/rmsprop_warmup.h"
 
@@ -22,6 +23,6 @@ struct RuleList {
   }
 };
 
-using Rules = RuleList<GradientNorm, LarsRule, LambRule, RmspropWarmupRule>;
+using Rules = RuleList<GradientNorm, LarsRule, LambRule, LansRule, RmspropWarmupRule>;
 
 }  // namespace fastlars

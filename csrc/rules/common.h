@@ -9,6 +9,7 @@
 //   steps           it updates weights: GradientNorm alone does not
 //   counts_steps    its counter is the number of steps taken; else the last learning rate
 //   measure_writes  measuring advances the states, and the counter with them
+//   normalizes      it can divide a gradient by its norm, which is then measured before all else
 //   fields          its hyper-parameters by name, as rules.py has them; enumerators are numbered in
 //                   the order of the words there
 #pragma once
@@ -16,6 +17,8 @@
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 
 #include "core/dtype.h"
 
@@ -39,6 +42,11 @@ struct Sums<0> {};
 // Squares of floats beyond about 1e+-19 leave float32's range. A chunk whose sum in float32 is near
 // either end is summed again in double: right for every input, at no cost for ordinary ones.
 FASTLARS_HD bool leaves_float_range(double sum) { return !(sum > 1e-25 && sum < 1e37); }
+
+FASTLARS_HD double bounded(double value, double lower, double upper) {
+  const double raised = value < lower ? lower : value;
+  return raised > upper ? upper : raised;
+}
 
 // numerator / denominator, or 1 where either sum of squares is zero: such a tensor (fresh zeros, no
 // gradient) would otherwise never move again. NaN norms compare false and give 1 too; the NaN
@@ -74,11 +82,39 @@ FASTLARS_HD float next_counter(const Rule&, const StepScalars& scalars, float co
   return Rule::counts_steps ? counter + 1.0f : static_cast<float>(scalars.lr);
 }
 
+// A rule has one trust ratio, a double, or a struct of several, each of which is 1 by default.
+template <class Rule>
+using RatioOf = decltype(trust_ratio(std::declval<const Rule&>(), std::declval<StepScalars>(),
+                                     std::declval<const Sums<Rule::sums>&>()));
+
+// The ratio of a rule that does not adapt.
+template <class Rule>
+FASTLARS_HD RatioOf<Rule> ratio_of_one() {
+  if constexpr (std::is_same_v<RatioOf<Rule>, double>) {
+    return 1.0;
+  } else {
+    return RatioOf<Rule>();
+  }
+}
+
+// The ratio that a step returns of a tensor.
+FASTLARS_HD double reported(double ratio) { return ratio; }
+
 // Puts a tensor's trust ratio into its coefficients, which are made for a ratio of 1.
-template <class Rule, class Coefficients>
-FASTLARS_HD void apply_trust_ratio(const Rule& rule, const StepScalars& scalars, double ratio,
+template <class Rule, class Ratio, class Coefficients>
+FASTLARS_HD void apply_trust_ratio(const Rule& rule, const StepScalars& scalars, const Ratio& ratio,
                                    Coefficients& c) {
   set_ratio_coefficient(rule, ratio_coefficient(rule, scalars, c, ratio), c);
+}
+
+// Puts the norm of a tensor's gradient into its coefficients. `sums` has by tensor the sum of
+// squares of the scaled gradient; null: gradients stay as they are.
+template <class Rule, class Coefficients>
+FASTLARS_HD void normalize_gradient(const Rule& rule, const StepScalars& scalars,
+                                    const double* sums, int tensor, Coefficients& c) {
+  if constexpr (Rule::normalizes) {
+    if (sums != nullptr) c.gradient_scale = normalizing_scale(rule, scalars, sums[tensor]);
+  }
 }
 
 }  // namespace fastlars

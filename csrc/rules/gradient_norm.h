@@ -11,6 +11,7 @@ struct GradientNorm {
   static constexpr int sums = 1;  // of g
   static constexpr int states = 0;
   static constexpr bool steps = false, counts_steps = false, measure_writes = false;
+  static constexpr bool normalizes = false;
 
   template <class Field>
   static void fields(Field&&) {}

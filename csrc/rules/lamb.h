@@ -41,6 +41,7 @@ struct LambRule {
   static constexpr int sums = 2;    // of w, and of the update u
   static constexpr int states = 2;  // m and v
   static constexpr bool steps = true, counts_steps = true, measure_writes = true;
+  static constexpr bool normalizes = false;
 
   template <class Field>
   static void fields(Field&& field) {
@@ -68,9 +69,7 @@ FASTLARS_HD double trust_ratio(const LambRule& rule, const StepScalars& scalars,
   if (!rule.adapt) return 1.0;
   const double shrink = lamb_shrink(rule, scalars);
   const double weight = sums.of[0] * shrink * shrink;
-  const double weight_norm = std::sqrt(weight);
-  const double raised = weight_norm < rule.lower ? rule.lower : weight_norm;
-  const double phi = raised > rule.upper ? rule.upper : raised;
+  const double phi = bounded(std::sqrt(weight), rule.lower, rule.upper);
   const double q = guarded_ratio(weight, sums.of[1], phi, std::sqrt(sums.of[1]) + rule.ratio_eps);
   return (rule.trust_clip && q > 1.0) ? 1.0 : q;
 }

@@ -38,6 +38,7 @@ struct LarsRule {
   static constexpr int sums = 2;    // of w, and of g or g + wd w
   static constexpr int states = 1;  // b; none without momentum
   static constexpr bool steps = true, counts_steps = false, measure_writes = false;
+  static constexpr bool normalizes = false;
 
   template <class Field>
   static void fields(Field&& field) {

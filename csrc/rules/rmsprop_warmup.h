@@ -28,6 +28,7 @@ struct RmspropWarmupRule {
   static constexpr int sums = 0;
   static constexpr int states = 2;  // b and v
   static constexpr bool steps = true, counts_steps = true, measure_writes = false, adapt = false;
+  static constexpr bool normalizes = false;
 
   template <class Field>
   static void fields(Field&& field) {

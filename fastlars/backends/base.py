@@ -155,13 +155,26 @@ def checked_sums(
     rule: Rule, sums: Tensor | None, tensors: int, device: torch.device
 ) -> Tensor | None:
     """The sums for ``apply``, checked and contiguous; None if the rule does not adapt."""
-    if not rule.adapt:
+    return _checked("apply", sums, (tensors, rule.sums), device) if rule.adapt else None
+
+
+def checked_gradient_sums(
+    rule: Rule | GradientNorm, scalars: StepScalars, tensors: int, device: torch.device
+) -> Tensor | None:
+    """The scalars' ``gradient_sums``, checked and contiguous; None if the rule needs none, or the
+    back end takes them itself."""
+    if not rule.normalize_grad or scalars.gradient_sums is None:
         return None
-    shape = tensors, rule.sums
+    return _checked(f"a step of {rule.title}", scalars.gradient_sums, (tensors, 1), device)
+
+
+def _checked(
+    what: str, sums: Tensor | None, shape: tuple[int, int], device: torch.device
+) -> Tensor:
     if sums is None or sums.shape != shape or sums.dtype != torch.float64:
-        raise ValueError(f"apply needs float64 sums of shape {[*shape]}")
+        raise ValueError(f"{what} needs float64 sums of shape {[*shape]}")
     if sums.device != device:
-        raise ValueError(f"apply needs sums on {device}, got some on {sums.device}")
+        raise ValueError(f"{what} needs sums on {device}, got some on {sums.device}")
     return sums.contiguous()
 
 

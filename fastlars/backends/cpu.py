@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from fastlars import _C
-from fastlars.backends.base import Mismatch, StepScalars, Tensors, checked_sums
+from fastlars.backends.base import (
+    Mismatch,
+    StepScalars,
+    Tensors,
+    checked_gradient_sums,
+    checked_sums,
+)
 from fastlars.rules import GradientNorm, Rule
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -38,6 +44,9 @@ class BoundTensors:
 
     tensor_list: Any  # fastlars._C.TensorList
     tensors: Tensors  # kept alive, as the list has addresses alone
+
+    def __len__(self) -> int:
+        return len(self.tensors.weights)
 
 
 class Cpu:
@@ -83,46 +92,38 @@ class Cpu:
             DTYPES[dtypes.copy] if dtypes.copy is not None else 0,
         )
 
+    def _call(
+        self,
+        call: Callable[..., None],
+        rule: Rule | GradientNorm,
+        bound: BoundTensors,
+        scalars: StepScalars,
+        *results: Tensor | None,
+    ) -> None:
+        """Call a function of the extension. ``results``: what it reads and writes per tensor."""
+        given = checked_gradient_sums(rule, scalars, len(bound), torch.device("cpu"))
+        addresses = [0 if each is None else each.data_ptr() for each in (given, *results)]
+        bound.tensor_list.set_step(scalars.seed, addresses.pop(0))
+        call(native_rule(rule), bound.tensor_list, scalars.lr, scalars.gradient_scale, *addresses)
+
     def measure(
         self, rule: Rule | GradientNorm, bound: BoundTensors, scalars: StepScalars
     ) -> Tensor:
-        shape = len(bound.tensors.weights), rule.sums
-        sums = torch.empty(shape, dtype=torch.float64, device="cpu")
-        _C.cpu_measure(
-            native_rule(rule),
-            bound.tensor_list,
-            scalars.lr,
-            scalars.gradient_scale,
-            sums.data_ptr(),
-        )
+        sums = torch.empty((len(bound), rule.sums), dtype=torch.float64, device="cpu")
+        self._call(_C.cpu_measure, rule, bound, scalars, sums)
         return sums
 
     def apply(
         self, rule: Rule, bound: BoundTensors, scalars: StepScalars, sums: Tensor | None
     ) -> Tensor:
-        ratios = torch.empty(len(bound.tensors.weights), dtype=torch.float32, device="cpu")
-        sums = checked_sums(rule, sums, len(ratios), ratios.device)
-        _C.cpu_apply(
-            native_rule(rule),
-            bound.tensor_list,
-            scalars.lr,
-            scalars.gradient_scale,
-            scalars.seed,
-            0 if sums is None else sums.data_ptr(),
-            ratios.data_ptr(),
-        )
+        ratios = torch.empty(len(bound), dtype=torch.float32, device="cpu")
+        sums = checked_sums(rule, sums, len(bound), ratios.device)
+        self._call(_C.cpu_apply, rule, bound, scalars, sums, ratios)
         return ratios
 
     def step(self, rule: Rule, bound: BoundTensors, scalars: StepScalars) -> Tensor:
-        ratios = torch.empty(len(bound.tensors.weights), dtype=torch.float32, device="cpu")
-        _C.cpu_step(
-            native_rule(rule),
-            bound.tensor_list,
-            scalars.lr,
-            scalars.gradient_scale,
-            scalars.seed,
-            ratios.data_ptr(),
-        )
+        ratios = torch.empty(len(bound), dtype=torch.float32, device="cpu")
+        self._call(_C.cpu_step, rule, bound, scalars, ratios)
         return ratios
 
 

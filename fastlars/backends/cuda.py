@@ -14,7 +14,13 @@ from torch import Tensor
 
 from fastlars import _C
 from fastlars.backends import cpu
-from fastlars.backends.base import StepScalars, Tensors, checked_sums
+from fastlars.backends.base import (
+    StepScalars,
+    Tensors,
+    checked_gradient_sums,
+    checked_sums,
+    with_gradient_sums,
+)
 from fastlars.backends.cpu import native_rule
 from fastlars.backends.upload import (
     TableUploader,
@@ -173,9 +179,10 @@ class CudaBoundTensors:
 class Cuda:
     """float32, bfloat16 and float16 weights and gradients in any mix; float32 or bfloat16 states.
 
-    ``measure`` and ``apply`` take one launch each for up to 480 tensors. ``step`` takes one launch
+    ``measure`` and ``apply`` take one launch each for up to 464 tensors. ``step`` takes one launch
     on the one-launch path; it calls ``measure`` and ``apply`` on the two-launch path, and whenever
-    it rounds stochastically. Results have the same bits on either path, for any grid, in every run.
+    it rounds stochastically. A rule that normalizes gradients takes one launch more, before these.
+    Results have the same bits on either path, for any grid, in every run.
 
     Attributes:
         path: "one-launch" or "two-launch".
@@ -212,12 +219,14 @@ class Cuda:
         rule: Rule | GradientNorm,
         bound: CudaBoundTensors,
         scalars: StepScalars,
-        *arguments: int | None,
+        *arguments: int,
         after_grid: tuple[int, ...] = (),
     ) -> None:
         """Launch on the current stream. ``arguments``: those that differ between the extension's
         functions; ``after_grid``: those that follow the stream and the grid."""
         table, cuda_scalars = bound.layout.table, bound.scalars(scalars)
+        given = checked_gradient_sums(rule, scalars, table.tensors, bound.device)
+        bound.tensor_list.set_step(scalars.seed, 0 if given is None else given.data_ptr())
         with device_guard(bound.device):
             call(
                 native_rule(rule),
@@ -233,6 +242,7 @@ class Cuda:
     def measure(
         self, rule: Rule | GradientNorm, bound: CudaBoundTensors, scalars: StepScalars
     ) -> Tensor:
+        scalars = with_gradient_sums(self, rule, bound, scalars)
         sums = bound.empty(bound.layout.table.tensors, rule.sums, dtype=torch.float64)
         self._launch(_C.cuda_measure, rule, bound, scalars, sums.data_ptr())
         return sums
@@ -240,15 +250,17 @@ class Cuda:
     def apply(
         self, rule: Rule, bound: CudaBoundTensors, scalars: StepScalars, sums: Tensor | None
     ) -> Tensor:
+        scalars = with_gradient_sums(self, rule, bound, scalars)
         ratios = bound.empty(bound.layout.table.tensors, dtype=torch.float32)
         sums = checked_sums(rule, sums, len(ratios), ratios.device)
         address = 0 if sums is None else sums.data_ptr()
-        self._launch(_C.cuda_apply, rule, bound, scalars, scalars.seed, address, ratios.data_ptr())
+        self._launch(_C.cuda_apply, rule, bound, scalars, address, ratios.data_ptr())
         return ratios
 
     def step(self, rule: Rule, bound: CudaBoundTensors, scalars: StepScalars) -> Tensor:
         if not rule.adapt:
             return self.apply(rule, bound, scalars, None)
+        scalars = with_gradient_sums(self, rule, bound, scalars)
         if self.path == "two-launch" or scalars.seed is not None:
             return self.apply(rule, bound, scalars, self.measure(rule, bound, scalars))
         ratios = bound.empty(bound.layout.table.tensors, dtype=torch.float32)

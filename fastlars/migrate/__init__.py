@@ -1,4 +1,4 @@
-"""Continue a run with LARS or LAMB from the optimizer states of another library.
+"""Continue a run with LARS, LAMB or LANS from the optimizer states of another library.
 
 A convention (:mod:`fastlars.conventions`) makes a new run compute what another library computes;
 :func:`load` continues a run that another library has begun. Only exact continuations are loaded: a
@@ -19,13 +19,14 @@ from fastlars.migrate.reading import States, from_dict, from_tree
 from fastlars.optim.base import FusedOptimizer
 from fastlars.optim.checks import location
 from fastlars.optim.lamb import LAMB
+from fastlars.optim.lans import LANS
 from fastlars.optim.lars import LARS
 from fastlars.optim.meaning import why_states_differ
 from fastlars.optim.states import has_master
 
 __all__ = ["FORMATS", "load"]
 
-_KINDS: dict[str, type[FusedOptimizer]] = {"LARS": LARS, "LAMB": LAMB}
+_KINDS: dict[str, type[FusedOptimizer]] = {"LARS": LARS, "LAMB": LAMB, "LANS": LANS}
 
 
 def load(
@@ -45,8 +46,8 @@ def load(
     masters, if asked for, start from the weights.
 
     Args:
-        optimizer: the :class:`fastlars.LARS` or :class:`fastlars.LAMB` to load into, usually made
-            with the convention of ``source``.
+        optimizer: the :class:`fastlars.LARS`, :class:`fastlars.LAMB` or :class:`fastlars.LANS` to
+            load into, usually made with the convention of ``source``.
         state: the other optimizer's ``state_dict()``; for ``optax_*`` its ``opt_state``; for
             ``mlperf_*`` a tree with the momentum of every variable.
         source: where the state comes from: a convention, its name, ``"bitsandbytes_lars"`` or

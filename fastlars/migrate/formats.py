@@ -15,7 +15,8 @@ class Format:
     """How a library stores the states of one of its optimizers.
 
     Attributes:
-        optimizer: the class of fastlars that takes the states, ``"LARS"`` or ``"LAMB"``.
+        optimizer: the class of fastlars that takes the states, ``"LARS"``, ``"LAMB"`` or
+            ``"LANS"``.
         names: the names of states, from the library's to fastlars'.
         buffer: what the library's momentum buffer holds, as one of the values of ``buffer`` of
             :class:`fastlars.LARS`. Default empty, for a library without such a buffer.
@@ -76,7 +77,8 @@ FORMATS: Mapping[str, Format] = {
     "mlperf_lars": _MLPERF,
     "mlperf_mxnet_lars": _MLPERF,
     "timm_lamb": _lamb("group", "grad_averaging"),
-    "apex_lamb": _lamb("group", "grad_averaging"),
+    # A state with scaled_grad is of LANS, whose moments are of normalized gradients.
+    "apex_lamb": _lamb("group", "grad_averaging", refused=("scaled_grad",)),
     "pytorch_optimizer_lamb": _lamb("group", "grad_averaging", demands={"adanorm": False}),
     "cybertronai_lamb": _lamb("state", "eps", refused=("max_exp_avg_sq",)),
     "torch_adamw": _lamb("state", "amsgrad", refused=("max_exp_avg_sq",)),
@@ -84,4 +86,11 @@ FORMATS: Mapping[str, Format] = {
         "state", names={"state1": "exp_avg", "state2": "exp_avg_sq"}, refused=("absmax1",)
     ),
     "optax_lamb": Format("LAMB", {"mu": "exp_avg", "nu": "exp_avg_sq", "count": "step"}, tree=True),
+    # Its third state, scaled_grad, is scratch.
+    "gluonnlp_lans": Format(
+        "LANS",
+        _MOMENTS,
+        step="group",
+        keys=frozenset({"betas", "grad_averaging", "normalize_grad"}),
+    ),
 }

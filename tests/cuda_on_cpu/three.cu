@@ -14,6 +14,7 @@ struct RuleOfThree {
   };
   static constexpr int sums = 3, states = 3;
   static constexpr bool steps = true, counts_steps = true, measure_writes = false, adapt = true;
+  static constexpr bool normalizes = false;
 };
 using RulesOfTest = RuleList<RuleOfThree>;
 
@@ -49,6 +50,7 @@ using namespace fastlars;
 template <>
 struct cuda::ChunkOps<RuleOfThree> {
   static constexpr int kMeasureBlocks = 3;
+  static constexpr int kCached = 1;
 
   template <bool CacheInShared, int Batch = kVectors, class Sum, class Types>
   static void measure(const RuleOfThree::Coefficients& c, const Types& types, const Chunk& chunk,

@@ -21,7 +21,7 @@ def gradient_weight(rule: LansRule) -> float:
 
 
 def normalized(rule: LansRule, g: Tensor, norm: float) -> Tensor:
-    return g * min(1.0 / (norm + rule.norm_eps), LARGEST_FLOAT) if norm > 0.0 else g
+    return g if norm == 0.0 else g * min(1.0 / (norm + rule.norm_eps), LARGEST_FLOAT)
 
 
 def decayed(rule: LansRule, w: Tensor, g: Tensor) -> Tensor:
