@@ -12,7 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlars.backends import cpu
-from fastlars.backends.base import Dtypes, StepScalars, Tensors, checked_sums
+from fastlars.backends.base import (
+    Dtypes,
+    StepScalars,
+    Tensors,
+    checked_gradient_sums,
+    checked_sums,
+)
 from fastlars.backends.triton import sums
 from fastlars.backends.triton.common import rule_argument, rule_options
 from fastlars.backends.triton.launch import Launch, Launcher
@@ -178,10 +184,10 @@ class Triton:
     ) -> tuple[list[Launch], GradientNorms]:
         """For a rule that normalizes gradients: where their sums of squares are, and the launches
         that store them there, unless the caller knows the sums."""
-        if not rule.normalize_grad:
-            return [], GradientNorms(None, None)
-        if scalars.gradient_sums is not None:
-            return [], GradientNorms(None, scalars.gradient_sums.contiguous())
+        tables = bound.layout.tables
+        sums = checked_gradient_sums(rule, scalars, tables.tensor_count, tables.device)
+        if sums is not None or not rule.normalize_grad:
+            return [], GradientNorms(None, sums)
         slots = bound.workspace.gradient_slots
         norms = GradientNorms(slots, None)
         return self._measure_chunks(kernels(GradientNorm()), bound, scalars, norms, slots), norms

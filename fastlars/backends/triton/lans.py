@@ -58,16 +58,16 @@ FIELDS = tl.constexpr(len(LansCoefficients._fields))
 
 
 @triton.jit
-def normalizing_scale(rule: rules.LansRule, scalars: StepScalars, gradient: tl.tensor) -> tl.tensor:
-    """The factor that scales a gradient and divides it by its norm, in float32; ``gradient`` is the
-    sum of squares of the scaled gradient. Where this is 0 or NaN, the gradient is scaled alone."""
+def normalizing_scale(rule: rules.LansRule, scalars: StepScalars, square: tl.tensor) -> tl.tensor:
+    """The float32 factor that scales a gradient and divides it by its norm; ``square`` is the sum
+    of squares of the scaled gradient. A gradient of zeros stays as it is."""
     scale = scalars.gradient_scale
-    nonzero = gradient > 0.0
-    norm = tl.sqrt(tl.where(nonzero, gradient, double(1.0))) + decoded(rule.norm_eps)
+    zero = square == 0.0
+    norm = tl.sqrt(tl.where(zero, double(1.0), square)) + decoded(rule.norm_eps)
     # `coefficient` clamps above alone, and `maximize` makes the scale negative.
     factor = coefficient(tl.abs(scale) / norm)
     factor = tl.where(scale < 0.0, -factor, factor)
-    return tl.where(nonzero, factor, scale.to(tl.float32))
+    return tl.where(zero, scale.to(tl.float32), factor)
 
 
 @triton.jit
