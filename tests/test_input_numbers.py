@@ -73,6 +73,21 @@ LAMB_NUMBERS = [
     ("decay", "l2", ValueError),
     ("grad_averaging", None, TypeError),
 ]
+LANS_NUMBERS = [
+    ("eps", -1e-8, ValueError),
+    ("betas", (1.0, 0.9), ValueError),
+    ("betas", (0.9, NAN), ValueError),
+    ("betas", 0.9, TypeError),
+    ("phi", (2.0, 1.0), ValueError),
+    ("phi", (0.0, NAN), ValueError),
+    ("norm_eps", -1.0, ValueError),
+    ("norm_eps", INF, ValueError),
+    ("normalize_grad", "yes", TypeError),
+    ("bias_correction", "rate", TypeError),
+    ("decay", "decoupled", ValueError),
+    ("grad_averaging", None, TypeError),
+    ("adapt", 2, TypeError),
+]
 RMSPROP_NUMBERS = [
     ("momentum", 1.0, ValueError),
     ("square_decay", 1.0, ValueError),
@@ -92,7 +107,9 @@ RMSPROP_NUMBERS = [
 ]
 HYPER_PARAMETERS = [
     (row, *number)
-    for row, own in zip(SIMPLE, (LARS_NUMBERS, LAMB_NUMBERS, RMSPROP_NUMBERS), strict=True)
+    for row, own in zip(
+        SIMPLE, (LARS_NUMBERS, LAMB_NUMBERS, LANS_NUMBERS, RMSPROP_NUMBERS), strict=True
+    )
     for number in NUMBERS + own
 ]
 # How a message may call it, where it is not by its own name.

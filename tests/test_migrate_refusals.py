@@ -187,6 +187,13 @@ REFUSED: list[tuple[Any, Any, Any, dict[str, Any], str]] = [
         {},
         "group 0, parameter 0: no last_lr",
     ),
+    (
+        lambda: lans(normalize_grad=False),
+        moments(group={**GLUONNLP, "step": 3}),
+        "gluonnlp_lans",
+        {},
+        "made with normalize_grad=True",
+    ),
 ]
 
 

@@ -40,7 +40,7 @@ class LANS(FusedOptimizer):
     docs/numerics.md explains all symbols.
 
     The gradient's scale has no effect on a step, as long as ``norm_eps`` is 0: a clip or a loss
-    scale changes nothing. :meth:`trust_ratios` has the momentum's ratio, ``phi(|w|) / |r|``.
+    scale changes nothing. ``trust_ratios()`` has the momentum's ratio, ``phi(|w|) / |r|``.
     ``param_groups[i]["step"]`` is the number of steps that a group has taken, as in
     :class:`fastlars.LAMB`, with whose states those of LANS do not mix: its moments are of
     normalized gradients.

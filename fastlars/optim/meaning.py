@@ -12,7 +12,13 @@ Group = Mapping[str, Any]
 # Options that change what a momentum buffer or a moment holds, with the value to assume where a
 # group lacks the option; None: assume any value. The learning rate, momentum and weight decay are
 # not among them, because any run may change them.
-STATE_OPTIONS: Group = {"betas": None, "grad_averaging": True, "dampening": 0.0, "maximize": None}
+STATE_OPTIONS: Group = {
+    "betas": None,
+    "grad_averaging": True,
+    "normalize_grad": None,
+    "dampening": 0.0,
+    "maximize": None,
+}
 # Options that show whether states hold weight decay: amsgrad identifies Adam and AdamW, caution
 # timm's SGDW.
 DECAY_OPTIONS = ("amsgrad", "caution", "weight_decay", "decoupled_weight_decay")

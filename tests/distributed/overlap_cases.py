@@ -19,7 +19,7 @@ from tolerances import assert_same_bits
 
 CLASSES = {row.kind.__name__: row.kind for row in SIMPLE}
 # As large as makes a bit that differs grow in a few steps.
-RATES = {**dict.fromkeys(CLASSES, 0.1), "LARS": 2.0, "LAMB": 0.02}
+RATES = {**dict.fromkeys(CLASSES, 0.1), "LARS": 2.0, "LAMB": 0.02, "LANS": 0.02}
 BATCH = 4  # images of a process
 
 

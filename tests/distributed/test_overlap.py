@@ -139,7 +139,7 @@ def test_options(setting: Setting, mode: str) -> None:
 
 @pytest.mark.parametrize("ddp", [VIEW, {"bucket_cap_mb": MANY}], ids=["views", "copies"])
 @pytest.mark.parametrize("mode", ["step", "norms"])
-@pytest.mark.parametrize("kind", ["LARS", "LAMB"])
+@pytest.mark.parametrize("kind", ["LARS", "LAMB", "LANS"])
 def test_a_global_clip(kind: str, mode: str, ddp: dict[str, Any]) -> None:
     """Only norms are taken early, and the norm is that of all gradients."""
     setting = Setting(kind, ddp=ddp, optimizer={"max_grad_norm": 0.5})

@@ -20,6 +20,11 @@ RECIPES: dict[str, tuple[Any, dict[str, Any]]] = {
     "LARS": (fastlars.LARS, LARS),
     "LARS clipped": (fastlars.LARS, {**LARS, "max_grad_norm": 0.5}),
     "LAMB clipped": (fastlars.LAMB, {"lr": 0.02, "weight_decay": 0.01, "max_grad_norm": 0.05}),
+    "LANS": (fastlars.LANS, {"lr": 0.02, "weight_decay": 0.01}),
+    "LANS clipped": (
+        fastlars.LANS,
+        {"lr": 0.02, "weight_decay": 0.01, "max_grad_norm": 0.05, "norm_eps": 0.01},
+    ),
 }
 # name: the mesh, and the placements of its parameters: R is replicated, a digit the dimension that
 # is sharded.
@@ -100,7 +105,7 @@ def check(size: int, *names: str) -> None:
     for rank, found in enumerate(run(size, step_all, list(names))):
         for (name, recipe), (wrong, seen) in found.items():
             assert not wrong, f"rank {rank}, {name}, {recipe}:\n" + "\n".join(wrong)
-            times = 2 if "clipped" in recipe else 1
+            times = 2 if "clipped" in recipe or "LANS" in recipe else 1
             assert seen == GROUPS[name] * times, (name, recipe)
 
 

@@ -21,6 +21,11 @@ RECIPES: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "LARS dampening": (fastlars.LARS, {**USUAL, "dampening": 0.3}),
     "LAMB clipped": (fastlars.LAMB, {"lr": 0.02, "weight_decay": 0.01, "max_grad_norm": 0.05}),
+    # The norm that clips, and those that normalize, are of the same sums.
+    "LANS clipped": (
+        fastlars.LANS,
+        {"lr": 0.02, "weight_decay": 0.01, "max_grad_norm": 0.05, "norm_eps": 0.01},
+    ),
     # Of the three steps the last one is warmed up.
     "RMSprop warm-up, warmed up": (
         fastlars.RMSpropWarmup,
@@ -90,7 +95,8 @@ def test_a_step_moves_one_small_array_for_each_mesh(
     adapted, everything = MOVED[layout]
     for recipe, (kind, options) in RECIPES.items():
         width = kind.rule.sums
-        norms = everything if "max_grad_norm" in options else []
+        takes_norms = kind is fastlars.LANS or "max_grad_norm" in options
+        norms = everything if takes_norms else []
         expected: list[tuple[str, tuple[int, ...]]] = [(how, (rows, 1)) for how, rows in norms]
         expected += [(how, (rows, width)) for how, rows in adapted if width]
         if layout == "sequence parallel":
