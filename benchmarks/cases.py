@@ -20,7 +20,7 @@ from shapes import Shapes
 LR = 1e-6
 DECAY = 1e-4
 # Large enough that a step shows in bfloat16 weights.
-CHECK_LR = {"lars": 100.0, "lamb": 0.1, "rmsprop": 1e-4, "rmsprop-warm": 0.1}
+CHECK_LR = {"lars": 100.0, "lamb": 0.1, "lans": 0.1, "rmsprop": 1e-4, "rmsprop-warm": 0.1}
 # A chunk and a bit, many chunks, and tensors with a ragged end.
 CHECK_SHAPES: Shapes = [(64, 32), (32, 16, 3, 3), (301, 100), (3,)]
 # Roundings of sums in another order; in bfloat16 a few weights then fall on the other side.
@@ -145,6 +145,12 @@ LAMB: dict[str, Contender] = {
     "pytorch_optimizer Lamb(foreach)": Contender(pytorch_optimizer("Lamb"), "pytorch_optimizer"),
     "optax lamb(jit)": Contender(optax("lamb"), "optax"),
 }
+LANS: dict[str, Contender] = {
+    "fastlars": Contender(
+        lambda ps: fastlars.LANS(ps, lr=LR, weight_decay=DECAY), "fastlars", 28, exact=True
+    ),
+    "torch AdamW(fused)": Contender(adamw, "torch", 28),
+}
 # Far from its center, where nearly all of it is RMSprop; and from the second step on warmed up.
 RMSPROP: dict[str, Contender] = {
     "fastlars": Contender(
@@ -161,6 +167,7 @@ WARM: dict[str, Contender] = {
 RULES: dict[str, dict[str, Contender]] = {
     "lars": LARS,
     "lamb": LAMB,
+    "lans": LANS,
     "rmsprop": RMSPROP,
     "rmsprop-warm": WARM,
 }

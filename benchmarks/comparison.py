@@ -13,7 +13,7 @@ from torch import nn
 from cases import Contender, check, gradients, parameters
 from fastlars.backends import choose
 from fastlars.backends.base import Dtypes
-from fastlars.rules import LambRule, LarsRule
+from fastlars.rules import LambRule, LansRule, LarsRule
 from gpu_cases import Case, contenders
 from machine import COPY_BYTES, Machine
 from timing import Sample, interleave, interleave_device, lead
@@ -199,7 +199,8 @@ def backend_of(contender: Contender, case: Case, param: nn.Parameter) -> str:
             backend = choose.choose(param, dtypes)
         except RuntimeError as error:
             raise UnavailableError(str(error)) from None
-        checked = choose.choose(param, dtypes, LarsRule() if case.rule == "lars" else LambRule())
+        rule = {"lars": LarsRule, "lamb": LambRule, "lans": LansRule}[case.rule]()
+        checked = choose.choose(param, dtypes, rule)
     if checked is not backend:
         raise RuntimeError(f"{backend.name} fails its check, and {checked.name} would serve")
     path = getattr(backend, "path", "")

@@ -60,4 +60,5 @@ CASES = [
     *(Case(model, rule, "bf16") for model in PEERS for rule in _RATIOS),
     *(Case(size, rule, "float32") for size in SWEEP for rule in _RATIOS),
     *(Case("resnet50", rule, "float32") for rule in RULES if rule not in _RATIOS),
+    Case("bert_large", "lans", "float32"),
 ]

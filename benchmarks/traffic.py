@@ -11,8 +11,10 @@ import math
 from dataclasses import dataclass
 
 CHUNK = 4096
-# Bytes of csrc/cuda/chunk_table.h: of a ChunkEntry, of a TensorEntry, and of a chunk's sums.
-CHUNK_ENTRY, TENSOR_ENTRY, SUMS = 16, 56, {"one-launch": 32, "two-launch": 16}
+# Bytes of csrc/cuda/chunk_table.h: of a ChunkEntry, of a TensorEntry, and of a chunk's sum.
+CHUNK_ENTRY, TENSOR_ENTRY, SUM = 16, 56, {"one-launch": 16, "two-launch": 8}
+# Sums of squares that a rule takes of each chunk; of LANS without the gradient's.
+SUMS = {"lars": 2, "lamb": 2, "lans": 3}
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,12 @@ def elements(rule: str, path: str, widths: Widths) -> Traffic:
         apply = w + s + (0 if path == "one-launch" else g) + written + s
         return Traffic(w + g + s + written + s, measure + apply)
     measure = w + g + 2 * s + 2 * s
-    # The update is kept on chip, or else computed again from the moments.
-    apply = w + (0 if path == "one-launch" else 2 * s) + written
-    return Traffic(w + g + 2 * s + written + 2 * s, measure + apply)
+    # The update is kept on chip, or else computed again from the moments; LANS's, which has the
+    # gradient in it, from the gradient too.
+    again = 2 * s + (g if rule == "lans" else 0)
+    apply = w + (0 if path == "one-launch" else again) + written
+    norms = g if rule == "lans" else 0
+    return Traffic(w + g + 2 * s + written + 2 * s, norms + measure + apply)
 
 
 def chunks(sizes: list[int]) -> int:
@@ -66,7 +71,7 @@ def traffic(rule: str, path: str, sizes: list[int], widths: Widths = FLOAT32) ->
     """Bytes a parameter, tables included.
 
     Args:
-        rule: ``"lars"`` or ``"lamb"``.
+        rule: ``"lars"``, ``"lamb"`` or ``"lans"``.
         path: ``"one-launch"``, or ``"two-launch"``, whose order of work Triton's kernels share.
         sizes: elements of every tensor; all are adapted.
         widths: of the arrays.
@@ -74,6 +79,10 @@ def traffic(rule: str, path: str, sizes: list[int], widths: Widths = FLOAT32) ->
     count, total = chunks(sizes), sum(sizes)
     moved = elements(rule, path, widths)
     # A slot is written by its chunk and read by the last chunk of the tensor to arrive.
-    least = count * (CHUNK_ENTRY + 2 * SUMS[path]) + len(sizes) * TENSOR_ENTRY
-    touched = count * (2 * CHUNK_ENTRY + 2 * SUMS[path] + 2 * TENSOR_ENTRY)
+    sums = 2 * SUMS[rule] * SUM[path]
+    least = count * (CHUNK_ENTRY + sums) + len(sizes) * TENSOR_ENTRY
+    touched = count * (2 * CHUNK_ENTRY + sums + 2 * TENSOR_ENTRY)
+    if rule == "lans":  # a launch before, with a sum of its own
+        norms = CHUNK_ENTRY + 2 * SUM["two-launch"] + TENSOR_ENTRY
+        least, touched = least + count * norms, touched + count * norms
     return Traffic(moved.least + least / total, moved.touched + touched / total)

@@ -57,10 +57,14 @@ def test_models_have_the_sizes_that_are_published(name: str, tensors: int, eleme
         ("lars", "one-launch", traffic.FLOAT32, 20, 24),
         ("lamb", "two-launch", traffic.FLOAT32, 28, 40),
         ("lamb", "one-launch", traffic.FLOAT32, 28, 32),
+        ("lans", "two-launch", traffic.FLOAT32, 28, 48),
+        ("lans", "one-launch", traffic.FLOAT32, 28, 36),
         ("lars", "two-launch", traffic.MASTERS, 20, 26),
         ("lars", "one-launch", traffic.MASTERS, 20, 24),
         ("lamb", "two-launch", traffic.MASTERS, 28, 40),
         ("lamb", "one-launch", traffic.MASTERS, 28, 32),
+        ("lans", "two-launch", traffic.MASTERS, 28, 44),
+        ("lans", "one-launch", traffic.MASTERS, 28, 34),
     ],
 )
 def test_bytes_are_those_of_the_documentation(

@@ -259,7 +259,7 @@ def test_benchmarks_without_a_gpu_are_skipped_by_name(tmp_path: Path) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 skipped, 110 deselected" in done.stdout
+    assert "4 skipped, 120 deselected" in done.stdout
 
 
 def test_figures_of_benchmarks_are_written_row_by_row(tmp_path: Path) -> None:

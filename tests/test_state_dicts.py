@@ -239,6 +239,21 @@ def test_what_a_hook_returns_is_returned(row: Row) -> None:
         assert optimizer.state_dict() is result
 
 
+@pytest.mark.parametrize("other", SIMPLE, ids=repr)
+@each_class
+def test_a_state_dict_of_another_class_is_refused(row: Row, other: Row) -> None:
+    if row.kind is other.kind:
+        assert row.kind.own_options <= row.make(parameters()).defaults.keys()
+        return
+    optimizer, params = grouped(row)
+    train(optimizer, params, range(1))
+    theirs, _ = grouped(other)
+    before = Snapshot(theirs)
+    with pytest.raises(ValueError, match=f"not of {other.kind.__name__}"):
+        theirs.load_state_dict(optimizer.state_dict())
+    before.assert_unchanged()
+
+
 @each_class
 def test_groups_of_which_a_hook_left_little(row: Row) -> None:
     """Who wants to go on with rates and decays of the new run takes the old ones out."""

@@ -91,7 +91,7 @@ class LAMB(FusedOptimizer):
     """
 
     rule = LambRule
-    own_options = frozenset({"phi", "ratio_eps"})
+    own_options = frozenset({"ratio_eps"})
     loads_from = (
         ForeignOptimizer(
             keys=frozenset({"betas", "amsgrad", "differentiable"}),
