@@ -17,7 +17,7 @@ from gpu_proof.writing import folder, table, write_text
 from machine import Gpu, Machine
 
 STEPS = {"resnet50": 200, "bert_large": 20}
-CASES = [Case(model, rule, "float32") for model in STEPS for rule in ("lars", "lamb")]
+CASES = [Case(model, rule, "float32") for model in STEPS for rule in ("lars", "lamb", "lans")]
 
 
 @dataclass

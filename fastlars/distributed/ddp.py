@@ -68,7 +68,7 @@ def overlap(
     Args:
         ddp: the DDP module whose gradients are reduced; all of its options work except those listed
             under Raises. With ``static_graph=True``, parameters may stay unused.
-        optimizer: the :class:`fastlars.LARS`, :class:`fastlars.LAMB` or
+        optimizer: the :class:`fastlars.LARS`, :class:`fastlars.LAMB`, :class:`fastlars.LANS` or
             :class:`fastlars.RMSpropWarmup` that steps parameters of ``ddp``; it may have others as
             well. Or a wrapper around one, as of Lightning, Fabric and Accelerate.
         compression: type in which gradients travel. ``"fp16"`` and ``"bf16"`` divide them by the
@@ -79,7 +79,7 @@ def overlap(
             were stepped during backward, that holds this process's own gradient.
         mode: ``"step"`` (default) steps buckets during backward. ``"norms"`` changes weights and
             states only in ``optimizer.step()``, which sees what was changed after backward: during
-            it LARS takes its sums of squares, LAMB and RMSpropWarmup nothing. Set it where
+            it LARS takes its sums of squares, the others nothing. Set it where
             something, a ``GradScaler`` for example, must run between backward and step. With
             ``max_grad_norm`` in any group, or ``skip_if``, both modes take the norms of gradients
             during backward, and write nothing then.

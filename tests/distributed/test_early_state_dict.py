@@ -28,6 +28,7 @@ from optimizers import SIMPLE
 Make = Callable[..., Any]
 LARS = partial(fastlars.LARS, lr=1.0, trust_coefficient=0.1)
 LAMB = partial(fastlars.LAMB, lr=0.02)
+LANS = partial(fastlars.LANS, lr=0.02)
 RMSPROP = partial(fastlars.RMSpropWarmup, lr=0.1, center_steps=2, period_steps=3)
 DECAY = {"weight_decay": 0.01}
 UNCORRECTED = {"bias_correction": False}
@@ -47,6 +48,7 @@ SAME: dict[str, Make] = {
     "LAMB, no correction, clip": partial(LAMB, **DECAY, **UNCORRECTED, max_grad_norm=0.1),
     "LAMB, no correction, no ratio": partial(LAMB, **DECAY, **UNCORRECTED, adapt=False),
     "LAMB, no correction, no decay": partial(LAMB, **UNCORRECTED, decay="gradient"),
+    "LANS, no correction": partial(LANS, **DECAY, **UNCORRECTED),
     "torch SGD": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
 }
 OTHER: dict[str, Make] = {
@@ -56,6 +58,8 @@ OTHER: dict[str, Make] = {
     "LAMB": LAMB,
     "LAMB, correction of the rate": partial(LAMB, bias_correction="rate"),
     "LAMB, decay in the gradient": partial(LAMB, **DECAY, **UNCORRECTED, decay="gradient"),
+    "LANS": LANS,
+    "LANS, decay in the gradient": partial(LANS, **DECAY, **UNCORRECTED, decay="gradient"),
     "RMSpropWarmup": RMSPROP,
     "RMSpropWarmup, decay": partial(RMSPROP, **DECAY),
     "torch SGD, decay": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01),

@@ -46,6 +46,7 @@ def _arithmetic(dtype: torch.dtype) -> torch.dtype:
 
 
 def _sum_of_squares(x: Tensor) -> float:
+    x = x.contiguous()  # another layout would be added up in another order
     if not has_float64(x.device):
         total = float(x.square().sum())
         # Squares of values beyond about 1e19 or 1e-19 exceed the limits of float32.
