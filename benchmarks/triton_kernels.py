@@ -18,7 +18,7 @@ from fastlars.backends.base import Dtypes
 from fastlars.backends.triton import sums
 from fastlars.backends.triton.backend import LANES, SMALL_OPTIONS, kernels, types_of
 from fastlars.backends.triton.common import rule_argument
-from fastlars.rules import GradientNorm, LambRule, LarsRule, RmspropWarmupRule
+from fastlars.rules import GradientNorm, LambRule, LansRule, LarsRule, RmspropWarmupRule
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 TARGETS = {
@@ -30,7 +30,8 @@ TARGETS = {
 TYPES = {
     **dict.fromkeys(("table", "numel", "sizes"), "*i64"),
     **dict.fromkeys(("chunks", "first_chunk"), "*i32"),
-    **dict.fromkeys(("slots", "sums", "device_scalars"), "*fp64"),
+    **dict.fromkeys(("gradient_slots", "gradient_sums", "slots", "sums"), "*fp64"),
+    "device_scalars": "*fp64",
     **dict.fromkeys(("ratios", "coefficient_table"), "*fp32"),
 }
 PLAIN = Dtypes(F32, F32, F32)
@@ -41,6 +42,9 @@ MIXES = {
     "copy": Dtypes(F32, BF16, F32, copy=F16),
     "stochastic": Dtypes(BF16, F32, F32),
 }
+
+
+NORMS = ("gradient_slots", "gradient_sums")
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Kernel:
     writes: int = 0
     last: int = 0
     typed: bool = False
-    absent: tuple[str, ...] = ("device_scalars",)
+    absent: tuple[str, ...] = ("device_scalars", *NORMS)
 
     @property
     def by_tensor(self) -> bool:
@@ -77,21 +81,28 @@ RMSPROP = RmspropWarmupRule(center_steps=100.0, period_steps=50.0)
 KERNELS = {
     "gradient norm": Kernel(GradientNorm(), "measure", 1),
     "LARS measure": Kernel(LARS, "measure", 2, typed=True),
-    "LARS prepare": Kernel(LARS, "prepare", absent=("sums", "device_scalars")),
+    "LARS prepare": Kernel(LARS, "prepare", absent=("sums", "device_scalars", *NORMS)),
     "LARS apply": Kernel(LARS, "apply", 3, 2, 3, typed=True),
     "LARS apply without momentum": Kernel(LarsRule(momentum=0.0), "apply", 2, 1, 2),
     "LAMB prepare before measure": Kernel(
-        LambRule(), "prepare", absent=("slots", "sums", "ratios", "device_scalars")
+        LambRule(), "prepare", absent=("slots", "sums", "ratios", "device_scalars", *NORMS)
     ),
     "LAMB measure": Kernel(LambRule(), "measure", 4, 2, 1, typed=True),
-    "LAMB prepare": Kernel(LambRule(), "prepare", absent=("sums",)),
+    "LAMB prepare": Kernel(LambRule(), "prepare", absent=("sums", *NORMS)),
     "LAMB apply": Kernel(LambRule(), "apply", 3, 1, 3, typed=True),
     "LAMB apply without sums": Kernel(LambRule(adapt=False), "apply", 4, 3, 3),
     "NN-LAMB measure": Kernel(NN_LAMB, "measure", 4, 2),
-    "NN-LAMB prepare": Kernel(NN_LAMB, "prepare", absent=("sums",)),
+    "NN-LAMB prepare": Kernel(NN_LAMB, "prepare", absent=("sums", *NORMS)),
     "NN-LAMB apply": Kernel(NN_LAMB, "apply", 4, 1, 4),
+    "LANS prepare before measure": Kernel(
+        LansRule(), "prepare", absent=("slots", "sums", "ratios", "device_scalars", "gradient_sums")
+    ),
+    "LANS measure": Kernel(LansRule(), "measure", 4, 2, typed=True),
+    "LANS prepare": Kernel(LansRule(), "prepare", absent=("sums", "gradient_sums")),
+    "LANS apply": Kernel(LansRule(), "apply", 4, 1, 4, typed=True),
+    "LANS apply without sums": Kernel(LansRule(adapt=False), "apply", 4, 3, 4),
     "RMSprop warm-up prepare": Kernel(
-        RMSPROP, "prepare", absent=("slots", "sums", "device_scalars")
+        RMSPROP, "prepare", absent=("slots", "sums", "device_scalars", *NORMS)
     ),
     "RMSprop warm-up apply": Kernel(RMSPROP, "apply", 4, 3, 3, typed=True),
     "total": Kernel(None, "total"),

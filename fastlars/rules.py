@@ -233,7 +233,7 @@ class LansRule(_Rule):
 
     beta1: float = number(below_one, default=0.9, probe=0.8)
     beta2: float = number(below_one, default=0.999, probe=0.95)
-    eps: float = number(at_least_zero, default=1e-6, probe=0.01)
+    eps: float = number(at_least_zero, default=1e-6, probe=0.02)
     weight_decay: float = number(at_least_zero, default=0.0, probe=0.1)
     normalize_grad: bool = True
     norm_eps: float = number(at_least_zero, default=0.0, probe=0.3)

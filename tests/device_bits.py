@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,21 +30,25 @@ from device_cases import (
     LAYOUTS,
     SIZES,
     SOME_ROWS,
+    SUBNORMAL,
     Twin,
     assert_same_runs,
     optimizer,
     set_gradients,
 )
-from fastlars.backends.base import OnDevice, StepScalars
+from fastlars.backends.base import OnDevice, StepScalars, with_gradient_sums
 from fastlars.rules import GradientNorm
 from problems import ORDINARY, Problem
 from tolerances import assert_close, assert_same_bits
 
 TYPE_MIXES = (Dtypes(BF16, F16, BF16), Dtypes(F16, BF16, F32), Dtypes(F32, BF16, F32, copy=F16))
+NORMALIZING = [row for row in DEFAULTS if row.rule.normalize_grad]
 CASES = (
     *((row, PLAIN, ORDINARY) for row in SOME_ROWS),
     *((row, dtypes, ORDINARY) for row in DEFAULTS for dtypes in TYPE_MIXES),
     *((row, PLAIN, problem) for row in USUAL for problem in (LAYOUTS, SIZES)),
+    # One over the norm is beyond float32.
+    *((replace(row, gradient_scale=-1.0), PLAIN, SUBNORMAL) for row in NORMALIZING[:1]),
 )
 CORRECTIONS = [*DEFAULTS, *(row for row in OPTIONS if "correction" in row.name)][:8]
 
@@ -60,6 +65,15 @@ class Bits:
     def twin(self, row: Row, dtypes: Dtypes, problem: Problem) -> Twin:
         return Twin(self.backend, row, dtypes, problem)
 
+    def equal_norms(
+        self, run: Run, row: Row, step: int, seed: int | None = None
+    ) -> tuple[StepScalars, StepScalars]:
+        """The scalars of a step for the CPU and for the device, with the CPU's sums of squares of
+        the gradients, if the rule needs them: chunks of another size add up other sums."""
+        now = with_gradient_sums(run.backend, row.rule, run.bind(), row.now(step, seed))
+        sums = now.gradient_sums
+        return now, now if sums is None else replace(now, gradient_sums=sums.to(self.device))
+
     @pytest.mark.parametrize(
         ("row", "dtypes", "problem"),
         CASES,
@@ -75,16 +89,17 @@ class Bits:
         for step in range(2):
             run.take_gradients(step)
             twin.take_gradients(step)
-            now, expected, found = row.now(step), None, None
+            now, there = self.equal_norms(run, row, step)
+            expected, found = None, None
             bound, other = run.bind(), twin.bind()
             if row.rule.adapt:
                 expected = run.backend.measure(row.rule, bound, now)
-                found = twin.backend.measure(row.rule, other, now)
+                found = twin.backend.measure(row.rule, other, there)
                 assert_close("sums", "sum", found.cpu(), expected)
                 found.copy_(expected)
             ratios = run.backend.apply(row.rule, bound, now, expected)
             assert_same_bits(
-                "ratios", twin.backend.apply(row.rule, other, now, found).cpu(), ratios
+                "ratios", twin.backend.apply(row.rule, other, there, found).cpu(), ratios
             )
             assert_same_runs(f"step {step}", twin, run)
 
@@ -95,14 +110,14 @@ class Bits:
         for step, seed in enumerate((3, 2**61 + 12345)):
             for each in (run, twin):
                 each.take_gradients(step)
-            now = row.now(step, seed)
+            now, there = self.equal_norms(run, row, step, seed)
             found = run.backend.measure(row.rule, run.bind(), now) if row.rule.adapt else None
             bound = twin.bind()
             if found is not None:
-                twin.backend.measure(row.rule, bound, now)
+                twin.backend.measure(row.rule, bound, there)
             run.backend.apply(row.rule, run.bind(), now, found)
-            there = None if found is None else found.to(self.device)
-            twin.backend.apply(row.rule, bound, now, there)
+            moved = None if found is None else found.to(self.device)
+            twin.backend.apply(row.rule, bound, there, moved)
             assert_same_runs(f"step {step}", twin, run)
 
     @pytest.mark.parametrize("row", ADAPTED, ids=lambda row: row.name)
@@ -115,6 +130,21 @@ class Bits:
             sums = twin.backend.measure(row.rule, twin.bind(), row.now(0))
             found.append(torch.cat([norms, sums], dim=1))
         assert_same_bits("sums", found[1].cpu(), found[0].cpu())
+
+    @pytest.mark.parametrize("row", NORMALIZING, ids=lambda row: row.name)
+    def test_norms_of_gradients_that_are_given_are_those_that_it_takes(self, row: Row) -> None:
+        takes, given = (self.twin(row, PLAIN, SIZES) for _ in range(2))
+        for step, factor in enumerate((1.0, 1.0, 4.0)):
+            for run in (takes, given):
+                run.take_gradients(step % 2)
+            now, bound = row.now(step), given.bind()
+            sums = factor * given.backend.measure(GradientNorm(), bound, now)
+            takes.backend.step(row.rule, takes.bind(), now)
+            given.backend.step(row.rule, bound, replace(now, gradient_sums=sums))
+            if factor == 1.0:
+                assert_same_runs(f"step {step}", given, takes)
+        moments = (run.tensors.states[0][0] for run in (given, takes))
+        assert not torch.equal(*moments), "what is given is not used"
 
     @pytest.mark.parametrize("row", CORRECTIONS, ids=lambda row: row.name)
     def test_numbers_on_the_device_equal_numbers_by_value(self, row: Row) -> None:

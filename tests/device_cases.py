@@ -50,6 +50,14 @@ def _sizes(generator: torch.Generator) -> list[Entry]:
 SIZES = Problem("sizes", _sizes)
 
 
+def _subnormal(generator: torch.Generator) -> list[Entry]:
+    weight = torch.randn(300, generator=generator)
+    return [Entry(weight, (1e-41 * weight.flip(0), 2e-41 * weight))]
+
+
+SUBNORMAL = Problem("subnormal gradients", _subnormal, half_range=False)
+
+
 def there(tensors: list[Tensor], device: str) -> list[Tensor]:
     """Copies on a device. A view that begins off a 16-byte boundary stays one."""
     bases = [(tensor if tensor._base is None else tensor._base).to(device) for tensor in tensors]

@@ -33,6 +33,8 @@ NAMES = (
     "LARS momentum correction",
     "LAMB of the paper",
     "LAMB without adaptation",
+    "LANS of the paper",
+    "LANS without adaptation",
     "RMSprop warm-up across the transition",
 )
 RATES, SEEDS = (0.1, 1.0, 16.0), (3, 2**61 + 16, 1)
@@ -121,6 +123,8 @@ LAUNCHES = {
     "LARS momentum correction": ["measure", "prepare", "apply"],
     "LAMB of the paper": ["prepare", "measure", "prepare", "apply"],
     "LAMB without adaptation": ["prepare", "apply"],
+    "LANS of the paper": ["measure", "prepare", "measure", "prepare", "apply"],
+    "LANS without adaptation": ["measure", "prepare", "apply"],
     "RMSprop warm-up across the transition": ["prepare", "apply"],
 }
 
@@ -130,6 +134,19 @@ def test_launches_of_a_step(name: str, notes: NoLaunches) -> None:
     run, rule = _run(name)
     run.backend.step(rule, run.bind(), StepScalars(0.1))
     assert notes.launched == LAUNCHES[name]
+
+
+@pytest.mark.parametrize("name", ["LANS of the paper", "LANS without adaptation"])
+def test_known_norms_of_gradients_are_not_taken_again(name: str, notes: NoLaunches) -> None:
+    run, rule = _run(name)
+    bound = run.bind()
+    sums = torch.ones(len(run.tensors.weights), 1, dtype=torch.float64)
+    run.backend.step(rule, bound, StepScalars(0.1, gradient_sums=sums))
+    run.backend.step(replace(rule, normalize_grad=False), bound, StepScalars(0.1))
+    assert notes.launched == LAUNCHES[name][1:] * 2
+    for wrong in (sums.float(), sums[1:], sums.flatten(), sums.to("meta")):
+        with pytest.raises(ValueError, match="step of LANS needs"):
+            run.backend.step(rule, bound, StepScalars(0.1, gradient_sums=wrong))
 
 
 def test_triton_is_asked_once_for_each_kernel(
@@ -169,16 +186,18 @@ def test_a_kernel_that_does_not_compile_leaves_everything_as_it_was(
     assert notes.launched == []
 
 
-def test_sums_of_a_caller_may_begin_anywhere(notes: NoLaunches) -> None:
-    run, rule = _run("LARS momentum correction")
+@pytest.mark.parametrize("name", [name for name in NAMES if len(LAUNCHES[name]) > 2])
+def test_sums_of_a_caller_may_begin_anywhere(name: str, notes: NoLaunches) -> None:
+    run, rule = _run(name)
     bound = run.bind()
     # On a boundary, though the next call's need not be: the same kernel must serve both.
-    sums = torch.rand(len(run.tensors.weights), 2, dtype=torch.float64)
-    run.backend.apply(rule, bound, StepScalars(0.1), sums)
+    sums = torch.rand(len(run.tensors.weights), rule.sums, dtype=torch.float64)
+    of_gradients = sums[:, :1].clone()
+    run.backend.apply(rule, bound, StepScalars(0.1, gradient_sums=of_gradients), sums)
     (source,) = (each for each in notes.sources if each.name == "prepare")
     aligned = {source.fn.arg_names[i] for (i, *_), attributes in source.attrs.items() if attributes}
     assert {"table", "ratios"} <= aligned
-    assert "sums" not in aligned
+    assert not {"sums", "gradient_sums"} & aligned
 
 
 @pytest.mark.parametrize("value", VALUES)

@@ -12,7 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlars.backends import cpu
-from fastlars.backends.base import Dtypes, StepScalars, Tensors, checked_sums
+from fastlars.backends.base import (
+    Dtypes,
+    StepScalars,
+    Tensors,
+    checked_gradient_sums,
+    checked_sums,
+)
 from fastlars.backends.triton import sums
 from fastlars.backends.triton.common import rule_argument, rule_options
 from fastlars.backends.triton.launch import Launch, Launcher
@@ -75,6 +81,14 @@ def types_of(dtypes: Dtypes, has_states: bool, rounds: bool) -> Types:
     )
 
 
+class GradientNorms(NamedTuple):
+    """Sums of squares of the gradients: those of the chunks, or those of the tensors. Neither for a
+    rule that does not normalize gradients."""
+
+    slots: Tensor | None
+    sums: Tensor | None
+
+
 @dataclass(frozen=True)
 class TritonLayout:
     """What weights of given shapes need at every step; it outlives the tensors of one step."""
@@ -99,8 +113,9 @@ class TritonBoundTensors:
 class Triton:
     """float32, bfloat16 and float16 weights and gradients in any mix; float32 or bfloat16 states.
 
-    For any number of tensors, ``step`` takes three launches for LARS, four for LAMB, and two for a
-    rule that does not adapt. Sums of squares have the same bits in every run.
+    For any number of tensors, ``step`` takes three launches for LARS, four for LAMB, five for LANS,
+    and two for a rule that does not adapt: three if it normalizes gradients. Sums of squares have
+    the same bits in every run.
     """
 
     name = "triton"
@@ -124,8 +139,10 @@ class Triton:
         found = bound.empty(tables.tensor_count, rule.sums, dtype=torch.float64)
         arguments = (given.first_chunk, given.slots, found, rule.sums, LANES)
         with device_guard(tables.device):
+            normalizing, norms = self._gradient_norms(rule, bound, scalars)
             _run(
-                *self._measure_chunks(kernels(rule), bound, scalars),
+                *normalizing,
+                *self._measure_chunks(kernels(rule), bound, scalars, norms, given.slots),
                 bound.layout.launcher(
                     sums.total, tables.tensor_count, rule.sums, SMALL_OPTIONS, arguments
                 ),
@@ -139,8 +156,10 @@ class Triton:
         sums = checked_sums(rule, sums, tables.tensor_count, tables.device)
         ratios = bound.empty(tables.tensor_count, dtype=torch.float32)
         with device_guard(tables.device):
+            normalizing, norms = self._gradient_norms(rule, bound, scalars)
             _run(
-                self._prepare(its, bound, scalars, None, sums, ratios),
+                *normalizing,
+                self._prepare(its, bound, scalars, norms, None, sums, ratios),
                 self._apply_chunks(its, bound, scalars),
             )
         return ratios
@@ -148,35 +167,55 @@ class Triton:
     def step(self, rule: Rule, bound: TritonBoundTensors, scalars: StepScalars) -> Tensor:
         if not rule.adapt:
             return self.apply(rule, bound, scalars, None)
-        its, tables = kernels(rule), bound.layout.tables
+        its, tables, slots = kernels(rule), bound.layout.tables, bound.workspace.slots
         ratios = bound.empty(tables.tensor_count, dtype=torch.float32)
         with device_guard(tables.device):
+            normalizing, norms = self._gradient_norms(rule, bound, scalars)
             _run(
-                *self._measure_chunks(its, bound, scalars),
-                self._prepare(its, bound, scalars, bound.workspace.slots, None, ratios),
+                *normalizing,
+                *self._measure_chunks(its, bound, scalars, norms, slots),
+                self._prepare(its, bound, scalars, norms, slots, None, ratios),
                 self._apply_chunks(its, bound, scalars),
             )
         return ratios
 
+    def _gradient_norms(
+        self, rule: Rule | GradientNorm, bound: TritonBoundTensors, scalars: StepScalars
+    ) -> tuple[list[Launch], GradientNorms]:
+        """For a rule that normalizes gradients: where their sums of squares are, and the launches
+        that store them there, unless the caller knows the sums."""
+        tables = bound.layout.tables
+        sums = checked_gradient_sums(rule, scalars, tables.tensor_count, tables.device)
+        if sums is not None or not rule.normalize_grad:
+            return [], GradientNorms(None, sums)
+        slots = bound.workspace.gradient_slots
+        norms = GradientNorms(slots, None)
+        return self._measure_chunks(kernels(GradientNorm()), bound, scalars, norms, slots), norms
+
     def _measure_chunks(
-        self, its: RuleKernels, bound: TritonBoundTensors, scalars: StepScalars
+        self,
+        its: RuleKernels,
+        bound: TritonBoundTensors,
+        scalars: StepScalars,
+        norms: GradientNorms,
+        slots: Tensor,
     ) -> list[Launch]:
         """Launches that store the sums of each chunk in ``slots``. A rule whose measure writes
         counts the step in them, and advances its states."""
         given, stored = bound.workspace, (bound.tensors.dtypes, bool(bound.tensors.states), False)
         launches, types = [], types_of(*stored)
         if its.rule.measure_writes:
-            launches.append(self._prepare(its, bound, scalars, None, None, None))
+            launches.append(self._prepare(its, bound, scalars, norms, None, None, None))
             kind: tuple[Any, ...] = (stored, its.words)
             arguments: tuple[Any, ...] = (
-                *(given.table, given.sizes, given.chunks, given.coefficients, given.slots),
+                *(given.table, given.sizes, given.chunks, given.coefficients, slots),
                 *(its.argument, types),
             )
         else:
             doubles = scalars.doubles
             kind = (stored, its.words, doubles is None)
             arguments = (
-                *(given.table, given.numel, given.chunks, given.slots, doubles),
+                *(given.table, given.numel, given.chunks, slots, doubles),
                 *(scalars.lr, scalars.gradient_scale, its.argument, types),
             )
         count = bound.layout.tables.chunk_count
@@ -190,6 +229,7 @@ class Triton:
         its: RuleKernels,
         bound: TritonBoundTensors,
         scalars: StepScalars,
+        norms: GradientNorms,
         slots: Tensor | None,
         sums: Tensor | None,
         ratios: Tensor | None,
@@ -197,10 +237,10 @@ class Triton:
         """A launch that stores each tensor's coefficients and trust ratio, which the sums give: in
         ``slots`` those of the chunks, in ``sums`` those of the tensors."""
         given, doubles = bound.workspace, scalars.doubles
-        absent = tuple(each is None for each in (doubles, slots, sums, ratios))
+        absent = tuple(each is None for each in (doubles, *norms, slots, sums, ratios))
         arguments = (
-            *(given.table, given.numel, given.first_chunk, slots, sums, ratios, given.sizes),
-            *(given.coefficients, doubles, scalars.lr, scalars.gradient_scale),
+            *(given.table, given.numel, given.first_chunk, *norms, slots, sums, ratios),
+            *(given.sizes, given.coefficients, doubles, scalars.lr, scalars.gradient_scale),
             *(its.argument, LANES),
         )
         count, kind = bound.layout.tables.tensor_count, (its.words, absent)

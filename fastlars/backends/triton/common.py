@@ -131,6 +131,12 @@ def power(base: tl.tensor, exponent: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def bounded(value: tl.tensor, lower: tl.tensor, upper: tl.tensor) -> tl.tensor:
+    raised = tl.where(value < lower, lower, value)
+    return tl.where(raised > upper, upper, raised)
+
+
+@triton.jit
 def guarded_ratio(
     weight: tl.tensor,
     update: tl.tensor,
@@ -142,9 +148,7 @@ def guarded_ratio(
     """numerator / denominator within [floor, ceiling]; 1 where either sum of squares is 0 or
     NaN."""
     nonzero = (weight > 0.0) & (update > 0.0)
-    ratio = numerator / tl.where(nonzero, denominator, double(1.0))
-    ratio = tl.where(ratio < floor, floor, ratio)
-    ratio = tl.where(ratio > ceiling, ceiling, ratio)
+    ratio = bounded(numerator / tl.where(nonzero, denominator, double(1.0)), floor, ceiling)
     # The ratio overflows float32 for gradients around 1e-40. The largest float times such a
     # gradient is a sensible step; infinity times it is not.
     ratio = tl.where((ratio > LARGEST_FLOAT) & (numerator < INFINITY), double(LARGEST_FLOAT), ratio)

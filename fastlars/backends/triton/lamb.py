@@ -10,6 +10,7 @@ import triton.language as tl
 from fastlars import rules
 from fastlars.backends.triton.common import (
     StepScalars,
+    bounded,
     coefficient,
     decoded,
     double,
@@ -73,10 +74,7 @@ def trust_ratio(
     """phi(|w|) / (|u| + ratio_eps), phi(z) = min(max(z, lower), upper)."""
     shrink = shrink_of(rule, scalars)
     weight = weight * shrink * shrink
-    weight_norm = tl.sqrt(weight)
-    lower, upper = decoded(rule.lower), decoded(rule.upper)
-    raised = tl.where(weight_norm < lower, lower, weight_norm)
-    phi = tl.where(raised > upper, upper, raised)
+    phi = bounded(tl.sqrt(weight), decoded(rule.lower), decoded(rule.upper))
     floor, ceiling = decoded(rule.ratio_floor), decoded(rule.ratio_ceiling)
     denominator = tl.sqrt(update) + decoded(rule.ratio_eps)
     q = guarded_ratio(weight, update, phi, denominator, floor, ceiling)
@@ -276,6 +274,8 @@ def prepare(
     table: tl.tensor,
     numel: tl.tensor,
     first_chunk: tl.tensor,
+    gradient_slots: tl.tensor,
+    gradient_sums: tl.tensor,
     slots: tl.tensor,
     sums: tl.tensor,
     ratios: tl.tensor,

@@ -127,6 +127,8 @@ def prepare(
     table: tl.tensor,
     numel: tl.tensor,
     first_chunk: tl.tensor,
+    gradient_slots: tl.tensor,
+    gradient_sums: tl.tensor,
     slots: tl.tensor,
     sums: tl.tensor,
     ratios: tl.tensor,

@@ -23,6 +23,8 @@ class Workspace(NamedTuple):
         numel: int64 [tensors], the elements of each tensor.
         chunks: int32 [chunks, 2], each chunk's tensor and its index within the tensor.
         first_chunk: int32 [tensors + 1], the first chunk of each tensor; last, the chunk count.
+        gradient_slots: float64 [chunks], the sum of squares of each chunk of the gradients, for
+            rules that normalize them: a step reads it again after ``slots`` were written.
         slots: float64 [chunks, MOST_SUMS], the sums of squares of each chunk.
         sizes: int64 [tensors], how many elements a step writes: ``numel``, or 0 in skipped steps.
         coefficients: float32 [tensors, COEFFICIENTS].
@@ -32,6 +34,7 @@ class Workspace(NamedTuple):
     numel: Tensor
     chunks: Tensor
     first_chunk: Tensor
+    gradient_slots: Tensor
     slots: Tensor
     sizes: Tensor
     coefficients: Tensor
@@ -106,6 +109,7 @@ class DeviceTables:
             numel=numel,
             chunks=entries,
             first_chunk=first_chunk,
+            gradient_slots=empty(chunks, dtype=torch.float64),
             slots=empty(chunks, MOST_SUMS, dtype=torch.float64),
             sizes=empty(tensors, dtype=torch.int64),
             coefficients=empty(tensors, COEFFICIENTS.value, dtype=torch.float32),
