@@ -21,6 +21,10 @@ RECIPES: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "LARS dampening": (fastlars.LARS, {**USUAL, "dampening": 0.3}),
     "LAMB clipped": (fastlars.LAMB, {"lr": 0.02, "weight_decay": 0.01, "max_grad_norm": 0.05}),
+    "LAMB Nesterov": (
+        fastlars.LAMB,
+        {"lr": 0.02, "weight_decay": 0.01, "nesterov": "both", "ratio_bounds": (0.5, 5.0)},
+    ),
     # The norm that clips, and those that normalize, are of the same sums.
     "LANS clipped": (
         fastlars.LANS,
