@@ -2,8 +2,8 @@
 
 :class:`LARS`, :class:`LAMB`, :class:`LANS` and :class:`RMSpropWarmup` are ``torch.optim``
 optimizers, and :func:`parameter_groups` makes groups in which biases and norms are not adapted.
-There are modules for learning rates (:mod:`fastlars.schedules`), for the variants of LARS and LAMB
-in other libraries (:mod:`fastlars.conventions`), for loading their checkpoints
+There are modules for learning rates (:mod:`fastlars.schedules`), for the variants of LARS, LAMB and
+LANS in other libraries (:mod:`fastlars.conventions`), for loading their checkpoints
 (:mod:`fastlars.migrate`) and for the overlap with DDP (:mod:`fastlars.distributed`).
 ``python -m fastlars`` says what was built, ``python -m fastlars.trainer`` trains.
 """

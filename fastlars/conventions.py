@@ -1,6 +1,6 @@
 """Keyword sets with which LARS, LAMB and LANS compute what other libraries compute.
 
-Libraries disagree about what LARS and LAMB are: what stands in the denominator of the trust ratio,
+Libraries disagree about what LARS, LAMB and LANS are: what stands in the denominator of the ratio,
 what the momentum buffer holds, where the weight decay and the bias correction enter, which
 parameters are excluded. A convention is a mapping of keywords that settles all of it, and has the
 other library's defaults for the rest. Call it to change some of them.
@@ -386,7 +386,7 @@ gluonnlp_lans = Convention(
     ),
     differences=(
         "Its eps is both eps and norm_eps here: change both.",
-        'adam_w_mode=False is decay="gradient" here. In the fork normalize_grad defaults to False.',
+        'adam_w_mode=False is decay="gradient" here. szhengac/apex has normalize_grad=False.',
         "It overwrites p.grad, rounds r and c to the type of p.grad before taking their norms, and "
         "keeps a third state, scaled_grad.",
         _SHARED_STEP,

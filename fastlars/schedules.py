@@ -260,8 +260,8 @@ def time_varying(
             scripts try 1e-6 to 1e-2. Raise it for an earlier and steeper fall.
         delay_steps: d_e in steps, about where the fall is steepest; at least 0, default 0. With
             alpha = 1 the first factor of the formula is 1/2 there. Raise it to explore for longer.
-        alpha: above 0, default 1: the first factor then begins near 1 for a late fall. It is
-            1 / alpha at most.
+        alpha: above 0, default 1. The fraction never exceeds 1 / alpha; with alpha = 1 and a large
+            ``delay_steps`` it begins near 1.
         end_factor: gamma_min, the factor that remains at the end; at least 0, default 0, which
             lets the rate go to 0.
 

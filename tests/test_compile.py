@@ -22,6 +22,7 @@ CASES = {
     "lars-plain": (fastlars.LARS, {"lr": 1.0, "momentum": 0.0, "maximize": True}),
     "lars-clip": (fastlars.LARS, {"lr": 1.0, "max_grad_norm": 0.1}),
     "lamb-clip": (fastlars.LAMB, {"lr": 0.01, "max_grad_norm": 0.1}),
+    "lans-clip": (fastlars.LANS, {"lr": 0.01, "max_grad_norm": 0.1, "norm_eps": 1e-3}),
     "lamb-masters": (fastlars.LAMB, {"lr": 0.01, "master_weights": True}),
 }
 

@@ -308,6 +308,15 @@ def test_a_clip_changes_nothing(backend: str) -> None:
     assert_follows(optimizer, params, weights, grads, **USUAL)
 
 
+@pytest.mark.parametrize("limit", [1.0, INF])
+def test_a_clip_leaves_a_nan_in_its_tensor(backend: str, limit: float) -> None:
+    bad, good = (nn.Parameter(torch.ones(5)) for _ in range(2))
+    bad.grad, good.grad = torch.full((5,), math.nan), torch.ones(5)
+    fastlars.LANS([bad, good], lr=0.1, max_grad_norm=limit).step()
+    assert bad.isnan().all()
+    assert good.isfinite().all()
+
+
 def test_a_clip_comes_before_norm_eps(backend: str) -> None:
     options = {**USUAL, "norm_eps": 0.5}
     weights, grads = problem(shapes=((9, 5),))

@@ -194,6 +194,23 @@ REFUSED: list[tuple[Any, Any, Any, dict[str, Any], str]] = [
         {},
         "made with normalize_grad=True",
     ),
+    (
+        lambda: lans(norm_eps=0.0),
+        moments(group={**GLUONNLP, "eps": 1e-6, "step": 3}),
+        "gluonnlp_lans",
+        {},
+        "made with norm_eps=1e-06, and mean something else with norm_eps=0.0",
+    ),
+    *(
+        (
+            lamb,
+            moments(group={**GLUONNLP, "step": 3}, each={"scaled_grad": torch.zeros(3)}),
+            source,
+            {},
+            f"the {source} state of parameter 0 has scaled_grad, which has no counterpart here",
+        )
+        for source in ("timm_lamb", "pytorch_optimizer_lamb")
+    ),
 ]
 
 

@@ -10,7 +10,7 @@ namespace fastlars::cuda {
 struct PlainLamb : LambRule {};
 struct NesterovLamb : LambRule {};
 
-// As of the rule; but the compiler need not keep what Nesterov's form takes.
+// The coefficients of the rule. With `nesterov` fixed, the compiler drops those of Nesterov's form.
 __device__ __forceinline__ LambCoefficients coefficients(const PlainLamb& rule,
                                                          const StepScalars& scalars, float step) {
   LambRule plain = rule;

@@ -10,8 +10,8 @@ struct ChunkOps<LansRule> {
   static constexpr int kMeasureBlocks = 3;
   static constexpr int kCached = 2;  // r and c
 
-  // Four arrays of four vectors would not fit the registers; of two vectors not where measure
-  // caches both directions, or reads types from its arguments.
+  // Four arrays of four vectors would not fit the registers. Four arrays of two vectors would not
+  // fit where measure caches both directions, or reads types from its arguments.
   static constexpr int kBatch = kVectors / 2;
   template <bool CacheInShared, class Types>
   static constexpr int kMeasureBatch = CacheInShared || Types::has_copies ? 1 : kBatch;

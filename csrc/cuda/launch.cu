@@ -84,10 +84,9 @@ int blocks_at_once(const void* kernel, int threads, int shared_bytes, const char
 }
 
 int slots_that_fit(int blocks, int bytes, int most) {
-  constexpr int reserved = 8192;  // static shared memory of a block, and the driver's share
   const int all = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, "step");
   const int one = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, "step");
-  const int room = std::min(all / blocks, one) - reserved;
+  const int room = std::min(all / blocks, one) - kReservedBytes;
   return std::clamp(room / bytes, 1, most);
 }
 

@@ -22,6 +22,9 @@ int blocks_at_once(const void* kernel, int threads, int shared_bytes, const char
 // multiprocessor: from 1 to `most`.
 int slots_that_fit(int blocks, int bytes, int most);
 
+// Shared memory that slots leave to a block: what the kernel has, and 1 KB for the driver.
+constexpr int kReservedBytes = 8192;
+
 inline bool is_float32(const TensorList& list) {
   return list.weight_dtype == Dtype::float32 && list.grad_dtype == Dtype::float32 &&
          (!list.has_state() || list.state_dtype == Dtype::float32) && list.copy.empty();

@@ -17,6 +17,7 @@ constexpr int kStepBlocks = Types::has_copies ? 2 : 3;
 template <class Rule, class Types>
 __global__ void __launch_bounds__(kThreads + kLanes, (kStepBlocks<Types>))
     step(const __grid_constant__ KernelArgs<Rule> args) {
+  static_assert(sizeof(StepState<Rule>) + 1024 <= kReservedBytes, "slots would take its memory");
   __shared__ StepState<Rule> state;
   start(state, args);
   meet();

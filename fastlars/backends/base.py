@@ -98,6 +98,12 @@ class StepScalars:
     device: OnDevice | None = None
     gradient_sums: Tensor | None = None
 
+    def with_gradient_sums(self, sums: Tensor) -> StepScalars:
+        """The same scalars with these ``gradient_sums``."""
+        found = replace(self, gradient_sums=sums)
+        vars(found).update({k: v for k, v in vars(self).items() if k == "doubles"})  # is cached
+        return found
+
     @cached_property
     def doubles(self) -> Tensor | None:
         """float64 [lr, gradient scale, skip], computed on the device; None without ``device``.
@@ -184,7 +190,7 @@ def with_gradient_sums(
     """The scalars with the sums of squares of the gradients, if the rule needs them."""
     if not rule.normalize_grad or scalars.gradient_sums is not None:
         return scalars
-    return replace(scalars, gradient_sums=backend.measure(GradientNorm(), bound, scalars))
+    return scalars.with_gradient_sums(backend.measure(GradientNorm(), bound, scalars))
 
 
 class Backend(Protocol):
@@ -213,9 +219,10 @@ class Backend(Protocol):
     def measure(self, rule: Rule | GradientNorm, bound: Any, scalars: StepScalars) -> Tensor:
         """Sums of squares, float64 [tensors, rule.sums]. Only for rules that adapt.
 
-        The last column is of the update (LAMB, LANS) or the gradient (LARS, GradientNorm). A rule
-        with ``measure_writes`` advances its states and counters here. ``measure`` and ``apply`` are
-        separate so that sharded parameters can add up their sums in between.
+        The last column is of the update (LAMB), the gradient's direction (LANS) or the gradient
+        (LARS, GradientNorm). A rule with ``measure_writes`` advances its states and counters here.
+        ``measure`` and ``apply`` are separate so that sharded parameters can add up their sums in
+        between.
         """
         ...
 

@@ -181,8 +181,8 @@ class Cuda:
 
     ``measure`` and ``apply`` take one launch each for up to 464 tensors. ``step`` takes one launch
     on the one-launch path; it calls ``measure`` and ``apply`` on the two-launch path, and whenever
-    it rounds stochastically. A rule that normalizes gradients takes one launch more, before these.
-    Results have the same bits on either path, for any grid, in every run.
+    it rounds stochastically. Where gradients are normalized and their sums not given, one launch
+    comes before these. Results have the same bits on either path, for any grid, in every run.
 
     Attributes:
         path: "one-launch" or "two-launch".

@@ -27,6 +27,8 @@ class Format:
             recognised. Default none.
         demands: values that a group's options must have, where it has them, because others change
             what the states mean. Default none.
+        options: options that change what states mean and have another name in the library, from
+            fastlars' name to the library's. Default none.
         refused: states that have no counterpart in fastlars. Default none.
         tree: True for a tree of arrays in place of a ``state_dict`` of torch. Default False.
     """
@@ -38,6 +40,7 @@ class Format:
     step: str = ""
     keys: frozenset[str] = frozenset()
     demands: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, str] = field(default_factory=dict)
     refused: tuple[str, ...] = ()
     tree: bool = False
 
@@ -47,7 +50,10 @@ def _lars(buffer: str, *keys: str, names: Mapping[str, str] = _BUFFER, **more: A
 
 
 def _lamb(step: str, *keys: str, names: Mapping[str, str] = _MOMENTS, **more: Any) -> Format:
-    return Format("LAMB", names, step=step, keys=frozenset({"betas", *keys}), **more)
+    # A state with scaled_grad is of LANS, whose moments are of normalized gradients.
+    refused = ("scaled_grad", *more.pop("refused", ()))
+    keys_of_groups = frozenset({"betas", *keys})
+    return Format("LAMB", names, step=step, keys=keys_of_groups, refused=refused, **more)
 
 
 _SGD = ("dampening", "nesterov")
@@ -77,8 +83,7 @@ FORMATS: Mapping[str, Format] = {
     "mlperf_lars": _MLPERF,
     "mlperf_mxnet_lars": _MLPERF,
     "timm_lamb": _lamb("group", "grad_averaging"),
-    # A state with scaled_grad is of LANS, whose moments are of normalized gradients.
-    "apex_lamb": _lamb("group", "grad_averaging", refused=("scaled_grad",)),
+    "apex_lamb": _lamb("group", "grad_averaging"),
     "pytorch_optimizer_lamb": _lamb("group", "grad_averaging", demands={"adanorm": False}),
     "deepspeed_lamb": _lamb("state", "min_coeff", "max_coeff"),
     "cybertronai_lamb": _lamb("state", "eps", refused=("max_exp_avg_sq",)),
@@ -93,5 +98,6 @@ FORMATS: Mapping[str, Format] = {
         _MOMENTS,
         step="group",
         keys=frozenset({"betas", "grad_averaging", "normalize_grad"}),
+        options={"norm_eps": "eps"},
     ),
 }

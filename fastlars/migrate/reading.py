@@ -32,6 +32,7 @@ def from_dict(
                 raise ValueError(f"group {number}: {name} states with {option} mean something else")
         shared: States = {"last_lr": group["lr"] if lr is None else lr}
         shared |= {key: group[key] for key in (*STATE_OPTIONS, *DECAY_OPTIONS) if key in group}
+        shared |= {ours: group[its] for ours, its in form.options.items() if its in group}
         if form.step == "group":
             shared["step"] = group.get("step")
         for index in group["params"]:

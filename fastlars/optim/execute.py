@@ -118,20 +118,23 @@ def _set_gradient_sums(
     scalars: Scalars,
     unclipped: list[Tensor] | None,
 ) -> None:
-    """Put sums of squares of gradients into the scalars of batches that normalize gradients: those
-    that the global norm has taken already, and those to which other ranks' shards contribute. A
-    back end takes all others itself."""
-    normalizing = [i for i, b in enumerate(batches) if b.rule.normalize_grad]
-    found: dict[int, Tensor] = {}
-    if unclipped is not None:
-        for i in normalizing:
-            found[i] = scalars.clipped_sums(unclipped[i], batches[i].group["max_grad_norm"])
-    else:
-        sharded = [i for i in normalizing if batches[i].batch.rows is not None]
+    """Put sums of squares of gradients into the scalars of sharded batches that normalize them:
+    those that the global norm has taken, or else new ones. Of other batches a back end takes them
+    itself: from the clipped gradients, as in a step inside torch.compile, for the same bits."""
+    sharded = [
+        i for i, b in enumerate(batches) if b.rule.normalize_grad and b.batch.rows is not None
+    ]
+    if unclipped is None:
         measured = [(batches[i].batch.rows, batches[i].gradient_sums(each[i])) for i in sharded]
-        found = dict(zip(sharded, all_reduce_sums(measured), strict=True))
-    for i, sums in found.items():
-        each[i] = replace(each[i], gradient_sums=sums)
+        found = all_reduce_sums(measured)
+    else:
+        limits = [batches[i].group["max_grad_norm"] for i in sharded]
+        found = [
+            scalars.clipped_sums(unclipped[i], limit)
+            for i, limit in zip(sharded, limits, strict=True)
+        ]
+    for i, sums in zip(sharded, found, strict=True):
+        each[i] = each[i].with_gradient_sums(sums)
 
 
 def _sums_of_shards(batches: list[BoundBatch], each: list[StepScalars]) -> dict[int, Tensor]:

@@ -20,6 +20,21 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
+# What True, False and one more word stand for in the rule.
+_WORDS: dict[str, dict[Any, str]] = {
+    "bias_correction": {True: "moments", False: "none", "rate": "rate"},
+    "nesterov": {True: "first", False: "none", "both": "both"},
+}
+
+
+def _word(name: str, value: Any) -> str:
+    try:
+        return _WORDS[name][value]
+    except (KeyError, TypeError):
+        other = [*_WORDS[name]][-1]
+        raise ValueError(f'{name} must be True, False or "{other}", got {value!r}') from None
+
+
 @documented
 class LAMB(FusedOptimizer):
     r"""LAMB: Adam's direction, every layer's step in proportion to the norm of its weights.
@@ -155,18 +170,10 @@ class LAMB(FusedOptimizer):
 
     @classmethod
     def rule_of(cls, group: dict[str, Any]) -> Rule:
-        corrections: dict[Any, str] = {True: "moments", False: "none", "rate": "rate"}
-        correction = group["bias_correction"]
-        if correction not in corrections:
-            raise ValueError(f'bias_correction must be True, False or "rate", got {correction!r}')
-        looks: dict[Any, str] = {True: "first", False: "none", "both": "both"}
-        nesterov = group["nesterov"]
-        if nesterov not in looks:
-            raise ValueError(f'nesterov must be True, False or "both", got {nesterov!r}')
         beta1, beta2 = pair("betas", group["betas"])
         lower, upper = pair("phi", group["phi"])
         floor, ceiling = pair("ratio_bounds", group["ratio_bounds"])
         values = {"beta1": beta1, "beta2": beta2, "lower": lower, "upper": upper}
         values |= {"ratio_floor": floor, "ratio_ceiling": ceiling}
-        words = {"bias_correction": corrections[correction], "nesterov": looks[nesterov]}
+        words = {name: _word(name, group[name]) for name in _WORDS}
         return super().rule_of({**group, **values, **words})

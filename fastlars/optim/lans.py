@@ -24,7 +24,7 @@ class LANS(FusedOptimizer):
     r"""LANS: LAMB with each gradient divided by its norm, and a Nesterov-like update.
 
     .. math::
-        \tilde g &= g / |g|, \quad m = \beta_1 m + (1 - \beta_1) \tilde g, \quad
+        \tilde g &= \frac{g}{|g| + \epsilon_g}, \quad m = \beta_1 m + (1 - \beta_1) \tilde g, \quad
         v = \beta_2 v + (1 - \beta_2) \tilde g^2 \\
         d &= \sqrt{\frac{v}{1 - \beta_2^t}} + \epsilon, \quad
         r = \frac{m}{1 - \beta_1^t} \Big/ d + \mathrm{wd} \, w, \quad
@@ -39,10 +39,10 @@ class LANS(FusedOptimizer):
     one of its norms is 0. t is ``state[p]["step"]``, the steps of each parameter by itself.
     docs/numerics.md explains all symbols.
 
-    The gradient's scale has no effect on a step, as long as ``norm_eps`` is 0: a clip or a loss
-    scale changes nothing. ``trust_ratios()`` has the momentum's ratio, ``phi(|w|) / |r|``.
-    ``param_groups[i]["step"]`` is the number of steps that a group has taken, as in
-    :class:`fastlars.LAMB`, with whose states those of LANS do not mix: its moments are of
+    The gradient's scale drops out of a step, unless ``norm_eps`` is above 0 or ``normalize_grad``
+    is False: a clip or a loss scale changes only roundings. ``trust_ratios()`` has the momentum's
+    ratio, ``phi(|w|) / |r|``. ``param_groups[i]["step"]`` is the number of steps that a group has
+    taken, as in :class:`fastlars.LAMB`, which cannot take over LANS's states: these moments are of
     normalized gradients.
 
     Args:
@@ -53,13 +53,13 @@ class LANS(FusedOptimizer):
         betas: :math:`(\beta_1, \beta_2)`, the shares of m and v that a step keeps, each in [0, 1),
             default (0.9, 0.999). :math:`\beta_1` also weighs the two directions.
         eps: :math:`\epsilon`, outside the square root, at least 0, default 1e-6. An element of a
-            normalized gradient is about one over the square root of the tensor's size: keep it well
-            below that.
+            normalized gradient is about one over the square root of the tensor's size: keep eps
+            well below that.
         weight_decay: :math:`\mathrm{wd}`, the pull of weights towards 0, at least 0, default 0.
             0.01 is usual for BERT.
         normalize_grad: False leaves gradients as they are: :math:`\tilde g = g`. Default True.
-        norm_eps: added to ``|g|`` in :math:`\tilde g`, at least 0, default 0. Change it only to
-            match gluon-nlp, which has 1e-6.
+        norm_eps: :math:`\epsilon_g`, added to ``|g|`` in :math:`\tilde g`, at least 0, default 0.
+            Change it only to match gluon-nlp, which has 1e-6.
         bias_correction: True (default) as above. False leaves both corrections out.
         grad_averaging: False lets :math:`\tilde g` enter m, and c the update, with weight 1 instead
             of :math:`1 - \beta_1`. Default True. Change it only to match a run of gluon-nlp that

@@ -16,6 +16,7 @@ STATE_OPTIONS: Group = {
     "betas": None,
     "grad_averaging": True,
     "normalize_grad": None,
+    "norm_eps": None,
     "dampening": 0.0,
     "maximize": None,
 }

@@ -36,11 +36,15 @@ class HostScalars:
         """Take the global norm, given its square."""
         self._norm = math.sqrt(float(square))
 
+    def _clip(self, limit: float | None) -> float:
+        """The factor of the clip; 1 for a norm that is NaN, which no factor would mend."""
+        if limit is None or not self._norm > limit:
+            return 1.0
+        return real("max_grad_norm", limit) / self._norm
+
     def clipped_sums(self, sums: Tensor, limit: float | None) -> Tensor:
         """Sums of squares of gradients before the clip, as they are after it."""
-        if limit is None or self._norm <= limit:
-            return sums
-        return sums * (real("max_grad_norm", limit) / self._norm) ** 2
+        return sums * self._clip(limit) ** 2
 
     def skip_where(self, condition: bool | Tensor) -> None:
         """Skip the step where this is true."""
@@ -58,10 +62,7 @@ class HostScalars:
         self, lr: Any, sign: float, limit: float | None, seed: int | None, device: torch.device
     ) -> StepScalars:
         """The scalars of one batch; clipped to ``limit``, its group's ``max_grad_norm``."""
-        scale = sign * self._unscale
-        if limit is not None and self._norm > limit:
-            scale *= real("max_grad_norm", limit) / self._norm
-        return StepScalars(_rate(lr), scale, seed)
+        return StepScalars(_rate(lr), sign * self._unscale * self._clip(limit), seed)
 
 
 class DeviceScalars:

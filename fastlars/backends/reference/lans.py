@@ -1,7 +1,7 @@
 """LANS. Zheng, Lin, Zha, Li, "Accelerated Large Batch Optimization of BERT Pretraining in 54
 minutes", 2020.
 
-g = g / |g|
+g = g / (|g| + norm_eps)
 m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2
 d = sqrt(v / (1 - beta2^t)) + eps
 r = (m / (1 - beta1^t)) / d + wd w,  c = g / d + wd w
