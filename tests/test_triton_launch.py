@@ -114,9 +114,9 @@ def test_options_compile_anew(notes: NoLaunches) -> None:
     assert _launches(notes, run, rule, StepScalars(0.1))[0] > 0
     options: dict[str, Any] = {"decay": "decoupled"}
     changed = replace(rule, **options)
-    # Once before the sums are known and once after, and once for the chunks.
+    # `prepare` before the sums are known and after; `measure` has the rule for Nesterov's form.
     loaded = _launches(notes, run, changed, StepScalars(0.1))[0]
-    assert notes.loaded[-loaded:] == ["prepare", "prepare", "apply"]
+    assert notes.loaded[-loaded:] == ["prepare", "measure", "prepare", "apply"]
 
 
 LAUNCHES = {
