@@ -101,7 +101,8 @@ class StepScalars:
     def with_gradient_sums(self, sums: Tensor) -> StepScalars:
         """The same scalars with these ``gradient_sums``."""
         found = replace(self, gradient_sums=sums)
-        vars(found).update({k: v for k, v in vars(self).items() if k == "doubles"})  # is cached
+        if "doubles" in vars(self):  # they are the same, and not to be computed again
+            vars(found)["doubles"] = self.doubles
         return found
 
     @cached_property
