@@ -36,7 +36,8 @@ from torchvision.models import resnet50
 import fastlars
 import fastlars.distributed
 import network
-from fastlars.distributed.engine import WATCHED_STEPS, Engine
+from fastlars.distributed.engine import DdpEngine
+from fastlars.in_backward.engine import WATCHED_STEPS
 from host import describe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,7 +77,7 @@ class Contender:
 
     def _note_buckets(self) -> None:
         engine = self.optimizer.overlap_hook
-        assert isinstance(engine, Engine)
+        assert isinstance(engine, DdpEngine)
         work = engine.on_reduced
 
         def noted(*arguments: Any) -> Any:

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import network
-from fastlars.distributed.engine import Engine
+from fastlars.distributed.engine import DdpEngine
 from overlap import CONTENDERS, WARM_UP, Contender, connect, on_hosts
 
 GIGABITS = 2.5
@@ -40,7 +40,7 @@ Bar = tuple[str, float, float]  # what, from, for how long: milliseconds
 def mark(contender: Contender) -> None:
     """Let the profiler see the steps of buckets. It knows the all-reduces already."""
     engine: Any = contender.optimizer.overlap_hook
-    if not isinstance(engine, Engine):
+    if not isinstance(engine, DdpEngine):
         return
     work = engine.on_reduced
 

@@ -25,6 +25,7 @@ __all__ = [
     "conventions",
     "parameter_groups",
     "schedules",
+    "step_in_backward",
 ]
 
 # Everything that needs torch is imported at first use. Importing torch takes seconds; the command
@@ -35,10 +36,12 @@ _OBJECTS = {
     "LARS": "fastlars.optim.lars",
     "RMSpropWarmup": "fastlars.optim.rmsprop_warmup",
     "parameter_groups": "fastlars.groups",
+    "step_in_backward": "fastlars.in_backward.single",
 }
 # Imported at first use. distributed cannot be imported with every build of torch.
 _MODULES = ("conventions", "distributed", "migrate", "schedules")
-_INNER = ("_C", "backends", "groups", "optim", "rules")  # `import fastlars` once imported these
+# `import fastlars` once imported these.
+_INNER = ("_C", "backends", "groups", "in_backward", "optim", "rules")
 
 
 def __dir__() -> list[str]:
@@ -52,6 +55,7 @@ if _typing.TYPE_CHECKING:
     from fastlars import migrate as migrate
     from fastlars import schedules as schedules
     from fastlars.groups import parameter_groups
+    from fastlars.in_backward.single import step_in_backward
     from fastlars.optim.lamb import LAMB
     from fastlars.optim.lans import LANS
     from fastlars.optim.lars import LARS

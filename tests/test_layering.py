@@ -17,7 +17,10 @@ LINES = 400
 # package: the modules of fastlars that it must not import
 FORBIDDEN = {
     "fastlars.backends": ("fastlars.optim", "fastlars.distributed", "fastlars.trainer"),
-    "fastlars.optim": ("fastlars.distributed", "fastlars.migrate", "fastlars.trainer"),
+    "fastlars.optim": (
+        *("fastlars.in_backward", "fastlars.distributed", "fastlars.migrate", "fastlars.trainer"),
+    ),
+    "fastlars.in_backward": ("fastlars.distributed", "fastlars.migrate", "fastlars.trainer"),
     "fastlars.distributed": ("fastlars.migrate", "fastlars.trainer"),
     "fastlars.migrate": ("fastlars.distributed", "fastlars.trainer"),
     # The trainer is a user: it imports what any user could.

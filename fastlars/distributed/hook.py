@@ -9,7 +9,7 @@ import torch
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 
 from fastlars.distributed.averaging import BucketAverager, first_value
-from fastlars.distributed.engine import Engine
+from fastlars.distributed.engine import DdpEngine
 from fastlars.distributed.validation import raise_python_reducer
 
 
@@ -22,7 +22,7 @@ class HookState:
     """
 
     averager: Optional[BucketAverager] = None  # noqa: UP045
-    engine: Optional[Engine] = None  # noqa: UP045
+    engine: Optional[DdpEngine] = None  # noqa: UP045
 
     def __reduce__(self) -> Any:
         return HookState, ()

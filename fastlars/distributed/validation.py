@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from fastlars.optim.base import FusedOptimizer
-
-# Attributes of an optimizer that GradScaler sets for the time of a step.
-_SET_BY_SCALER = ("grad_scale", "found_inf")
 
 
 def check_ddp(ddp: Any) -> None:
     """Raise unless ``ddp`` is a DDP module that reduces all gradients by overlap's hook alone."""
     if not isinstance(ddp, DistributedDataParallel):
         raise TypeError(
-            "overlap needs a torch.nn.parallel.DistributedDataParallel module, "
+            "overlap needs a DistributedDataParallel module, or one that fully_shard has sharded, "
             f"got {type(ddp).__name__}"
         )
     if ddp._use_python_reducer:
@@ -48,27 +44,6 @@ def raise_python_reducer() -> NoReturn:
     )
 
 
-def inner_optimizer(optimizer: Any) -> Any:
-    """The optimizer inside the wrappers of Lightning, Fabric and Accelerate."""
-    inner = getattr(optimizer, "optimizer", None)
-    return inner_optimizer(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
-
-
-def check_optimizer(optimizer: Any, ddp: DistributedDataParallel) -> None:
-    """Raise unless ``optimizer`` is a fastlars optimizer that steps parameters of ``ddp``."""
-    if not isinstance(optimizer, FusedOptimizer):
-        raise TypeError(f"overlap needs an optimizer of fastlars, got {type(optimizer).__name__}")
-    if optimizer.overlap_hook is not None:
-        raise RuntimeError(
-            "this optimizer is overlapped already: remove() its handle first, which after a "
-            "backward pass takes effect in optimizer.step()"
-        )
-    stepped = {p for group in optimizer.param_groups for p in group["params"]}
-    if not any(p in stepped for p in ddp.parameters() if p.requires_grad):
-        raise ValueError("the optimizer steps none of the DDP module's parameters")
-    check_groups(optimizer)
-
-
 def check_groups(optimizer: FusedOptimizer) -> None:
     """Raise if overlap does not support the options of a group."""
     for number, group in enumerate(optimizer.param_groups):
@@ -82,36 +57,6 @@ def check_groups(optimizer: FusedOptimizer) -> None:
                 f"group {number}: overlap does not go with stochastic_rounding: random numbers "
                 "would depend on the buckets"
             )
-
-
-def has_scaler(optimizer: FusedOptimizer) -> bool:
-    """Whether a GradScaler has passed its scale or its verdict to this step."""
-    return any(getattr(optimizer, name, None) is not None for name in _SET_BY_SCALER)
-
-
-def raise_scaler(optimizer: FusedOptimizer) -> None:
-    """Raise the error for a GradScaler where buckets are stepped during backward."""
-    for name in _SET_BY_SCALER:
-        # After an error GradScaler does not remove them, and the next step would find them.
-        vars(optimizer).pop(name, None)
-    raise RuntimeError(
-        "overlap does not go with GradScaler: buckets are stepped before it has seen all "
-        'gradients. mode="norms" and max_grad_norm work with it, because they write nothing before '
-        "optimizer.step(); bfloat16 needs no scaler"
-    )
-
-
-def raise_changed(what: str) -> None:
-    """Raise the error for a tensor or option that was changed after overlap had used it."""
-    advice = {
-        "gradient": "For a global clip, or its norm alone (math.inf), set max_grad_norm. "
-        'mode="norms" allows changed gradients',
-        "weight": 'Change it before backward or after optimizer.step(), or set mode="norms"',
-    }.get(what, "Change it before backward, or after optimizer.step()")
-    raise RuntimeError(
-        f"a {what} was changed between backward and optimizer.step(): overlap has used it already. "
-        f"{advice}"
-    )
 
 
 def check_join(ddp: DistributedDataParallel) -> None:

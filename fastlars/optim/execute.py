@@ -49,10 +49,18 @@ class BoundBatch:
         """The sum of squares of each scaled gradient."""
         return self.backend.measure(GradientNorm(), self.bound, scalars)
 
-    def step_scalars(self, scalars: Scalars) -> StepScalars:
-        """What the back end needs to know of this step."""
+    def measure(self, scalars: StepScalars) -> Tensor:
+        """The rule's sums of squares."""
+        return self.backend.measure(self.rule, self.bound, scalars)
+
+    def step_scalars(self, scalars: Scalars, rounds: bool = True) -> StepScalars:
+        """What the back end needs to know of this step; ``rounds``: it writes weights."""
         seed = None
-        if self.group["stochastic_rounding"] and self.batch.dtypes.weight == torch.bfloat16:
+        if (
+            rounds
+            and self.group["stochastic_rounding"]
+            and self.batch.dtypes.weight == torch.bfloat16
+        ):
             # From torch's own generator: torch.manual_seed makes it reproducible, and a saved
             # generator state resumes it.
             seed = int(torch.randint(2**62, (), device="cpu"))
@@ -142,8 +150,5 @@ def _sums_of_shards(batches: list[BoundBatch], each: list[StepScalars]) -> dict[
     indices = [i for i, b in enumerate(batches) if b.batch.rows is not None and b.rule.adapt]
     if not indices:
         return {}
-    measured = [
-        (b.batch.rows, b.backend.measure(b.rule, b.bound, each[i]))
-        for i, b in ((i, batches[i]) for i in indices)
-    ]
+    measured = [(b.batch.rows, b.measure(each[i])) for i, b in ((i, batches[i]) for i in indices)]
     return dict(zip(indices, all_reduce_sums(measured), strict=True))

@@ -79,6 +79,7 @@ class GroupPlan:
         rule: Rule,
         states: States,
         cache: PlanCache | None = None,
+        grads: list[Tensor | None] | None = None,
     ) -> None:
         """Args:
         group: the parameter group.
@@ -86,13 +87,15 @@ class GroupPlan:
         rule: the rule with the options of the group.
         states: the optimizer's ``state``.
         cache: of the group's earlier plans, if their checks still hold.
+        grads: a gradient of each parameter, or None for one without; by default ``p.grad``.
 
         Raises:
             TypeError, ValueError: a parameter, gradient or state cannot be stepped.
             RuntimeError: FASTLARS_BACKEND or ``capturable`` demands what no back end does here.
         """
         self.params: list[Tensor] = list(group["params"])
-        grads = [p.grad for p in self.params]
+        if grads is None:
+            grads = [p.grad for p in self.params]
         self.grad_types = list(map(type, grads))
         self.rule = rule
         self.states = states

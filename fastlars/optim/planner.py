@@ -83,8 +83,7 @@ class Planner:
         All groups are checked before the first state is made, and bound before anything else is
         written: an error leaves parameters and states as they were.
         """
-        if len(self._plans) != len(groups) or not self.holds(states):
-            self._plans, self._rules = [None] * len(groups), [None] * len(groups)
+        self.keep_plans_of(groups, states)
         rules: list[Rule] = []
         bound: list[Any] = []
         new: dict[int, GroupPlan] = {}
@@ -130,7 +129,7 @@ class Planner:
             Mismatch: a tensor is not as it was when the group was planned.
             KeyError: a state is gone, or the group has no plan.
 
-        After either, call :meth:`replan` and bind again.
+        After either, :meth:`bind_slices` plans the group anew.
         """
         group = groups[part.number]
         rule = self._rule(part.number, group)
@@ -144,12 +143,40 @@ class Planner:
         bound = part.plan.bind_batches(part.grads)
         return [BoundBatch(group, rule, batch, tensors) for batch, tensors in bound]
 
-    def replan(self, number: int, groups: list[Group], states: States) -> None:
-        """Plan one group anew, with all checks: its parameters, states or options have changed."""
-        group = groups[number]
-        plan = GroupPlan(group, number, self._rule(number, group), states)
-        self._plans[number] = plan.prepare()
-        self._note_states(states)
+    def bind_slices(
+        self, slices: list[GroupSlice], groups: list[Group], states: States
+    ) -> list[BoundBatch]:
+        """The batches of all slices. A group whose parameters, states or options have changed is
+        planned anew, with all checks of the parameters of its slice."""
+        batches = []
+        for part in slices:
+            try:
+                batches += self.bind_slice(part, groups, states)
+            except (Mismatch, KeyError):
+                self._plans[part.number] = self._plan_of(part, groups, states).prepare()
+                self._note_states(states)
+                batches += self.bind_slice(part, groups, states)
+        return batches
+
+    def check(self, groups: list[Group], states: States, grads: dict[Tensor, Tensor]) -> None:
+        """Raise what a step with these gradients would raise before it writes anything."""
+        self.keep_plans_of(groups, states)
+        self.check_rules(groups)
+        for part in slices_of(groups, grads):
+            self._plan_of(part, groups, states)
+        check_shared_memory(located_parameters(groups))
+
+    def check_rules(self, groups: list[Group]) -> None:
+        """Raise where an option of a group is out of range."""
+        for number, group in enumerate(groups):
+            self._rule(number, group)
+
+    def _plan_of(self, part: GroupSlice, groups: list[Group], states: States) -> GroupPlan:
+        """A plan of a group in which only the parameters of the slice have gradients."""
+        group, grads = groups[part.number], dict(zip(part.indices, part.grads, strict=True))
+        every = [grads.get(i) for i in range(len(group["params"]))]
+        rule = self._rule(part.number, group)
+        return GroupPlan(group, part.number, rule, states, grads=every)
 
     def current_rules(self, groups: list[Group], states: States) -> list[Rule] | None:
         """The rules of the groups; None where a group's parameters, options or states are not
@@ -166,6 +193,11 @@ class Planner:
         """Whether these are the states that were planned: nobody has cleared ``optimizer.state``,
         or put another dict into it."""
         return _C.holds(states, self._planned_states)
+
+    def keep_plans_of(self, groups: list[Group], states: States) -> None:
+        """Forget all plans unless they are of these states, and of as many groups."""
+        if len(self._plans) != len(groups) or not self.holds(states):
+            self._plans, self._rules = [None] * len(groups), [None] * len(groups)
 
     def reads_device(self) -> bool:
         """Whether the last step's back ends all read its scalars on the device."""

@@ -141,16 +141,30 @@ class Stepper:
             return None
         self.square = gradient_sums = None
         if needs:
-            self.square, gradient_sums = self._square_of_norm(groups, batches, scalars)
-            scalars.set_square(self.square)
-            if scalars.has_scaler and not is_local:
-                # The GradScaler of any process may have found an inf or NaN.
-                scalars.skip_where(self.square.isfinite().logical_not())
-            if self.skip_if is not None and not scalars.skip:
-                scalars.skip_where(decide(self.skip_if, self.square.sqrt()))
+            square, gradient_sums = self._square_of_norm(groups, batches, scalars)
+            self.decide(square, scalars)
         if scalars.skip:
-            self._skip()
+            self.skip()
             return None
+        return self.run(batches, scalars, gradient_sums)
+
+    def decide(self, square: Tensor, scalars: Scalars) -> None:
+        """Put the global norm, given its square, into the scalars, and whether to skip the step."""
+        self.square = square
+        scalars.set_square(square)
+        if scalars.has_scaler and self.norm_group is not None:
+            # The GradScaler of any process may have found an inf or NaN.
+            scalars.skip_where(square.isfinite().logical_not())
+        if self.skip_if is not None and not scalars.skip:
+            scalars.skip_where(decide(self.skip_if, square.sqrt()))
+
+    def run(
+        self,
+        batches: list[BoundBatch],
+        scalars: Scalars,
+        gradient_sums: list[Tensor] | None = None,
+    ) -> StepResults:
+        """Step the batches, which the host does not skip; count the step where the device does."""
         verdict = scalars.verdict()
         if verdict is not None:
             self.count_skips_on(verdict.device)
@@ -164,9 +178,10 @@ class Stepper:
         """Skip a step whose gradients are not finite, as a GradScaler has found."""
         unknown = torch.full((), math.nan, dtype=torch.float64, device="cpu")
         self.square = unknown if needs else None
-        self._skip()
+        self.skip()
 
-    def _skip(self) -> None:
+    def skip(self) -> None:
+        """Note that the host has skipped a step."""
         self.results, self.verdict = [], None
         self.skipped.add_(1)
 

@@ -28,8 +28,9 @@ from distributed.overlap_cases import (
     train_joined,
 )
 from distributed.processes import run
-from fastlars.distributed.buckets import InFlightBucket, PremeasuredBatch, with_known_sums
+from fastlars.in_backward.pieces import InFlightPiece, PremeasuredBatch, with_known_sums
 from fastlars.optim.planner import slices_of
+from fastlars.optim.scalars import scalars_for
 from optimizers import SIMPLE
 
 ONE, THREE, MANY = 25, 0.25, 0.001  # bucket_cap_mb for the narrow ResNet-18
@@ -159,11 +160,14 @@ def test_norms_of_interleaved_buckets_come_back_in_order() -> None:
         own = {p: p.grad for p in mine if p.grad is not None}
         (part,) = slices_of(groups, own)
         batches = optimizer.planner.bind_slice(part, groups, optimizer.state)
-        buckets.append(InFlightBucket.of(batches, for_norm=True))
-        buckets[-1].work_early("clip")
+        scalars = scalars_for(b.backend for b in batches)
+        each = [scalars.unclipped(b.sign, b.device) for b in batches]
+        buckets.append(InFlightPiece(batches, each, "clip"))
+        buckets[-1].work_early()
     (batch,) = with_known_sums(optimizer.bind_groups(), buckets)
     assert isinstance(batch, PremeasuredBatch)
-    assert batch.sums[:, -1].tolist() == [2.0 + i for i in range(6)]
+    assert batch.of_gradients is not None
+    assert batch.of_gradients[:, -1].tolist() == [2.0 + i for i in range(6)]
 
 
 @pytest.mark.parametrize("view", [False, True])

@@ -151,7 +151,7 @@ def wrapped(name: str) -> str:
         wrapper = WRAPPERS[name](inner)
         if overlapped:
             handle = overlap(ddp, wrapper)
-            with pytest.raises(RuntimeError, match="optimizer is overlapped already"):
+            with pytest.raises(RuntimeError, match="optimizer already steps during backward"):
                 overlap(ddp, inner)
         for step in range(4):
             inner.zero_grad()

@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 import fastlars
 from distributed.overlap_cases import Setting, images, make
 from distributed.processes import outcomes, run
-from fastlars.distributed.buckets import Bucket, InFlightBucket
+from fastlars.distributed import engine as ddp_engine
+from fastlars.in_backward.pieces import InFlightPiece
 
 SECONDS = 10.0  # timeout of the process group; a busy machine may need 3 for a step
 BROKEN = 2  # step
@@ -44,18 +45,18 @@ def fail(how: str) -> None:
     train(ddp, optimizer, range(BROKEN))
     if dist.get_rank() == 1:
         calls = []
-        original = Bucket.bind_slices
+        original = ddp_engine.bound_or_none
 
-        def broken(self: Bucket, *arguments: Any) -> Any:
-            calls.append(self)
+        def broken(*arguments: Any) -> Any:
+            calls.append(arguments)
             if len(calls) == 2 and how == "hang":
                 time.sleep(2 * SECONDS)
                 os._exit(7)
             if len(calls) == 2 and how == "raise":
                 raise ZeroDivisionError("as asked")
-            return original(self, *arguments)
+            return original(*arguments)
 
-        Bucket.bind_slices = broken  # type: ignore[method-assign]
+        ddp_engine.bound_or_none = broken
     before = {p: p.detach().clone() for p in ddp.parameters()}
     try:
         train(ddp, optimizer, range(BROKEN, BROKEN + 1))
@@ -82,17 +83,17 @@ def fail_in_the_callback(mode: str) -> str:
     """In the thread that waited for the reduction."""
     ddp, optimizer = start(mode)
     train(ddp, optimizer, range(BROKEN))
-    original = InFlightBucket.work_early
+    original = InFlightPiece.work_early
 
-    def broken(self: InFlightBucket, work: str | None) -> None:
+    def broken(self: InFlightPiece) -> None:
         raise ZeroDivisionError("as asked")
 
-    InFlightBucket.work_early = broken  # type: ignore[method-assign]
+    InFlightPiece.work_early = broken  # type: ignore[method-assign]
     with pytest.raises(Exception, match="ZeroDivisionError: as asked"):
         train(ddp, optimizer, range(BROKEN, BROKEN + 1))
     with pytest.raises(Exception, match="ZeroDivisionError: as asked"):
         optimizer.step()  # nor does it pass for a step
-    InFlightBucket.work_early = original  # type: ignore[method-assign]
+    InFlightPiece.work_early = original  # type: ignore[method-assign]
     return "said"
 
 

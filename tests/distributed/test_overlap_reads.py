@@ -18,7 +18,7 @@ import fastlars
 from distributed.overlap_cases import Result, result
 from distributed.overlap_loops import MANY, loop, same
 from distributed.processes import run
-from fastlars.distributed.engine import WATCHED_STEPS
+from fastlars.in_backward.engine import WATCHED_STEPS
 
 
 class Keeps(torch.autograd.Function):
@@ -125,7 +125,7 @@ def begun_later(debug: bool) -> str:
 
 
 def test_a_read_that_begins_later_needs_debug() -> None:
-    begin = f"{WATCHED_STEPS + 1}: backward has read weights that overlap had stepped already"
+    begin = f"{WATCHED_STEPS + 1}: backward has read weights that were stepped already"
     for said in run(2, begun_later, True):
         assert said.startswith(f"{begin}, of shape (33, 33)")
     assert run(2, begun_later, False) == ["", ""]

@@ -90,7 +90,7 @@ AT_ONCE: dict[str, tuple[Build, str, str]] = {
         "TypeError",
         "overlap needs an optimizer of fastlars, got SGD",
     ),
-    "another module's": (lambda: (pair()[0], pair()[1], {}), "ValueError", "none of the DDP"),
+    "another module's": (lambda: (pair()[0], pair()[1], {}), "ValueError", "none of the module"),
     "compression": (lambda: (*pair(), {"compression": "fp8"}), "ValueError", "compression must be"),
     "mode": (lambda: (*pair(), {"mode": "fast"}), "ValueError", "mode must be one of"),
     "unused": (
@@ -103,7 +103,7 @@ AT_ONCE: dict[str, tuple[Build, str, str]] = {
     "in backward": (in_backward, "RuntimeError", "_apply_optimizer_in_backward"),
     "second hook": (hooked, "RuntimeError", "has fp16_compress_hook"),
     "built-in hook": (built_in, "RuntimeError", "built-in hook"),
-    "twice": (twice, "RuntimeError", "optimizer is overlapped already"),
+    "twice": (twice, "RuntimeError", "optimizer already steps during backward"),
     "twice, by module": (twice_ddp, "RuntimeError", "DDP module is overlapped already"),
     "capturable": (
         lambda: (*pair({"capturable": True}), {}),

@@ -23,13 +23,18 @@ from torch.utils._pytree import tree_leaves
 _UNWATCHED = ("AccumulateGrad", "CompiledFunctionBackward", "BackwardHookFunctionBackward")
 
 
+def nodes_of(outputs: Any) -> set[Any]:
+    """The nodes of the graph that have computed these outputs, found the way that DDP does."""
+    return {t.grad_fn for t in _find_tensors(outputs) if t.grad_fn is not None}
+
+
 class LateReads(TorchFunctionMode):
     """Records the parameters that are read after their gradients were accumulated.
 
     Attributes:
         arrived: parameters whose gradients were accumulated since :meth:`forget`.
         late: parameters that were read later in the same backward pass.
-        paused: True while overlap's own code runs, whose reads do not count.
+        paused: True while code of fastlars runs, whose reads do not count.
     """
 
     def __init__(self, params: Iterable[Tensor]) -> None:
@@ -50,7 +55,7 @@ class LateReads(TorchFunctionMode):
     def watch(self, outputs: Any) -> None:
         """Watch the backward pass of these outputs of a forward pass."""
         self._arrived_by_storage.clear()
-        nodes = [t.grad_fn for t in _find_tensors(outputs)]  # the way that DDP finds them
+        nodes: list[Any] = list(nodes_of(outputs))
         seen = set()
         while nodes:
             node = nodes.pop()

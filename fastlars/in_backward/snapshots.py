@@ -1,4 +1,4 @@
-"""Snapshots of what overlap has used during backward, which ``step()`` checks for changes."""
+"""Snapshots of what was used during backward, which ``step()`` checks for changes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlars.in_backward.released import is_released
 from fastlars.optim.base import FusedOptimizer
-from fastlars.optim.dtensor import plain_shard
+from fastlars.optim.dtensor import is_dtensor, plain_shard
 from fastlars.optim.values import comparable_copy, same_objects, unchanged
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -28,7 +29,8 @@ def _stacked(sums: list[Tensor]) -> Tensor:
 
 def _versions_and_storages(tensors: list[Tensor]) -> list[int]:
     """Numbers that change if autograd sees a write to a tensor, or if its memory is replaced."""
-    return [t._version for t in tensors] + [t.untyped_storage()._cdata for t in tensors]
+    plain = [plain_shard(t) if is_dtensor(t) else t for t in tensors]
+    return [t._version for t in plain] + [t.untyped_storage()._cdata for t in plain]
 
 
 class TensorSnapshot:
@@ -38,16 +40,16 @@ class TensorSnapshot:
         self, params: list[Tensor], reduced: list[Tensor] | None, states: list[Tensor], exact: bool
     ) -> None:
         """Args:
-        params: parameters whose gradients overlap has used, or will use in later steps.
-        reduced: their gradients in DDP's buckets, if overlap has used those; None if it has used
-            gradients in half precision.
+        params: parameters whose gradients were used, or will be in later steps.
+        reduced: their gradients in DDP's buckets, if those were used; None if others were:
+            gradients in half precision, or ``p.grad``.
         states: the states of the parameters.
         exact: also take checksums, which find changes through ``.data``, at the cost of reading all
             gradients, weights and states once more.
         """
         self._params = params
         self._grads = [p.grad for p in params]
-        self._present = [g for g in self._grads if g is not None]
+        self._present = [g for g in self._grads if g is not None and not is_released(g)]
         self._states = states
         self._grad_versions = _versions_and_storages(self._present)
         self._weight_versions = _versions_and_storages(params)

@@ -1,0 +1,1 @@
+"""What may be done of a step during the backward pass, as soon as some gradients are complete."""
