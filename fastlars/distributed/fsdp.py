@@ -9,22 +9,24 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from fastlars.backends.upload import is_capturing
 from fastlars.in_backward.arrivals import Arrivals
 from fastlars.in_backward.handle import attach
 from fastlars.in_backward.pieces import EarlyWork, InFlightPiece, bound_or_none, with_known_sums
 from fastlars.in_backward.validation import shared_parameters
 from fastlars.optim.base import FusedOptimizer
-from fastlars.optim.dtensor import mesh_of, plain_shard
+from fastlars.optim.dtensor import local_tensor, mesh_of, placed_alike, plain_shard
 from fastlars.optim.execute import BoundBatch, StepResults
 from fastlars.optim.scalars import scalars_for
+from fastlars.optim.wrapped import is_plain
 
 
-def reduced_together(module: nn.Module) -> dict[Tensor, int]:
-    """For each parameter, the number of the FSDP module whose reduce-scatter it is part of: the
-    innermost around it."""
-    owner: dict[Tensor, int] = {}
+def reduced_together(module: nn.Module) -> dict[Tensor, Any]:
+    """For each parameter, a key of the reduce-scatter that it is part of: the innermost FSDP module
+    around it, and its mesh. Those of several meshes may run on several streams."""
+    owner: dict[Tensor, Any] = {}
     for number, each in enumerate(m for m in module.modules() if isinstance(m, FSDPModule)):
-        owner.update(dict.fromkeys(each.parameters(), number))
+        owner.update((p, (number, mesh_of(p))) for p in each.parameters())
     return owner
 
 
@@ -50,37 +52,38 @@ class FsdpEngine(Arrivals):
         # Shards that FSDP2 offloads to the CPU are not measured early: a copy may be under way.
         here = [p for p in params if _is_on_its_mesh(p)]
         self._owner = reduced_together(module)
-        self._sizes = Counter(self._owner[p] for p in here)
-        steps_all = {p for p in module.parameters() if p.requires_grad} <= set(params)
         on_device = bool(here) and plain_shard(here[0]).device.type != "cpu"
-        self._after_step = AfterStep() if steps_all and on_device else None
+        steps_all = {p for p in module.parameters() if p.requires_grad} <= set(params)
+        self._after_step = AfterStep(module) if steps_all and on_device else None
         super().__init__(optimizer, here, mode, debug)
 
-    def reset(self) -> None:
-        super().reset()
-        self._missing = Counter(self._sizes)  # of each FSDP module, parameters still to arrive
+    def begin(self) -> None:
+        super().begin()
+        # Of each reduce-scatter, parameters still to arrive. Some may be frozen by now.
+        self._missing = Counter(self._owner[p] for p in self._params if p.requires_grad)
 
     def check_options(self) -> None:
         pass
 
     def before_forward(self) -> None:
-        if self._after_step is not None:
-            self._after_step.tell(self._module, self._params)
+        if self._after_step is not None and not torch.compiler.is_compiling():
+            self._after_step.tell()
 
     def may_write(self) -> bool:
         advances = type(self.optimizer).rule.measure_writes and any(
-            group["adapt"] and not group.get("normalize_grad") for group in self._groups()
+            group["adapt"] and not group.get("normalize_grad")
+            for group in self.optimizer.param_groups
         )
         return super().may_write() and advances
 
-    def _groups(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups
-
     def choose_early_work(self) -> EarlyWork | None:
+        optimizer = self.optimizer
         if self._watched < self.untouched_steps or self._early_sums_unused:
             return None
+        if is_capturing(plain_shard(self._params[0]).device):
+            return None  # a CUDA graph cannot copy where sums lie, as KnownSums does
         try:
-            rules = self.optimizer.planner.current_rules(self._groups(), self.optimizer.state)
+            rules = optimizer.planner.current_rules(optimizer.param_groups, optimizer.state)
         except (RuntimeError, TypeError, ValueError):
             return None  # step() raises the same, before anything is written
         if rules is None:
@@ -104,7 +107,7 @@ class FsdpEngine(Arrivals):
 
     def arrived_again(self, p: Tensor) -> None:
         self._stale = True  # gradients add up
-        if self._writes and p in set(self._covered()):
+        if self._writes:
             raise RuntimeError(
                 "a second reduce-scatter before optimizer.step(): overlap has used the gradients "
                 "of the first one already. To accumulate gradients, call "
@@ -113,12 +116,21 @@ class FsdpEngine(Arrivals):
             )
 
     def flush(self) -> None:
-        params, self._waiting = self._waiting, []
-        if self._early_work is None or self._stale:
+        every, owner = self._waiting, self._owner[self._waiting[-1]]
+        params = [p for p in every if self._owner[p] == owner]
+        self._waiting = [p for p in every if self._owner[p] != owner]
+        # A gradient that is still a sum over ranks, as tensor parallelism leaves some, would be
+        # summed here: by a collective that other ranks may not enter now.
+        grads = [p.grad for p in params if p.grad is not None]
+        if self._stale or not placed_alike(grads, params):
             return
-        if batches := bound_or_none(self._slices(params), self.optimizer):
+        slices = self._slices(params)  # of those that still are in a group
+        batches = bound_or_none(slices, self.optimizer) if self._early_work else None
+        if batches:
             self._measure(batches)
-            self._snapshot(params, None)
+        if batches or self._writes:  # in the first steps too, which so find changes
+            used = [self._members[part.number][i] for part in slices for i in part.indices]
+            self._snapshot(used, None)
 
     def _measure(self, batches: list[BoundBatch]) -> None:
         scalars = scalars_for(b.backend for b in batches)
@@ -141,48 +153,73 @@ class FsdpEngine(Arrivals):
         optimizer, in_flight = self.optimizer, self.in_flight
         if self._stale or not in_flight:
             return optimizer.step_batches(optimizer.bind_groups)
-        if self._writes:
-            # Parameters that were not measured: those of a batch are measured all, or none.
-            self._measure(self._bind_rest())
         stream = _current_stream(self._params[0])
         for sums in (sums for piece in in_flight for sums in piece.results):
             if stream is not None and sums is not None:
                 sums.record_stream(stream)  # made on the stream of the reduce-scatter
-        return optimizer.step_batches(lambda: with_known_sums(optimizer.bind_groups(), in_flight))
+
+        def bind() -> list[BoundBatch]:
+            batches = optimizer.bind_groups()
+            if self._writes:
+                # The others of a batch whose moments were advanced in part: all of them, or none,
+                # are measured in step().
+                begun = set(self._covered())
+                waiting = (b for b in batches if self._work_on(b) == "measure")
+                if any(p not in begun for b in waiting for p in b.batch.weights):
+                    self._measure(self._bind_rest())
+            return with_known_sums(batches, in_flight)
+
+        return optimizer.step_batches(bind)
 
     def finish(self) -> StepResults | None:
         results = super().finish()
         if self._after_step is not None:
-            self._after_step.note(self._params)
+            self._after_step.note()
         return results
 
     def close(self) -> None:
         super().close()
-        del self._module
+        self._after_step = None
+        self._owner.clear()
 
 
 class AfterStep:
     """Lets the next all-gathers wait for the step alone, instead of all that was queued after it.
 
-    FSDP2 takes an event for that. It would not wait for what writes weights later, as a checkpoint
-    that is loaded: where a weight was written since the step, FSDP2 waits as it does by itself.
+    FSDP2 takes an event for that. It would not wait for what is written later, as by a checkpoint
+    that is loaded, or by another optimizer: where a weight was written since the step, FSDP2 waits
+    as it does by itself. So it does where shards are tensor subclasses, of which an all-gather may
+    read more than weights (scales of float8, computed after the step).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, module: Any) -> None:
+        self._module = module
         self._event: Any = None
         self._versions: list[int] = []
 
-    def note(self, params: list[Tensor]) -> None:
+    def note(self) -> None:
         """After a step: everything up to here has to be done before weights are gathered."""
+        params = list(self._module.parameters())
         stream = _current_stream(params[0])
-        self._event = None if stream is None else stream.record_event()
-        self._versions = [plain_shard(p)._version for p in params]
+        plain = all(is_plain(local_tensor(p)) for p in params)
+        waits = stream is not None and plain and not is_capturing(plain_shard(params[0]).device)
+        self._event = stream.record_event() if waits else None
+        self._versions = _versions(params)
 
-    def tell(self, module: Any, params: list[Tensor]) -> None:
+    def tell(self) -> None:
         """Before a forward pass: tell FSDP2, unless a weight was written since."""
         event, self._event = self._event, None
-        if event is not None and self._versions == [plain_shard(p)._version for p in params]:
-            module.set_post_optim_event(event)
+        # Only the root's next forward pass uses the event up. Elsewhere it would be left for one
+        # that comes after a later step.
+        if event is None or not self._module._get_fsdp_state()._is_root:
+            return
+        if self._versions == _versions(list(self._module.parameters())):
+            self._module.set_post_optim_event(event)
+
+
+def _versions(params: list[Tensor]) -> list[int]:
+    """A write to a DTensor raises its own version alone, one to its shard the shard's."""
+    return [t._version for t in params] + [plain_shard(t)._version for t in params]
 
 
 def _is_on_its_mesh(p: Tensor) -> bool:

@@ -54,6 +54,7 @@ class Engine:
         self._members: list[list[Tensor]] = []
         self._left_out: set[Tensor] = set()  # parameters that only optimizer.step() may step
         self._early_sums_unused = False  # the last step could not use its early sums
+        self._changes_unseen = False  # by the program, in ways that later steps may not notice
         self._gradients_used = False  # by a step that was then refused
         self._wrote = False  # whether the last forward pass was of a step that may write
         self._watched = 0  # steps with a backward pass so far, up to WATCHED_STEPS
@@ -109,7 +110,7 @@ class Engine:
             self.forget_pieces()
             self._rest.clear()
         self._writes = self.may_write()
-        self._early_work = self.choose_early_work()
+        self._early_work = None if self._changes_unseen else self.choose_early_work()
 
     def forget_pieces(self) -> None:
         """Forget what is known of pieces: which parameters they step has changed."""
@@ -184,6 +185,8 @@ class Engine:
             else:
                 # Nothing was written yet.
                 changed = self.what_changed() is not None or self._is_cut_off()
+                if not self._debug and any(each.unseen for each in self._snapshots):
+                    self._changes_unseen = True
                 self._stale = self._stale or changed or has_scaler(self.optimizer)
                 self._early_sums_unused = self._stale
             results = self.step_rest()

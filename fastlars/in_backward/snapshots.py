@@ -30,11 +30,28 @@ def _stacked(sums: list[Tensor]) -> Tensor:
 def _versions_and_storages(tensors: list[Tensor]) -> list[int]:
     """Numbers that change if autograd sees a write to a tensor, or if its memory is replaced."""
     plain = [plain_shard(t) if is_dtensor(t) else t for t in tensors]
-    return [t._version for t in plain] + [t.untyped_storage()._cdata for t in plain]
+    # A write to a DTensor raises its own version alone, one to its shard the shard's.
+    return [t._version for t in (*tensors, *plain)] + [t.untyped_storage()._cdata for t in plain]
+
+
+def _sample(grads: list[Tensor]) -> Tensor:
+    """The bits of up to 2,048 elements of the largest shard on the CPU, if any.
+
+    There autograd does not see what multi-tensor functions write into a DTensor (pytorch#191154).
+    clip_grad_norm_ and GradScaler.unscale_ write all elements.
+    """
+    shards = [plain_shard(g) for g in grads if is_dtensor(g)]
+    none = torch.empty(0, device="cpu")
+    flat = max((s for s in shards if s.is_cpu), key=Tensor.numel, default=none).reshape(-1)
+    return flat[:: max(1, len(flat) // 1024)].clone().view(_BITS[flat.itemsize])
 
 
 class TensorSnapshot:
-    """Parameters, their gradients and states at the end of backward."""
+    """Parameters, their gradients and states at the end of backward.
+
+    Attributes:
+        unseen: whether :meth:`changed` has found a write of which autograd knows nothing.
+    """
 
     def __init__(
         self, params: list[Tensor], reduced: list[Tensor] | None, states: list[Tensor], exact: bool
@@ -53,6 +70,8 @@ class TensorSnapshot:
         self._states = states
         self._grad_versions = _versions_and_storages(self._present)
         self._weight_versions = _versions_and_storages(params)
+        self.unseen = False
+        self._sample = _sample(self._present)
         self._sums: list[Tensor] = []
         if exact:
             used = self._present
@@ -68,12 +87,16 @@ class TensorSnapshot:
             return "gradient"
         if _versions_and_storages(self._params) != self._weight_versions:
             return "weight"
+        self.unseen = True  # what is found from here on
+        if not torch.equal(self._sample, _sample(grads)):
+            return "gradient"
         if self._sums:
             current = checksums(grads + self._params + self._states)
             wrong = (_stacked(self._sums) != _stacked(current)).nonzero()
             names = ("gradient",) * len(grads) + ("weight",) * len(self._params)
             if len(wrong) > 0:
                 return (*names, *["state"] * len(self._states))[int(wrong[0])]
+        self.unseen = False
         return None
 
 

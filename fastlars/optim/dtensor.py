@@ -169,7 +169,7 @@ def plain_tensors(tensors: Tensors, path: Path) -> Tensors:
     params: list[Any] = tensors.weights if tensors.copies is None else tensors.copies
     grads = tensors.grads
     sharded = path[:1] == LOCAL
-    if sharded and not _placed_alike(grads, params):
+    if sharded and not placed_alike(grads, params):
         # A gradient may still be a pending sum over ranks, as that of a norm layer under sequence
         # parallelism: torch's optimizers reduce it too.
         grads = [redistribute_like(g, p) for g, p in zip(grads, params, strict=True)]
@@ -186,7 +186,7 @@ def plain_tensors(tensors: Tensors, path: Path) -> Tensors:
         raise Mismatch("states", 0, "type") from None
 
 
-def _placed_alike(grads: list[Tensor], params: list[Tensor]) -> bool:
+def placed_alike(grads: list[Tensor], params: list[Tensor]) -> bool:
     """Whether gradients are DTensors placed as their parameters are, as FSDP2 leaves them."""
     try:
         return list(map(_placements, grads)) == list(map(_placements, params))

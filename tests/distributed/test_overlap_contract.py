@@ -6,7 +6,6 @@ The table "What overlap relies on" in docs/distributed.md lists them, with the t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
 import fastlars
+from distributed.changes import CHANGES
 from distributed.overlap_cases import RATES, Result, Setting, make, result
 from distributed.overlap_loops import MANY, loop, loss_of, same
 from distributed.processes import run
@@ -25,95 +25,7 @@ from fastlars.distributed import overlap
 from fastlars.in_backward.engine import WATCHED_STEPS
 from optimizers import Snapshot
 
-Change = Callable[[list[nn.Parameter], Any], None]
-FACTOR = 0.5
 ROOT = Path(__file__).parents[2]
-
-
-def clip(params: list[nn.Parameter], _: Any) -> None:
-    nn.utils.clip_grad_norm_(params, 1e-3)
-
-
-def replace_gradients(params: list[nn.Parameter], _: Any) -> None:
-    for p in params:
-        assert p.grad is not None
-        p.grad = p.grad * FACTOR
-
-
-def write_through_data(params: list[nn.Parameter], _: Any) -> None:
-    for p in params:
-        assert p.grad is not None
-        p.grad.data.mul_(FACTOR)
-
-
-def other_memory(params: list[nn.Parameter], _: Any) -> None:
-    for p in params:
-        assert p.grad is not None
-        p.grad.data = p.grad.data * FACTOR
-
-
-def drop_one(params: list[nn.Parameter], _: Any) -> None:
-    params[0].grad = None
-
-
-def drop_all(_: list[nn.Parameter], optimizer: Any) -> None:
-    optimizer.zero_grad()
-
-
-def shrink_weights(params: list[nn.Parameter], _: Any) -> None:
-    with torch.no_grad():
-        for p in params:
-            p.mul_(FACTOR)
-
-
-def shrink_through_data(params: list[nn.Parameter], _: Any) -> None:
-    for p in params:
-        p.data.mul_(FACTOR)
-
-
-def swap_weights(params: list[nn.Parameter], _: Any) -> None:
-    for p in params:
-        p.data = p.data * FACTOR
-
-
-def halve_states(params: list[nn.Parameter], optimizer: Any) -> None:
-    for p in params:
-        for value in optimizer.state[p].values():
-            value.data.mul_(FACTOR)
-
-
-def clear_states(params: list[nn.Parameter], optimizer: Any) -> None:
-    for p in params:
-        optimizer.state[p] = {}
-
-
-def set_option(name: str, _: list[nn.Parameter], optimizer: Any) -> None:
-    for group in optimizer.param_groups:
-        group[name] *= FACTOR
-
-
-def take_out(params: list[nn.Parameter], optimizer: Any) -> None:
-    optimizer.param_groups[0]["params"] = params[2:]
-
-
-# What a loop does between backward and step(): what was changed, whether every step sees it (else
-# the first ones, and debug=True).
-CHANGES: dict[str, tuple[Change, str, bool]] = {
-    "clipped": (clip, "gradient", True),
-    "other gradients": (replace_gradients, "gradient", True),
-    "gradients' .data": (write_through_data, "gradient", False),
-    "gradients' memory": (other_memory, "gradient", True),
-    "a gradient less": (drop_one, "gradient", True),
-    "no gradients": (drop_all, "gradient", True),
-    "weights": (shrink_weights, "weight", True),
-    "weights' .data": (shrink_through_data, "weight", False),
-    "weights' memory": (swap_weights, "weight", True),
-    "lr": (partial(set_option, "lr"), "hyper-parameter", True),
-    "weight decay": (partial(set_option, "weight_decay"), "hyper-parameter", True),
-    "states' .data": (halve_states, "state", False),
-    "states": (clear_states, "state", True),
-    "a parameter less": (take_out, "list of parameters", True),
-}
 
 
 def pair(kind: str, options: dict[str, Any] | None = None) -> tuple[Any, Any, list[nn.Parameter]]:
@@ -293,11 +205,11 @@ def scaled(options: dict[str, Any], overlapped: bool, mode: str) -> Result:
         overlap(ddp, optimizer, mode=mode)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=3)
     losses = []
-    for step in range(7):
+    for step in range(WATCHED_STEPS + 4):
         optimizer.zero_grad()
         factor = float("inf") if step == 4 else 1.0
         scaler.scale(factor * loss_of(ddp, step)).backward()
-        if step % 2 == 1:
+        if step in (1, 3, 5):
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(params, 0.5)
         scaler.step(optimizer)
