@@ -67,10 +67,11 @@ def in_the_way() -> None:
             scaler.step(one.optimizer)
         snapshot.assert_unchanged()
         one.go(range(before, before + 2))
-        one.optimizer.zero_grad()
-        one.backward(before)
+        again = Run(True).go(range(before))
+        again.optimizer.zero_grad()
+        again.backward(before)
         with pytest.raises(RuntimeError, match=AGAIN):
-            one.backward(before + 1)
+            again.backward(before + 1)
 
 
 def test_a_gradscaler_and_a_second_backward_are_refused() -> None:
