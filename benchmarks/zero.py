@@ -139,13 +139,18 @@ def check(contenders: dict[str, Contender], start: Tensor) -> None:
             raise RuntimeError(f"{way} is {float(off / moved):.1e} of the way away from DDP")
 
 
-def work(rank: int, folder: str, rounds: int) -> None:
-    """One of the processes; the first one writes what it saw."""
+def connect(rank: int, folder: str) -> None:
+    """Join the other processes, with one thread."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", store=dist.FileStore(f"{folder}/store", PROCESSES), rank=rank,
         world_size=PROCESSES, timeout=timedelta(seconds=120),
     )  # fmt: skip
+
+
+def work(rank: int, folder: str, rounds: int) -> None:
+    """One of the processes; the first one writes what it saw."""
+    connect(rank, folder)
     seen: list[dict[str, Any]] = []
     for name in TRAINED:
         for rule in RULES:

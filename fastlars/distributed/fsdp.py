@@ -21,12 +21,14 @@ from fastlars.optim.scalars import scalars_for
 from fastlars.optim.wrapped import is_plain
 
 
-def reduced_together(module: nn.Module) -> dict[Tensor, Any]:
-    """For each parameter, a key of the reduce-scatter that it is part of: the innermost FSDP module
-    around it, and its mesh. Those of several meshes may run on several streams."""
-    owner: dict[Tensor, Any] = {}
-    for number, each in enumerate(m for m in module.modules() if isinstance(m, FSDPModule)):
-        owner.update((p, (number, mesh_of(p))) for p in each.parameters())
+def reduced_together(module: nn.Module) -> dict[Tensor, int]:
+    """For each parameter, a number of the reduce-scatter that it is part of: of the innermost FSDP
+    module around it, and of its mesh. Those of several meshes may run on several streams."""
+    numbers: dict[Any, int] = {}
+    owner: dict[Tensor, int] = {}
+    for each in (m for m in module.modules() if isinstance(m, FSDPModule)):
+        for p in each.parameters():
+            owner[p] = numbers.setdefault((each, mesh_of(p)), len(numbers))
     return owner
 
 

@@ -84,7 +84,8 @@ def overlap(
             gradients, weights, states or hyper-parameters that were changed between backward and
             ``optimizer.step()``. If a program does one of these from its first step, nothing was
             changed when the error is raised. If it begins later, buckets of that step were stepped
-            already: go on from a checkpoint.
+            already: go on from a checkpoint. Under FSDP2 these later errors are for steps that advance
+            moments during backward, of LAMB with ``mode="step"``; the earlier ones are for DDP.
 
     Example:
         >>> import os, tempfile, torch, torch.distributed as dist, fastlars.distributed

@@ -34,15 +34,21 @@ def _versions_and_storages(tensors: list[Tensor]) -> list[int]:
     return [t._version for t in (*tensors, *plain)] + [t.untyped_storage()._cdata for t in plain]
 
 
-def _sample(grads: list[Tensor]) -> Tensor:
-    """The bits of up to 2,048 elements of the largest shard on the CPU, if any.
+def _largest(grads: list[Tensor]) -> Tensor:
+    """The largest shard on the CPU; an empty tensor without one.
 
     There autograd does not see what multi-tensor functions write into a DTensor (pytorch#191154).
     clip_grad_norm_ and GradScaler.unscale_ write all elements.
     """
-    shards = [plain_shard(g) for g in grads if is_dtensor(g)]
-    none = torch.empty(0, device="cpu")
-    flat = max((s for s in shards if s.is_cpu), key=Tensor.numel, default=none).reshape(-1)
+    shards = (plain_shard(g) for g in grads if is_dtensor(g))
+    return max(
+        (s for s in shards if s.is_cpu), key=Tensor.numel, default=torch.empty(0, device="cpu")
+    )
+
+
+def _sample(shard: Tensor) -> Tensor:
+    """The bits of up to 2,048 of its elements."""
+    flat = shard.reshape(-1)
     return flat[:: max(1, len(flat) // 1024)].clone().view(_BITS[flat.itemsize])
 
 
@@ -71,7 +77,8 @@ class TensorSnapshot:
         self._grad_versions = _versions_and_storages(self._present)
         self._weight_versions = _versions_and_storages(params)
         self.unseen = False
-        self._sample = _sample(self._present)
+        self._largest = _largest(self._present)
+        self._sample = _sample(self._largest)
         self._sums: list[Tensor] = []
         if exact:
             used = self._present
@@ -88,7 +95,7 @@ class TensorSnapshot:
         if _versions_and_storages(self._params) != self._weight_versions:
             return "weight"
         self.unseen = True  # what is found from here on
-        if not torch.equal(self._sample, _sample(grads)):
+        if not torch.equal(self._sample, _sample(self._largest)):
             return "gradient"
         if self._sums:
             current = checksums(grads + self._params + self._states)

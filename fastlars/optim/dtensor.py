@@ -65,7 +65,8 @@ def plain_shard(tensor: Tensor) -> Tensor:
     The result is a plain tensor, also where a subclass keeps its numbers in one
     (:mod:`fastlars.optim.wrapped`).
     """
-    return at_path([tensor], path_to_plain(tensor))[0]
+    local = local_tensor(tensor)
+    return local if is_plain(local) else at_path([local], path_inside(local))[0]
 
 
 def at_path(tensors: list[Tensor], path: Path) -> list[Tensor]:
