@@ -104,7 +104,7 @@ class FsdpEngine(Arrivals):
 
     def arrived_again(self, p: Tensor) -> None:
         self._stale = True  # gradients add up
-        if self._writes and p in self._covered():
+        if self._writes and p in set(self._covered()):
             raise RuntimeError(
                 "a second reduce-scatter before optimizer.step(): overlap has used the gradients "
                 "of the first one already. To accumulate gradients, call "

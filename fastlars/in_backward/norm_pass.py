@@ -32,7 +32,7 @@ class NormPass:
         self._measured: set[Tensor] = set()
         self._bytes = 0
         self._pieces: list[InFlightPiece] = []
-        optimizer.planner.keep_plans_of(optimizer.param_groups, optimizer.state)
+        optimizer.planner.keep_up_with(optimizer.param_groups, optimizer.state)
 
     def take(self, p: Tensor) -> None:
         """A parameter's gradient has arrived."""
@@ -73,6 +73,8 @@ class NormPass:
             piece = InFlightPiece(batches, each, "clip")
             piece.work_early()
         self._pieces.append(piece)
+        for b in batches:
+            b.bound = None
         for p in params:
             p.grad = None
 

@@ -236,7 +236,7 @@ class BackwardEngine(Arrivals):
             super().arrive(p)
 
     def begin(self) -> None:
-        planner, groups = self.optimizer.planner, self.optimizer.param_groups
+        optimizer = self.optimizer
         needs = self._needs_norm()
         if needs and self._norm_pass is None:
             raise RuntimeError(
@@ -244,8 +244,7 @@ class BackwardEngine(Arrivals):
                 "a backward pass under norm_pass() of step_in_backward's handle first, with "
                 "retain_graph=True"
             )
-        planner.keep_plans_of(groups, self.optimizer.state)
-        planner.check_rules(groups)
+        optimizer.planner.keep_up_with(optimizer.param_groups, optimizer.state)
         super().begin()
         if needs:
             assert self._norm_pass is not None
@@ -261,7 +260,7 @@ class BackwardEngine(Arrivals):
 
     def arrived_again(self, p: Tensor) -> None:
         # One that still waits is stepped with the sum of its gradients.
-        if p in self._covered():
+        if p in set(self._covered()):
             raise RuntimeError(
                 "a gradient has arrived after its parameter was stepped, in a backward pass that "
                 "ended in an error, or whose optimizer.step() is missing: go on from a checkpoint"
@@ -279,6 +278,11 @@ class BackwardEngine(Arrivals):
         if not scalars.skip:
             each = [b.step_scalars(scalars) for b in batches]
             self._begin_piece(InFlightPiece(batches, each, "step"))
+        # Whatever refers to the gradients, so that their memory is free for the next ones.
+        for part in slices:
+            part.grads = []
+        for b in batches:
+            b.bound = None
         for p in params:
             p.grad = ReleasedGradient(p)
         if not scalars.skip:

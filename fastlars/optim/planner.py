@@ -160,16 +160,20 @@ class Planner:
 
     def check(self, groups: list[Group], states: States, grads: dict[Tensor, Tensor]) -> None:
         """Raise what a step with these gradients would raise before it writes anything."""
-        self.keep_plans_of(groups, states)
-        self.check_rules(groups)
+        self.keep_up_with(groups, states)
         for part in slices_of(groups, grads):
             self._plan_of(part, groups, states)
         check_shared_memory(located_parameters(groups))
 
-    def check_rules(self, groups: list[Group]) -> None:
-        """Raise where an option of a group is out of range."""
+    def keep_up_with(self, groups: list[Group], states: States) -> None:
+        """Forget plans of parameters or states that were replaced; raise where an option is out of
+        range. For code that binds slices without having bound whole groups first."""
+        self.keep_plans_of(groups, states)
         for number, group in enumerate(groups):
             self._rule(number, group)
+            plan = self._plans[number]
+            if plan is not None and not same_objects(plan.params, group["params"]):
+                self._plans[number] = None
 
     def _plan_of(self, part: GroupSlice, groups: list[Group], states: States) -> GroupPlan:
         """A plan of a group in which only the parameters of the slice have gradients."""
