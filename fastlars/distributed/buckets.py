@@ -12,7 +12,7 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from fastlars.backends.base import Mismatch, StepScalars, is_dense
 from fastlars.distributed.averaging import Future
 from fastlars.optim.base import FusedOptimizer
-from fastlars.optim.execute import BoundBatch, StepResults, mark_written
+from fastlars.optim.execute import BoundBatch, StepResult, StepResults, mark_written
 from fastlars.optim.planner import GroupSlice, slices_of
 from fastlars.optim.scalars import Scalars, scalars_for
 from fastlars.optim.values import same_objects
@@ -125,13 +125,13 @@ class InFlightBucket:
                 self.results.append(None)
 
     def finish(self, work: EarlyWork | None) -> StepResults:
-        """Apply what was only measured; return parameters and their trust ratios."""
+        """Apply what was only measured; return what the step reports of each batch."""
         results = []
         for b, scalars, result in zip(self.batches, self.scalars, self.results, strict=True):
             if work != "step":
                 result = b.backend.apply(b.rule, b.bound, scalars, result)
             assert result is not None
-            results.append((b.batch.weights, result))
+            results.append(StepResult(b.batch.weights, b.rule, result))
         if work != "step":
             mark_written(self.batches)
         return results

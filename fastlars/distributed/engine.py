@@ -282,8 +282,8 @@ class Engine:
         return changed
 
     def _finish(self) -> StepResults | None:
-        """The rest of the step, which ``optimizer.step()`` asks for. Returns parameters and their
-        trust ratios, or None where the step was skipped."""
+        """The rest of the step, which ``optimizer.step()`` asks for. Returns what it
+        reports of every batch, or None where the step was skipped."""
         used = self._gradients_used
         # Until the step has ended well: after any error the gradients are used up.
         self._gradients_used = used or (self._writes and bool(self.in_flight))
