@@ -32,7 +32,7 @@ TYPES = {
     **dict.fromkeys(("chunks", "first_chunk"), "*i32"),
     **dict.fromkeys(("gradient_slots", "gradient_sums", "slots", "sums"), "*fp64"),
     "device_scalars": "*fp64",
-    **dict.fromkeys(("ratios", "coefficient_table"), "*fp32"),
+    **dict.fromkeys(("report", "coefficient_table"), "*fp32"),
 }
 PLAIN = Dtypes(F32, F32, F32)
 MIXES = {
@@ -85,7 +85,7 @@ KERNELS = {
     "LARS apply": Kernel(LARS, "apply", 3, 2, 3, typed=True),
     "LARS apply without momentum": Kernel(LarsRule(momentum=0.0), "apply", 2, 1, 2),
     "LAMB prepare before measure": Kernel(
-        LambRule(), "prepare", absent=("slots", "sums", "ratios", "device_scalars", *NORMS)
+        LambRule(), "prepare", absent=("slots", "sums", "report", "device_scalars", *NORMS)
     ),
     "LAMB measure": Kernel(LambRule(), "measure", 4, 2, 1, typed=True),
     "LAMB prepare": Kernel(LambRule(), "prepare", absent=("sums", *NORMS)),
@@ -95,7 +95,7 @@ KERNELS = {
     "NN-LAMB prepare": Kernel(NN_LAMB, "prepare", absent=("sums", *NORMS)),
     "NN-LAMB apply": Kernel(NN_LAMB, "apply", 4, 1, 4),
     "LANS prepare before measure": Kernel(
-        LansRule(), "prepare", absent=("slots", "sums", "ratios", "device_scalars", "gradient_sums")
+        LansRule(), "prepare", absent=("slots", "sums", "report", "device_scalars", "gradient_sums")
     ),
     "LANS measure": Kernel(LansRule(), "measure", 4, 2, typed=True),
     "LANS prepare": Kernel(LansRule(), "prepare", absent=("sums", "gradient_sums")),

@@ -97,9 +97,9 @@ class Bits:
                 found = twin.backend.measure(row.rule, other, there)
                 assert_close("sums", "sum", found.cpu(), expected)
                 found.copy_(expected)
-            ratios = run.backend.apply(row.rule, bound, now, expected)
+            report = run.backend.apply(row.rule, bound, now, expected)
             assert_same_bits(
-                "ratios", twin.backend.apply(row.rule, other, there, found).cpu(), ratios
+                "report", twin.backend.apply(row.rule, other, there, found).cpu(), report
             )
             assert_same_runs(f"step {step}", twin, run)
 

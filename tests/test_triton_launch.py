@@ -196,7 +196,7 @@ def test_sums_of_a_caller_may_begin_anywhere(name: str, notes: NoLaunches) -> No
     run.backend.apply(rule, bound, StepScalars(0.1, gradient_sums=of_gradients), sums)
     (source,) = (each for each in notes.sources if each.name == "prepare")
     aligned = {source.fn.arg_names[i] for (i, *_), attributes in source.attrs.items() if attributes}
-    assert {"table", "ratios"} <= aligned
+    assert {"table", "report"} <= aligned
     assert not {"sums", "gradient_sums"} & aligned
 
 

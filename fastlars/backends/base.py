@@ -228,7 +228,11 @@ class Backend(Protocol):
         ...
 
     def apply(self, rule: Rule, bound: Any, scalars: StepScalars, sums: Tensor | None) -> Tensor:
-        """Write the weights; return the trust ratios, float32 [tensors].
+        """Write the weights; return a report of the step, float32 [tensors, 1 + rule.sums].
+
+        A row of it has the tensor's trust ratio, and then the norms that the ratio is made of, in
+        the order of ``rule.norms``: NaN if the rule does not adapt, for then nothing is measured.
+        Where the device skips the step, the report means nothing.
 
         ``sums`` is None if the rule does not adapt; all states are then advanced here.
         """

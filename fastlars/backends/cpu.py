@@ -116,15 +116,18 @@ class Cpu:
     def apply(
         self, rule: Rule, bound: BoundTensors, scalars: StepScalars, sums: Tensor | None
     ) -> Tensor:
-        ratios = torch.empty(len(bound), dtype=torch.float32, device="cpu")
-        sums = checked_sums(rule, sums, len(bound), ratios.device)
-        self._call(_C.cpu_apply, rule, bound, scalars, sums, ratios)
-        return ratios
+        report = self._new_report(rule, bound)
+        sums = checked_sums(rule, sums, len(bound), report.device)
+        self._call(_C.cpu_apply, rule, bound, scalars, sums, report)
+        return report
 
     def step(self, rule: Rule, bound: BoundTensors, scalars: StepScalars) -> Tensor:
-        ratios = torch.empty(len(bound), dtype=torch.float32, device="cpu")
-        self._call(_C.cpu_step, rule, bound, scalars, ratios)
-        return ratios
+        report = self._new_report(rule, bound)
+        self._call(_C.cpu_step, rule, bound, scalars, report)
+        return report
+
+    def _new_report(self, rule: Rule, bound: BoundTensors) -> Tensor:
+        return torch.empty((len(bound), 1 + rule.sums), dtype=torch.float32, device="cpu")
 
 
 instruction_set: Callable[[], str] = _C.instruction_set

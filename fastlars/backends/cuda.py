@@ -135,6 +135,9 @@ class CudaBoundTensors:
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
+    def new_report(self, rule: Rule) -> Tensor:
+        return self.empty(self.layout.table.tensors, 1 + rule.sums, dtype=torch.float32)
+
     def stream(self) -> int:
         """The current stream, ordered after the upload of these tables."""
         layout, tables = self.layout, self.tables
@@ -251,11 +254,11 @@ class Cuda:
         self, rule: Rule, bound: CudaBoundTensors, scalars: StepScalars, sums: Tensor | None
     ) -> Tensor:
         scalars = with_gradient_sums(self, rule, bound, scalars)
-        ratios = bound.empty(bound.layout.table.tensors, dtype=torch.float32)
-        sums = checked_sums(rule, sums, len(ratios), ratios.device)
+        report = bound.new_report(rule)
+        sums = checked_sums(rule, sums, len(report), report.device)
         address = 0 if sums is None else sums.data_ptr()
-        self._launch(_C.cuda_apply, rule, bound, scalars, address, ratios.data_ptr())
-        return ratios
+        self._launch(_C.cuda_apply, rule, bound, scalars, address, report.data_ptr())
+        return report
 
     def step(self, rule: Rule, bound: CudaBoundTensors, scalars: StepScalars) -> Tensor:
         if not rule.adapt:
@@ -263,8 +266,8 @@ class Cuda:
         scalars = with_gradient_sums(self, rule, bound, scalars)
         if self.path == "two-launch" or scalars.seed is not None:
             return self.apply(rule, bound, scalars, self.measure(rule, bound, scalars))
-        ratios = bound.empty(bound.layout.table.tensors, dtype=torch.float32)
+        report = bound.new_report(rule)
         self._launch(
-            _C.cuda_step, rule, bound, scalars, ratios.data_ptr(), after_grid=(self.shared_slots,)
+            _C.cuda_step, rule, bound, scalars, report.data_ptr(), after_grid=(self.shared_slots,)
         )
-        return ratios
+        return report

@@ -165,8 +165,8 @@ class Engine:
         return changed
 
     def finish(self) -> StepResults | None:
-        """The rest of the step, which ``optimizer.step()`` asks for. Returns parameters and their
-        trust ratios, or None where the step was skipped."""
+        """The rest of the step, which ``optimizer.step()`` asks for. Returns what it
+        reports of each batch, or None where the step was skipped."""
         used = self._gradients_used
         # Until the step has ended well: after any error the gradients are used up.
         self._gradients_used = used or (self._writes and bool(self.in_flight))
@@ -246,7 +246,7 @@ class Engine:
         # The rest first: binding it can still raise, while pieces were bound and checked before.
         rest = optimizer.step_batches(self._bind_rest)
         assert rest is not None  # only the global norm skips steps here, and no group needs it
-        return [pair for each in in_flight for pair in each.finish()] + rest
+        return [one for each in in_flight for one in each.finish()] + rest
 
     def _bind_rest(self) -> list[BoundBatch]:
         """The batches of parameters that were in no piece."""

@@ -324,7 +324,7 @@ class BackwardEngine(Arrivals):
             stepper.skip()
             return None
         rest = stepper.run(self._bind_rest(), self._scalars)
-        return [pair for each in self.in_flight for pair in each.finish()] + rest
+        return [one for each in self.in_flight for one in each.finish()] + rest
 
     def finish(self) -> StepResults | None:
         params = self._params

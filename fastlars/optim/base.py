@@ -41,7 +41,7 @@ class OverlapHook(Protocol):
         ...
 
     def step(self) -> StepResults | None:
-        """Finish this step: every parameter updated, with its trust ratio; None if skipped."""
+        """Finish this step: every parameter updated and reported; None if skipped."""
         ...
 
 

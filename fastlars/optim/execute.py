@@ -16,8 +16,24 @@ from fastlars.optim.scalars import Scalars
 from fastlars.optim.states import States, lacks_states
 from fastlars.rules import GradientNorm, Rule
 
-# For each batch that was stepped: its parameters, and their trust ratios.
-StepResults: TypeAlias = list[tuple[list[Tensor], Tensor]]
+
+@dataclass
+class StepResult:
+    """What a step returns of one batch.
+
+    Attributes:
+        params: the parameters of the batch.
+        rule: the rule that stepped them.
+        report: float32 [parameters, 1 + rule.sums] on the device of the parameters: trust ratios,
+            and the norms that they are made of, as ``Backend.apply`` returns them.
+    """
+
+    params: list[Tensor]
+    rule: Rule
+    report: Tensor
+
+
+StepResults: TypeAlias = list[StepResult]
 
 
 @dataclass
@@ -101,10 +117,10 @@ def run_step(
     results = []
     for i, (b, given) in enumerate(zip(batches, each, strict=True)):
         if i in sums:
-            ratios = b.backend.apply(b.rule, b.bound, given, sums[i])
+            report = b.backend.apply(b.rule, b.bound, given, sums[i])
         else:
-            ratios = b.backend.step(b.rule, b.bound, given)
-        results.append((b.batch.weights, ratios))
+            report = b.backend.step(b.rule, b.bound, given)
+        results.append(StepResult(b.batch.weights, b.rule, report))
     mark_written(batches)
     return results
 

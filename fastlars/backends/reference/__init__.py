@@ -136,11 +136,12 @@ class Reference:
     def apply(
         self, rule: Rule, bound: Tensors, scalars: StepScalars, sums: Tensor | None
     ) -> Tensor:
-        lr, ratios = scalars.lr, []
+        lr, rows = scalars.lr, []
         for i, (w, g, states, counter) in enumerate(self._each(rule, bound, scalars)):
             q: Any = 1.0
+            norms = [math.nan] * rule.sums
             if sums is not None and rule.adapt:
-                norms = map(math.sqrt, sums[i].tolist())
+                norms = [math.sqrt(each) for each in sums[i].tolist()]
                 q = equations(rule.name).trust_ratio(rule, lr, *norms)
             if sums is None or not rule.measure_writes:
                 self._advance(rule, w, g, states, counter)
@@ -148,8 +149,9 @@ class Reference:
             if counter is not None and not rule.counts_steps:
                 counter.fill_(lr)
             self._store(bound, i, new, scalars.seed)
-            ratios.append(q[0] if isinstance(q, tuple) else q)
-        return torch.tensor(ratios, dtype=torch.float32, device="cpu")
+            rows.append([q[0] if isinstance(q, tuple) else q, *norms])
+        report = torch.tensor(rows, dtype=torch.float32, device="cpu")
+        return report.reshape(len(rows), 1 + rule.sums)
 
     def _store(self, bound: Tensors, i: int, new: Tensor, seed: int | None) -> None:
         weight = bound.weights[i]
