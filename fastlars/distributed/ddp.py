@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from fastlars.distributed.averaging import COMPRESSIONS, BucketAverager
 from fastlars.distributed.engine import Engine
 from fastlars.distributed.hook import HookState, hook_state_of, reduce_and_step
-from fastlars.distributed.validation import check_ddp, check_join, check_optimizer, inner_optimizer
-from fastlars.optim.base import FusedOptimizer
+from fastlars.distributed.validation import check_ddp, check_join, check_optimizer
+from fastlars.optim.base import FusedOptimizer, inner_optimizer
 
 MODES = ("step", "norms")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from fastlars.optim.base import FusedOptimizer
@@ -46,12 +45,6 @@ def raise_python_reducer() -> NoReturn:
         "overlap does not go with torch.compile's python reducer, which has no buckets: set "
         'torch._dynamo.config.optimize_ddp = "ddp_optimizer" before DDP is made'
     )
-
-
-def inner_optimizer(optimizer: Any) -> Any:
-    """The optimizer inside the wrappers of Lightning, Fabric and Accelerate."""
-    inner = getattr(optimizer, "optimizer", None)
-    return inner_optimizer(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
 
 
 def check_optimizer(optimizer: Any, ddp: DistributedDataParallel) -> None:
