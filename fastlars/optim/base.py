@@ -67,6 +67,12 @@ def _unless_watched(plain: Callable[..., Any], watched: Callable[..., Any]) -> C
     return step
 
 
+def inner_optimizer(optimizer: Any) -> Any:
+    """The optimizer inside the wrappers of Lightning, Fabric and Accelerate."""
+    inner = getattr(optimizer, "optimizer", None)
+    return inner_optimizer(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
+
+
 class FusedOptimizer(TracedStep, StepReadings, torch.optim.Optimizer):
     """Steps all parameters of a group in one call of a compiled back end.
 
