@@ -47,6 +47,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         ("test_rmsprop_warmup.py", 7, 7),
         ("test_lans.py", 36, 36),
         ("test_grad_norm.py", 72, 72),
+        ("test_step_in_backward.py", 12, 12),
     ],
 )
 def test_emulated(path: str, quick: int, whole: int, folder: Path, marks: str) -> None:

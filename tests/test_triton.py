@@ -40,6 +40,7 @@ BLOCK = memory.BLOCK.value
         pytest.param("test_triton_bits.py", 45, 45, marks=pytest.mark.slow),
         pytest.param("test_rmsprop_warmup.py", 6, 6, marks=pytest.mark.slow),
         pytest.param("test_grad_norm.py", 72, 72, marks=pytest.mark.slow),
+        ("test_step_in_backward.py", 12, 12),
         pytest.param("test_lans.py", 36, 36, marks=pytest.mark.slow),
     ],
 )

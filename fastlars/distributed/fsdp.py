@@ -113,7 +113,7 @@ class FsdpEngine(Arrivals):
             )
 
     def flush(self) -> None:
-        params, self._waiting = self._waiting, []
+        params = self._waiting.take()
         if self._early_work is None or self._stale:
             return
         if batches := bound_or_none(self._slices(params), self.optimizer):

@@ -214,7 +214,6 @@ class BackwardEngine(Arrivals):
 
     def reset(self) -> None:
         super().reset()
-        self._bytes = 0  # of gradients that wait
         self._scalars: Scalars | None = None  # of this step
         self._norm_pass = None
 
@@ -254,9 +253,7 @@ class BackwardEngine(Arrivals):
         return "step"
 
     def is_full(self, p: Tensor) -> bool:
-        assert p.grad is not None
-        self._bytes += p.grad.nbytes
-        return self._bytes >= self._bucket_bytes
+        return self._waiting.nbytes >= self._bucket_bytes
 
     def arrived_again(self, p: Tensor) -> None:
         # One that still waits is stepped with the sum of its gradients.
@@ -267,8 +264,7 @@ class BackwardEngine(Arrivals):
             )
 
     def flush(self) -> None:
-        params, self._waiting, self._bytes = self._waiting, [], 0
-        optimizer = self.optimizer
+        params, optimizer = self._waiting.take(), self.optimizer
         if self._norm_pass is not None and self._scalars is not None:
             self._norm_pass.check_measured(params)
         slices = self._slices(params)
@@ -293,6 +289,12 @@ class BackwardEngine(Arrivals):
         """See :meth:`BackwardHandle.norm_pass`."""
         if self._begun:
             raise RuntimeError("norm_pass() comes before the backward pass that steps")
+        stepped = {p for g in self.optimizer.param_groups for p in g["params"] if p.requires_grad}
+        if not stepped.issubset(self._params):
+            raise RuntimeError(
+                "norm_pass() measures gradients of the model alone, but the optimizer steps other "
+                "parameters too"
+            )
         if any(p.grad is not None for p in self._params):
             raise RuntimeError(
                 "norm_pass() measures one backward pass alone, but parameters have gradients "
@@ -318,12 +320,14 @@ class BackwardEngine(Arrivals):
 
     def step_rest(self) -> StepResults | None:
         stepper = self.optimizer.stepper
-        if self._scalars is None:
+        if self._scalars is None or self._norm_pass is None:
             return super().step_rest()
         if self._scalars.skip:
             stepper.skip()
             return None
-        rest = stepper.run(self._bind_rest(), self._scalars)
+        batches = self._bind_rest()
+        self._norm_pass.check_measured([p for b in batches for p in b.batch.weights])
+        rest = stepper.run(batches, self._scalars)
         return [one for each in self.in_flight for one in each.finish()] + rest
 
     def finish(self) -> StepResults | None:
