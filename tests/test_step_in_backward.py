@@ -31,6 +31,7 @@ from in_backward_cases import (
     train,
 )
 from optimizers import ROWS, SIMPLE, Row, assert_same, one_thread
+from sources import ROOT, python_blocks
 
 __all__ = ["one_thread"]
 
@@ -346,3 +347,24 @@ def test_back_ends(
     reads_device = backend not in ("cpu", "reference")
     given = {**options, "lr": torch.tensor(0.1), "capturable": reads_device}
     assert min(both(row, overrides=given, measures=bool(options), steps=5).early) >= 3
+
+
+def test_the_blocks_of_the_page() -> None:
+    page = (ROOT / "docs" / "distributed.md").read_text()
+    section = page[page.index("\n## One device") : page.index("\n## Overlap")]
+    first, second = python_blocks(section)
+    names: dict[str, Any] = {}
+    losses = []
+    real = nn.functional.cross_entropy
+
+    def noted(*arguments: Any) -> Tensor:
+        losses.append(float(real(*arguments).detach()))
+        return real(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, "cross_entropy", noted)
+        exec(first, names)
+        exec(second, names)
+    assert len(losses) == 41
+    assert float(names["optimizer"].grad_norm) > 0.0
+    assert all(p.grad is None for p in names["model"].parameters())
