@@ -29,7 +29,7 @@ TARGETS = {
 # What is not said by a parameter's annotation.
 TYPES = {
     **dict.fromkeys(("table", "numel", "sizes"), "*i64"),
-    **dict.fromkeys(("chunks", "first_chunk"), "*i32"),
+    **dict.fromkeys(("chunks", "first_chunk", "streams"), "*i32"),
     **dict.fromkeys(("gradient_slots", "gradient_sums", "slots", "sums"), "*fp64"),
     "device_scalars": "*fp64",
     **dict.fromkeys(("report", "coefficient_table"), "*fp32"),
@@ -141,7 +141,10 @@ def compiled(name: str, target: GPUTarget, mix: str = "float32") -> Any:
     if kernel.rule is not None:
         module = kernels(kernel.rule).module
         arguments["rule"] = rule_argument(kernel.rule)
-        arguments["types"] = types_of(dtypes, bool(kernel.rule.states), mix == "stochastic")
+        rounds = mix == "stochastic"
+        arguments["types"] = types_of(dtypes, bool(kernel.rule.states), rounds)
+        if not rounds:
+            arguments["streams"] = None
     return compile_for(target, getattr(module, kernel.function), options, **arguments)
 
 

@@ -359,13 +359,15 @@ PYBIND11_MODULE(_C, m) {
       .def(py::self == py::self);
   py::class_<TensorList>(m, "TensorList")
       .def(
-          "set_step",  // what belongs to one step alone; `gradient_sums` is an address, 0 for none
-          [](TensorList& list, std::optional<std::uint64_t> seed, std::uintptr_t gradient_sums) {
+          "set_step",  // what belongs to one step alone; addresses are 0 for none
+          [](TensorList& list, std::optional<std::uint64_t> seed, std::uintptr_t gradient_sums,
+             std::uintptr_t random_streams) {
             list.stochastic_rounding = seed.has_value();
             list.seed = seed.value_or(0);
             list.gradient_sums = pointer<const double>(gradient_sums);
+            list.random_streams = pointer<const std::int32_t>(random_streams);
           },
-          "seed"_a, "gradient_sums"_a)
+          "seed"_a, "gradient_sums"_a, "random_streams"_a)
       .def(
           "write_table",
           [](const TensorList& list, std::uintptr_t at) {

@@ -111,6 +111,10 @@ class Bits:
             for each in (run, twin):
                 each.take_gradients(step)
             now, there = self.equal_norms(run, row, step, seed)
+            if step > 0:  # numbers of their own, for tensors that another call might step
+                streams = torch.arange(7, 7 + len(run.entries), dtype=torch.int32)
+                now = replace(now, streams=streams)
+                there = replace(there, streams=streams.to(self.device))
             found = run.backend.measure(row.rule, run.bind(), now) if row.rule.adapt else None
             bound = twin.bind()
             if found is not None:

@@ -42,6 +42,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         ("test_core.py", 4, 4),
         ("test_trust.py", 26, 26),
         ("test_reports.py", 8, 8),
+        ("test_random_streams.py", 10, 10),
         ("test_selfcheck.py", 100, 100),
         ("test_gpu_stages.py", 6, 6),
         ("test_rmsprop_warmup.py", 7, 7),

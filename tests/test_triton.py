@@ -36,6 +36,7 @@ BLOCK = memory.BLOCK.value
         ("test_core.py", 4, 4),
         ("test_trust.py", 10, 10),
         ("test_reports.py", 8, 8),
+        ("test_random_streams.py", 9, 9),
         ("test_selfcheck.py", 25, 25),
         pytest.param("test_triton_bits.py", 45, 45, marks=pytest.mark.slow),
         pytest.param("test_rmsprop_warmup.py", 6, 6, marks=pytest.mark.slow),

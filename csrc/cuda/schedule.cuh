@@ -275,7 +275,6 @@ class Scheduler {
     } else if (lane() == addresses + 1) {
       const auto left = min(tensor.size - begin, std::int64_t{kChunkElements});
       turn.chunk.size = step_taken_ ? static_cast<int>(left) : 0;
-      turn.chunk.tensor = args_.first_tensor + claimed.tensor;
       turn.chunk.begin = begin;
     }
     constexpr int words = sizeof state_.c / sizeof(std::uint32_t);

@@ -16,6 +16,7 @@ from fastlars.backends.base import (
     StepScalars,
     Tensors,
     checked_gradient_sums,
+    checked_streams,
     checked_sums,
 )
 from fastlars.rules import GradientNorm, Rule
@@ -36,6 +37,11 @@ def viewer() -> Any:
     """Reads addresses, types, shapes and strides of tensors and parameters. Subclasses must be
     accepted first: they may keep their elements elsewhere."""
     return _C.Viewer(Tensor, [Tensor, torch.nn.Parameter])
+
+
+def address(tensor: Tensor | None) -> int:
+    """The address of a tensor's first element; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 @dataclass(frozen=True)
@@ -101,9 +107,11 @@ class Cpu:
         *results: Tensor | None,
     ) -> None:
         """Call a function of the extension. ``results``: what it reads and writes per tensor."""
-        given = checked_gradient_sums(rule, scalars, len(bound), torch.device("cpu"))
-        addresses = [0 if each is None else each.data_ptr() for each in (given, *results)]
-        bound.tensor_list.set_step(scalars.seed, addresses.pop(0))
+        here = torch.device("cpu")
+        sums = checked_gradient_sums(rule, scalars, len(bound), here)
+        streams = checked_streams(scalars, len(bound), here)
+        bound.tensor_list.set_step(scalars.seed, address(sums), address(streams))
+        addresses = map(address, results)
         call(native_rule(rule), bound.tensor_list, scalars.lr, scalars.gradient_scale, *addresses)
 
     def measure(

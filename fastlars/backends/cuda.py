@@ -18,10 +18,11 @@ from fastlars.backends.base import (
     StepScalars,
     Tensors,
     checked_gradient_sums,
+    checked_streams,
     checked_sums,
     with_gradient_sums,
 )
-from fastlars.backends.cpu import native_rule
+from fastlars.backends.cpu import address, native_rule
 from fastlars.backends.upload import (
     TableUploader,
     UploadedTensors,
@@ -229,7 +230,8 @@ class Cuda:
         functions; ``after_grid``: those that follow the stream and the grid."""
         table, cuda_scalars = bound.layout.table, bound.scalars(scalars)
         given = checked_gradient_sums(rule, scalars, table.tensors, bound.device)
-        bound.tensor_list.set_step(scalars.seed, 0 if given is None else given.data_ptr())
+        streams = checked_streams(scalars, table.tensors, bound.device)
+        bound.tensor_list.set_step(scalars.seed, address(given), address(streams))
         with device_guard(bound.device):
             call(
                 native_rule(rule),
@@ -256,8 +258,7 @@ class Cuda:
         scalars = with_gradient_sums(self, rule, bound, scalars)
         report = bound.new_report(rule)
         sums = checked_sums(rule, sums, len(report), report.device)
-        address = 0 if sums is None else sums.data_ptr()
-        self._launch(_C.cuda_apply, rule, bound, scalars, address, report.data_ptr())
+        self._launch(_C.cuda_apply, rule, bound, scalars, address(sums), report.data_ptr())
         return report
 
     def step(self, rule: Rule, bound: CudaBoundTensors, scalars: StepScalars) -> Tensor:

@@ -24,8 +24,9 @@ class StepResult:
     Attributes:
         params: the parameters of the batch.
         rule: the rule that stepped them.
-        report: float32 [parameters, 1 + rule.sums] on the device of the parameters: trust ratios,
-            and the norms that they are made of, as ``Backend.apply`` returns them.
+        report: float32 [parameters, 1 + rule.sums]: trust ratios, and the norms that they are made
+            of, as ``Backend.apply`` returns them. On the device of the parameters, but on the host
+            where the reference back end steps them.
     """
 
     params: list[Tensor]

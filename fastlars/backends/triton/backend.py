@@ -17,6 +17,7 @@ from fastlars.backends.base import (
     StepScalars,
     Tensors,
     checked_gradient_sums,
+    checked_streams,
     checked_sums,
 )
 from fastlars.backends.triton import sums
@@ -250,13 +251,14 @@ class Triton:
         self, its: RuleKernels, bound: TritonBoundTensors, scalars: StepScalars
     ) -> Launch:
         """A launch that writes weights, and the states that ``measure`` has not written."""
-        given, rounds = bound.workspace, scalars.seed is not None
+        given, tables, rounds = bound.workspace, bound.layout.tables, scalars.seed is not None
         stored = bound.tensors.dtypes, bool(bound.tensors.states), rounds
+        streams = checked_streams(scalars, tables.tensor_count, tables.device)
         arguments = (
             *(given.table, given.sizes, given.chunks, given.coefficients, scalars.seed or 0),
-            *(its.argument, types_of(*stored)),
+            *(streams, its.argument, types_of(*stored)),
         )
-        count, kind = bound.layout.tables.chunk_count, (stored, its.words)
+        count, kind = tables.chunk_count, (stored, its.words, streams is None)
         return bound.layout.launcher(its.module.apply, count, kind, its.options, arguments)
 
 

@@ -307,18 +307,19 @@ def prepare(
     store_coefficients(tensor, numel, sizes, coefficient_table, scalars, c)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed"], do_not_specialize_on_alignment=["streams"])
 def apply(
     table: tl.tensor,
     sizes: tl.tensor,
     chunks: tl.tensor,
     coefficient_table: tl.tensor,
     seed: tl.int64,
+    streams: tl.tensor,
     rule: rules.LambRule,
     types: Types,
 ) -> None:
     """For each chunk: write weights; and the moments, if the rule does not adapt."""
-    chunk = locate(table, sizes, chunks, None, rule.adapt)
+    chunk = locate(table, sizes, chunks, None, rule.adapt, streams)
     c = LambCoefficients(*load_coefficients(coefficient_table, chunk, FIELDS))
     if chunk.whole:
         _apply(chunk, seed, rule, c, types, True)

@@ -225,18 +225,19 @@ def prepare(
     store_counter(table, tensor, scalars, scalars.lr)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed"], do_not_specialize_on_alignment=["streams"])
 def apply(
     table: tl.tensor,
     sizes: tl.tensor,
     chunks: tl.tensor,
     coefficient_table: tl.tensor,
     seed: tl.int64,
+    streams: tl.tensor,
     rule: rules.LarsRule,
     types: Types,
 ) -> None:
     """For each chunk: write buffers and weights."""
-    chunk = locate(table, sizes, chunks, None, rule.adapt)
+    chunk = locate(table, sizes, chunks, None, rule.adapt, streams)
     c = LarsCoefficients(*load_coefficients(coefficient_table, chunk, FIELDS))
     if chunk.whole:
         _apply(chunk, seed, rule, c, types, True)

@@ -152,18 +152,19 @@ def prepare(
     store_counter(table, tensor, scalars, step)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed"], do_not_specialize_on_alignment=["streams"])
 def apply(
     table: tl.tensor,
     sizes: tl.tensor,
     chunks: tl.tensor,
     coefficient_table: tl.tensor,
     seed: tl.int64,
+    streams: tl.tensor,
     rule: rules.RmspropWarmupRule,
     types: Types,
 ) -> None:
     """For each chunk: write weights and states."""
-    chunk = locate(table, sizes, chunks, None, False)
+    chunk = locate(table, sizes, chunks, None, False, streams)
     c = RmspropWarmupCoefficients(*load_coefficients(coefficient_table, chunk, FIELDS))
     if chunk.whole:
         _apply(chunk, seed, c, types, True)
