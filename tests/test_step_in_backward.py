@@ -30,7 +30,7 @@ from in_backward_cases import (
     row_of,
     train,
 )
-from optimizers import ROWS, SIMPLE, Row, assert_same, one_thread
+from optimizers import BF16, ROWS, SIMPLE, Row, assert_same, one_thread
 from sources import ROOT, python_blocks
 
 __all__ = ["one_thread"]
@@ -55,6 +55,28 @@ def test_buckets(row: Row) -> None:
     assert every.early == [5] * len(every.early)  # one parameter each
     wide = both(row, bucket_mb=WIDE)
     assert wide.early == [0] * len(wide.early)  # all wait, and step() steps them
+
+
+ROUNDED = [
+    Row(f"{row.name}, rounded", row.kind, {**row.options, "stochastic_rounding": True}, BF16)
+    for row in SIMPLE
+]
+
+
+@pytest.mark.parametrize("row", ROUNDED, ids=repr)
+@pytest.mark.parametrize("passes", [1, 2])
+def test_stochastic_rounding(row: Row, passes: int) -> None:
+    """The random bits do not depend on the buckets, and the generator ends in the same state."""
+    ends = []
+
+    def make(row: Row) -> Net:
+        ends.append(torch.get_rng_state())
+        torch.manual_seed(5)
+        return Net(row.dtype)
+
+    assert min(both(row, make=make, passes=passes).early) >= 2
+    make(row)
+    assert torch.equal(ends[1], ends[2])
 
 
 def dropping(net: Net) -> Callable[[int], None]:

@@ -125,7 +125,7 @@ class FsdpEngine(Arrivals):
         for work in ("measure", "clip"):
             chosen = [b for b in batches if self._work_on(b) == work]
             if work == "measure":
-                each = [b.step_scalars(scalars, rounds=False) for b in chosen]
+                each = [b.step_scalars(scalars, writes=False) for b in chosen]
             else:
                 each = [scalars.unclipped(b.sign, b.device) for b in chosen]
             if chosen:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastlars.backends.upload import is_capturing
 from fastlars.in_backward.late_reads import LateReads
 from fastlars.in_backward.pieces import EarlyWork, InFlightPiece, with_known_sums
+from fastlars.in_backward.rounding import Rounding
 from fastlars.in_backward.snapshots import OptionsSnapshot, TensorSnapshot, same_param_lists
 from fastlars.in_backward.validation import has_scaler, raise_changed, raise_scaler
 from fastlars.optim.base import FusedOptimizer
@@ -52,6 +53,7 @@ class Engine:
         self._debug = debug
         self._rest: dict[int, GroupSlice] = {}  # by group: parameters that were in no piece
         self._members: list[list[Tensor]] = []
+        self._rounding = Rounding(optimizer)
         self._left_out: set[Tensor] = set()  # parameters that only optimizer.step() may step
         self._early_sums_unused = False  # the last step could not use its early sums
         self._gradients_used = False  # by a step that was then refused
@@ -71,6 +73,7 @@ class Engine:
         self._options: OptionsSnapshot | None = None  # when the step began
         self._snapshots: list[TensorSnapshot] = []  # of what was used of this backward pass
         self.in_flight: list[InFlightPiece] = []
+        self._rounding.forget_seeds()
         if self.reads is not None:
             self.reads.forget()
 
@@ -108,6 +111,7 @@ class Engine:
             self._members = self._options.members
             self.forget_pieces()
             self._rest.clear()
+            self._rounding.forget_batches()
         self._writes = self.may_write()
         self._early_work = self.choose_early_work()
 
@@ -244,7 +248,7 @@ class Engine:
             bind = optimizer.bind_groups
             return optimizer.step_batches(lambda: with_known_sums(bind(), in_flight))
         # The rest first: binding it can still raise, while pieces were bound and checked before.
-        rest = optimizer.step_batches(self._bind_rest)
+        rest = optimizer.step_batches(lambda: self._rounding.prepare(self._bind_rest()))
         assert rest is not None  # only the global norm skips steps here, and no group needs it
         return [one for each in in_flight for one in each.finish()] + rest
 

@@ -132,8 +132,8 @@ def with_known_sums(batches: list[BoundBatch], pieces: list[InFlightPiece]) -> l
     return [
         PremeasuredBatch(
             *(b.group, b.rule, b.batch, b.bound),
-            of_gradients.of(b.batch.weights),
-            of_rule.of(b.batch.weights),
+            of_gradients=of_gradients.of(b.batch.weights),
+            of_rule=of_rule.of(b.batch.weights),
         )
         for b in batches
     ]

@@ -272,7 +272,7 @@ class BackwardEngine(Arrivals):
             batches = optimizer.planner.bind_slices(slices, optimizer.param_groups, optimizer.state)
         scalars = self._scalars or scalars_for(b.backend for b in batches)
         if not scalars.skip:
-            each = [b.step_scalars(scalars) for b in batches]
+            each = [b.step_scalars(scalars) for b in self._rounding.prepare(batches)]
             self._begin_piece(InFlightPiece(batches, each, "step"))
         # Whatever refers to the gradients, so that their memory is free for the next ones.
         for part in slices:
@@ -325,7 +325,7 @@ class BackwardEngine(Arrivals):
         if self._scalars.skip:
             stepper.skip()
             return None
-        batches = self._bind_rest()
+        batches = self._rounding.prepare(self._bind_rest())
         self._norm_pass.check_measured([p for b in batches for p in b.batch.weights])
         rest = stepper.run(batches, self._scalars)
         return [one for each in self.in_flight for one in each.finish()] + rest

@@ -45,6 +45,7 @@ class BoundBatch:
     rule: Rule
     batch: TensorBatch
     bound: Any
+    seed: int | None = None  # of stochastic rounding, where it was drawn already
 
     @property
     def backend(self) -> Backend:
@@ -70,24 +71,23 @@ class BoundBatch:
         """The rule's sums of squares."""
         return self.backend.measure(self.rule, self.bound, scalars)
 
-    def step_scalars(self, scalars: Scalars, rounds: bool = True) -> StepScalars:
-        """What the back end needs to know of this step; ``rounds``: it writes weights."""
+    @property
+    def rounds(self) -> bool:
+        """Whether weights are rounded stochastically."""
+        return self.group["stochastic_rounding"] and self.batch.dtypes.weight == torch.bfloat16
+
+    def step_scalars(self, scalars: Scalars, writes: bool = True) -> StepScalars:
+        """What the back end needs to know of this step; ``writes``: not only to measure."""
         seed = None
-        if (
-            rounds
-            and self.group["stochastic_rounding"]
-            and self.batch.dtypes.weight == torch.bfloat16
-        ):
-            # From torch's own generator: torch.manual_seed makes it reproducible, and a saved
-            # generator state resumes it.
-            seed = int(torch.randint(2**62, (), device="cpu"))
+        if writes and self.rounds:
+            seed = draw_seed() if self.seed is None else self.seed
         limit = self.group["max_grad_norm"]
         given = scalars.of_batch(self.group["lr"], self.sign, limit, seed, self.device)
         if given.device is not None:
             # Not the norm: a recording computes the norm itself, and keeps its memory.
             inputs = replace(given.device, square_norm=None)
             keep_for_replays(self.batch.weights[0], inputs.given)
-        return given
+        return given if seed is None else replace(given, streams=self.batch.streams)
 
 
 def check_recording(batches: list[BoundBatch]) -> None:
@@ -124,6 +124,15 @@ def run_step(
         results.append(StepResult(b.batch.weights, b.rule, report))
     mark_written(batches)
     return results
+
+
+def draw_seed() -> int:
+    """A seed of stochastic rounding.
+
+    From torch's own generator: torch.manual_seed makes it reproducible, and a saved generator state
+    resumes it.
+    """
+    return int(torch.randint(2**62, (), device="cpu"))
 
 
 def mark_written(batches: list[BoundBatch]) -> None:

@@ -14,6 +14,7 @@ from fastlars.optim.checks import check_lr, check_shared_memory, checked_rule, l
 from fastlars.optim.execute import BoundBatch, check_states_exist
 from fastlars.optim.options import names_to_dtypes
 from fastlars.optim.plan import GroupPlan, plan_options
+from fastlars.optim.plan_cache import BatchKey
 from fastlars.optim.states import States
 from fastlars.optim.values import comparable_copy, same_objects, unchanged
 from fastlars.rules import Rule
@@ -158,12 +159,19 @@ class Planner:
                 batches += self.bind_slice(part, groups, states)
         return batches
 
-    def check(self, groups: list[Group], states: States, grads: dict[Tensor, Tensor]) -> None:
-        """Raise what a step with these gradients would raise before it writes anything."""
+    def check(
+        self, groups: list[Group], states: States, grads: dict[Tensor, Tensor]
+    ) -> list[tuple[int, BatchKey, list[int]]]:
+        """The batches of a step with these gradients: the number of their group, what their
+        parameters have in common, and the indices of these. Raises what the step would raise
+        before it writes anything."""
         self.keep_up_with(groups, states)
-        for part in slices_of(groups, grads):
-            self._plan_of(part, groups, states)
         check_shared_memory(located_parameters(groups))
+        return [
+            (part.number, key, indices)
+            for part in slices_of(groups, grads)
+            for key, indices in self._plan_of(part, groups, states).indices_by_key.items()
+        ]
 
     def keep_up_with(self, groups: list[Group], states: States) -> None:
         """Forget plans of parameters or states that were replaced; raise where an option is out of
