@@ -134,11 +134,12 @@ def both(
 
 
 def early_pair(
-    net: nn.Module | None = None, row: Row = row_of["LARS"], **options: Any
+    net: nn.Module | None = None, bucket_mb: float = TINY, **options: Any
 ) -> tuple[Any, Any, Any]:
+    """A model, LARS, and its handle."""
     net = Net() if net is None else net
-    optimizer = row.make(net.parameters(), **options)
-    return net, optimizer, fastlars.step_in_backward(net, optimizer, bucket_mb=TINY)
+    optimizer = row_of["LARS"].make(net.parameters(), **options)
+    return net, optimizer, fastlars.step_in_backward(net, optimizer, bucket_mb=bucket_mb)
 
 
 def change_weights(net: Net, _: Any) -> None:

@@ -113,10 +113,16 @@ def change_state(net: Net, optimizer: Any) -> None:
         optimizer.state[p]["momentum_buffer"].data.mul_(0.5)
 
 
+def change_last_row(net: Net, _: Any) -> None:
+    for p in net.parameters():
+        if p.dim():
+            p.data[-1:].mul_(0.5)
+
+
 CHANGES: dict[str, tuple[Callable[[Net, Any], Any], str]] = {
     "lr": (lambda _, optimizer: optimizer.param_groups[0].update(lr=9.0), "a hyper-parameter was"),
     "weights": (change_weights, "a weight was changed"),
-    "weights, .data": (lambda net, _: [p.data.mul_(0.5) for p in net.parameters()], "a weight was"),
+    "weights, .data": (change_last_row, "a weight was changed"),
     "states": (change_state, "a state was changed"),
     "other states": (lambda _, optimizer: optimizer.state.clear(), "a state was changed"),
     "no gradients": (lambda _, optimizer: optimizer.zero_grad(), "a gradient was changed"),
@@ -194,6 +200,24 @@ def test_an_error_after_some_were_stepped(failing: None) -> None:
     assert min(again.early) >= 3
 
 
+class FailingAtTheEnd(Net):
+    """All gradients arrive in backward passes within the one that fails."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = Fails.apply(x.clone().requires_grad_())
+        for p in self.layers:
+            x = checkpoint(lambda x, p=p: (p * x).tanh().sum() + x, x, use_reentrant=True)
+        return x
+
+
+def test_an_error_after_nested_backward_passes(failing: None) -> None:
+    net, optimizer, _ = early_pair(FailingAtTheEnd())
+    with pytest.raises(ZeroDivisionError):
+        net(inputs(0)).backward()
+    with pytest.raises(RuntimeError, match=r"error after \d of 5 parameters were stepped: go on"):
+        optimizer.step()
+
+
 def test_an_error_and_no_step(failing: None) -> None:
     """The error was caught, and the loop goes on with the next batch."""
     net, optimizer, _ = early_pair(Failing(first=False))
@@ -237,6 +261,14 @@ def test_mistakes_with_a_norm_pass() -> None:
     net.dropped = ()
     with pytest.raises(RuntimeError, match="has a gradient that norm_pass"):
         net(inputs(0)).backward()
+    net, optimizer, handle = early_pair(max_grad_norm=1.0, bucket_mb=WIDE)
+    net.dropped = (4,)
+    with handle.norm_pass():
+        net(inputs(0)).backward()
+    net.dropped = ()
+    net(inputs(0)).backward()
+    with pytest.raises(RuntimeError, match="has a gradient that norm_pass"):
+        optimizer.step()
     handle.remove()
     with pytest.raises(RuntimeError, match="which was removed"), handle.norm_pass():
         pass
@@ -271,7 +303,15 @@ def test_a_weight_whose_gradient_comes_in_parts(row: Row) -> None:
     def make(_: Row) -> Recomputing:
         return Recomputing(reentrant=True, shares=True)
 
-    both(row, 1e-9, make=make, except_for=lambda net: [net.layers[0]])
+    for options in ({}, {"max_grad_norm": 1.0}):
+        both(
+            row,
+            1e-9,
+            make=make,
+            except_for=lambda net: [net.layers[0]],
+            overrides=options,
+            measures=bool(options),
+        )
     both(row, 1e-9, make=lambda _: Recomputing(reentrant=False, shares=True))
     with pytest.raises(RuntimeError, match="belongs into except_for"):
         both(row, 1e-9, make=make)

@@ -310,6 +310,8 @@ class BackwardEngine(Arrivals):
             raise
         finally:
             self._measures = False
+            if self.reads is not None:
+                self.reads.forget()  # no weight was stepped
 
     def raise_cut_off(self) -> None:
         stepped, every = len(self._covered()), len(self._params)
