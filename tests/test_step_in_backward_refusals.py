@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fastlars
 from in_backward_cases import (
+    WIDE,
     Net,
     Recomputing,
     both,
