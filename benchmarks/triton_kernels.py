@@ -29,10 +29,10 @@ TARGETS = {
 # What is not said by a parameter's annotation.
 TYPES = {
     **dict.fromkeys(("table", "numel", "sizes"), "*i64"),
-    **dict.fromkeys(("chunks", "first_chunk"), "*i32"),
+    **dict.fromkeys(("chunks", "first_chunk", "streams"), "*i32"),
     **dict.fromkeys(("gradient_slots", "gradient_sums", "slots", "sums"), "*fp64"),
     "device_scalars": "*fp64",
-    **dict.fromkeys(("ratios", "coefficient_table"), "*fp32"),
+    **dict.fromkeys(("report", "coefficient_table"), "*fp32"),
 }
 PLAIN = Dtypes(F32, F32, F32)
 MIXES = {
@@ -85,7 +85,7 @@ KERNELS = {
     "LARS apply": Kernel(LARS, "apply", 3, 2, 3, typed=True),
     "LARS apply without momentum": Kernel(LarsRule(momentum=0.0), "apply", 2, 1, 2),
     "LAMB prepare before measure": Kernel(
-        LambRule(), "prepare", absent=("slots", "sums", "ratios", "device_scalars", *NORMS)
+        LambRule(), "prepare", absent=("slots", "sums", "report", "device_scalars", *NORMS)
     ),
     "LAMB measure": Kernel(LambRule(), "measure", 4, 2, 1, typed=True),
     "LAMB prepare": Kernel(LambRule(), "prepare", absent=("sums", *NORMS)),
@@ -95,7 +95,7 @@ KERNELS = {
     "NN-LAMB prepare": Kernel(NN_LAMB, "prepare", absent=("sums", *NORMS)),
     "NN-LAMB apply": Kernel(NN_LAMB, "apply", 4, 1, 4),
     "LANS prepare before measure": Kernel(
-        LansRule(), "prepare", absent=("slots", "sums", "ratios", "device_scalars", "gradient_sums")
+        LansRule(), "prepare", absent=("slots", "sums", "report", "device_scalars", "gradient_sums")
     ),
     "LANS measure": Kernel(LansRule(), "measure", 4, 2, typed=True),
     "LANS prepare": Kernel(LansRule(), "prepare", absent=("sums", "gradient_sums")),
@@ -141,7 +141,10 @@ def compiled(name: str, target: GPUTarget, mix: str = "float32") -> Any:
     if kernel.rule is not None:
         module = kernels(kernel.rule).module
         arguments["rule"] = rule_argument(kernel.rule)
-        arguments["types"] = types_of(dtypes, bool(kernel.rule.states), mix == "stochastic")
+        rounds = mix == "stochastic"
+        arguments["types"] = types_of(dtypes, bool(kernel.rule.states), rounds)
+        if not rounds:
+            arguments["streams"] = None
     return compile_for(target, getattr(module, kernel.function), options, **arguments)
 
 

@@ -228,18 +228,18 @@ void define_cpu_calls(py::module_& m) {
     m.def(
         "cpu_apply",
         [](const Rule& rule, TensorList& list, double lr, double gradient_scale,
-           std::uintptr_t sums, std::uintptr_t ratios) {
+           std::uintptr_t sums, std::uintptr_t report) {
           cpu::apply(rule, {lr, gradient_scale}, list, pointer<const Sums>(sums),
-                     pointer<float>(ratios));
+                     pointer<float>(report));
         },
-        Released(), "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "sums"_a, "ratios"_a);
+        Released(), "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "sums"_a, "report"_a);
     m.def(
         "cpu_step",
         [](const Rule& rule, TensorList& list, double lr, double gradient_scale,
-           std::uintptr_t ratios) {
-          cpu::step(rule, {lr, gradient_scale}, list, pointer<float>(ratios));
+           std::uintptr_t report) {
+          cpu::step(rule, {lr, gradient_scale}, list, pointer<float>(report));
         },
-        Released(), "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "ratios"_a);
+        Released(), "rule"_a, "tensors"_a, "lr"_a, "gradient_scale"_a, "report"_a);
   }
 }
 
@@ -270,24 +270,24 @@ void define_cuda_calls(py::module_& m) {
     m.def(
         "cuda_apply",
         [](const Rule& rule, TensorList& list, const ChunkTable& table, const CudaScalars& scalars,
-           std::uintptr_t sums, std::uintptr_t ratios, std::uintptr_t stream, int grid) {
+           std::uintptr_t sums, std::uintptr_t report, std::uintptr_t stream, int grid) {
           cuda::apply(rule, scalars.host,
                       {table, list, scalars.device, pointer<void>(stream), grid},
-                      pointer<const Sums>(sums), pointer<float>(ratios));
+                      pointer<const Sums>(sums), pointer<float>(report));
         },
-        Released(), "rule"_a, "tensors"_a, "table"_a, "scalars"_a, "sums"_a, "ratios"_a, "stream"_a,
+        Released(), "rule"_a, "tensors"_a, "table"_a, "scalars"_a, "sums"_a, "report"_a, "stream"_a,
         "grid"_a);
   }
   if constexpr (Rule::sums > 0 && Rule::steps) {
     m.def(
         "cuda_step",
         [](const Rule& rule, TensorList& list, const ChunkTable& table, const CudaScalars& scalars,
-           std::uintptr_t ratios, std::uintptr_t stream, int grid, int shared_slots) {
+           std::uintptr_t report, std::uintptr_t stream, int grid, int shared_slots) {
           cuda::step(rule, scalars.host,
                      {table, list, scalars.device, pointer<void>(stream), grid, shared_slots},
-                     pointer<float>(ratios));
+                     pointer<float>(report));
         },
-        Released(), "rule"_a, "tensors"_a, "table"_a, "scalars"_a, "ratios"_a, "stream"_a, "grid"_a,
+        Released(), "rule"_a, "tensors"_a, "table"_a, "scalars"_a, "report"_a, "stream"_a, "grid"_a,
         "shared_slots"_a);
   }
 }
@@ -359,13 +359,15 @@ PYBIND11_MODULE(_C, m) {
       .def(py::self == py::self);
   py::class_<TensorList>(m, "TensorList")
       .def(
-          "set_step",  // what belongs to one step alone; `gradient_sums` is an address, 0 for none
-          [](TensorList& list, std::optional<std::uint64_t> seed, std::uintptr_t gradient_sums) {
+          "set_step",  // what belongs to one step alone; addresses are 0 for none
+          [](TensorList& list, std::optional<std::uint64_t> seed, std::uintptr_t gradient_sums,
+             std::uintptr_t random_streams) {
             list.stochastic_rounding = seed.has_value();
             list.seed = seed.value_or(0);
             list.gradient_sums = pointer<const double>(gradient_sums);
+            list.random_streams = pointer<const std::int32_t>(random_streams);
           },
-          "seed"_a, "gradient_sums"_a)
+          "seed"_a, "gradient_sums"_a, "random_streams"_a)
       .def(
           "write_table",
           [](const TensorList& list, std::uintptr_t at) {

@@ -30,7 +30,7 @@ html_title = f"fastlars {release}"
 nitpicky = True
 # Types of annotations whose documentation lies with others.
 _OTHERS = "torch|nn|Tensor|Optimizer|LambdaLR|collections|Any|ProcessGroup|DeviceMesh|NormGroup"
-nitpick_ignore_regex = [("py:.*", rf"({_OTHERS}|Params|SkipIf)\b.*")]
+nitpick_ignore_regex = [("py:.*", rf"({_OTHERS}|Params|SkipIf|Figure)\b.*")]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_class_signature = "mixed"

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import argparse
+import sys
 from typing import Any
 
 import torch
+import transformers
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, Dataset
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import fastlars
+from fastlars.logging import layer_statistics, summary
 
 
-class Sequences(Dataset[dict[str, torch.Tensor]]):
+class TrustRatios(transformers.TrainerCallback):
+    """Smallest, median and largest trust ratio, every ``logging_steps`` steps, as the loss."""
+
+    def __init__(self, trainer: transformers.Trainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, _args, _state, control, model=None, optimizer=None, **_) -> None:  # type: ignore
+        if control.should_log:
+            self.trainer.log(summary(layer_statistics(model, optimizer)))
+            control.should_log = True  # log() has unset it, but the loss is to follow
+
+
+def sequences(count: int) -> list[dict[str, torch.Tensor]]:
     """Random tokens; the label says whether the first one is in the upper half."""
-
-    def __init__(self, count: int) -> None:
-        self.tokens = torch.randint(100, (count, 16), generator=torch.Generator().manual_seed(0))
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        tokens = self.tokens[index]
-        return {"input_ids": tokens, "labels": (tokens[0] >= 50).long()}
+    tokens = torch.randint(100, (count, 16), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": (row[0] >= 50).long()} for row in tokens]
 
 
 def optimizer_and_schedule(model: torch.nn.Module, steps: int) -> tuple[Any, Any]:
@@ -34,22 +38,23 @@ def optimizer_and_schedule(model: torch.nn.Module, steps: int) -> tuple[Any, Any
     return optimizer, fastlars.schedules.polynomial(optimizer, **shape)
 
 
-def with_trainer(model: Any, data: Sequences, batch: int, epochs: int) -> float:
+def with_trainer(model: Any, data: Any, batch: int, epochs: int) -> float:
     """Trainer takes a pair of optimizer and schedule; by default it clips gradients to 1."""
-    options = TrainingArguments(
+    options = transformers.TrainingArguments(
         "runs/hugging_face", per_device_train_batch_size=batch, num_train_epochs=epochs,
-        save_strategy="no", report_to=[],
+        save_strategy="no", report_to=[], logging_steps=20,
     )  # fmt: skip
     pair = optimizer_and_schedule(model, epochs * (len(data) // batch))
-    trainer = Trainer(model, options, train_dataset=data, optimizers=pair)
+    trainer = transformers.Trainer(model, options, train_dataset=data, optimizers=pair)
+    trainer.add_callback(TrustRatios(trainer))
     return float(trainer.train().training_loss)
 
 
-def with_accelerate(model: Any, data: Sequences, batch: int, epochs: int) -> float:
+def with_accelerate(model: Any, data: Any, batch: int, epochs: int) -> float:
     """accelerator.prepare wraps the optimizer; step and zero_grad are called as ever."""
     accelerator = Accelerator()
     optimizer, schedule = optimizer_and_schedule(model, epochs * (len(data) // batch))
-    batches = DataLoader(data, batch, shuffle=True)
+    batches: Any = torch.utils.data.DataLoader(data, batch, shuffle=True)
     model, optimizer, batches, schedule = accelerator.prepare(model, optimizer, batches, schedule)
     for _ in range(epochs):
         for inputs in batches:
@@ -61,18 +66,14 @@ def with_accelerate(model: Any, data: Sequences, batch: int, epochs: int) -> flo
     return float(loss.item())
 
 
-def main(arguments: list[str] | None = None) -> float:
+def main(accelerate: bool) -> float:
     """Train; the loss."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--accelerate", action="store_true")
-    parser.add_argument("--epochs", type=int, default=10)
-    options = parser.parse_args(arguments)
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = BertConfig(vocab_size=100, intermediate_size=128, **sizes)
-    model = BertForSequenceClassification(config)
-    train = with_accelerate if options.accelerate else with_trainer
-    return train(model, Sequences(1024), 64, options.epochs)
+    config = transformers.BertConfig(vocab_size=100, intermediate_size=128, **sizes)
+    model = transformers.BertForSequenceClassification(config)
+    train = with_accelerate if accelerate else with_trainer
+    return train(model, sequences(1024), batch=64, epochs=6)
 
 
 if __name__ == "__main__":
-    print(f"loss {main():.4f}")
+    print(f"loss {main('--accelerate' in sys.argv):.4f}")

@@ -17,6 +17,15 @@ from torchvision import datasets, models
 from torchvision.transforms import v2
 
 import fastlars
+from fastlars.logging import layer_statistics, summary
+
+
+class TrustRatios(lightning.Callback):
+    """Smallest, median and largest trust ratio, every ``log_every_n_steps`` steps."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            pl_module.log_dict(summary(layer_statistics(pl_module, trainer.optimizers[0])))
 
 
 class Classifier(lightning.LightningModule):
@@ -45,28 +54,25 @@ class Classifier(lightning.LightningModule):
         schedule = fastlars.schedules.polynomial(optimizer, steps=steps, warmup_steps=steps // 20)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
-    def on_train_batch_end(self, *_arguments: Any) -> None:
-        """The smallest trust ratio of all layers, beside the loss."""
-        optimizer: Any = self.optimizers(use_pl_optimizer=False)
-        self.log("smallest ratio", min(optimizer.trust_ratios().values()))
 
-
-def main(arguments: list[str] | None = None) -> lightning.Trainer:
-    """Train; Lightning's trainer, with what it logged."""
+def main(arguments: list[str] | None = None) -> None:
+    """Train; curves are in runs/lightning_logs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch-size", type=int, default=4096)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--data", help="folder that CIFAR-10 is downloaded to; default: noise")
     options = parser.parse_args(arguments)
     transform = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    images: Any = datasets.FakeData(2 * options.batch_size, (3, 32, 32), 10, transform)
     if options.data:
         images = datasets.CIFAR10(options.data, download=True, transform=transform)
-    else:
-        images = datasets.FakeData(2 * options.batch_size, (3, 32, 32), 10, transform)
     batches = DataLoader(images, options.batch_size, shuffle=True, drop_last=True)
-    trainer = lightning.Trainer(max_epochs=options.epochs, logger=False, enable_checkpointing=False)
+    trainer = lightning.Trainer(
+        max_epochs=options.epochs, enable_checkpointing=False, default_root_dir="runs",
+        log_every_n_steps=2, callbacks=[TrustRatios()],
+    )  # fmt: skip
     trainer.fit(Classifier(options.batch_size), batches)
-    return trainer
+    print(f"loss {trainer.callback_metrics['loss']:.4f}")
 
 
 if __name__ == "__main__":

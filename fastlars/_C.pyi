@@ -14,7 +14,7 @@ class Layout:
     def __init__(self, viewer: Viewer, weights: list[Tensor]) -> None: ...
 
 class TensorList:
-    def set_step(self, seed: int | None, gradient_sums: int) -> None: ...
+    def set_step(self, seed: int | None, gradient_sums: int, random_streams: int) -> None: ...
     def write_table(self, table: int) -> bool: ...
 
 TABLE_COLUMNS: int
@@ -50,14 +50,14 @@ def cpu_apply(
     lr: float,
     gradient_scale: float,
     sums: int,
-    ratios: int,
+    report: int,
 ) -> None: ...
 def cpu_step(
     rule: Any,
     tensors: TensorList,
     lr: float,
     gradient_scale: float,
-    ratios: int,
+    report: int,
 ) -> None: ...
 def instruction_set() -> str: ...
 def build_info() -> dict[str, Any]: ...
@@ -102,7 +102,7 @@ def cuda_apply(
     table: CudaChunkTable,
     scalars: CudaScalars,
     sums: int,
-    ratios: int,
+    report: int,
     stream: int,
     grid: int,
 ) -> None: ...
@@ -111,7 +111,7 @@ def cuda_step(
     tensors: TensorList,
     table: CudaChunkTable,
     scalars: CudaScalars,
-    ratios: int,
+    report: int,
     stream: int,
     grid: int,
     shared_slots: int,

@@ -4,7 +4,8 @@
 optimizers, and :func:`parameter_groups` makes groups in which biases and norms are not adapted.
 There are modules for learning rates (:mod:`fastlars.schedules`), for the variants of LARS, LAMB and
 LANS in other libraries (:mod:`fastlars.conventions`), for loading their checkpoints
-(:mod:`fastlars.migrate`) and for the overlap with DDP (:mod:`fastlars.distributed`).
+(:mod:`fastlars.migrate`), for logs of trust ratios (:mod:`fastlars.logging`) and for the overlap
+with DDP (:mod:`fastlars.distributed`).
 ``python -m fastlars`` says what was built, ``python -m fastlars.trainer`` trains.
 """
 
@@ -39,7 +40,7 @@ _OBJECTS = {
     "step_in_backward": "fastlars.in_backward.single",
 }
 # Imported at first use. distributed cannot be imported with every build of torch.
-_MODULES = ("conventions", "distributed", "migrate", "schedules")
+_MODULES = ("conventions", "distributed", "logging", "migrate", "schedules")
 # `import fastlars` once imported these.
 _INNER = ("_C", "backends", "groups", "in_backward", "optim", "rules")
 
@@ -52,6 +53,7 @@ def __dir__() -> list[str]:
 if _typing.TYPE_CHECKING:
     from fastlars import conventions as conventions
     from fastlars import distributed as distributed
+    from fastlars import logging as logging
     from fastlars import migrate as migrate
     from fastlars import schedules as schedules
     from fastlars.groups import parameter_groups

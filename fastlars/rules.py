@@ -54,8 +54,11 @@ class _Rule:
     """The name of the files that hold its kernels, in every back end."""
     title: ClassVar[str]
     """The name in messages."""
+    norms: ClassVar[tuple[str, ...]]
+    """What a trust ratio takes the norms of, in the order of ``measure``; empty where the rule
+    never adapts."""
     sums: ClassVar[int]
-    """Sums of squares that ``measure`` takes of each tensor; 0 where the rule never adapts."""
+    """How many norms there are: ``measure`` takes the sum of squares of each."""
     measure_writes: ClassVar[bool] = False
     """Whether ``measure`` advances the states, and the counter with them."""
     STATES: ClassVar[frozenset[str]] = frozenset()
@@ -70,6 +73,7 @@ class _Rule:
     """The options that are words, and their words. Compiled kernels know a word by its place."""
 
     def __init_subclass__(cls) -> None:
+        cls.sums = len(cls.norms)
         hints = get_type_hints(cls).items()
         cls.CHOICES = {name: get_args(hint) for name, hint in hints if get_origin(hint) is Literal}
 
@@ -140,7 +144,7 @@ class LarsRule(_Rule):
 
     name: ClassVar[str] = "lars"
     title: ClassVar[str] = "LARS"
-    sums: ClassVar[int] = 2  # of w, and of g or g + wd w
+    norms: ClassVar[tuple[str, ...]] = ("weight", "gradient")  # of w, and of g or g + wd w
     normalize_grad: ClassVar[bool] = False
     STATES: ClassVar[frozenset[str]] = frozenset({"momentum_buffer"})
     COUNTER: ClassVar[str] = "last_lr"
@@ -197,7 +201,7 @@ class LambRule(_Rule):
 
     name: ClassVar[str] = "lamb"
     title: ClassVar[str] = "LAMB"
-    sums: ClassVar[int] = 2  # of w, and of the update u
+    norms: ClassVar[tuple[str, ...]] = ("weight", "update")  # of w and u
     normalize_grad: ClassVar[bool] = False
     measure_writes: ClassVar[bool] = True
     states: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
@@ -246,7 +250,7 @@ class LansRule(_Rule):
 
     name: ClassVar[str] = "lans"
     title: ClassVar[str] = "LANS"
-    sums: ClassVar[int] = 3  # of w, and of the directions r of the momentum and c of the gradient
+    norms: ClassVar[tuple[str, ...]] = ("weight", "momentum", "gradient")  # of w, r and c
     measure_writes: ClassVar[bool] = True
     states: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
     STATES: ClassVar[frozenset[str]] = frozenset(states)
@@ -280,7 +284,7 @@ class RmspropWarmupRule(_Rule):
 
     name: ClassVar[str] = "rmsprop_warmup"
     title: ClassVar[str] = "RMSprop warm-up"
-    sums: ClassVar[int] = 0
+    norms: ClassVar[tuple[str, ...]] = ()
     adapt: ClassVar[bool] = False
     normalize_grad: ClassVar[bool] = False
     states: ClassVar[tuple[str, ...]] = ("momentum_buffer", "square_avg")
@@ -331,7 +335,7 @@ class GradientNorm(_Rule):
 
     name: ClassVar[str] = "gradient_norm"
     title: ClassVar[str] = "gradient norm"
-    sums: ClassVar[int] = 1
+    norms: ClassVar[tuple[str, ...]] = ("gradient",)
     normalize_grad: ClassVar[bool] = False
     states: ClassVar[tuple[str, ...]] = ()
     counter: ClassVar[None] = None

@@ -99,7 +99,7 @@ int blocks(const std::int64_t* numel, int tensors, std::int64_t target, int* end
 // One step of two tensors of `size` elements each: arrays of both, one after the other. Sums are
 // written where the rule adapts and `at_once` is 0, by measure.
 void three(int adapt, int at_once, double lr, int size, float* weight, float* grad, float* states,
-           float* counters, double* sums, float* ratios) {
+           float* counters, double* sums, float* report) {
   const auto both = [](float* base, int stride) {
     return Addresses{reinterpret_cast<std::uintptr_t>(base),
                      reinterpret_cast<std::uintptr_t>(base + stride)};
@@ -111,9 +111,9 @@ void three(int adapt, int at_once, double lr, int size, float* weight, float* gr
   list.counter = both(counters, 1);
   for (int k = 0; k < 3; ++k) list.state.push_back(both(states + 2 * k * size, size));
   const RuleOfThree rule = {adapt != 0};
-  if (at_once != 0) return cpu::step(rule, {lr, 1.0}, list, ratios);
+  if (at_once != 0) return cpu::step(rule, {lr, 1.0}, list, report);
   auto* found = reinterpret_cast<Sums<3>*>(sums);
   if (rule.adapt) cpu::measure(rule, {lr, 1.0}, list, found);
-  cpu::apply(rule, {lr, 1.0}, list, found, ratios);
+  cpu::apply(rule, {lr, 1.0}, list, found, report);
 }
 }

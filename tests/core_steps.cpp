@@ -92,8 +92,8 @@ void step(Job& job) {
   }
   list.state.resize(static_cast<std::size_t>(job.number()));
   for (auto& state : list.state) state = job.addresses();
-  std::vector<float> ratios(list.numel.size());
-  cpu::step(rule, scalars, list, ratios.data());
+  std::vector<float> report(list.numel.size() * (1 + Rule::sums));
+  cpu::step(rule, scalars, list, report.data());
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,11 +10,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastlars
 from device_cases import CLASSES, optimizer, set_gradients
 from fastlars.backends import selfcheck
+from fastlars.logging import layer_statistics
 from tolerances import assert_same_bits
 
 # Many chunks, some of them ragged; the last tensors lie off every boundary that matters.
@@ -78,6 +80,23 @@ class Streams:
                 continue
             with no_waiting():
                 tested.step()
+
+    @each_optimizer
+    def test_statistics_wait_once(self, name: str) -> None:
+        params, tested = _train(self.made(name, max_grad_norm=0.5, skip_if=1e9))
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                found = layer_statistics(nn.ParameterList(params), tested)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        adapts = type(tested).rule.sums > 0  # type: ignore[attr-defined]
+        assert bool(found) == adapts
+        assert (
+            len([each for each in caught if "called a synchronizing" in str(each.message)])
+            == adapts
+        )
 
     def test_the_check_may_wait_where_waits_are_errors(
         self, monkeypatch: pytest.MonkeyPatch

@@ -109,7 +109,7 @@ def _condition(rule: Rule, tensors: Tensors, now: StepScalars) -> list[float]:
 def _from_stored_moments(
     rule: Rule, stored: Tensors, before: Tensors, now: StepScalars
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Ratios and weights in float64, from the moments that a step stored.
+    """Report and weights in float64, from the moments that a step stored.
 
     Where float32 and float64 arithmetic lie on different sides of a rounding boundary, stored
     bfloat16 moments differ by a whole step; a direction from other moments than these is a fault.
@@ -134,14 +134,14 @@ def _compare(
     run: Run,
     before: Tensors,
     expected: Tensors,
-    ratios: torch.Tensor,
-    q: torch.Tensor,
+    report: torch.Tensor,
+    expected_report: torch.Tensor,
     now: StepScalars,
 ) -> None:
     tested, rule = run.tensors, run.row.rule
     condition = _condition(rule, before, now)
-    scale = q.abs() * torch.tensor(condition, dtype=F64)
-    assert_close(f"{run.problem.name}, ratios", "ratio", ratios, q, scale)
+    scale = expected_report.abs() * torch.tensor(condition, dtype=F64).unsqueeze(1)
+    assert_close(f"{run.problem.name}, report", "ratio", report, expected_report, scale)
     for i, (new, old, target) in enumerate(
         zip(tested.weights, before.weights, expected.weights, strict=True)
     ):
@@ -188,17 +188,17 @@ def test_equals_reference_in_float64(
         twin.take_gradients(step)
         before, expected = in_float64(run.tensors), in_float64(run.tensors)
         bound = reference.bind(expected, reference.layout(expected.weights))
-        q = reference.step(row.rule, bound, row.now(step))
-        ratios = run.step(step)
-        assert ratios.dtype == F32
+        right = reference.step(row.rule, bound, row.now(step))
+        report = run.step(step)
+        assert report.dtype == F32
         if row.rule.measure_writes and dtypes.state == BF16:
-            q, expected.weights[:] = _from_stored_moments(
+            right, expected.weights[:] = _from_stored_moments(
                 row.rule, run.tensors, before, row.now(step)
             )
-        _compare(run, before, expected, ratios, q.double(), row.now(step))
+        _compare(run, before, expected, report, right.double(), row.now(step))
 
         if separately:
-            assert_same_bits("ratios of measure and apply", twin.measure_and_apply(step), ratios)
+            assert_same_bits("report of measure and apply", twin.measure_and_apply(step), report)
             for (name, a), (_, b) in zip(twin.written(), run.written(), strict=True):
                 assert_same_bits(f"measure and apply against step: {name}", a, b)
         for grad, entry in zip(run.tensors.grads, run.entries, strict=True):
@@ -252,7 +252,8 @@ def test_lars_by_hand(backend: str) -> None:
         tensors = Tensors([w.clone()], [g], ([torch.zeros(2)],), None, None, PLAIN)
         chosen = instance(backend)
         bound = chosen.bind(tensors, chosen.layout(tensors.weights))
-        assert chosen.step(rule, bound, StepScalars(lr=0.1)).tolist() == pytest.approx([1.0])
+        (row,) = chosen.step(rule, bound, StepScalars(lr=0.1)).tolist()
+        assert row == pytest.approx([1.0, 5.0, 1.0])
         assert tensors.weights[0].tolist() == pytest.approx(weight, rel=1e-6)
         assert tensors.states[0][0].tolist() == pytest.approx(state, rel=1e-6)
 
@@ -267,11 +268,11 @@ def test_lamb_by_hand(backend: str) -> None:
     )
     rule = LambRule(eps=0.0, weight_decay=0.5)
     chosen = instance(backend)
-    ratio = chosen.step(
+    report = chosen.step(
         rule, chosen.bind(tensors, chosen.layout(tensors.weights)), StepScalars(lr=0.1)
     )
     q = 1.0 / math.sqrt(2.05)
-    assert ratio.tolist() == pytest.approx([q], rel=1e-5)
+    assert report[0].tolist() == pytest.approx([q, 1.0, math.sqrt(2.05)], rel=1e-5)
     step = [0.6 - 0.1 * q * 1.3, -0.8 - 0.1 * q * 0.6]
     assert tensors.weights[0].tolist() == pytest.approx(step, rel=1e-5)
     assert tensors.states[0][0].tolist() == pytest.approx([0.001, 0.3], rel=1e-5)

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 import comparison
+import fastlars
+import in_backward
 import report
 import shapes
 import traffic
@@ -270,3 +272,27 @@ def test_csv_of_processors_keeps_its_columns(tmp_path: Path) -> None:
     run.write_text(json.dumps(_as_run(figures)))
     assert report.main([str(run), "--csv", str(out)]) == 0
     assert out.read_text().splitlines()[0] == committed.read_text().splitlines()[0]
+
+
+def test_steps_inside_backward_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory in a process for each way; no time for a way with other bits."""
+    out = tmp_path / "in_backward.csv"
+    in_backward.main(["--models", "small", "--rounds", "5", "--csv", str(out)])
+    with out.open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["way"] for row in table] == list(in_backward.WAYS)
+    assert {row["gradients_mb"] for row in table} == {"4.2"}
+    assert {row["kept_mb"] for row in table} == {"12.6"}  # weights, and LAMB's two moments
+    assert all(float(row["rise_mb"]) > 0.0 for row in table)
+    right = fastlars.step_in_backward
+
+    def other(model: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+        with torch.no_grad():
+            next(model.parameters()).add_(1e-3)
+        return right(model, *arguments, **keywords)
+
+    monkeypatch.setattr(fastlars, "step_in_backward", other, raising=False)
+    with pytest.raises(RuntimeError, match="has other bits"):
+        in_backward.times("small", torch.device("cpu"), 5)

@@ -6,6 +6,7 @@ On a GPU; most of it also where the kernels were compiled for the CPU.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from itertools import groupby
 
@@ -91,13 +92,13 @@ def test_any_path_grid_and_number_of_slots_have_the_same_bits(
 ) -> None:
     expected: tuple[Twin, list[Tensor]] | None = None
     for launch in LAUNCHES:
-        twin, ratios = Twin("cuda", row, dtypes, problem), []
+        twin, reports = Twin("cuda", row, dtypes, problem), []
         twin.backend = _launched(*launch)
         for step in range(2 if problem.steps > 1 else 1):
             twin.take_gradients(step)
-            ratios.append(twin.step(step).cpu())
-        expected = expected or (twin, ratios)
-        assert_same_bits(f"{launch}, ratios", torch.stack(ratios), torch.stack(expected[1]))
+            reports.append(twin.step(step).cpu())
+        expected = expected or (twin, reports)
+        assert_same_bits(f"{launch}, reports", torch.stack(reports), torch.stack(expected[1]))
         assert_same_runs(str(launch), twin, expected[0])
 
 
@@ -129,10 +130,10 @@ def test_equals_reference_in_float64(row: Row, dtypes: Dtypes, problems: list[Pr
             run = twin.at_home()
             before, expected = in_float64(run.tensors), in_float64(run.tensors)
             bound = reference.bind(expected, reference.layout(expected.weights))
-            q = reference.step(row.rule, bound, row.now(step))
-            ratios = twin.step(step).cpu()
-            _compare(twin.at_home(), before, expected, ratios, q.double(), row.now(step))
-            assert_same_bits("ratios on the other path", other.step(step).cpu(), ratios)
+            right = reference.step(row.rule, bound, row.now(step))
+            report = twin.step(step).cpu()
+            _compare(twin.at_home(), before, expected, report, right.double(), row.now(step))
+            assert_same_bits("report on the other path", other.step(step).cpu(), report)
             assert_same_runs("the other path", other, twin)
             for was, grad in zip(run.tensors.grads, twin.tensors.grads, strict=True):
                 assert_same_bits("gradient, which is never written", grad.cpu(), was)
@@ -212,8 +213,9 @@ def test_more_than_2_to_31_elements(path: str) -> None:
     run = Twin("cuda", Row("", rule), Dtypes(BF16, BF16, F32), NAMED["all empty"])
     run.tensors.weights, run.tensors.grads = [weight], [grad]
     bound = backend.bind(run.tensors, backend.layout([weight]))
-    ratio = backend.step(rule, bound, StepScalars(lr=0.5))
-    assert ratio.tolist() == pytest.approx([0.5], rel=1e-6)
+    report = backend.step(rule, bound, StepScalars(lr=0.5))
+    norm = math.sqrt(2**31 + 4 * 4099)
+    assert report[0].tolist() == pytest.approx([0.5, norm, norm / 2], rel=1e-6)
     norms = backend.measure(GradientNorm(), bound, StepScalars(lr=0.0))
     assert norms.item() == (2**31 + 4 * 4099) / 4
     # w - 0.5 q g, whose ratio may be off by a rounding that bfloat16 does not see.

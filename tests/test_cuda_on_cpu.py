@@ -41,11 +41,14 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         ("test_cuda_numbers.py", 110, 110),
         ("test_core.py", 4, 4),
         ("test_trust.py", 26, 26),
+        ("test_reports.py", 8, 8),
+        ("test_random_streams.py", 10, 10),
         ("test_selfcheck.py", 100, 100),
         ("test_gpu_stages.py", 6, 6),
         ("test_rmsprop_warmup.py", 7, 7),
         ("test_lans.py", 36, 36),
         ("test_grad_norm.py", 72, 72),
+        ("test_step_in_backward.py", 12, 12),
     ],
 )
 def test_emulated(path: str, quick: int, whole: int, folder: Path, marks: str) -> None:

@@ -199,9 +199,9 @@ def test_launches(
     dtypes = Dtypes(*[torch.float32] * 3)
     tensors = Tensors(weights, [w.clone() for w in weights], states, counters, None, dtypes)
     layout = backend.layout(weights)
-    ratios = backend.step(rule, backend.bind(tensors, layout), StepScalars(0.1, seed=seed))
+    report = backend.step(rule, backend.bind(tensors, layout), StepScalars(0.1, seed=seed))
     assert made == calls
-    assert (ratios.shape, ratios.dtype) == ((2,), torch.float32)
+    assert (report.shape, report.dtype) == ((2, 1 + rule.sums), torch.float32)
     sums = backend.measure(GradientNorm(), backend.bind(tensors, layout), StepScalars(0.1))
     assert (sums.shape, sums.dtype) == ((2, 1), torch.float64)
     assert len(layout.table.places) == 1

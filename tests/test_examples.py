@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -25,7 +27,7 @@ TOY = {
     "masked_lm": (f"{_MASKED} --base-lr 0.5", 4.5),  # ln 256 = 5.55
     "fsdp2": ("--steps 6 --width 64 --layers 2", 2.4),  # ln 10 = 2.30
     "lightning_module": ("--batch-size 8 --epochs 2", 1e3),
-    "hugging_face": ("--epochs 6", 0.68),  # ln 2 = 0.69
+    "hugging_face": ("", 0.68),  # ln 2 = 0.69
 }
 
 
@@ -108,3 +110,70 @@ def test_masked_tokens_are_those_that_are_guessed() -> None:
     assert (seen[hidden] == module.MASK).all()
     assert (labels[hidden] == tokens[hidden]).all()
     assert (seen[~hidden] == tokens[~hidden]).all()
+
+
+def test_lightning_logs_ratios_with_its_own_logger(tmp_path: Path) -> None:
+    """At the steps that Lightning logs, although batches are accumulated."""
+    import lightning
+    import torch
+    from lightning.pytorch.loggers import CSVLogger
+
+    import fastlars
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Linear(4, 2)
+
+        def training_step(self, batch: torch.Tensor, _index: int) -> torch.Tensor:
+            return self.net(batch).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return fastlars.LARS(self.parameters(), lr=0.1)
+
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_steps=6, log_every_n_steps=2, accumulate_grad_batches=2,
+        logger=CSVLogger(tmp_path), callbacks=[_module("lightning_module").TrustRatios()],
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Module(), torch.utils.data.DataLoader(list(torch.randn(24, 4)), 2))
+    (path,) = tmp_path.rglob("metrics.csv")
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [1, 3, 5]  # counted from 0
+    for row in rows:
+        low, middle, high = (float(row[f"trust_ratio_{each}"]) for each in ("min", "median", "max"))
+        assert 0.0 < low <= middle <= high
+
+
+def test_hugging_face_logs_ratios_beside_the_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And reads them at no other step."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import transformers
+
+    module = _module("hugging_face")
+    reads: list[Any] = []
+    plain = module.layer_statistics
+    monkeypatch.setattr(
+        module, "layer_statistics", lambda *given: reads.append(given) or plain(*given)
+    )
+    config = transformers.BertConfig(
+        vocab_size=100, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+        intermediate_size=8,
+    )  # fmt: skip
+    model = transformers.BertForSequenceClassification(config)
+    options = transformers.TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=6,
+        logging_steps=3, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    pair = module.optimizer_and_schedule(model, 6)
+    trainer = transformers.Trainer(
+        model, options, train_dataset=module.sequences(64), optimizers=pair
+    )
+    trainer.add_callback(module.TrustRatios(trainer))
+    trainer.train()
+    assert len(reads) == 2
+    for key in ("loss", "trust_ratio_median"):
+        assert [row["step"] for row in trainer.state.log_history if key in row] == [3, 6], key

@@ -24,14 +24,17 @@ def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_modules_that_are_imported_on_demand_are_listed() -> None:
+@pytest.mark.parametrize("module", ["fastlars", "fastlars.logging"])
+def test_modules_that_are_imported_on_demand_are_listed(module: str) -> None:
     # torch's compiler takes as long to import as all of torch.
-    late = {"fastlars.migrate", "torch._dynamo", "torchvision", "triton"}
-    code = f"import sys, fastlars; print({late} & {{*sys.modules}} or None, *dir(fastlars))"
+    late = {"fastlars.migrate", "matplotlib", "torch._dynamo", "torchvision", "triton"}
+    late |= {"lightning", "tensorboard", "transformers"}
+    late = f"{late} & {{*sys.modules}} or None"
+    code = f"import sys, fastlars, {module}; print({late}, *dir(fastlars))"
     done = run(code, ROOT)
     imported, *names = done.stdout.split()
     assert imported == "None", done.stdout + done.stderr
-    assert {"LARS", "conventions", "distributed", "migrate"} <= set(names)
+    assert {"LARS", "conventions", "distributed", "logging", "migrate"} <= set(names)
     assert "TYPE_CHECKING" not in names
 
 

@@ -125,7 +125,12 @@ def _last_state(rule: Any, tensors: Any, result: Tensor) -> None:
 
 @_after
 def _ratio(rule: Any, tensors: Any, result: Tensor) -> None:
-    result[3].mul_(1.001)
+    result[3, 0].mul_(1.001)
+
+
+@_after
+def _norm(rule: Any, tensors: Any, result: Tensor) -> None:
+    result[3, -1].mul_(1.001)
 
 
 @_after
@@ -145,7 +150,7 @@ def _swapped(method: Method) -> Method:
 
 
 def _sleeps(method: Method) -> Method:
-    return lambda rule, bound, *rest: torch.ones(len(bound.tensors.weights))
+    return lambda rule, bound, *_: torch.ones(len(bound.tensors.weights), 1 + rule.sums)
 
 
 PLANTED = {
@@ -153,6 +158,7 @@ PLANTED = {
     "one weight, second step": ("apply", _one_weight, r"weight 0 \[16400\] is"),
     "a state": ("apply", _last_state, r"2 \[256\] is|ratio of step 2 \[2\] is 0\.\d+ instead"),
     "a ratio": ("step", _ratio, r"trust ratio of step 1 \[3\] is"),
+    "a norm": ("step", _norm, r"(gradient|update) norm of step 1 \[3\] is"),
     "NaN": ("apply", _not_a_number, r"weight 1 \[7\] is nan|ratio of step 2 \[1\] is 1 instead"),
     "sums of other tensors": ("measure", _swapped, r"square norm \[0\] is"),
     "an error": ("apply", _raises, "RuntimeError: an illegal memory access was encountered$"),

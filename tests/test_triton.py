@@ -35,10 +35,13 @@ BLOCK = memory.BLOCK.value
         ("test_backends.py", 200, 290),
         ("test_core.py", 4, 4),
         ("test_trust.py", 10, 10),
+        ("test_reports.py", 8, 8),
+        ("test_random_streams.py", 9, 9),
         ("test_selfcheck.py", 25, 25),
         pytest.param("test_triton_bits.py", 45, 45, marks=pytest.mark.slow),
         pytest.param("test_rmsprop_warmup.py", 6, 6, marks=pytest.mark.slow),
         pytest.param("test_grad_norm.py", 72, 72, marks=pytest.mark.slow),
+        ("test_step_in_backward.py", 12, 12),
         pytest.param("test_lans.py", 36, 36, marks=pytest.mark.slow),
     ],
 )

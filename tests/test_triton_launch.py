@@ -187,17 +187,24 @@ def test_a_kernel_that_does_not_compile_leaves_everything_as_it_was(
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if len(LAUNCHES[name]) > 2])
-def test_sums_of_a_caller_may_begin_anywhere(name: str, notes: NoLaunches) -> None:
+def test_sums_and_numbers_of_a_caller_may_begin_anywhere(name: str, notes: NoLaunches) -> None:
     run, rule = _run(name)
     bound = run.bind()
     # On a boundary, though the next call's need not be: the same kernel must serve both.
     sums = torch.rand(len(run.tensors.weights), rule.sums, dtype=torch.float64)
     of_gradients = sums[:, :1].clone()
-    run.backend.apply(rule, bound, StepScalars(0.1, gradient_sums=of_gradients), sums)
-    (source,) = (each for each in notes.sources if each.name == "prepare")
-    aligned = {source.fn.arg_names[i] for (i, *_), attributes in source.attrs.items() if attributes}
-    assert {"table", "ratios"} <= aligned
-    assert not {"sums", "gradient_sums"} & aligned
+    streams = torch.arange(len(sums), dtype=torch.int32)
+    given = StepScalars(0.1, seed=3, gradient_sums=of_gradients, streams=streams)
+    run.backend.apply(rule, bound, given, sums)
+    aligned = {
+        source.fn.arg_names[i]
+        for source in notes.sources
+        if source.name in ("prepare", "apply")
+        for (i, *_), attributes in source.attrs.items()
+        if attributes
+    }
+    assert {"table", "report", "coefficient_table"} <= aligned
+    assert not {"sums", "gradient_sums", "streams"} & aligned
 
 
 @pytest.mark.parametrize("value", VALUES)

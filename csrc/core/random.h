@@ -1,6 +1,7 @@
 // Counter-based random bits for stochastic rounding: Philox4x32-10 (Salmon et al., "Parallel random
-// numbers: as easy as 1, 2, 3", SC 2011). The bits of an element depend only on the seed, its
-// tensor and its index, so that they are the same for any number of threads and on any device.
+// numbers: as easy as 1, 2, 3", SC 2011). The bits of an element depend only on the seed, the
+// number of its tensor and its index, so that they are the same for any number of threads and on
+// any device.
 #pragma once
 
 #include <cstdint>
@@ -16,11 +17,11 @@ struct RandomBlock {
 // Eight elements share one block, 16 bits each.
 constexpr int kElementsPerRandomBlock = 8;
 
-FASTLARS_HD RandomBlock random_block(std::uint64_t seed, std::uint32_t tensor,
+FASTLARS_HD RandomBlock random_block(std::uint64_t seed, std::uint32_t stream,
                                      std::uint64_t block) {
   std::uint32_t c0 = static_cast<std::uint32_t>(block);
   std::uint32_t c1 = static_cast<std::uint32_t>(block >> 32);
-  std::uint32_t c2 = tensor;
+  std::uint32_t c2 = stream;
   std::uint32_t c3 = 0;
   std::uint32_t k0 = static_cast<std::uint32_t>(seed);
   std::uint32_t k1 = static_cast<std::uint32_t>(seed >> 32);

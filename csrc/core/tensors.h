@@ -29,6 +29,8 @@ struct TensorList {
   // By tensor, the sum of squares of the scaled gradient, for a rule that divides by its norm. Null
   // where the back end takes these sums itself, or the rule does not divide.
   const double* gradient_sums = nullptr;
+  // By tensor, its number in the draw of random bits. Null: its index in the list.
+  const std::int32_t* random_streams = nullptr;
 
   int count() const { return static_cast<int>(numel.size()); }
   bool has_state() const { return !state.empty(); }

@@ -13,15 +13,16 @@ template <class Rule>
 void measure(const Rule& rule, const StepScalars& scalars, TensorList& list,
              Sums<Rule::sums>* sums);
 
-// Writes the weights with the trust ratios that `sums` give, and those ratios. `sums` is not read
-// where the rule does not adapt: all states and counters then advance here.
+// Writes the weights with the trust ratios that `sums` give, and a row of `report` for each tensor:
+// write_report in rules/common.h. `sums` is not read where the rule does not adapt: all states and
+// counters then advance here.
 template <class Rule>
 void apply(const Rule& rule, const StepScalars& scalars, TensorList& list,
-           const Sums<Rule::sums>* sums, float* ratios);
+           const Sums<Rule::sums>* sums, float* report);
 
 // measure, then apply, a block of layers at a time.
 template <class Rule>
-void step(const Rule& rule, const StepScalars& scalars, TensorList& list, float* ratios);
+void step(const Rule& rule, const StepScalars& scalars, TensorList& list, float* report);
 
 // The instruction set that the loops run with: "avx2" or "baseline"; "neon" on ARM.
 const char* instruction_set();

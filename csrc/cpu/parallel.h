@@ -133,7 +133,7 @@ void measure(const Rule& rule, const StepScalars& scalars, TensorList& list,
 
 template <class Rule>
 void apply(const Rule& rule, const StepScalars& scalars, TensorList& list,
-           const Sums<Rule::sums>* sums, float* ratios) {
+           const Sums<Rule::sums>* sums, float* report) {
   const Chunks chunks = cut(list.numel, kChunk);
   const int count = static_cast<int>(chunks.chunk.size());
   const bool measured = rule.adapt;
@@ -141,9 +141,10 @@ void apply(const Rule& rule, const StepScalars& scalars, TensorList& list,
   auto all = all_coefficients(rule, scalars, list, advances);
   std::vector<Sums<1>> norms(Rule::normalizes ? count : 0);
   for (int tensor = 0; tensor < list.count(); ++tensor) {
-    const auto ratio = measured ? trust_ratio(rule, scalars, sums[tensor]) : ratio_of_one<Rule>();
+    const auto* found = measured ? sums + tensor : nullptr;
+    const auto ratio = ratio_of(rule, scalars, found);
     apply_trust_ratio(rule, scalars, ratio, all[tensor]);
-    ratios[tensor] = static_cast<float>(reported(ratio));
+    write_report<Rule>(ratio, found, report, tensor);
   }
 #pragma omp parallel if (worth_threads(list))
   {
@@ -158,8 +159,8 @@ void apply(const Rule& rule, const StepScalars& scalars, TensorList& list,
 }
 
 template <class Rule>
-void step(const Rule& rule, const StepScalars& scalars, TensorList& list, float* ratios) {
-  if (!rule.adapt) return apply(rule, scalars, list, nullptr, ratios);
+void step(const Rule& rule, const StepScalars& scalars, TensorList& list, float* report) {
+  if (!rule.adapt) return apply(rule, scalars, list, nullptr, report);
   if constexpr (Rule::sums > 0) {
     const Chunks chunks = cut(list.numel, kChunk);
     auto all = all_coefficients(rule, scalars, list, true);
@@ -195,8 +196,8 @@ void step(const Rule& rule, const StepScalars& scalars, TensorList& list, float*
       }
     }
     for (int tensor = 0; tensor < list.count(); ++tensor) {
-      const auto ratio = trust_ratio(rule, scalars, total(partial, chunks, tensor));
-      ratios[tensor] = static_cast<float>(reported(ratio));
+      const auto sums = total(partial, chunks, tensor);
+      write_report<Rule>(trust_ratio(rule, scalars, sums), &sums, report, tensor);
     }
     advance_counters(rule, scalars, list);
   }

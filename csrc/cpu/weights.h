@@ -38,11 +38,12 @@ struct Stochastic {
 
 using RandomBits = std::array<std::uint16_t, kChunk>;
 
-inline void fill_random(std::uint64_t seed, const Chunk& chunk, RandomBits& random) {
+inline void fill_random(const TensorList& list, const Chunk& chunk, RandomBits& random) {
   static_assert(kChunk % kElementsPerRandomBlock == 0, "chunks begin at a random block");
+  const int stream = list.random_streams ? list.random_streams[chunk.tensor] : chunk.tensor;
   const std::uint64_t first = chunk.begin / kElementsPerRandomBlock;
   for (int i = 0; i < chunk.size; i += kElementsPerRandomBlock) {
-    const RandomBlock block = random_block(seed, chunk.tensor, first + i / kElementsPerRandomBlock);
+    const RandomBlock block = random_block(list.seed, stream, first + i / kElementsPerRandomBlock);
     for (int j = 0; j < kElementsPerRandomBlock; ++j) {
       random[i + j] = static_cast<std::uint16_t>(random_bits(block, j));
     }
@@ -60,7 +61,7 @@ void with_weights(const TensorList& list, const Chunk& chunk, F&& f) {
     }
   } else if (list.stochastic_rounding && list.weight_dtype == Dtype::bfloat16) {
     RandomBits random;
-    fill_random(list.seed, chunk, random);
+    fill_random(list, chunk, random);
     f(Stochastic{at<bfloat16>(list.weight, chunk), random.data()});
   } else {
     visit(list.weight_dtype,

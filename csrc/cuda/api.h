@@ -45,14 +45,15 @@ template <class Rule>
 void measure(const Rule& rule, const StepScalars& scalars, const LaunchTarget& target,
              Sums<Rule::sums>* sums);
 
-// Writes weights and trust ratios. `sums` is not read where the rule does not adapt.
+// Writes weights, and a row of `report` for each tensor: write_report in rules/common.h. `sums` is
+// not read where the rule does not adapt.
 template <class Rule>
 void apply(const Rule& rule, const StepScalars& scalars, const LaunchTarget& target,
-           const Sums<Rule::sums>* sums, float* ratios);
+           const Sums<Rule::sums>* sums, float* report);
 
 // One launch, with the bits of measure and apply. For rules that adapt; rounds to nearest.
 template <class Rule>
-void step(const Rule& rule, const StepScalars& scalars, const LaunchTarget& target, float* ratios);
+void step(const Rule& rule, const StepScalars& scalars, const LaunchTarget& target, float* report);
 
 // Why kernels cannot run on the current device; empty where they can.
 std::string why_not();

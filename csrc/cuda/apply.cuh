@@ -19,9 +19,8 @@ __global__ void __launch_bounds__(kThreads, (kApplyBlocks<Types, source>))
   constexpr bool advances = !Rule::measure_writes || source == OperandSource::fused;
   __shared__ BlockState<Rule> state;
   const Types types(args);
-  const auto trust = [&](int number) {
-    if (args.sums == nullptr) return ratio_of_one<Rule>();
-    return trust_ratio(args.rule, args.scalars.step_scalars(), args.sums[number]);
+  const auto sums_of = [&](int number) {
+    return args.sums == nullptr ? nullptr : args.sums + number;
   };
   if (thread() == 0) start(state);
   const CurrentTensor<Rule>& tensor = state.tensor;
@@ -29,10 +28,11 @@ __global__ void __launch_bounds__(kThreads, (kApplyBlocks<Types, source>))
     if (thread() == 0) {
       next_tensor<true>(args, advances, state);
       if (tensor.end != 0) {
-        const auto ratio = trust(tensor.number);
+        const auto* sums = sums_of(tensor.number);
+        const auto ratio = ratio_of(args.rule, args.scalars.step_scalars(), sums);
         apply_trust_ratio(args.rule, args.scalars.step_scalars(), ratio, state.tensor.c);
         if (tensor.first == tensor.entry.first_chunk) {
-          args.ratios[tensor.number] = static_cast<float>(reported(ratio));
+          write_report<Rule>(ratio, sums, args.report, tensor.number);
         }
       }
     }
@@ -49,7 +49,9 @@ __global__ void __launch_bounds__(kThreads, (kApplyBlocks<Types, source>))
   }
   if (is_last_block(*args.tables.control, state.last)) {
     finish_launch(args, advances, [&](int empty) {
-      args.ratios[empty] = static_cast<float>(reported(trust(empty)));
+      const auto* sums = sums_of(empty);
+      write_report<Rule>(ratio_of(args.rule, args.scalars.step_scalars(), sums), sums, args.report,
+                         empty);
     });
   }
 }
@@ -58,11 +60,11 @@ __global__ void __launch_bounds__(kThreads, (kApplyBlocks<Types, source>))
 
 template <OperandSource source, class Rule>
 void launch_apply(const Rule& rule, const StepScalars& scalars, const LaunchTarget& target,
-                  const Sums<Rule::sums>* sums, float* ratios) {
+                  const Sums<Rule::sums>* sums, float* report) {
   using Any = RuntimeDtypes<Rule>;
   for_each_launch(rule, scalars, target, [&](KernelArgs<Rule>& args) {
     args.sums = rule.adapt ? const_cast<Sums<Rule::sums>*>(sums) : nullptr;  // only read
-    args.ratios = ratios;
+    args.report = report;
     const auto kernel = rounds_stochastically(target.list) ? kernels::apply<Rule, Any, source, true>
                         : is_float32(target.list)
                             ? kernels::apply<Rule, Float32Only<Rule>, source, false>
@@ -73,15 +75,15 @@ void launch_apply(const Rule& rule, const StepScalars& scalars, const LaunchTarg
 
 template <class Rule>
 void apply(const Rule& rule, const StepScalars& scalars, const LaunchTarget& target,
-           const Sums<Rule::sums>* sums, float* ratios) {
+           const Sums<Rule::sums>* sums, float* report) {
   if constexpr (Rule::sums > 0) {
     if (rule.adapt || !Rule::measure_writes) {
-      launch_apply<OperandSource::global>(rule, scalars, target, sums, ratios);
+      launch_apply<OperandSource::global>(rule, scalars, target, sums, report);
       return;
     }
   }
   if constexpr (Rule::sums == 0 || Rule::measure_writes) {
-    launch_apply<OperandSource::fused>(rule, scalars, target, sums, ratios);
+    launch_apply<OperandSource::fused>(rule, scalars, target, sums, report);
   }
 }
 

@@ -34,6 +34,7 @@ struct CurrentTensor {
   TensorEntry entry;
   std::uintptr_t grad;
   int number;
+  int random_stream;
   int first, end;            // chunks; both 0 when the block is done
   int full_size, last_size;  // of its chunks, and of its last chunk; 0 where the step is skipped
 };
@@ -146,6 +147,8 @@ __device__ __forceinline__ void next_tensor(const KernelArgs<Rule>& args, bool a
   tensor.entry = tables.tensors[chunk.tensor];
   tensor.grad = args.grad[chunk.tensor - args.first_tensor];
   tensor.number = chunk.tensor;
+  tensor.random_stream =
+      args.random_streams == nullptr ? chunk.tensor : args.random_streams[chunk.tensor];
   tensor.first = state.begin;
   tensor.end = state.end;
   if (Backwards) {
@@ -181,7 +184,7 @@ __device__ __forceinline__ Chunk locate_chunk(const Types& types, const CurrentT
   }
   chunk.grad = advanced(tensor.grad, types.grad(), begin);
   chunk.begin = begin;
-  chunk.tensor = tensor.number;
+  chunk.random_stream = tensor.random_stream;
   chunk.size = index == entry.chunks - 1 ? tensor.last_size : tensor.full_size;
   return chunk;
 }

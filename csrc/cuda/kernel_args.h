@@ -17,8 +17,9 @@ struct KernelArgs {
   DeviceScalars scalars;
   Tables tables;
   Sums<Rule::sums>* sums;       // by tensor of the list: measure writes them, apply reads them
-  float* ratios;                // by tensor of the list
+  float* report;                // by tensor of the list: a row of write_report
   const double* gradient_sums;  // by tensor of the list; null where gradients are not normalized
+  const std::int32_t* random_streams;  // by tensor of the list; null: its index there
   std::uint64_t seed;
   int first_tensor, tensors;  // of this launch
   int first_chunk, chunks;    // of this launch

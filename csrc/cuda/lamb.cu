@@ -161,14 +161,14 @@ void measure(const LambRule& rule, const StepScalars& scalars, const LaunchTarge
 
 template <>
 void apply(const LambRule& rule, const StepScalars& scalars, const LaunchTarget& target,
-           const Sums<2>* sums, float* ratios) {
-  with_kernels(rule, [&](const auto& its) { apply(its, scalars, target, sums, ratios); });
+           const Sums<2>* sums, float* report) {
+  with_kernels(rule, [&](const auto& its) { apply(its, scalars, target, sums, report); });
 }
 
 template <>
 void step(const LambRule& rule, const StepScalars& scalars, const LaunchTarget& target,
-          float* ratios) {
-  with_kernels(rule, [&](const auto& its) { step(its, scalars, target, ratios); });
+          float* report) {
+  with_kernels(rule, [&](const auto& its) { step(its, scalars, target, report); });
 }
 
 }  // namespace fastlars::cuda

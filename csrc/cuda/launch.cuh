@@ -44,8 +44,9 @@ void for_each_launch(const Rule& rule, const StepScalars& scalars, const LaunchT
   args.scalars = target.device.with(scalars);
   args.tables = target.table.tables();
   args.sums = nullptr;
-  args.ratios = nullptr;
+  args.report = nullptr;
   args.gradient_sums = list.gradient_sums;
+  args.random_streams = list.random_streams;
   args.seed = list.seed;
   args.runs = args.chunks_per_run = args.longer_runs = args.shared_slots = 0;
   args.weight_dtype = list.weight_dtype;

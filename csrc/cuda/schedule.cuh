@@ -43,13 +43,14 @@ struct StepState {
   float gradient_scale[Rule::normalizes ? kTensorsPerLaunch : 1];  // by tensor of the launch
 };
 
-// Publishes a tensor's ratio and advances its counter. Blocks that begin late may still read that
-// counter, but for no chunk of this tensor, because none is left.
+// Reports a tensor's ratio and norms, and advances its counter. Blocks that begin late may still
+// read that counter, but for no chunk of this tensor, because none is left.
 template <class Rule>
 __device__ __forceinline__ void finish_tensor(const KernelArgs<Rule>& args,
                                               const StepScalars& scalars, bool step_taken,
-                                              int number, const RatioOf<Rule>& ratio) {
-  args.ratios[number] = static_cast<float>(reported(ratio));
+                                              int number, const RatioOf<Rule>& ratio,
+                                              const Sums<Rule::sums>& sums) {
+  write_report<Rule>(ratio, &sums, args.report, number);
   const TensorEntry& tensor = args.tables.tensors[number];
   if (tensor.counter == 0 || !step_taken) return;
   auto* const counter = reinterpret_cast<std::uint32_t*>(tensor.counter);
@@ -75,8 +76,9 @@ __device__ __forceinline__ void start(StepState<Rule>& state, const KernelArgs<R
     // No block would report a tensor without chunks.
     if (tensor.chunks == 0 && block() == 0) {
       const StepScalars scalars = args.scalars.step_scalars();
+      const Sums<Rule::sums> none = {};
       finish_tensor(args, scalars, args.scalars.step_taken(), number,
-                    trust_ratio(args.rule, scalars, Sums<Rule::sums>{}));
+                    trust_ratio(args.rule, scalars, none), none);
     }
   }
   if (thread() == 0) {
@@ -273,7 +275,6 @@ class Scheduler {
     } else if (lane() == addresses + 1) {
       const auto left = min(tensor.size - begin, std::int64_t{kChunkElements});
       turn.chunk.size = step_taken_ ? static_cast<int>(left) : 0;
-      turn.chunk.tensor = args_.first_tensor + claimed.tensor;
       turn.chunk.begin = begin;
     }
     constexpr int words = sizeof state_.c / sizeof(std::uint32_t);
@@ -332,7 +333,7 @@ class Scheduler {
       for (int i = 0; i < kRatioWords; ++i) {
         store_relaxed(&flags_of(number)[i], tagged_with_epoch(words[i]));
       }
-      finish_tensor(args_, scalars_, step_taken_, number, ratio);
+      finish_tensor(args_, scalars_, step_taken_, number, ratio, sums);
     }
     return true;
   }

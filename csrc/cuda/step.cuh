@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads + kLanes, (kStepBlocks<Types>))
 }  // namespace kernels
 
 template <class Rule>
-void step(const Rule& rule, const StepScalars& scalars, const LaunchTarget& target, float* ratios) {
+void step(const Rule& rule, const StepScalars& scalars, const LaunchTarget& target, float* report) {
   constexpr int kMostSlots = 4;
   constexpr int kSlotBytes = ChunkOps<Rule>::kCached * kChunkElements * sizeof(float);
   using Constant = Float32Only<Rule>;
@@ -65,7 +65,7 @@ void step(const Rule& rule, const StepScalars& scalars, const LaunchTarget& targ
   const auto kernel = constant ? kernels::step<Rule, Constant> : kernels::step<Rule, Any>;
   const int blocks = constant ? kernels::kStepBlocks<Constant> : kernels::kStepBlocks<Any>;
   for_each_launch(rule, scalars, target, [&](KernelArgs<Rule>& args) {
-    args.ratios = ratios;
+    args.report = report;
     args.shared_slots = target.shared_slots > 0 ? target.shared_slots
                                                 : slots_that_fit(blocks, kSlotBytes, kMostSlots);
     launch("step", kernel, args, target, args.shared_slots * kSlotBytes, kThreads + kLanes);

@@ -178,7 +178,7 @@ struct Chunk {
   // Addresses of its first element; 0 where there is none.
   std::uintptr_t weight, copy, state[Rules::most_states], grad;
   std::int64_t begin;
-  int tensor, size;
+  int random_stream, size;
 };
 
 __device__ __forceinline__ std::uintptr_t advanced(std::uintptr_t base, Dtype type,
@@ -210,7 +210,8 @@ __device__ __forceinline__ void store_weight(const float (&values)[kVector], con
                                              std::uint64_t seed) {
   if constexpr (StochasticRounding) {
     const std::uint64_t element = chunk.begin + slice.index(n);
-    const RandomBlock random = random_block(seed, chunk.tensor, element / kElementsPerRandomBlock);
+    const RandomBlock random =
+        random_block(seed, chunk.random_stream, element / kElementsPerRandomBlock);
     // Eight elements share a block of random bits: these four are the first or the last of them.
     const bool upper = element % kElementsPerRandomBlock != 0;
     const std::uint32_t words[2] = {upper ? random.word[2] : random.word[0],

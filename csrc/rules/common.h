@@ -87,9 +87,11 @@ template <class Rule>
 using RatioOf = decltype(trust_ratio(std::declval<const Rule&>(), std::declval<StepScalars>(),
                                      std::declval<const Sums<Rule::sums>&>()));
 
-// The ratio of a rule that does not adapt.
+// A tensor's ratio; `sums` is null where the rule does not adapt: the ratio is 1 then.
 template <class Rule>
-FASTLARS_HD RatioOf<Rule> ratio_of_one() {
+FASTLARS_HD RatioOf<Rule> ratio_of(const Rule& rule, const StepScalars& scalars,
+                                   const Sums<Rule::sums>* sums) {
+  if (sums != nullptr) return trust_ratio(rule, scalars, *sums);
   if constexpr (std::is_same_v<RatioOf<Rule>, double>) {
     return 1.0;
   } else {
@@ -99,6 +101,20 @@ FASTLARS_HD RatioOf<Rule> ratio_of_one() {
 
 // The ratio that a step returns of a tensor.
 FASTLARS_HD double reported(double ratio) { return ratio; }
+
+// Writes what a step returns of a tensor, a row of `report`: its ratio, then the norms that the
+// sums are squares of; NaN where `sums` is null, because nothing was measured.
+template <class Rule>
+FASTLARS_HD void write_report(const RatioOf<Rule>& ratio, const Sums<Rule::sums>* sums,
+                              float* report, int tensor) {
+  float* row = report + std::int64_t{tensor} * (1 + Rule::sums);
+  row[0] = static_cast<float>(reported(ratio));
+  if constexpr (Rule::sums > 0) {
+    for (int i = 0; i < Rule::sums; ++i) {
+      row[1 + i] = sums != nullptr ? static_cast<float>(std::sqrt(sums->of[i])) : NAN;
+    }
+  }
+}
 
 // Puts a tensor's trust ratio into its coefficients, which are made for a ratio of 1.
 template <class Rule, class Ratio, class Coefficients>

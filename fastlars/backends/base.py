@@ -90,6 +90,9 @@ class StepScalars:
             back ends with ``reads_device`` can read them, which they do without a wait of the host.
         gradient_sums: float64 [tensors, 1], the sum of squares of each scaled gradient, for a rule
             that divides gradients by their norms; None: the back end takes these sums itself.
+        streams: int32 [tensors], the number by which each tensor draws random bits from the seed;
+            None: its index in the list. With numbers of their own, tensors get the same bits in
+            several calls as in one, whatever the order. The caller keeps what a graph reads.
     """
 
     lr: float
@@ -97,6 +100,7 @@ class StepScalars:
     seed: int | None = None
     device: OnDevice | None = None
     gradient_sums: Tensor | None = None
+    streams: Tensor | None = None
 
     def with_gradient_sums(self, sums: Tensor) -> StepScalars:
         """The same scalars with these ``gradient_sums``."""
@@ -162,7 +166,9 @@ def checked_sums(
     rule: Rule, sums: Tensor | None, tensors: int, device: torch.device
 ) -> Tensor | None:
     """The sums for ``apply``, checked and contiguous; None if the rule does not adapt."""
-    return _checked("apply", sums, (tensors, rule.sums), device) if rule.adapt else None
+    if not rule.adapt:
+        return None
+    return _checked("apply", "sums", sums, (tensors, rule.sums), torch.float64, device)
 
 
 def checked_gradient_sums(
@@ -172,17 +178,33 @@ def checked_gradient_sums(
     back end takes them itself."""
     if not rule.normalize_grad or scalars.gradient_sums is None:
         return None
-    return _checked(f"a step of {rule.title}", scalars.gradient_sums, (tensors, 1), device)
+    what, given = f"a step of {rule.title}", scalars.gradient_sums
+    return _checked(what, "sums", given, (tensors, 1), torch.float64, device)
+
+
+def checked_streams(scalars: StepScalars, tensors: int, device: torch.device) -> Tensor | None:
+    """The scalars' ``streams``, checked and contiguous; None if tensors draw random bits by their
+    indices, or draw none."""
+    if scalars.seed is None or scalars.streams is None:
+        return None
+    what, given = "stochastic rounding", scalars.streams
+    return _checked(what, "streams", given, (tensors,), torch.int32, device)
 
 
 def _checked(
-    what: str, sums: Tensor | None, shape: tuple[int, int], device: torch.device
+    what: str,
+    kind: str,
+    given: Tensor | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
-    if sums is None or sums.shape != shape or sums.dtype != torch.float64:
-        raise ValueError(f"{what} needs float64 sums of shape {[*shape]}")
-    if sums.device != device:
-        raise ValueError(f"{what} needs sums on {device}, got some on {sums.device}")
-    return sums.contiguous()
+    if given is None or given.shape != shape or given.dtype != dtype:
+        expected = str(dtype).removeprefix("torch.")
+        raise ValueError(f"{what} needs {expected} {kind} of shape {[*shape]}")
+    if given.device != device:
+        raise ValueError(f"{what} needs {kind} on {device}, got some on {given.device}")
+    return given.contiguous()
 
 
 def with_gradient_sums(
@@ -228,7 +250,11 @@ class Backend(Protocol):
         ...
 
     def apply(self, rule: Rule, bound: Any, scalars: StepScalars, sums: Tensor | None) -> Tensor:
-        """Write the weights; return the trust ratios, float32 [tensors].
+        """Write the weights; return a report of the step, float32 [tensors, 1 + rule.sums].
+
+        A row of it has the tensor's trust ratio, and then the norms that the ratio is made of, in
+        the order of ``rule.norms``: NaN if the rule does not adapt, for then nothing is measured.
+        Where the device skips the step, the report means nothing.
 
         ``sums`` is None if the rule does not adapt; all states are then advanced here.
         """

@@ -16,6 +16,7 @@ from fastlars.backends.base import (
     StepScalars,
     Tensors,
     checked_gradient_sums,
+    checked_streams,
     checked_sums,
 )
 from fastlars.rules import GradientNorm, Rule
@@ -36,6 +37,11 @@ def viewer() -> Any:
     """Reads addresses, types, shapes and strides of tensors and parameters. Subclasses must be
     accepted first: they may keep their elements elsewhere."""
     return _C.Viewer(Tensor, [Tensor, torch.nn.Parameter])
+
+
+def address(tensor: Tensor | None) -> int:
+    """The address of a tensor's first element; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 @dataclass(frozen=True)
@@ -101,9 +107,11 @@ class Cpu:
         *results: Tensor | None,
     ) -> None:
         """Call a function of the extension. ``results``: what it reads and writes per tensor."""
-        given = checked_gradient_sums(rule, scalars, len(bound), torch.device("cpu"))
-        addresses = [0 if each is None else each.data_ptr() for each in (given, *results)]
-        bound.tensor_list.set_step(scalars.seed, addresses.pop(0))
+        here = torch.device("cpu")
+        sums = checked_gradient_sums(rule, scalars, len(bound), here)
+        streams = checked_streams(scalars, len(bound), here)
+        bound.tensor_list.set_step(scalars.seed, address(sums), address(streams))
+        addresses = map(address, results)
         call(native_rule(rule), bound.tensor_list, scalars.lr, scalars.gradient_scale, *addresses)
 
     def measure(
@@ -116,15 +124,18 @@ class Cpu:
     def apply(
         self, rule: Rule, bound: BoundTensors, scalars: StepScalars, sums: Tensor | None
     ) -> Tensor:
-        ratios = torch.empty(len(bound), dtype=torch.float32, device="cpu")
-        sums = checked_sums(rule, sums, len(bound), ratios.device)
-        self._call(_C.cpu_apply, rule, bound, scalars, sums, ratios)
-        return ratios
+        report = self._new_report(rule, bound)
+        sums = checked_sums(rule, sums, len(bound), report.device)
+        self._call(_C.cpu_apply, rule, bound, scalars, sums, report)
+        return report
 
     def step(self, rule: Rule, bound: BoundTensors, scalars: StepScalars) -> Tensor:
-        ratios = torch.empty(len(bound), dtype=torch.float32, device="cpu")
-        self._call(_C.cpu_step, rule, bound, scalars, ratios)
-        return ratios
+        report = self._new_report(rule, bound)
+        self._call(_C.cpu_step, rule, bound, scalars, report)
+        return report
+
+    def _new_report(self, rule: Rule, bound: BoundTensors) -> Tensor:
+        return torch.empty((len(bound), 1 + rule.sums), dtype=torch.float32, device="cpu")
 
 
 instruction_set: Callable[[], str] = _C.instruction_set

@@ -18,10 +18,11 @@ from fastlars.backends.base import (
     StepScalars,
     Tensors,
     checked_gradient_sums,
+    checked_streams,
     checked_sums,
     with_gradient_sums,
 )
-from fastlars.backends.cpu import native_rule
+from fastlars.backends.cpu import address, native_rule
 from fastlars.backends.upload import (
     TableUploader,
     UploadedTensors,
@@ -135,6 +136,9 @@ class CudaBoundTensors:
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
+    def new_report(self, rule: Rule) -> Tensor:
+        return self.empty(self.layout.table.tensors, 1 + rule.sums, dtype=torch.float32)
+
     def stream(self) -> int:
         """The current stream, ordered after the upload of these tables."""
         layout, tables = self.layout, self.tables
@@ -226,7 +230,8 @@ class Cuda:
         functions; ``after_grid``: those that follow the stream and the grid."""
         table, cuda_scalars = bound.layout.table, bound.scalars(scalars)
         given = checked_gradient_sums(rule, scalars, table.tensors, bound.device)
-        bound.tensor_list.set_step(scalars.seed, 0 if given is None else given.data_ptr())
+        streams = checked_streams(scalars, table.tensors, bound.device)
+        bound.tensor_list.set_step(scalars.seed, address(given), address(streams))
         with device_guard(bound.device):
             call(
                 native_rule(rule),
@@ -251,11 +256,10 @@ class Cuda:
         self, rule: Rule, bound: CudaBoundTensors, scalars: StepScalars, sums: Tensor | None
     ) -> Tensor:
         scalars = with_gradient_sums(self, rule, bound, scalars)
-        ratios = bound.empty(bound.layout.table.tensors, dtype=torch.float32)
-        sums = checked_sums(rule, sums, len(ratios), ratios.device)
-        address = 0 if sums is None else sums.data_ptr()
-        self._launch(_C.cuda_apply, rule, bound, scalars, address, ratios.data_ptr())
-        return ratios
+        report = bound.new_report(rule)
+        sums = checked_sums(rule, sums, len(report), report.device)
+        self._launch(_C.cuda_apply, rule, bound, scalars, address(sums), report.data_ptr())
+        return report
 
     def step(self, rule: Rule, bound: CudaBoundTensors, scalars: StepScalars) -> Tensor:
         if not rule.adapt:
@@ -263,8 +267,8 @@ class Cuda:
         scalars = with_gradient_sums(self, rule, bound, scalars)
         if self.path == "two-launch" or scalars.seed is not None:
             return self.apply(rule, bound, scalars, self.measure(rule, bound, scalars))
-        ratios = bound.empty(bound.layout.table.tensors, dtype=torch.float32)
+        report = bound.new_report(rule)
         self._launch(
-            _C.cuda_step, rule, bound, scalars, ratios.data_ptr(), after_grid=(self.shared_slots,)
+            _C.cuda_step, rule, bound, scalars, report.data_ptr(), after_grid=(self.shared_slots,)
         )
-        return ratios
+        return report

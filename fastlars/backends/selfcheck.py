@@ -144,11 +144,13 @@ def _step(backend: Backend, tested: Combination, tensors: Tensors) -> list[tuple
     for number, each in enumerate(STEPS):
         scalars = each if tested.rounds else replace(each, seed=None)
         if number == 0:
-            ratios = backend.step(rule, bound, scalars)
+            report = backend.step(rule, bound, scalars)
         else:
             sums = backend.measure(rule, bound, scalars) if rule.adapt else None
-            ratios = backend.apply(rule, bound, scalars, sums)
-        named.append((f"trust ratio of step {number + 1}", ratios))
+            report = backend.apply(rule, bound, scalars, sums)
+        names = ["trust ratio", *(f"{name} norm" for name in rule.norms if rule.adapt)]
+        columns = zip(names, report.unbind(1), strict=False)
+        named += [(f"{name} of step {number + 1}", column) for name, column in columns]
     lists = [("weight", tensors.weights), *zip(rule.states, tensors.states, strict=True)]
     lists += [("copy", tensors.copies or []), (str(rule.counter), tensors.counters or [])]
     named += [(f"{name} {i}", x) for name, values in lists for i, x in enumerate(values)]

@@ -115,6 +115,9 @@ class DdpEngine(Engine):
             return "clip"
         if self._mode == "step":
             return "step"
+        # step() may measure again, and would draw other seeds than those that were drawn early.
+        if any(group["stochastic_rounding"] for group in optimizer.param_groups):
+            return None
         return "measure" if any(r.adapt and not r.measure_writes for r in rules) else None
 
     def _bucket(self, bucket: GradBucket) -> Bucket:
@@ -135,7 +138,7 @@ class DdpEngine(Engine):
         if work == "clip":  # no learning rate is read
             each = [scalars.unclipped(b.sign, b.device) for b in batches]
         else:
-            each = [b.step_scalars(scalars) for b in batches]
+            each = [b.step_scalars(scalars) for b in self._rounding.prepare(batches)]
         in_flight = InFlightPiece(batches, each, work)
         self.in_flight.append(in_flight)
         return in_flight

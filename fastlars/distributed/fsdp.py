@@ -22,13 +22,11 @@ from fastlars.optim.wrapped import is_plain
 
 
 def reduced_together(module: nn.Module) -> dict[Tensor, int]:
-    """For each parameter, a number of the reduce-scatter that it is part of: of the innermost FSDP
-    module around it, and of its mesh. Those of several meshes may run on several streams."""
-    numbers: dict[Any, int] = {}
+    """For each parameter, the number of the FSDP module whose reduce-scatter it is part of: the
+    innermost around it."""
     owner: dict[Tensor, int] = {}
-    for each in (m for m in module.modules() if isinstance(m, FSDPModule)):
-        for p in each.parameters():
-            owner[p] = numbers.setdefault((each, mesh_of(p)), len(numbers))
+    for number, each in enumerate(m for m in module.modules() if isinstance(m, FSDPModule)):
+        owner.update(dict.fromkeys(each.parameters(), number))
     return owner
 
 
@@ -118,13 +116,10 @@ class FsdpEngine(Arrivals):
             )
 
     def flush(self) -> None:
-        every, owner = self._waiting, self._owner[self._waiting[-1]]
-        params = [p for p in every if self._owner[p] == owner]
-        self._waiting = [p for p in every if self._owner[p] != owner]
         # A gradient that is still a sum over ranks, as tensor parallelism leaves some, would be
         # summed here: by a collective that other ranks may not enter now.
-        grads = [p.grad for p in params if p.grad is not None]
-        if self._stale or not placed_alike(grads, params):
+        params = [p for p in self._waiting.take() if p.grad is None or placed_alike([p.grad], [p])]
+        if self._stale or not params:
             return
         slices = self._slices(params)  # of those that still are in a group
         batches = bound_or_none(slices, self.optimizer) if self._early_work else None
@@ -139,7 +134,7 @@ class FsdpEngine(Arrivals):
         for work in ("measure", "clip"):
             chosen = [b for b in batches if self._work_on(b) == work]
             if work == "measure":
-                each = [b.step_scalars(scalars, rounds=False) for b in chosen]
+                each = [b.step_scalars(scalars, writes=False) for b in chosen]
             else:
                 each = [scalars.unclipped(b.sign, b.device) for b in chosen]
             if chosen:

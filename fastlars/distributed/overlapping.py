@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
 from fastlars.distributed.averaging import COMPRESSIONS
 from fastlars.distributed.ddp import overlap_ddp
 from fastlars.in_backward.handle import Handle
 from fastlars.optim.base import FusedOptimizer
 
-if TYPE_CHECKING:
-    from torch.distributed.fsdp import FSDPModule
-
 MODES = ("step", "norms")
 
 
 def overlap(
-    module: DistributedDataParallel | FSDPModule,
+    module: nn.Module,
     optimizer: FusedOptimizer,
     *,
     compression: Literal["fp16", "bf16"] | None = None,
@@ -76,16 +73,16 @@ def overlap(
             parameter in common.
         RuntimeError: something that overlap does not support: ``find_unused_parameters`` without
             ``static_graph``, DDP's ``mixed_precision``, another communication hook,
-            ``torch.compile``'s python reducer, an optimizer in backward, ``capturable``,
-            ``stochastic_rounding``. Raised later, where it shows:
+            ``torch.compile``'s python reducer, an optimizer in backward, ``capturable``. Raised
+            later, where it shows:
             ``join(divide_by_initial_world_size=False)``; and where buckets are stepped during
             backward, a ``GradScaler``, a second backward pass before ``optimizer.step()`` without
             ``no_sync()``, a backward pass that failed, weights that backward reads late, and
             gradients, weights, states or hyper-parameters that were changed between backward and
             ``optimizer.step()``. If a program does one of these from its first step, nothing was
             changed when the error is raised. If it begins later, buckets of that step were stepped
-            already: go on from a checkpoint. Under FSDP2 these later errors are for steps that advance
-            moments during backward, of LAMB with ``mode="step"``; the earlier ones are for DDP.
+            already: go on from a checkpoint. Under FSDP2 these later errors are for LAMB with
+            ``mode="step"``, which advances moments during backward; the earlier ones are for DDP.
 
     Example:
         >>> import os, tempfile, torch, torch.distributed as dist, fastlars.distributed

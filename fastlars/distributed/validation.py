@@ -52,11 +52,6 @@ def check_groups(optimizer: FusedOptimizer) -> None:
                 f"group {number}: overlap does not go with capturable=True: a CUDA graph would "
                 "record the reductions too"
             )
-        if group["stochastic_rounding"]:
-            raise RuntimeError(
-                f"group {number}: overlap does not go with stochastic_rounding: random numbers "
-                "would depend on the buckets"
-            )
 
 
 def check_join(ddp: DistributedDataParallel) -> None:

@@ -11,6 +11,7 @@ from torch.autograd import Variable
 from fastlars.in_backward.engine import Engine
 from fastlars.in_backward.late_reads import nodes_of
 from fastlars.in_backward.pieces import InFlightPiece
+from fastlars.in_backward.waiting import Waiting
 from fastlars.optim.base import FusedOptimizer
 from fastlars.optim.planner import GroupSlice, slices_of
 from fastlars.optim.values import same_objects
@@ -38,7 +39,7 @@ class Arrivals(Engine):
     def reset(self) -> None:
         super().reset()
         self._arrived: set[Tensor] = set()  # in this step
-        self._waiting: list[Tensor] = []  # arrived, but in no piece yet
+        self._waiting = Waiting()  # those that are in no piece yet
         self._running: set[int] = set()  # backward passes that have not ended
 
     def arrive(self, p: Tensor) -> None:
@@ -87,7 +88,7 @@ class Arrivals(Engine):
         self._arrived.add(p)
         if p in self._left_out:
             return
-        self._waiting.append(p)
+        self._waiting.add(p)
         if self.is_full(p):
             self.flush()
 

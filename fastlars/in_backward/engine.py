@@ -11,6 +11,7 @@ from torch import Tensor
 from fastlars.backends.upload import is_capturing
 from fastlars.in_backward.late_reads import LateReads
 from fastlars.in_backward.pieces import EarlyWork, InFlightPiece, with_known_sums
+from fastlars.in_backward.rounding import Rounding
 from fastlars.in_backward.snapshots import OptionsSnapshot, TensorSnapshot, same_param_lists
 from fastlars.in_backward.validation import has_scaler, raise_changed, raise_scaler
 from fastlars.optim.base import FusedOptimizer
@@ -52,6 +53,7 @@ class Engine:
         self._debug = debug
         self._rest: dict[int, GroupSlice] = {}  # by group: parameters that were in no piece
         self._members: list[list[Tensor]] = []
+        self._rounding = Rounding(optimizer)
         self._left_out: set[Tensor] = set()  # parameters that only optimizer.step() may step
         self._early_sums_unused = False  # the last step could not use its early sums
         self._changes_unseen = False  # by the program, in ways that later steps may not notice
@@ -72,6 +74,7 @@ class Engine:
         self._options: OptionsSnapshot | None = None  # when the step began
         self._snapshots: list[TensorSnapshot] = []  # of what was used of this backward pass
         self.in_flight: list[InFlightPiece] = []
+        self._rounding.forget_seeds()
         if self.reads is not None:
             self.reads.forget()
 
@@ -109,6 +112,7 @@ class Engine:
             self._members = self._options.members
             self.forget_pieces()
             self._rest.clear()
+            self._rounding.forget_batches()
         self._writes = self.may_write()
         self._early_work = None if self._changes_unseen else self.choose_early_work()
 
@@ -166,8 +170,8 @@ class Engine:
         return changed
 
     def finish(self) -> StepResults | None:
-        """The rest of the step, which ``optimizer.step()`` asks for. Returns parameters and their
-        trust ratios, or None where the step was skipped."""
+        """The rest of the step, which ``optimizer.step()`` asks for. Returns what it
+        reports of each batch, or None where the step was skipped."""
         used = self._gradients_used
         # Until the step has ended well: after any error the gradients are used up.
         self._gradients_used = used or (self._writes and bool(self.in_flight))
@@ -247,9 +251,9 @@ class Engine:
             bind = optimizer.bind_groups
             return optimizer.step_batches(lambda: with_known_sums(bind(), in_flight))
         # The rest first: binding it can still raise, while pieces were bound and checked before.
-        rest = optimizer.step_batches(self._bind_rest)
+        rest = optimizer.step_batches(lambda: self._rounding.prepare(self._bind_rest()))
         assert rest is not None  # only the global norm skips steps here, and no group needs it
-        return [pair for each in in_flight for pair in each.finish()] + rest
+        return [one for each in in_flight for one in each.finish()] + rest
 
     def _bind_rest(self) -> list[BoundBatch]:
         """The batches of parameters that were in no piece."""

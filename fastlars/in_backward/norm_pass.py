@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlars.in_backward.pieces import InFlightPiece, KnownSums
+from fastlars.in_backward.waiting import Waiting
 from fastlars.optim.base import FusedOptimizer
 from fastlars.optim.execute import BoundBatch
 from fastlars.optim.planner import slices_of
@@ -27,39 +28,34 @@ class NormPass:
         self._optimizer = optimizer
         self._bucket_bytes = bucket_bytes
         self._left_out = left_out
-        self._waiting: dict[Tensor, None] = {}  # in the order of their arrival
-        self._at_the_end: dict[Tensor, None] = {}
+        self._waiting = Waiting()
+        self._at_the_end = Waiting()
         self._measured: set[Tensor] = set()
-        self._bytes = 0
         self._pieces: list[InFlightPiece] = []
-        optimizer.planner.keep_plans_of(optimizer.param_groups, optimizer.state)
+        optimizer.planner.keep_up_with(optimizer.param_groups, optimizer.state)
 
     def take(self, p: Tensor) -> None:
         """A parameter's gradient has arrived."""
-        assert p.grad is not None
         if p in self._measured:
             raise RuntimeError(
                 f"the gradient of a parameter of shape {tuple(p.shape)} has arrived in several "
                 "parts in norm_pass(): pass the parameter to step_in_backward as except_for"
             )
         if p in self._left_out:
-            self._at_the_end[p] = None
+            self._at_the_end.add(p)
             return
-        self._waiting[p] = None
-        self._bytes += p.grad.nbytes
-        if self._bytes >= self._bucket_bytes:
+        self._waiting.add(p)
+        if self._waiting.nbytes >= self._bucket_bytes:
             self._measure(self._waiting)
-            self._bytes = 0
 
     def end(self) -> None:
         """At the end of the backward pass: measure the gradients that wait."""
         self._measure(self._waiting)
         self._measure(self._at_the_end)
 
-    def _measure(self, waiting: dict[Tensor, None]) -> None:
+    def _measure(self, waiting: Waiting) -> None:
         """Measure these gradients, and free them."""
-        params = list(waiting)
-        waiting.clear()
+        params = waiting.take()
         self._measured.update(params)
         optimizer = self._optimizer
         grads: dict[Tensor, Any] = {p: p.grad for p in params}
@@ -73,6 +69,8 @@ class NormPass:
             piece = InFlightPiece(batches, each, "clip")
             piece.work_early()
         self._pieces.append(piece)
+        for b in batches:
+            b.bound = None
         for p in params:
             p.grad = None
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlars.backends.base import Mismatch, StepScalars
 from fastlars.optim.base import FusedOptimizer
-from fastlars.optim.execute import BoundBatch, StepResults, mark_written
+from fastlars.optim.execute import BoundBatch, StepResult, StepResults, mark_written
 from fastlars.optim.planner import GroupSlice
 from fastlars.rules import GradientNorm
 
@@ -66,13 +66,13 @@ class InFlightPiece:
                 self.results.append(None)
 
     def finish(self) -> StepResults:
-        """Apply what was only measured; return parameters and their trust ratios."""
+        """Apply what was only measured; return what the step reports of each batch."""
         results = []
         for b, scalars, result in zip(self.batches, self.scalars, self.results, strict=True):
             if self.work != "step":
                 result = b.backend.apply(b.rule, b.bound, scalars, result)
             assert result is not None
-            results.append((b.batch.weights, result))
+            results.append(StepResult(b.batch.weights, b.rule, result))
         if self.work != "step":
             mark_written(self.batches)
         return results
@@ -132,8 +132,8 @@ def with_known_sums(batches: list[BoundBatch], pieces: list[InFlightPiece]) -> l
     return [
         PremeasuredBatch(
             *(b.group, b.rule, b.batch, b.bound),
-            of_gradients.of(b.batch.weights),
-            of_rule.of(b.batch.weights),
+            of_gradients=of_gradients.of(b.batch.weights),
+            of_rule=of_rule.of(b.batch.weights),
         )
         for b in batches
     ]

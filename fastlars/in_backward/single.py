@@ -214,7 +214,6 @@ class BackwardEngine(Arrivals):
 
     def reset(self) -> None:
         super().reset()
-        self._bytes = 0  # of gradients that wait
         self._scalars: Scalars | None = None  # of this step
         self._norm_pass = None
 
@@ -236,7 +235,7 @@ class BackwardEngine(Arrivals):
             super().arrive(p)
 
     def begin(self) -> None:
-        planner, groups = self.optimizer.planner, self.optimizer.param_groups
+        optimizer = self.optimizer
         needs = self._needs_norm()
         if needs and self._norm_pass is None:
             raise RuntimeError(
@@ -244,8 +243,7 @@ class BackwardEngine(Arrivals):
                 "a backward pass under norm_pass() of step_in_backward's handle first, with "
                 "retain_graph=True"
             )
-        planner.keep_plans_of(groups, self.optimizer.state)
-        planner.check_rules(groups)
+        optimizer.planner.keep_up_with(optimizer.param_groups, optimizer.state)
         super().begin()
         if needs:
             assert self._norm_pass is not None
@@ -255,21 +253,18 @@ class BackwardEngine(Arrivals):
         return "step"
 
     def is_full(self, p: Tensor) -> bool:
-        assert p.grad is not None
-        self._bytes += p.grad.nbytes
-        return self._bytes >= self._bucket_bytes
+        return self._waiting.nbytes >= self._bucket_bytes
 
     def arrived_again(self, p: Tensor) -> None:
         # One that still waits is stepped with the sum of its gradients.
-        if p in self._covered():
+        if p in set(self._covered()):
             raise RuntimeError(
                 "a gradient has arrived after its parameter was stepped, in a backward pass that "
                 "ended in an error, or whose optimizer.step() is missing: go on from a checkpoint"
             )
 
     def flush(self) -> None:
-        params, self._waiting, self._bytes = self._waiting, [], 0
-        optimizer = self.optimizer
+        params, optimizer = self._waiting.take(), self.optimizer
         if self._norm_pass is not None and self._scalars is not None:
             self._norm_pass.check_measured(params)
         slices = self._slices(params)
@@ -277,8 +272,13 @@ class BackwardEngine(Arrivals):
             batches = optimizer.planner.bind_slices(slices, optimizer.param_groups, optimizer.state)
         scalars = self._scalars or scalars_for(b.backend for b in batches)
         if not scalars.skip:
-            each = [b.step_scalars(scalars) for b in batches]
+            each = [b.step_scalars(scalars) for b in self._rounding.prepare(batches)]
             self._begin_piece(InFlightPiece(batches, each, "step"))
+        # Whatever refers to the gradients, so that their memory is free for the next ones.
+        for part in slices:
+            part.grads = []
+        for b in batches:
+            b.bound = None
         for p in params:
             p.grad = ReleasedGradient(p)
         if not scalars.skip:
@@ -289,6 +289,12 @@ class BackwardEngine(Arrivals):
         """See :meth:`BackwardHandle.norm_pass`."""
         if self._begun:
             raise RuntimeError("norm_pass() comes before the backward pass that steps")
+        stepped = {p for g in self.optimizer.param_groups for p in g["params"] if p.requires_grad}
+        if not stepped.issubset(self._params):
+            raise RuntimeError(
+                "norm_pass() measures gradients of the model alone, but the optimizer steps other "
+                "parameters too"
+            )
         if any(p.grad is not None for p in self._params):
             raise RuntimeError(
                 "norm_pass() measures one backward pass alone, but parameters have gradients "
@@ -304,6 +310,8 @@ class BackwardEngine(Arrivals):
             raise
         finally:
             self._measures = False
+            if self.reads is not None:
+                self.reads.forget()  # no weight was stepped
 
     def raise_cut_off(self) -> None:
         stepped, every = len(self._covered()), len(self._params)
@@ -314,13 +322,15 @@ class BackwardEngine(Arrivals):
 
     def step_rest(self) -> StepResults | None:
         stepper = self.optimizer.stepper
-        if self._scalars is None:
+        if self._scalars is None or self._norm_pass is None:
             return super().step_rest()
         if self._scalars.skip:
             stepper.skip()
             return None
-        rest = stepper.run(self._bind_rest(), self._scalars)
-        return [pair for each in self.in_flight for pair in each.finish()] + rest
+        batches = self._rounding.prepare(self._bind_rest())
+        self._norm_pass.check_measured([p for b in batches for p in b.batch.weights])
+        rest = stepper.run(batches, self._scalars)
+        return [one for each in self.in_flight for one in each.finish()] + rest
 
     def finish(self) -> StepResults | None:
         params = self._params

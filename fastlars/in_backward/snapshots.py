@@ -7,20 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlars.backends.base import is_dense
 from fastlars.in_backward.released import is_released
 from fastlars.optim.base import FusedOptimizer
 from fastlars.optim.dtensor import is_dtensor, plain_shard
 from fastlars.optim.values import comparable_copy, same_objects, unchanged
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PART = 2**20  # elements
 
 
 def checksums(tensors: list[Tensor]) -> list[Tensor]:
     """For each tensor, the sum of its elements' bits, read as integers."""
-    return [
-        local.view(_BITS[local.itemsize]).sum(dtype=torch.int64)
-        for local in (plain_shard(t.detach()).resolve_neg() for t in tensors)
-    ]
+    return [_checksum(plain_shard(t.detach()).resolve_neg()) for t in tensors]
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    if is_dense(tensor):  # in the order of its memory, which needs no copy
+        tensor = tensor.as_strided((tensor.numel(),), (1,))
+    bits = tensor.view(_BITS[tensor.itemsize])
+    # Part by part: torch makes a copy in int64 of what it adds up.
+    return torch.stack([part.sum(dtype=torch.int64) for part in bits.split(_PART)]).sum()
 
 
 def _stacked(sums: list[Tensor]) -> Tensor:

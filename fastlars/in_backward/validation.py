@@ -7,16 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlars.optim.base import FusedOptimizer
+from fastlars.optim.base import FusedOptimizer, inner_optimizer
 
 # Attributes of an optimizer that GradScaler sets for the time of a step.
 _SET_BY_SCALER = ("grad_scale", "found_inf")
-
-
-def inner_optimizer(optimizer: Any) -> Any:
-    """The optimizer inside the wrappers of Lightning, Fabric and Accelerate."""
-    inner = getattr(optimizer, "optimizer", None)
-    return inner_optimizer(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
 
 
 def shared_parameters(

@@ -41,7 +41,7 @@ class OverlapHook(Protocol):
         ...
 
     def step(self) -> StepResults | None:
-        """Finish this step: every parameter updated, with its trust ratio; None if skipped."""
+        """Finish this step: every parameter updated and reported; None if skipped."""
         ...
 
 
@@ -65,6 +65,12 @@ def _unless_watched(plain: Callable[..., Any], watched: Callable[..., Any]) -> C
         return (watched if is_watched else plain)(self, *args, **kwargs)
 
     return step
+
+
+def inner_optimizer(optimizer: Any) -> Any:
+    """The optimizer inside the wrappers of Lightning, Fabric and Accelerate."""
+    inner = getattr(optimizer, "optimizer", None)
+    return inner_optimizer(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
 
 
 class FusedOptimizer(TracedStep, StepReadings, torch.optim.Optimizer):

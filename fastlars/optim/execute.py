@@ -16,8 +16,25 @@ from fastlars.optim.scalars import Scalars
 from fastlars.optim.states import States, lacks_states
 from fastlars.rules import GradientNorm, Rule
 
-# For each batch that was stepped: its parameters, and their trust ratios.
-StepResults: TypeAlias = list[tuple[list[Tensor], Tensor]]
+
+@dataclass
+class StepResult:
+    """What a step returns of one batch.
+
+    Attributes:
+        params: the parameters of the batch.
+        rule: the rule that stepped them.
+        report: float32 [parameters, 1 + rule.sums]: trust ratios, and the norms that they are made
+            of, as ``Backend.apply`` returns them. On the device of the parameters, but on the host
+            where the reference back end steps them.
+    """
+
+    params: list[Tensor]
+    rule: Rule
+    report: Tensor
+
+
+StepResults: TypeAlias = list[StepResult]
 
 
 @dataclass
@@ -28,6 +45,7 @@ class BoundBatch:
     rule: Rule
     batch: TensorBatch
     bound: Any
+    seed: int | None = None  # of stochastic rounding, where it was drawn already
 
     @property
     def backend(self) -> Backend:
@@ -53,24 +71,23 @@ class BoundBatch:
         """The rule's sums of squares."""
         return self.backend.measure(self.rule, self.bound, scalars)
 
-    def step_scalars(self, scalars: Scalars, rounds: bool = True) -> StepScalars:
-        """What the back end needs to know of this step; ``rounds``: it writes weights."""
+    @property
+    def rounds(self) -> bool:
+        """Whether weights are rounded stochastically."""
+        return self.group["stochastic_rounding"] and self.batch.dtypes.weight == torch.bfloat16
+
+    def step_scalars(self, scalars: Scalars, writes: bool = True) -> StepScalars:
+        """What the back end needs to know of this step; ``writes``: not only to measure."""
         seed = None
-        if (
-            rounds
-            and self.group["stochastic_rounding"]
-            and self.batch.dtypes.weight == torch.bfloat16
-        ):
-            # From torch's own generator: torch.manual_seed makes it reproducible, and a saved
-            # generator state resumes it.
-            seed = int(torch.randint(2**62, (), device="cpu"))
+        if writes and self.rounds:
+            seed = draw_seed() if self.seed is None else self.seed
         limit = self.group["max_grad_norm"]
         given = scalars.of_batch(self.group["lr"], self.sign, limit, seed, self.device)
         if given.device is not None:
             # Not the norm: a recording computes the norm itself, and keeps its memory.
             inputs = replace(given.device, square_norm=None)
             keep_for_replays(self.batch.weights[0], inputs.given)
-        return given
+        return given if seed is None else replace(given, streams=self.batch.streams)
 
 
 def check_recording(batches: list[BoundBatch]) -> None:
@@ -101,12 +118,21 @@ def run_step(
     results = []
     for i, (b, given) in enumerate(zip(batches, each, strict=True)):
         if i in sums:
-            ratios = b.backend.apply(b.rule, b.bound, given, sums[i])
+            report = b.backend.apply(b.rule, b.bound, given, sums[i])
         else:
-            ratios = b.backend.step(b.rule, b.bound, given)
-        results.append((b.batch.weights, ratios))
+            report = b.backend.step(b.rule, b.bound, given)
+        results.append(StepResult(b.batch.weights, b.rule, report))
     mark_written(batches)
     return results
+
+
+def draw_seed() -> int:
+    """A seed of stochastic rounding.
+
+    From torch's own generator: torch.manual_seed makes it reproducible, and a saved generator state
+    resumes it.
+    """
+    return int(torch.randint(2**62, (), device="cpu"))
 
 
 def mark_written(batches: list[BoundBatch]) -> None:

@@ -35,7 +35,8 @@ master_weights: True keeps a float32 copy of each float16 and bfloat16 parameter
     the same pass. Default False. Set it where updates are so small that rounding loses
     them.
 stochastic_rounding: True rounds bfloat16 parameters up or down at random, without bias;
-    seeded by ``torch.manual_seed``. Default False. It serves the same end as
+    seeded by ``torch.manual_seed``; under DDP with the same seed in all processes, so that
+    their weights stay the same. Default False. It serves the same end as
     ``master_weights`` without its memory; the two exclude each other.
 state_dtype: dtype in which buffers and moments are stored, ``torch.float32`` (default) or
     ``torch.bfloat16``, which takes half the memory and rounds them at every step.

@@ -14,6 +14,7 @@ from fastlars.optim.checks import check_lr, check_shared_memory, checked_rule, l
 from fastlars.optim.execute import BoundBatch, check_states_exist
 from fastlars.optim.options import names_to_dtypes
 from fastlars.optim.plan import GroupPlan, plan_options
+from fastlars.optim.plan_cache import BatchKey
 from fastlars.optim.states import States
 from fastlars.optim.values import comparable_copy, same_objects, unchanged
 from fastlars.rules import Rule
@@ -158,18 +159,29 @@ class Planner:
                 batches += self.bind_slice(part, groups, states)
         return batches
 
-    def check(self, groups: list[Group], states: States, grads: dict[Tensor, Tensor]) -> None:
-        """Raise what a step with these gradients would raise before it writes anything."""
-        self.keep_plans_of(groups, states)
-        self.check_rules(groups)
-        for part in slices_of(groups, grads):
-            self._plan_of(part, groups, states)
+    def check(
+        self, groups: list[Group], states: States, grads: dict[Tensor, Tensor]
+    ) -> list[tuple[int, BatchKey, list[int]]]:
+        """The batches of a step with these gradients: the number of their group, what their
+        parameters have in common, and the indices of these. Raises what the step would raise
+        before it writes anything."""
+        self.keep_up_with(groups, states)
         check_shared_memory(located_parameters(groups))
+        return [
+            (part.number, key, indices)
+            for part in slices_of(groups, grads)
+            for key, indices in self._plan_of(part, groups, states).indices_by_key.items()
+        ]
 
-    def check_rules(self, groups: list[Group]) -> None:
-        """Raise where an option of a group is out of range."""
+    def keep_up_with(self, groups: list[Group], states: States) -> None:
+        """Forget plans of parameters or states that were replaced; raise where an option is out of
+        range. For code that binds slices without having bound whole groups first."""
+        self.keep_plans_of(groups, states)
         for number, group in enumerate(groups):
             self._rule(number, group)
+            plan = self._plans[number]
+            if plan is not None and not same_objects(plan.params, group["params"]):
+                self._plans[number] = None
 
     def _plan_of(self, part: GroupSlice, groups: list[Group], states: States) -> GroupPlan:
         """A plan of a group in which only the parameters of the slice have gradients."""

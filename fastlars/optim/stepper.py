@@ -64,7 +64,7 @@ class Stepper:
         skip_if: decides which steps are skipped, or None.
         owner: what gave the optimizer a part of the parameters, as ``ZeroRedundancyOptimizer``.
         skipped: how many steps were skipped, a 0-dim int64 tensor.
-        results: parameters and trust ratios of the last step; empty if the host skipped it.
+        results: parameters, trust ratios and norms of the last step; empty if the host skipped it.
         square: the square of the last step's global norm; None where nothing needed it.
         verdict: whether the device has skipped the last step; None where the host decided.
     """
@@ -293,6 +293,6 @@ class StepReadings:
             return {}
         return {
             p: q
-            for params, ratios in self.stepper.results
-            for p, q in zip(params, ratios.tolist(), strict=True)
+            for result in self.stepper.results
+            for p, q in zip(result.params, result.report[:, 0].tolist(), strict=True)
         }

@@ -15,7 +15,8 @@ struct Problem {
   std::vector<fastlars::cuda::ChunkEntry> chunks{std::size_t(table.chunks())};
   std::vector<fastlars::cuda::TensorEntry> tensors{std::size_t(table.tensors())};
   std::vector<double> workspace = std::vector<double>(table.workspace_bytes() / 8 + 1);
-  std::vector<float> ratios = std::vector<float>(table.tensors());
+  std::vector<float> report =
+      std::vector<float>(table.tensors() * (1 + fastlars::Rules::most_sums));
 
   Problem() {
     std::srand(1);

@@ -14,8 +14,8 @@ void step(Problem& problem, const Rule& rule, int blocks) {
   const auto target = problem.on(blocks, blocks % 2 + 1, blocks % 2 == 0 ? device : nullptr);
   std::vector<Sums<Rule::sums>> sums(problem.table.tensors());
   cuda::measure(rule, host, target, sums.data());
-  cuda::apply(rule, host, target, sums.data(), problem.ratios.data());
-  cuda::step(rule, host, target, problem.ratios.data());
+  cuda::apply(rule, host, target, sums.data(), problem.report.data());
+  cuda::step(rule, host, target, problem.report.data());
 }
 
 }  // namespace

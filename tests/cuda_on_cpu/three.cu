@@ -116,9 +116,9 @@ int main() {
         if (!(std::abs(sums[t].of[i] - sum) <= 1e-5 * sum)) return std::puts("wrong sums"), 1;
       }
     }
-    cuda::apply(rule, scalars, expected.on(1, 0), sums.data(), expected.ratios.data());
-    cuda::step(rule, scalars, tested.on(blocks, blocks % 4 + 1), tested.ratios.data());
-    if (tested.arrays != expected.arrays || tested.ratios != expected.ratios ||
+    cuda::apply(rule, scalars, expected.on(1, 0), sums.data(), expected.report.data());
+    cuda::step(rule, scalars, tested.on(blocks, blocks % 4 + 1), tested.report.data());
+    if (tested.arrays != expected.arrays || tested.report != expected.report ||
         tested.counters != expected.counters) {
       return std::printf("%d blocks: wrong\n", blocks), 1;
     }

@@ -147,6 +147,12 @@ def groups(params: list[Any]) -> list[dict[str, Any]]:
     ]
 
 
+def reports(optimizer: FusedOptimizer) -> dict[Tensor, Tensor]:
+    """What the last step has reported of every parameter: its trust ratio, and norms."""
+    results = optimizer.stepper.results
+    return {p: row for r in results for p, row in zip(r.params, r.report, strict=True)}
+
+
 def backward(model: nn.Module, step: int) -> None:
     """Gradients of random data; different on those ranks whose gradients FSDP2 averages."""
     averages = hasattr(model, "unshard")
@@ -196,9 +202,9 @@ class Pair:
         return collectives.seen
 
     def differences(self) -> list[str]:
-        """Where weights, states or ratios disagree beyond rounding. All ranks ask together."""
+        """Where weights, states or reports disagree beyond rounding. All ranks ask together."""
         found = []
-        for kind, name, actual, expected in [*self._ratios(), *self._tensors()]:
+        for kind, name, actual, expected in [*self._reports(), *self._tensors()]:
             # Whoever raised here would leave the others waiting for the next tensor's shards.
             try:
                 finite = expected[expected.isfinite()].abs()
@@ -208,12 +214,15 @@ class Pair:
                 found.append(str(error))
         return found
 
-    def _ratios(self) -> Iterator[tuple[str, str, Tensor, Tensor]]:
-        ratios, expected = self.optimizer.trust_ratios(), self.reference.trust_ratios()
+    def _reports(self) -> Iterator[tuple[str, str, Tensor, Tensor]]:
+        """Ratios and norms, those of whole layers."""
+        found, expected = reports(self.optimizer), reports(self.reference)
         for i, (p, twin) in enumerate(zip(self.params, self.twins, strict=True)):
-            assert (p in ratios) == (twin in expected)
-            if p in ratios:
-                yield "ratio", f"ratio {i}", torch.tensor(ratios[p]), torch.tensor(expected[twin])
+            assert (p in found) == (twin in expected)
+            if p in found:
+                names = "ratio", *self.optimizer.rule.norms
+                for name, ours, theirs in zip(names, found[p], expected[twin], strict=True):
+                    yield "ratio", f"{name} {i}", ours, theirs
 
     def _tensors(self) -> Iterator[tuple[str, str, Tensor, Tensor]]:
         for i, (p, twin) in enumerate(zip(self.params, self.twins, strict=True)):

@@ -138,6 +138,16 @@ def test_options(setting: Setting, mode: str) -> None:
     assert results[0].early[-1] == is_ahead(setting.kind, mode) * len(results[0].params)
 
 
+@pytest.mark.parametrize("kind", ["LARS", "LAMB"])
+@pytest.mark.parametrize("mode", ["step", "norms"])
+def test_stochastic_rounding(kind: str, mode: str) -> None:
+    """Rounded with the random bits of a step that is not cut into buckets."""
+    options = {"stochastic_rounding": True}
+    setting = Setting(kind, dtype=BF16, optimizer=options, ddp={"bucket_cap_mb": MANY})
+    results = both(setting, mode=mode)
+    assert results[0].early[-1] == (mode == "step") * len(results[0].params)
+
+
 @pytest.mark.parametrize("ddp", [VIEW, {"bucket_cap_mb": MANY}], ids=["views", "copies"])
 @pytest.mark.parametrize("mode", ["step", "norms"])
 @pytest.mark.parametrize("kind", ["LARS", "LAMB", "LANS"])

@@ -30,8 +30,7 @@ def unused(kind: str, mode: str, overlapped: bool) -> Run:
     one = Run(overlapped, kind, mode)
     for number in range(12):
         one.module.skipped = {number % 3, (number // 2) % 4}
-        for block in one.module.blocks:
-            block.bare = number % 4 > 1  # the layer has gradients, its norm has none
+        one.module.bare = number % 4 > 1
         for i, p in enumerate(one.params):
             p.requires_grad_(number < 5 or (i + number) % 5 != 0)
         one.go(range(number, number + 1))
@@ -256,7 +255,7 @@ def test_every_habit() -> None:
             assert not any(seen[:2]), (name, seen)
         adapted = EVERY - 1
         assert found["accumulated, LAMB, step"] == [0, 0, *[adapted] * 4]
-        assert found["unused, LARS, step"][2:6] == [3, 3, 7, 8]
+        assert found["unused, LARS, step"][2:6] == [4, 0, 9, 10]
         assert found["normalized in part"] == [0, 0, EVERY, EVERY]
         loaded = found["restored, LAMB, step"]
         mine = 0 if rank == 1 else adapted

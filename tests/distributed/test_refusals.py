@@ -110,11 +110,6 @@ AT_ONCE: dict[str, tuple[Build, str, str]] = {
         "RuntimeError",
         "group 0: overlap does not go with capturable",
     ),
-    "stochastic rounding": (
-        lambda: (*pair({"stochastic_rounding": True}), {}),
-        "RuntimeError",
-        "group 0: overlap does not go with stochastic_rounding",
-    ),
 }
 
 
@@ -235,7 +230,6 @@ def another_hook(_: str) -> None:
         (scaled, 2),
         (joined, ""),
         (later_option, "capturable"),
-        (later_option, "stochastic_rounding"),
         (tuples, ""),
         (another_hook, ""),
     ],

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from fastlars.logging import layer_statistics
 from fastlars.trainer.config import command_line, recipes
 from fastlars.trainer.config.recipes import MLPERF
 from fastlars.trainer.config.settings import Config
 from fastlars.trainer.errors import TrainerError
-from fastlars.trainer.model.optimizer import adapted_ratios, build_optimizer, build_schedule
+from fastlars.trainer.model.optimizer import build_optimizer, build_schedule
 from large_batch_grid import SEARCH, Cell, Grid, read
 from sources import ROOT
 from trainer.helpers import Outcome, facts
@@ -282,7 +283,7 @@ def test_who_is_decayed_and_adapted(
     for parameter in net.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    assert set(adapted_ratios(optimizer, net)) == NEVER - unadapted
+    assert set(layer_statistics(net, optimizer)) == NEVER - unadapted
 
 
 def test_options_reach_their_optimizer() -> None:

@@ -30,7 +30,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlars.backends.base import Mismatch, StepScalars, Tensors, with_gradient_sums
+from fastlars.backends.base import (
+    Mismatch,
+    StepScalars,
+    Tensors,
+    checked_streams,
+    with_gradient_sums,
+)
 from fastlars.backends.float64 import has_float64
 from fastlars.rules import GradientNorm, Rule
 
@@ -56,9 +62,9 @@ def _sum_of_squares(x: Tensor) -> float:
     return float(x.to(torch.float64).square().sum())
 
 
-def _round_stochastically(value: Tensor, seed: int, tensor: int) -> Tensor:
+def _round_stochastically(value: Tensor, seed: int, stream: int) -> Tensor:
     """float32 to bfloat16, rounded up with a probability proportional to the truncated bits."""
-    generator = torch.Generator("cpu").manual_seed((seed + 0x9E3779B9 * tensor) % 2**63)
+    generator = torch.Generator("cpu").manual_seed((seed + 0x9E3779B9 * stream) % 2**63)
     shape = value.shape
     random = torch.randint(2**16, shape, generator=generator, dtype=torch.int32, device="cpu")
     bits = value.view(torch.int32)
@@ -136,25 +142,29 @@ class Reference:
     def apply(
         self, rule: Rule, bound: Tensors, scalars: StepScalars, sums: Tensor | None
     ) -> Tensor:
-        lr, ratios = scalars.lr, []
+        lr, rows, count = scalars.lr, [], len(bound.weights)
+        given = checked_streams(scalars, count, bound.weights[0].device) if count else None
+        streams = range(count) if given is None else given.tolist()
         for i, (w, g, states, counter) in enumerate(self._each(rule, bound, scalars)):
             q: Any = 1.0
+            norms = [math.nan] * rule.sums
             if sums is not None and rule.adapt:
-                norms = map(math.sqrt, sums[i].tolist())
+                norms = [math.sqrt(each) for each in sums[i].tolist()]
                 q = equations(rule.name).trust_ratio(rule, lr, *norms)
             if sums is None or not rule.measure_writes:
                 self._advance(rule, w, g, states, counter)
             new = equations(rule.name).update(rule, lr, q, w, g, states, counter)
             if counter is not None and not rule.counts_steps:
                 counter.fill_(lr)
-            self._store(bound, i, new, scalars.seed)
-            ratios.append(q[0] if isinstance(q, tuple) else q)
-        return torch.tensor(ratios, dtype=torch.float32, device="cpu")
+            self._store(bound, i, new, scalars.seed, streams[i])
+            rows.append([q[0] if isinstance(q, tuple) else q, *norms])
+        report = torch.tensor(rows, dtype=torch.float32, device="cpu")
+        return report.reshape(len(rows), 1 + rule.sums)
 
-    def _store(self, bound: Tensors, i: int, new: Tensor, seed: int | None) -> None:
+    def _store(self, bound: Tensors, i: int, new: Tensor, seed: int | None, stream: int) -> None:
         weight = bound.weights[i]
         if seed is not None and weight.dtype == torch.bfloat16:
-            new = _round_stochastically(new, seed, i)
+            new = _round_stochastically(new, seed, stream)
         weight.copy_(new)
         if bound.copies is not None:
             bound.copies[i].copy_(new)

@@ -17,6 +17,7 @@ from fastlars.backends.base import (
     StepScalars,
     Tensors,
     checked_gradient_sums,
+    checked_streams,
     checked_sums,
 )
 from fastlars.backends.triton import sums
@@ -154,30 +155,30 @@ class Triton:
     ) -> Tensor:
         its, tables = kernels(rule), bound.layout.tables
         sums = checked_sums(rule, sums, tables.tensor_count, tables.device)
-        ratios = bound.empty(tables.tensor_count, dtype=torch.float32)
+        report = bound.empty(tables.tensor_count, 1 + rule.sums, dtype=torch.float32)
         with device_guard(tables.device):
             normalizing, norms = self._gradient_norms(rule, bound, scalars)
             _run(
                 *normalizing,
-                self._prepare(its, bound, scalars, norms, None, sums, ratios),
+                self._prepare(its, bound, scalars, norms, None, sums, report),
                 self._apply_chunks(its, bound, scalars),
             )
-        return ratios
+        return report
 
     def step(self, rule: Rule, bound: TritonBoundTensors, scalars: StepScalars) -> Tensor:
         if not rule.adapt:
             return self.apply(rule, bound, scalars, None)
         its, tables, slots = kernels(rule), bound.layout.tables, bound.workspace.slots
-        ratios = bound.empty(tables.tensor_count, dtype=torch.float32)
+        report = bound.empty(tables.tensor_count, 1 + rule.sums, dtype=torch.float32)
         with device_guard(tables.device):
             normalizing, norms = self._gradient_norms(rule, bound, scalars)
             _run(
                 *normalizing,
                 *self._measure_chunks(its, bound, scalars, norms, slots),
-                self._prepare(its, bound, scalars, norms, slots, None, ratios),
+                self._prepare(its, bound, scalars, norms, slots, None, report),
                 self._apply_chunks(its, bound, scalars),
             )
-        return ratios
+        return report
 
     def _gradient_norms(
         self, rule: Rule | GradientNorm, bound: TritonBoundTensors, scalars: StepScalars
@@ -232,14 +233,14 @@ class Triton:
         norms: GradientNorms,
         slots: Tensor | None,
         sums: Tensor | None,
-        ratios: Tensor | None,
+        report: Tensor | None,
     ) -> Launch:
-        """A launch that stores each tensor's coefficients and trust ratio, which the sums give: in
-        ``slots`` those of the chunks, in ``sums`` those of the tensors."""
+        """A launch that stores each tensor's coefficients and its row of the report, which the sums
+        give: in ``slots`` those of the chunks, in ``sums`` those of the tensors."""
         given, doubles = bound.workspace, scalars.doubles
-        absent = tuple(each is None for each in (doubles, *norms, slots, sums, ratios))
+        absent = tuple(each is None for each in (doubles, *norms, slots, sums, report))
         arguments = (
-            *(given.table, given.numel, given.first_chunk, *norms, slots, sums, ratios),
+            *(given.table, given.numel, given.first_chunk, *norms, slots, sums, report),
             *(given.sizes, given.coefficients, doubles, scalars.lr, scalars.gradient_scale),
             *(its.argument, LANES),
         )
@@ -250,13 +251,14 @@ class Triton:
         self, its: RuleKernels, bound: TritonBoundTensors, scalars: StepScalars
     ) -> Launch:
         """A launch that writes weights, and the states that ``measure`` has not written."""
-        given, rounds = bound.workspace, scalars.seed is not None
+        given, tables, rounds = bound.workspace, bound.layout.tables, scalars.seed is not None
         stored = bound.tensors.dtypes, bool(bound.tensors.states), rounds
+        streams = checked_streams(scalars, tables.tensor_count, tables.device)
         arguments = (
             *(given.table, given.sizes, given.chunks, given.coefficients, scalars.seed or 0),
-            *(its.argument, types_of(*stored)),
+            *(streams, its.argument, types_of(*stored)),
         )
-        count, kind = bound.layout.tables.chunk_count, (stored, its.words)
+        count, kind = tables.chunk_count, (stored, its.words, streams is None)
         return bound.layout.launcher(its.module.apply, count, kind, its.options, arguments)
 
 

@@ -34,6 +34,7 @@ from fastlars.backends.triton.tensor import (
     load_counter,
     store_coefficients,
     store_counter,
+    store_report,
 )
 
 
@@ -278,7 +279,7 @@ def prepare(
     gradient_sums: tl.tensor,
     slots: tl.tensor,
     sums: tl.tensor,
-    ratios: tl.tensor,
+    report: tl.tensor,
     sizes: tl.tensor,
     coefficient_table: tl.tensor,
     device_scalars: tl.tensor,
@@ -287,36 +288,38 @@ def prepare(
     rule: rules.LambRule,
     LANES: tl.constexpr,
 ) -> None:
-    """For each tensor: store its ratio and coefficients. The first launch of a step, which has no
-    sums yet, counts the step."""
+    """For each tensor: store its coefficients, and what the step reports of it. The first launch of
+    a step, which has no sums yet, counts the step and reports nothing."""
     scalars = step_scalars(device_scalars, lr, gradient_scale)
     tensor = tl.program_id(0).to(tl.int64)
     ratio = double(1.0)
+    squares = (double(float("nan")), double(float("nan")))
     step = load_counter(table, tensor)
     if slots is None and sums is None:
         step += 1.0
         store_counter(table, tensor, scalars, step)
     else:
-        weight, update = sums_of(tensor, first_chunk, slots, sums, 2, LANES)
-        ratio = trust_ratio(rule, scalars, weight, update)
-    if ratios is not None:
-        tl.store(ratios + tensor, ratio.to(tl.float32))
+        squares = sums_of(tensor, first_chunk, slots, sums, 2, LANES)
+        ratio = trust_ratio(rule, scalars, squares[0], squares[1])
+    if report is not None:
+        store_report(report, tensor, ratio, squares)
     c = coefficients(rule, scalars, step, ratio)
     store_coefficients(tensor, numel, sizes, coefficient_table, scalars, c)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed"], do_not_specialize_on_alignment=["streams"])
 def apply(
     table: tl.tensor,
     sizes: tl.tensor,
     chunks: tl.tensor,
     coefficient_table: tl.tensor,
     seed: tl.int64,
+    streams: tl.tensor,
     rule: rules.LambRule,
     types: Types,
 ) -> None:
     """For each chunk: write weights; and the moments, if the rule does not adapt."""
-    chunk = locate(table, sizes, chunks, None, rule.adapt)
+    chunk = locate(table, sizes, chunks, None, rule.adapt, streams)
     c = LambCoefficients(*load_coefficients(coefficient_table, chunk, FIELDS))
     if chunk.whole:
         _apply(chunk, seed, rule, c, types, True)

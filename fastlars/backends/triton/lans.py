@@ -35,6 +35,7 @@ from fastlars.backends.triton.tensor import (
     load_counter,
     store_coefficients,
     store_counter,
+    store_report,
 )
 
 
@@ -249,7 +250,7 @@ def prepare(
     gradient_sums: tl.tensor,
     slots: tl.tensor,
     sums: tl.tensor,
-    ratios: tl.tensor,
+    report: tl.tensor,
     sizes: tl.tensor,
     coefficient_table: tl.tensor,
     device_scalars: tl.tensor,
@@ -258,21 +259,22 @@ def prepare(
     rule: rules.LansRule,
     LANES: tl.constexpr,
 ) -> None:
-    """For each tensor: store its ratio and coefficients. The first one of a step, which has no sums
-    of w, r and c yet, counts the step."""
+    """For each tensor: store its coefficients, and what the step reports of it. The first one of a
+    step, which has no sums of w, r and c yet, counts the step and reports nothing."""
     scalars = step_scalars(device_scalars, lr, gradient_scale)
     tensor = tl.program_id(0).to(tl.int64)
     momentum_ratio = double(1.0)
     gradient_ratio = double(1.0)
+    squares = (double(float("nan")), double(float("nan")), double(float("nan")))
     step = load_counter(table, tensor)
     if slots is None and sums is None:
         step += 1.0
         store_counter(table, tensor, scalars, step)
     else:
-        weight, momentum, gradient = sums_of(tensor, first_chunk, slots, sums, 3, LANES)
-        momentum_ratio, gradient_ratio = trust_ratios(rule, weight, momentum, gradient)
-    if ratios is not None:
-        tl.store(ratios + tensor, momentum_ratio.to(tl.float32))
+        squares = sums_of(tensor, first_chunk, slots, sums, 3, LANES)
+        momentum_ratio, gradient_ratio = trust_ratios(rule, squares[0], squares[1], squares[2])
+    if report is not None:
+        store_report(report, tensor, momentum_ratio, squares)
     scale = scalars.gradient_scale.to(tl.float32)
     if rule.normalize_grad:
         square = sums_of(tensor, first_chunk, gradient_slots, gradient_sums, 1, LANES)
@@ -281,18 +283,19 @@ def prepare(
     store_coefficients(tensor, numel, sizes, coefficient_table, scalars, c)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed"], do_not_specialize_on_alignment=["streams"])
 def apply(
     table: tl.tensor,
     sizes: tl.tensor,
     chunks: tl.tensor,
     coefficient_table: tl.tensor,
     seed: tl.int64,
+    streams: tl.tensor,
     rule: rules.LansRule,
     types: Types,
 ) -> None:
     """For each chunk: write weights; and the moments, if the rule does not adapt."""
-    chunk = locate(table, sizes, chunks, None, rule.adapt)
+    chunk = locate(table, sizes, chunks, None, rule.adapt, streams)
     c = LansCoefficients(*load_coefficients(coefficient_table, chunk, FIELDS))
     if chunk.whole:
         _apply(chunk, seed, rule, c, types, True)

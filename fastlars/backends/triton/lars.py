@@ -31,6 +31,7 @@ from fastlars.backends.triton.tensor import (
     load_counter,
     store_coefficients,
     store_counter,
+    store_report,
 )
 
 NEVER_STEPPED = tl.constexpr(rules.LarsRule.NEVER_STEPPED)
@@ -200,7 +201,7 @@ def prepare(
     gradient_sums: tl.tensor,
     slots: tl.tensor,
     sums: tl.tensor,
-    ratios: tl.tensor,
+    report: tl.tensor,
     sizes: tl.tensor,
     coefficient_table: tl.tensor,
     device_scalars: tl.tensor,
@@ -209,31 +210,34 @@ def prepare(
     rule: rules.LarsRule,
     LANES: tl.constexpr,
 ) -> None:
-    """For each tensor: store ratio and coefficients; and the counter, which is the last rate."""
+    """For each tensor: store its coefficients, what the step reports of it, and the counter, which
+    is the last rate."""
     scalars = step_scalars(device_scalars, lr, gradient_scale)
     tensor = tl.program_id(0).to(tl.int64)
     ratio = double(1.0)
+    squares = (double(float("nan")), double(float("nan")))
     if rule.adapt:
-        weight, update = sums_of(tensor, first_chunk, slots, sums, 2, LANES)
-        ratio = trust_ratio(rule, scalars, weight, update)
-    tl.store(ratios + tensor, ratio.to(tl.float32))
+        squares = sums_of(tensor, first_chunk, slots, sums, 2, LANES)
+        ratio = trust_ratio(rule, scalars, squares[0], squares[1])
+    store_report(report, tensor, ratio, squares)
     c = coefficients(rule, scalars, load_counter(table, tensor), ratio)
     store_coefficients(tensor, numel, sizes, coefficient_table, scalars, c)
     store_counter(table, tensor, scalars, scalars.lr)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed"], do_not_specialize_on_alignment=["streams"])
 def apply(
     table: tl.tensor,
     sizes: tl.tensor,
     chunks: tl.tensor,
     coefficient_table: tl.tensor,
     seed: tl.int64,
+    streams: tl.tensor,
     rule: rules.LarsRule,
     types: Types,
 ) -> None:
     """For each chunk: write buffers and weights."""
-    chunk = locate(table, sizes, chunks, None, rule.adapt)
+    chunk = locate(table, sizes, chunks, None, rule.adapt, streams)
     c = LarsCoefficients(*load_coefficients(coefficient_table, chunk, FIELDS))
     if chunk.whole:
         _apply(chunk, seed, rule, c, types, True)

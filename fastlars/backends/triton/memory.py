@@ -39,6 +39,7 @@ class Chunk(NamedTuple):
     """The elements that one program works on."""
 
     tensor: tl.tensor  # index in the list
+    stream: tl.tensor  # the tensor's number in the draw of random bits
     begin: tl.tensor  # its first element
     size: tl.tensor
     whole: tl.tensor  # true: BLOCK elements
@@ -56,6 +57,7 @@ def locate(
     chunks: tl.tensor,
     scalars: StepScalars | None,
     BACKWARDS: tl.constexpr,
+    streams: tl.tensor | None = None,
 ) -> Chunk:
     """This program's chunk; empty if the step is skipped.
 
@@ -66,6 +68,9 @@ def locate(
     if BACKWARDS:
         program = tl.num_programs(0) - 1 - program
     tensor = tl.load(chunks + 2 * program)
+    stream = tensor
+    if streams is not None:
+        stream = tl.load(streams + tensor)
     begin = tl.load(chunks + 2 * program + 1).to(tl.int64) * BLOCK
     size = tl.minimum(tl.load(sizes + tensor) - begin, BLOCK).to(tl.int32)
     if scalars is not None:
@@ -75,7 +80,7 @@ def locate(
     states = ()
     for column in tl.static_range(STATE, COLUMNS):
         states += (tl.load(row + column),)  # type: ignore[assignment]
-    return Chunk(tensor, begin, size, size == BLOCK, weight, grad, copy, states)
+    return Chunk(tensor, stream, begin, size, size == BLOCK, weight, grad, copy, states)
 
 
 @triton.jit
@@ -180,7 +185,7 @@ def write(
 
 @triton.jit
 def random_bits(seed: tl.tensor, chunk: Chunk) -> tl.tensor:
-    """16 uniform bits for each element: Philox4x32-10 of (seed, tensor, element).
+    """16 uniform bits for each element: Philox4x32-10 of (seed, stream, element).
 
     Eight elements share one Philox block of four 32-bit words.
     """
@@ -189,7 +194,7 @@ def random_bits(seed: tl.tensor, chunk: Chunk) -> tl.tensor:
     seed = seed.to(tl.uint64)
     c0 = block.to(tl.uint32)
     c1 = (block >> 32).to(tl.uint32)
-    c2 = tl.full((PHILOX_BLOCKS,), 0, tl.uint32) + chunk.tensor.to(tl.uint32)
+    c2 = tl.full((PHILOX_BLOCKS,), 0, tl.uint32) + chunk.stream.to(tl.uint32)
     c3 = tl.full((PHILOX_BLOCKS,), 0, tl.uint32)
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)

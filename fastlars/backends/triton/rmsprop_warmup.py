@@ -29,6 +29,7 @@ from fastlars.backends.triton.tensor import (
     load_counter,
     store_coefficients,
     store_counter,
+    store_report,
 )
 
 # With 8 warps, four arrays and a division take 164 registers a thread; with 16 warps they take 103.
@@ -131,7 +132,7 @@ def prepare(
     gradient_sums: tl.tensor,
     slots: tl.tensor,
     sums: tl.tensor,
-    ratios: tl.tensor,
+    report: tl.tensor,
     sizes: tl.tensor,
     coefficient_table: tl.tensor,
     device_scalars: tl.tensor,
@@ -144,25 +145,26 @@ def prepare(
     ratio is 1."""
     scalars = step_scalars(device_scalars, lr, gradient_scale)
     tensor = tl.program_id(0).to(tl.int64)
-    tl.store(ratios + tensor, 1.0)
+    store_report(report, tensor, double(1.0), ())
     step = load_counter(table, tensor) + 1.0
     c = coefficients(rule, scalars, step)
     store_coefficients(tensor, numel, sizes, coefficient_table, scalars, c)
     store_counter(table, tensor, scalars, step)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed"], do_not_specialize_on_alignment=["streams"])
 def apply(
     table: tl.tensor,
     sizes: tl.tensor,
     chunks: tl.tensor,
     coefficient_table: tl.tensor,
     seed: tl.int64,
+    streams: tl.tensor,
     rule: rules.RmspropWarmupRule,
     types: Types,
 ) -> None:
     """For each chunk: write weights and states."""
-    chunk = locate(table, sizes, chunks, None, False)
+    chunk = locate(table, sizes, chunks, None, False, streams)
     c = RmspropWarmupCoefficients(*load_coefficients(coefficient_table, chunk, FIELDS))
     if chunk.whole:
         _apply(chunk, seed, c, types, True)

@@ -1,4 +1,4 @@
-"""What ``prepare`` reads and writes for each tensor: its counter, trust ratio and coefficients."""
+"""What ``prepare`` reads and writes for each tensor: its counter, its coefficients, its report."""
 
 from __future__ import annotations
 
@@ -27,6 +27,16 @@ def store_counter(
     base = tl.load(table + tensor * COLUMNS + COUNTER)
     mask = scalars.step_taken & (base != 0)
     tl.store(base.to(tl.pointer_type(tl.float32)), single(value), mask=mask)
+
+
+@triton.jit
+def store_report(report: tl.tensor, tensor: tl.tensor, ratio: tl.tensor, squares: tl.tuple) -> None:
+    """Store what a step returns of the tensor: its trust ratio, and the norms that the sums
+    ``squares`` are squares of."""
+    row = report + (1 + len(squares)) * tensor
+    tl.store(row, ratio.to(tl.float32))
+    for which in tl.static_range(len(squares)):
+        tl.store(row + 1 + which, tl.sqrt(squares[which]).to(tl.float32))
 
 
 @triton.jit

@@ -124,15 +124,3 @@ def build_schedule(config: Config, optimizer: Optimizer, steps_per_epoch: int) -
             warmup_steps=warmup,
             warmup_from=config.warmup_from,
         )
-
-
-def adapted_ratios(optimizer: Optimizer, model: torch.nn.Module) -> dict[str, float]:
-    """Last trust ratio of each adapted parameter, by name; empty for an optimizer without any."""
-    groups = [group for group in optimizer.param_groups if group.get("adapt", False)]
-    adapted = {parameter for group in groups for parameter in group["params"]}
-    ratios = optimizer.trust_ratios() if adapted else {}  # type: ignore[attr-defined]
-    return {
-        name: float(ratios[parameter])
-        for name, parameter in model.named_parameters()
-        if parameter in adapted and parameter in ratios
-    }

@@ -5,7 +5,6 @@ The norms at the first step correspond to table 2 of the LARS paper (You, Gitman
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,10 +15,11 @@ import numpy as np
 from matplotlib import colormaps, rcParams
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from fastlars.logging import drawing
 from fastlars.trainer.errors import printable, reason_of
 from fastlars.trainer.output import atomic
 
@@ -27,8 +27,6 @@ Records = list[dict[str, Any]]
 Table = list[list[Any]]
 
 rcParams["text.usetex"] = False  # LaTeX would read names as formulas
-_ROW = 0.16  # inches of height for one layer's name
-_MAX_NAMES = 300  # in one picture; with more layers, only every second (third, ...) name is shown
 
 
 @contextmanager
@@ -77,7 +75,8 @@ def curves(records: Records) -> Figure:
     """Loss, accuracy, learning rate and trust ratios over the epochs."""
     train, test = _of_kind("train", records), _of_kind("test", records)
     result = f": {test[-1]['accuracy']:.2%} test accuracy" if test else ""
-    figure = _figure(records, height=8, result=result)
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    figure.suptitle(_title(records) + result, parse_math=False)
     (loss, accuracy), (rate, ratios) = figure.subplots(2, 2)
 
     for axis, key in ((loss, "loss"), (accuracy, "accuracy")):
@@ -119,28 +118,17 @@ def _plot_ratios(figure: Figure, axis: Axes, trust: Records) -> None:
 
 
 def heat_map(records: Records) -> Figure:
-    """Trust ratios: a row for each layer, a column for each record, colour on a logarithmic scale.
-
-    A ratio without a logarithm (missing, 0 or negative) is grey.
-    """
-    (_, _, *layers), *rows = trust_table(records)
-    ratios = _masked([row[2:] for row in rows]).T
-    figure, (axis,) = _panels(records, layers, [1])
-    axis.set(xlabel="step", title="Trust ratio of each layer", facecolor="0.8")
-    low, high = (ratios.min(), ratios.max()) if ratios.count() else (1.0, 1.0)
-    if low == high:  # a colour scale needs two different ends
-        low, high = low / 2, high * 2
-    steps, depths = _borders([row[0] for row in rows]), _borders(range(len(layers)))
-    mesh = axis.pcolormesh(steps, depths, ratios, norm=LogNorm(low, high))
-    figure.colorbar(mesh, ax=axis, label="trust ratio", pad=0.01, aspect=4 * figure.get_figheight())
-    return figure
+    """Trust ratios: a row for each layer, a column for each record."""
+    history = [(r["step"], r["ratios"]) for r in _of_kind("trust", records)]
+    return drawing.heat_map(history, _title(records))
 
 
 def norms(records: Records) -> Figure:
     """Norms of weights and gradients and their ratio, as points and as numbers."""
     _, *table = norm_table(records)
-    values = _masked([row[1:] for row in table])
-    figure, (pairs, ratio, numbers) = _panels(records, [row[0] for row in table], [3, 3, 2])
+    values = drawing.masked([row[1:] for row in table])
+    layers = [row[0] for row in table]
+    figure, (pairs, ratio, numbers) = drawing.panels(_title(records), layers, [3, 3, 2])
     rows = np.arange(len(table))
     pairs.plot(values[:, 0], rows, "o", ms=4, label="weights |w|")
     pairs.plot(values[:, 1], rows, "s", ms=4, label="gradient |g|")
@@ -203,23 +191,8 @@ def _latest_norms(records: Records) -> dict[str, Any]:
     return max(_of_kind("norms", records), key=lambda record: record["step"], default={})
 
 
-def _figure(records: Records, height: float, result: str = "") -> Figure:
-    title = next((record["title"] for record in _of_kind("start", records)), "")
-    figure = Figure(figsize=(12, height), layout="constrained")
-    figure.suptitle(printable(title + result), parse_math=False)
-    return figure
-
-
-def _panels(
-    records: Records, layers: Sequence[str], widths: Sequence[int]
-) -> tuple[Figure, list[Axes]]:
-    """Panels next to each other with one row for each layer, the first layer at the top."""
-    figure = _figure(records, height=max(4.0, 1.6 + _ROW * min(len(layers), _MAX_NAMES)))
-    axes = figure.subplots(1, len(widths), sharey=True, width_ratios=widths, squeeze=False)[0]
-    every = math.ceil(len(layers) / _MAX_NAMES)
-    axes[0].set_yticks(range(0, len(layers), every), layers[::every], fontsize=7, parse_math=False)
-    axes[0].set(ylabel="layer", ylim=(len(layers) - 0.5, -0.5))
-    return figure, list(axes)
+def _title(records: Records) -> str:
+    return printable(next((record["title"] for record in _of_kind("start", records)), ""))
 
 
 def _plot(axis: Axes, points: Iterable[tuple[float, float | None]], **style: Any) -> None:
@@ -233,15 +206,3 @@ def _cell(value: Any) -> str:
     if not isinstance(value, float):
         return "-" if value is None else str(value)
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-
-
-def _masked(table: Sequence[Sequence[float | None]]) -> np.ma.MaskedArray[Any, Any]:
-    """The values of a table, with a mask over those that a logarithmic scale cannot show."""
-    return np.ma.masked_less_equal(np.ma.masked_invalid(np.array(table, float)), 0)
-
-
-def _borders(centres: Sequence[float]) -> np.ndarray[Any, Any]:
-    """Borders of cells: halfway between neighbouring centres. A single cell is 1 wide."""
-    at = np.asarray(centres, float)
-    more = np.pad(at, 1, "reflect", reflect_type="odd") if len(at) > 1 else at + np.arange(-1, 2)
-    return (more[:-1] + more[1:]) / 2

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch.optim.swa_utils import AveragedModel
 
+from fastlars.logging import layer_statistics
 from fastlars.trainer.data.dataset import Batch
 from fastlars.trainer.errors import DivergedError, TrainerError
 from fastlars.trainer.model import batchnorm, norms
 from fastlars.trainer.model.context import TrainingContext, fingerprint
-from fastlars.trainer.model.optimizer import adapted_ratios
 from fastlars.trainer.output import checkpoint, pictures
 from fastlars.trainer.output.directory import RunDirectory
 from fastlars.trainer.output.display import Display
@@ -93,7 +93,8 @@ class Journal:
         if progress.step % self._log_every == 0 or epoch_ends:
             self._record_training(lr)
         if (progress.step - 1) % self._ratios_every == 0:
-            ratios = adapted_ratios(context.optimizer, context.model)
+            found = layer_statistics(context.model, context.optimizer)
+            ratios = {name: layer.trust_ratio for name, layer in found.items()}
             if ratios:
                 self._write("trust", ratios=ratios)
         every = config.checkpoint_every
