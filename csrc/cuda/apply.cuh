@@ -28,6 +28,10 @@ __global__ void __launch_bounds__(kThreads, (kApplyBlocks<Types, source>))
     if (thread() == 0) {
       next_tensor<true>(args, advances, state);
       if (tensor.end != 0) {
+        if constexpr (StochasticRounding) {
+          state.tensor.random_stream =
+              args.random_streams == nullptr ? tensor.number : args.random_streams[tensor.number];
+        }
         const auto* sums = sums_of(tensor.number);
         const auto ratio = ratio_of(args.rule, args.scalars.step_scalars(), sums);
         apply_trust_ratio(args.rule, args.scalars.step_scalars(), ratio, state.tensor.c);

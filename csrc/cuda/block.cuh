@@ -34,7 +34,7 @@ struct CurrentTensor {
   TensorEntry entry;
   std::uintptr_t grad;
   int number;
-  int random_stream;
+  int random_stream;         // where apply rounds stochastically
   int first, end;            // chunks; both 0 when the block is done
   int full_size, last_size;  // of its chunks, and of its last chunk; 0 where the step is skipped
 };
@@ -147,8 +147,6 @@ __device__ __forceinline__ void next_tensor(const KernelArgs<Rule>& args, bool a
   tensor.entry = tables.tensors[chunk.tensor];
   tensor.grad = args.grad[chunk.tensor - args.first_tensor];
   tensor.number = chunk.tensor;
-  tensor.random_stream =
-      args.random_streams == nullptr ? chunk.tensor : args.random_streams[chunk.tensor];
   tensor.first = state.begin;
   tensor.end = state.end;
   if (Backwards) {
