@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -16,9 +17,12 @@ from fastlars.optim.base import FusedOptimizer
 from fastlars.optim.planner import GroupSlice, slices_of
 from fastlars.optim.values import same_objects
 
-# Pieces whose plans are kept: parameters arrive in the same order at every step, except in models
-# that drop layers. A plan holds a few words for each tensor.
-MAX_PIECES = 512
+
+class RunningPass:
+    """A backward pass that runs. Autograd's callback alone holds it, also if the pass fails."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
 class Arrivals(Engine):
@@ -31,16 +35,25 @@ class Arrivals(Engine):
     def __init__(
         self, optimizer: FusedOptimizer, params: list[Tensor], mode: str, debug: bool
     ) -> None:
+        if any(map(_is_hooked, params)):
+            raise RuntimeError(
+                "a parameter is stepped during backward by another optimizer already: remove() "
+                "that handle first, or give each optimizer parameters of its own"
+            )
         # By the piece's first parameter: all its parameters, and their slices with their plans.
         self._pieces: dict[Tensor, tuple[list[Tensor], list[GroupSlice]]] = {}
-        self._hooks = [p.register_post_accumulate_grad_hook(self.arrive) for p in params]
+        # The compiler would compile hooks again and again.
+        hook = torch.compiler.disable(lambda p: self.arrive(p))
+        hook.tells_engine = True
+        self._hooks = [p.register_post_accumulate_grad_hook(hook) for p in params]
+        self._noting = torch.compiler.disable(self.note_backward)
         super().__init__(optimizer, params, mode, debug)
 
     def reset(self) -> None:
         super().reset()
         self._arrived: set[Tensor] = set()  # in this step
         self._waiting = Waiting()  # those that are in no piece yet
-        self._running: set[int] = set()  # backward passes that have not ended
+        self._running: WeakSet[RunningPass] = WeakSet()  # backward passes that have not ended
 
     def arrive(self, p: Tensor) -> None:
         """The hook of a parameter."""
@@ -61,22 +74,23 @@ class Arrivals(Engine):
         as of activation checkpointing, does not count as its end.
         """
         running = torch._C._current_graph_task_id()
-        if running in self._running:
+        if any(each.number == running for each in self._running):
             return
-        self._running.add(running)
+        this = RunningPass(running)
+        self._running.add(this)
         self._ended = False
 
         def end() -> None:
-            self._running.discard(running)
+            self._running.discard(this)
             self._ended = self._begun and not self._running
 
         Variable._execution_engine.queue_callback(end)
 
     def watch(self, outputs: Any) -> None:
-        if torch._C._current_graph_task_id() == -1:
-            self._running.clear()  # of backward passes that have failed
+        if self._begun and not self.in_flight and torch._C._current_graph_task_id() == -1:
+            self.reset()  # a batch was skipped after its backward pass, and nothing was used of it
         for node in nodes_of(outputs):
-            node.register_prehook(self.note_backward)
+            node.register_prehook(self._noting)
         super().watch(outputs)
 
     def _take(self, p: Tensor) -> None:
@@ -110,8 +124,6 @@ class Arrivals(Engine):
         if not same_objects(known, params):
             grads: dict[Tensor, Any] = {p: p.grad for p in params}
             slices = slices_of(self.optimizer.param_groups, grads)
-            if len(self._pieces) == MAX_PIECES:
-                self._pieces.clear()
             self._pieces[params[0]] = params, slices
         for part in slices:
             members = self.optimizer.param_groups[part.number]["params"]
@@ -119,9 +131,9 @@ class Arrivals(Engine):
         return slices
 
     def _begin_piece(self, piece: InFlightPiece) -> None:
+        self.in_flight.append(piece)  # first: after an error in it, some may have been written
         with torch.no_grad():
             piece.work_early()
-        self.in_flight.append(piece)
 
     def forget_pieces(self) -> None:
         self._pieces.clear()
@@ -130,3 +142,9 @@ class Arrivals(Engine):
         super().close()
         for hook in self._hooks:
             hook.remove()
+
+
+def _is_hooked(p: Tensor) -> bool:
+    """Whether an engine is told of the parameter's gradients."""
+    hooks = getattr(p, "_post_accumulate_grad_hooks", None) or {}
+    return any(getattr(hook, "tells_engine", False) for hook in hooks.values())

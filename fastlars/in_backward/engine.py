@@ -34,13 +34,15 @@ class Engine:
     everything is left to ``optimizer.step()``.
 
     A program that may write during backward is checked in every step, also in steps that write
-    nothing early, so that an error does not depend on the step. Early sums that wrote nothing are
-    ignored by ``step()`` where gradients have changed since.
+    nothing early, so that a mistake is reported at the first step that makes it. Early sums that
+    wrote nothing are ignored by ``step()`` where gradients have changed since.
     """
 
     # Left to optimizer.step(): what they find is refused with nothing changed.
     untouched_steps = 2
     looks_for_late_reads = True
+    # What to do where something must happen between backward and step.
+    without_writing = 'mode="norms" and max_grad_norm write nothing before optimizer.step()'
 
     def __init__(
         self, optimizer: FusedOptimizer, params: list[Tensor], mode: str, debug: bool
@@ -96,6 +98,17 @@ class Engine:
         """Raise where the options of a group do not go with this engine."""
         raise NotImplementedError
 
+    def loaded(self) -> None:
+        """A state_dict was loaded: go on from there, also after a backward pass that failed."""
+
+    def check_whole(self) -> None:
+        """Raise where a state_dict would hold states of half a step."""
+        if self._writes and self.in_flight:
+            raise RuntimeError(
+                "a state_dict between backward and optimizer.step() would hold half a step, of "
+                "which parameters were stepped during backward: call optimizer.step() first"
+            )
+
     def may_write(self) -> bool:
         """Whether steps of this program write during backward, even if this step does not."""
         return self._mode == "step" and not self._needs_norm()
@@ -112,7 +125,6 @@ class Engine:
             self._members = self._options.members
             self.forget_pieces()
             self._rest.clear()
-            self._rounding.forget_batches()
         self._writes = self.may_write()
         self._early_work = None if self._changes_unseen else self.choose_early_work()
 
@@ -210,12 +222,12 @@ class Engine:
         """Raise where parameters were stepped, or in later steps would be, with values that have
         changed since."""
         if has_scaler(self.optimizer):
-            raise_scaler(self.optimizer)
+            raise_scaler(self.optimizer, self.without_writing)
         if self._is_cut_off():
             self.raise_cut_off()
         changed = self.what_changed()
         if changed is not None:
-            raise_changed(changed)
+            raise_changed(changed, self.without_writing)
         late = self.reads.late.intersection(self._covered()) if self.reads is not None else set()
         if late:
             self._leave_out(late)

@@ -24,9 +24,10 @@ class Handle:
         """Go back to ordinary steps; a second call does nothing.
 
         Called between a backward pass and its ``optimizer.step()``, it takes effect after that
-        step. DDP keeps overlap's hook, which from then on averages gradients as DDP does without a
-        hook. After a backward pass that ended in an error, the call waits for the buckets that are
-        being reduced: make it before you load a checkpoint.
+        step. After a backward pass that ended in an error, call it, and ``zero_grad()``, before you
+        load a checkpoint. To drop the handle or the optimizer without this call removes nothing.
+
+        DDP keeps overlap's hook, which from then on averages gradients as DDP does without a hook.
         """
         engine, self._engine = self._engine, None
         if engine is None:

@@ -19,7 +19,9 @@ from fastlars.optim.scalars import Scalars, scalars_for, square_of_norm
 class NormPass:
     """Measures gradients bucket by bucket; then gives the scalars of a step of this norm."""
 
-    def __init__(self, optimizer: FusedOptimizer, bucket_bytes: int, left_out: set[Tensor]) -> None:
+    def __init__(
+        self, optimizer: FusedOptimizer, bucket_bytes: float, left_out: set[Tensor]
+    ) -> None:
         """Args:
         optimizer: steps the parameters later.
         bucket_bytes: of gradients that are measured together.
@@ -58,6 +60,10 @@ class NormPass:
         params = waiting.take()
         self._measured.update(params)
         optimizer = self._optimizer
+        if not optimizer.stepper.needs_norm(optimizer.param_groups):
+            for p in params:
+                p.grad = None
+            return
         grads: dict[Tensor, Any] = {p: p.grad for p in params}
         groups = optimizer.param_groups
         with torch.no_grad():

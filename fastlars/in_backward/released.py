@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class ReleasedGradient(Tensor):
-    """Stands for a gradient that was used and freed; it has no memory, and every use is an error.
+    """Stands for a gradient that was used and freed: every operation of torch on it is an error.
 
     With None in its place, ``clip_grad_norm_`` would clip nothing, and say nothing; a second
     backward pass would begin a new gradient.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastlars.optim.base import FusedOptimizer
 from fastlars.optim.execute import BoundBatch, draw_seed
+from fastlars.optim.values import same_objects
 
 
 class Rounding:
@@ -20,13 +23,9 @@ class Rounding:
     def __init__(self, optimizer: FusedOptimizer) -> None:
         self._optimizer = optimizer
         self._seeds: list[int] = []  # of this step, by batch
-        self.forget_batches()
-
-    def forget_batches(self) -> None:
-        """The parameters of a group have changed."""
+        self._known: list[Any] = []  # the parameters, and which groups round
         # By parameter: the number of its batch among those that round, and its index there.
-        self._places: dict[Tensor, tuple[int, int]] | None = None
-        self._count = 0
+        self._places: dict[Tensor, tuple[int, int]] = {}
 
     def forget_seeds(self) -> None:
         """The step has ended."""
@@ -37,19 +36,28 @@ class Rounding:
         for b in batches:
             if not b.rounds:
                 continue
-            places = self._find_places() if self._places is None else self._places
-            self._seeds = self._seeds or [draw_seed() for _ in range(self._count)]
-            params = b.batch.weights
-            b.seed = self._seeds[places[params[0]][0]]
-            if b.batch.streams is None:
-                streams = torch.tensor([places[p][1] for p in params], dtype=torch.int32)
-                b.batch.streams = streams.to(b.device)
+            if not self._seeds:
+                self._draw()
+            places = [self._places[p] for p in b.batch.weights]
+            b.seed = self._seeds[places[0][0]]
+            streams = torch.tensor([i for _, i in places], dtype=torch.int32, device="cpu")
+            b.streams = streams.to(b.device)
         return batches
 
-    def _find_places(self) -> dict[Tensor, tuple[int, int]]:
+    def _draw(self) -> None:
+        """Draw the seeds of a step."""
+        groups = self._optimizer.param_groups
+        every = [p for group in groups for p in group["params"]]
+        params = [p for p in every if p.requires_grad or p.grad is not None]
+        known = [*params, *(group["stochastic_rounding"] for group in groups)]
+        if not same_objects(known, self._known):
+            self._known = known
+            self._find_places(params)
+        self._seeds = [draw_seed() for _ in {number for number, _ in self._places.values()}]
+
+    def _find_places(self, params: list[Tensor]) -> None:
         optimizer = self._optimizer
         groups, states = optimizer.param_groups, optimizer.state
-        params = [p for group in groups for p in group["params"] if p.requires_grad]
         rounding = [
             [groups[number]["params"][i] for i in indices]
             for number, key, indices in optimizer.planner.check(
@@ -57,8 +65,6 @@ class Rounding:
             )
             if groups[number]["stochastic_rounding"] and key.dtypes.weight == torch.bfloat16
         ]
-        self._count = len(rounding)
         self._places = {
             p: (number, i) for number, batch in enumerate(rounding) for i, p in enumerate(batch)
         }
-        return self._places

@@ -37,26 +37,22 @@ def has_scaler(optimizer: FusedOptimizer) -> bool:
     return any(getattr(optimizer, name, None) is not None for name in _SET_BY_SCALER)
 
 
-def raise_scaler(optimizer: FusedOptimizer) -> None:
+def raise_scaler(optimizer: FusedOptimizer, advice: str) -> None:
     """Raise the error for a GradScaler where parameters are stepped during backward."""
     for name in _SET_BY_SCALER:
         # After an error GradScaler does not remove them, and the next step would find them.
         vars(optimizer).pop(name, None)
     raise RuntimeError(
         "a GradScaler does not go with steps during backward, which are taken before it has seen "
-        'all gradients. overlap with mode="norms" or max_grad_norm works with it, because it then '
-        "writes nothing before optimizer.step(); bfloat16 needs no scaler"
+        f"all gradients; bfloat16 needs no scaler. {advice}"
     )
 
 
-def raise_changed(what: str) -> None:
+def raise_changed(what: str, advice: str) -> None:
     """Raise the error for a tensor or option that was changed after it was used in backward."""
-    advice = {
-        "gradient": "For a global clip, or its norm alone (math.inf), set max_grad_norm. "
-        'overlap with mode="norms" allows changed gradients',
-        "weight": "Change it before backward or after optimizer.step()",
-    }.get(what, "Change it before backward, or after optimizer.step()")
+    clip = "For a clip of all gradients, or their norm alone (math.inf), set max_grad_norm. "
     raise RuntimeError(
         f"a {what} was changed between backward and optimizer.step(): it was used already, during "
-        f"backward. {advice}"
+        f"backward. Change it before backward, or after optimizer.step(). "
+        f"{clip if what == 'gradient' else ''}{advice}"
     )

@@ -26,7 +26,7 @@ class Waiting:
         """The gradient of ``p`` has arrived."""
         assert p.grad is not None
         self._params[p] = None
-        self.nbytes += p.grad.nbytes
+        self.nbytes += p.grad.numel() * p.grad.element_size()  # sparse ones have no nbytes
         if not p.is_cpu:
             self._streams.add(torch.accelerator.current_stream(p.device))
 
@@ -38,9 +38,8 @@ class Waiting:
             current = torch.accelerator.current_stream(params[0].device)
             for other in self._streams - {current}:
                 current.wait_stream(other)
-                for p in params:
-                    assert p.grad is not None
-                    plain_shard(p.grad).record_stream(current)
+                for g in (p.grad for p in params if p.grad is not None):
+                    plain_shard(g).record_stream(current)
         self._params.clear()
         self._streams.clear()
         self.nbytes = 0

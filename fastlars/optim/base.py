@@ -31,13 +31,20 @@ Params = Iterable[Any]
 
 
 class OverlapHook(Protocol):
-    """Takes the step instead of the optimizer, as :func:`fastlars.distributed.overlap` does.
-
-    Not DDP's communication hook, which calls it for every bucket.
+    """Takes the step instead of the optimizer: the engine of ``fastlars.step_in_backward`` or
+    ``fastlars.distributed.overlap``. Not DDP's communication hook, which calls it for every bucket.
     """
 
     def may_write(self) -> bool:
         """Whether parameters change before ``step()``."""
+        ...
+
+    def check_whole(self) -> None:
+        """Raise where a state_dict would hold half a step."""
+        ...
+
+    def loaded(self) -> None:
+        """A state_dict was loaded."""
         ...
 
     def step(self) -> StepResults | None:
@@ -201,6 +208,8 @@ class FusedOptimizer(TracedStep, StepReadings, torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Same as ``torch.optim.Optimizer.state_dict()``."""
+        if self.overlap_hook is not None:
+            self.overlap_hook.check_whole()
         # Before the user's hooks, so that what they return stays as they made it.
         first = self.register_state_dict_post_hook(dtypes_to_names, prepend=True)
         try:
@@ -220,6 +229,8 @@ class FusedOptimizer(TracedStep, StepReadings, torch.optim.Optimizer):
         """
         checkpoint.load(self, super().load_state_dict, state_dict)
         self._forget_plans()
+        if self.overlap_hook is not None:
+            self.overlap_hook.loaded()
 
     @overload
     def step(self, closure: None = None) -> None: ...

@@ -45,7 +45,9 @@ class BoundBatch:
     rule: Rule
     batch: TensorBatch
     bound: Any
-    seed: int | None = None  # of stochastic rounding, where it was drawn already
+    # Of stochastic rounding, where this is a part of another batch; see StepScalars.
+    seed: int | None = None
+    streams: Tensor | None = None
 
     @property
     def backend(self) -> Backend:
@@ -87,7 +89,7 @@ class BoundBatch:
             # Not the norm: a recording computes the norm itself, and keeps its memory.
             inputs = replace(given.device, square_norm=None)
             keep_for_replays(self.batch.weights[0], inputs.given)
-        return given if seed is None else replace(given, streams=self.batch.streams)
+        return given if seed is None else replace(given, streams=self.streams)
 
 
 def check_recording(batches: list[BoundBatch]) -> None:

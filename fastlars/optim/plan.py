@@ -58,7 +58,6 @@ class TensorBatch:
     rows: TableRows | None = None  # if other ranks hold other shards of the weights
     wrapped_grads: bool = False  # some gradients may be of a tensor subclass
     copied: list[int] = field(default_factory=list)  # gradients laid out unlike the weight
-    streams: Tensor | None = None  # of stochastic rounding, where the batch is a part of another
 
 
 def plan_options(group: dict[str, Any], rule: Rule) -> tuple[Any, ...]:
