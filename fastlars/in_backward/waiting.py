@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlars.optim.dtensor import plain_shard
+from fastlars.optim.dtensor import local_tensor
 
 
 class Waiting:
@@ -40,7 +40,7 @@ class Waiting:
                 current.wait_stream(other)
                 for p in params:
                     assert p.grad is not None
-                    plain_shard(p.grad).record_stream(current)
+                    local_tensor(p.grad).record_stream(current)
         self._params.clear()
         self._streams.clear()
         self.nbytes = 0
