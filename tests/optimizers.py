@@ -201,4 +201,5 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _copy(value: Any) -> Any:
+    value = value.to_local() if hasattr(value, "to_local") else value  # this process's shard
     return value.detach().clone() if isinstance(value, Tensor) else value

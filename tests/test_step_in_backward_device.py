@@ -42,7 +42,7 @@ def test_gradients_of_several_streams(monkeypatch: pytest.MonkeyPatch) -> None:
         def record_stream(stream: Any) -> None:
             read.append((name, stream))
 
-        grad = SimpleNamespace(nbytes=4, record_stream=record_stream)
+        grad = SimpleNamespace(numel=lambda: 1, element_size=lambda: 4, record_stream=record_stream)
         return OnGpu(is_cpu=False, device="cuda:0", grad=grad)
 
     def on(stream: FakeStream) -> None:

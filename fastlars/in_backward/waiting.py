@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlars.optim.dtensor import plain_shard
+from fastlars.optim.dtensor import local_tensor
 
 
 class Waiting:
@@ -39,7 +39,7 @@ class Waiting:
             for other in self._streams - {current}:
                 current.wait_stream(other)
                 for g in (p.grad for p in params if p.grad is not None):
-                    plain_shard(g).record_stream(current)
+                    local_tensor(g).record_stream(current)
         self._params.clear()
         self._streams.clear()
         self.nbytes = 0
