@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import fastlars
+from fastlars.in_backward.released import is_released
 from in_backward_cases import (
     WIDE,
     Net,
     Recomputing,
     both,
     change_weights,
-    early_of,
     early_pair,
     inputs,
     row_of,
@@ -57,6 +56,19 @@ def refused_bucket(size: Any) -> Callable[[], Any]:
     return lambda: fastlars.step_in_backward(net, optimizer, bucket_mb=size)
 
 
+def excepting(*values: Any) -> Callable[[], Any]:
+    net = Net()
+    optimizer = row_of["LARS"].make(net.parameters())
+    chosen = values[0] if isinstance(values[0], Tensor) else values
+    return lambda: fastlars.step_in_backward(net, optimizer, except_for=chosen)
+
+
+def anew() -> None:
+    """As in a notebook: the first optimizer is dropped, but its hooks are still there."""
+    net, _, _ = early_pair()
+    fastlars.step_in_backward(net, row_of["LARS"].make(net.parameters()))
+
+
 REFUSED_AT_ONCE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "another optimizer": (
         lambda: fastlars.step_in_backward(n := Net(), torch.optim.SGD(n.parameters(), lr=0.1)),
@@ -73,6 +85,20 @@ REFUSED_AT_ONCE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "devices": (several_devices, RuntimeError, "on one device, got cpu, meta"),
     "a parameter": (refused_parameter, TypeError, "group 0, parameter 1 is complex"),
     "no bucket": (refused_bucket(0), ValueError, "bucket_mb must be positive, got 0"),
+    "names": (excepting("layers.0"), TypeError, "except_for must be a list of parameters"),
+    "a bare tensor": (
+        excepting(torch.ones(3)),
+        TypeError,
+        "except_for must be a list of parameters",
+    ),
+    "another model's": (
+        lambda: fastlars.step_in_backward(
+            net := Net(), row_of["LARS"].make(net.parameters()), except_for=Net().parameters()
+        ),
+        ValueError,
+        "except_for has a parameter that is not of the model",
+    ),
+    "anew": (anew, RuntimeError, "by another optimizer already: remove"),
     "bucket_mb": (refused_bucket("25"), TypeError, "bucket_mb must be a number"),
 }
 
@@ -146,99 +172,6 @@ def test_a_change_before_step_is_refused(
     change(net, optimizer)
     with pytest.raises(RuntimeError, match=words):
         optimizer.step()
-
-
-class Fails(torch.autograd.Function):
-    """The identity, whose backward pass fails when it is told to."""
-
-    fail = False
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        if Fails.fail:
-            raise ZeroDivisionError("as asked")
-        return gradient
-
-
-class Failing(Net):
-    """Fails before or after the gradients of its last layers arrive."""
-
-    def __init__(self, first: bool) -> None:
-        super().__init__()
-        self.first = first
-
-    def forward(self, x: Tensor) -> Tensor:
-        for i, p in enumerate(self.layers):
-            x = (p * x).tanh().sum() + x
-            x = Fails.apply(x) if i == (4 if self.first else 0) else x
-        return x
-
-
-@pytest.fixture
-def failing() -> Iterator[None]:
-    Fails.fail = True
-    yield
-    Fails.fail = False
-
-
-def test_an_error_after_some_were_stepped(failing: None) -> None:
-    net, optimizer, handle = early_pair(Failing(first=False))
-    with pytest.raises(ZeroDivisionError):
-        net(inputs(0)).backward()
-    assert early_of(net) >= 2
-    with pytest.raises(RuntimeError, match=r"error after \d of 5 parameters were stepped: go on"):
-        optimizer.step()
-    # From a checkpoint: here, the beginning.
-    Fails.fail = False
-    fresh = Failing(first=False)
-    net.load_state_dict(fresh.state_dict())
-    optimizer.load_state_dict(row_of["LARS"].make(fresh.parameters()).state_dict())
-    again = train(net, optimizer, handle)
-    again.assert_same(train(fresh, row_of["LARS"].make(fresh.parameters())))
-    assert min(again.early) >= 3
-
-
-class FailingAtTheEnd(Net):
-    """All gradients arrive in backward passes within the one that fails."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = Fails.apply(x.clone().requires_grad_())
-        for p in self.layers:
-            x = checkpoint(lambda x, p=p: (p * x).tanh().sum() + x, x, use_reentrant=True)
-        return x
-
-
-def test_an_error_after_nested_backward_passes(failing: None) -> None:
-    net, optimizer, _ = early_pair(FailingAtTheEnd())
-    with pytest.raises(ZeroDivisionError):
-        net(inputs(0)).backward()
-    with pytest.raises(RuntimeError, match=r"error after \d of 5 parameters were stepped: go on"):
-        optimizer.step()
-
-
-def test_an_error_and_no_step(failing: None) -> None:
-    """The error was caught, and the loop goes on with the next batch."""
-    net, optimizer, _ = early_pair(Failing(first=False))
-    with pytest.raises(ZeroDivisionError):
-        net(inputs(0)).backward()
-    Fails.fail = False
-    optimizer.zero_grad()
-    with pytest.raises(RuntimeError, match=r"after its parameter was stepped\. The backward pass"):
-        net(inputs(1)).backward()
-
-
-def test_an_error_before_anything_was_stepped(failing: None) -> None:
-    """As out of memory: a smaller batch is tried, and nothing was lost."""
-    net, optimizer, handle = early_pair(Failing(first=True))
-    with pytest.raises(ZeroDivisionError):
-        net(inputs(0)).backward()
-    Fails.fail = False
-    fresh = Failing(first=True)
-    train(net, optimizer, handle).assert_same(train(fresh, row_of["LARS"].make(fresh.parameters())))
 
 
 @pytest.mark.parametrize("options", [{"max_grad_norm": 1.0}, {"skip_if": 10.0}], ids=str)
@@ -342,6 +275,67 @@ class ReadingLate(Net):
     def forward(self, x: Tensor) -> Tensor:
         x = Hidden.apply(x.clone().requires_grad_(), [self.layers[3]])
         return super().forward(x)
+
+
+def test_a_batch_that_is_skipped_after_its_backward_pass() -> None:
+    """While all gradients wait: nothing was used, and options may have changed since."""
+    runs = []
+    for early in (False, True):
+        net = Net()
+        optimizer = row_of["LARS"].make(net.parameters())
+        if early:
+            fastlars.step_in_backward(net, optimizer)
+        for step in range(6):
+            net.dropped = (step % 5,)
+            net(inputs(step)).backward()
+            optimizer.param_groups[0]["lr"] = 1.0 / (1 + step)
+            if step % 2:
+                optimizer.zero_grad()
+                continue
+            net(inputs(step)).sum()
+            optimizer.param_groups[0]["lr"] = 0.5
+            optimizer.zero_grad()
+            net(inputs(step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append(list(net.parameters()))
+    assert_same("weight", runs[1], runs[0])
+
+
+def test_a_parameter_of_another_optimizer_by_now() -> None:
+    """It left the group: its gradient is not this optimizer's any more."""
+    net, optimizer, _ = early_pair(bucket_mb=1e-9)
+    moved = optimizer.param_groups[0]["params"].pop(0)
+    other = torch.optim.SGD([moved], lr=0.1)
+    before = moved.detach().clone()
+    net(inputs(0)).backward()
+    assert not is_released(moved.grad)
+    optimizer.step()
+    other.step()
+    assert not torch.equal(moved, before)
+
+
+def test_order_of_passes() -> None:
+    net, optimizer, handle = early_pair(max_grad_norm=1.0)
+    loss = net(inputs(0))
+    with handle.norm_pass():
+        loss.backward(retain_graph=True)
+    with (
+        pytest.raises(RuntimeError, match=r"accumulate\(\) after norm_pass\(\)"),
+        handle.accumulate(),
+    ):
+        pass
+    with pytest.raises(RuntimeError, match="only measures: a second backward pass steps"):
+        optimizer.step()
+
+
+def test_sparse_gradients() -> None:
+    net = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 3))
+    optimizer = fastlars.LARS(net.parameters(), lr=0.1)
+    fastlars.step_in_backward(net, optimizer, bucket_mb=WIDE)
+    net(torch.tensor([1])).sum().backward()
+    with pytest.raises(TypeError, match="parameter 0 has a sparse gradient"):
+        optimizer.step()
 
 
 def test_a_late_read() -> None:

@@ -181,11 +181,11 @@ def step_in_backward(
 
 
 def _excluded(except_for: Iterable[Tensor], params: list[Tensor]) -> set[Tensor]:
-    if isinstance(except_for, Tensor) or not all(isinstance(p, Tensor) for p in (*except_for,)):
+    given = list(except_for)
+    if isinstance(except_for, Tensor) or not all(isinstance(p, Tensor) for p in given):
         raise TypeError("except_for must be a list of parameters")
-    excluded = set(except_for)
-    if not excluded.issubset(params):
+    if not set(given).issubset(params):
         raise ValueError(
-            "except_for has a parameter of which the optimizer steps none in the model"
+            "except_for has a parameter that is not of the model, or that optimizer does not step"
         )
-    return excluded
+    return set(given)
