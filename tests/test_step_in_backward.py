@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlars
+import in_backward
 from backend_cases import NAMES
 from fastlars.in_backward.released import is_released
 from in_backward_cases import (
@@ -221,3 +223,9 @@ def test_the_blocks_of_the_page() -> None:
     assert len(losses) == 41
     assert float(names["optimizer"].grad_norm) > 0.0
     assert all(p.grad is None for p in names["model"].parameters())
+
+
+def test_the_table_is_the_one_that_was_measured() -> None:
+    with (ROOT / "benchmarks" / "results" / "in_backward.csv").open(newline="") as file:
+        table = in_backward.markdown(list(csv.DictReader(file)))
+    assert table in (ROOT / "docs" / "distributed.md").read_text()
