@@ -302,6 +302,22 @@ def test_a_batch_that_is_skipped_after_its_backward_pass() -> None:
     assert_same("weight", runs[1], runs[0])
 
 
+def test_a_forward_pass_before_a_step_that_is_skipped() -> None:
+    """The norm was looked at already, and its gradients were freed."""
+    asked: list[float] = []
+    net, optimizer, handle = early_pair()
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer.skip_if = lambda norm: asked.append(float(norm)) is None
+    loss = net(inputs(0))
+    with handle.norm_pass():
+        loss.backward(retain_graph=True)
+    loss.backward()
+    net(inputs(1))
+    optimizer.step()
+    assert len(asked) == int(optimizer.skipped_steps) == 1
+    assert_same("weight", net.parameters(), before)
+
+
 def test_a_parameter_of_another_optimizer_by_now() -> None:
     """It left the group: its gradient is not this optimizer's any more."""
     net, optimizer, _ = early_pair(bucket_mb=1e-9)

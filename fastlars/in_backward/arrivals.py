@@ -87,8 +87,6 @@ class Arrivals(Engine):
         Variable._execution_engine.queue_callback(end)
 
     def watch(self, outputs: Any) -> None:
-        if self._begun and not self.in_flight and torch._C._current_graph_task_id() == -1:
-            self.reset()  # a batch was skipped after its backward pass, and nothing was used of it
         for node in nodes_of(outputs):
             node.register_prehook(self._noting)
         super().watch(outputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,12 @@ class BackwardEngine(Arrivals):
     def before_forward(self) -> None:
         if not torch.compiler.is_compiling():
             check_no_ddp(self._model)
+
+    def watch(self, outputs: Any) -> None:
+        unused = self._begun and self._scalars is None and not self.in_flight
+        if unused and torch._C._current_graph_task_id() == -1:
+            self.reset()  # the batch before may be skipped after its backward pass
+        super().watch(outputs)
 
     def may_write(self) -> bool:
         return True  # also with a clip, once the norm is known
