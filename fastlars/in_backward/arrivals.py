@@ -35,16 +35,11 @@ class Arrivals(Engine):
     def __init__(
         self, optimizer: FusedOptimizer, params: list[Tensor], mode: str, debug: bool
     ) -> None:
-        if any(map(_is_hooked, params)):
-            raise RuntimeError(
-                "a parameter is stepped during backward by another optimizer already: remove() "
-                "that handle first, or give each optimizer parameters of its own"
-            )
         # By the piece's first parameter: all its parameters, and their slices with their plans.
         self._pieces: dict[Tensor, tuple[list[Tensor], list[GroupSlice]]] = {}
         # The compiler would compile hooks again and again.
-        hook = torch.compiler.disable(lambda p: self.arrive(p))
-        hook.tells_engine = True
+        hook: Any = torch.compiler.disable(lambda p: self.arrive(p))
+        hook.engine = type(self)
         self._hooks = [p.register_post_accumulate_grad_hook(hook) for p in params]
         self._noting = torch.compiler.disable(self.note_backward)
         super().__init__(optimizer, params, mode, debug)
@@ -140,9 +135,3 @@ class Arrivals(Engine):
         super().close()
         for hook in self._hooks:
             hook.remove()
-
-
-def _is_hooked(p: Tensor) -> bool:
-    """Whether an engine is told of the parameter's gradients."""
-    hooks = getattr(p, "_post_accumulate_grad_hooks", None) or {}
-    return any(getattr(hook, "tells_engine", False) for hook in hooks.values())

@@ -171,6 +171,11 @@ def step_in_backward(
             "step_in_backward does not go with _apply_optimizer_in_backward: two optimizers would "
             "step the same parameters"
         )
+    if any(_is_hooked(p) for p in params):
+        raise RuntimeError(
+            "a parameter is stepped during backward by another optimizer already: remove() that "
+            "handle first, or give each optimizer parameters of its own"
+        )
     excluded = _excluded(except_for, params)
     optimizer.planner.check(
         optimizer.param_groups, optimizer.state, {p: p.detach() for p in params}
@@ -178,6 +183,14 @@ def step_in_backward(
     engine = BackwardEngine(model, optimizer, params, bucket_mb * MIB, excluded, debug)
     attach(engine, model)
     return BackwardHandle(engine)
+
+
+def _is_hooked(p: Tensor) -> bool:
+    """Whether an engine of an earlier call steps the parameter."""
+    hooks = getattr(p, "_post_accumulate_grad_hooks", None) or {}
+    return any(
+        isinstance(getattr(hook, "__self__", None), BackwardEngine) for hook in hooks.values()
+    )
 
 
 def _excluded(except_for: Iterable[Tensor], params: list[Tensor]) -> set[Tensor]:

@@ -107,5 +107,5 @@ def test_what_overlap_refuses_is_a_line() -> None:
         optimizer=fastlars.LARS(layer.parameters(), lr=0.1),
         world=World(0, 1, torch.device("cpu")),
     )
-    with pytest.raises(TrainerError, match=r"^--overlap: overlap needs a torch\.nn\.parallel"):
+    with pytest.raises(TrainerError, match=r"^--overlap: overlap needs a DistributedDataParallel"):
         _overlap(layer, context)  # type: ignore[arg-type]
