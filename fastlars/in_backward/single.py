@@ -188,9 +188,7 @@ def step_in_backward(
 def _is_hooked(p: Tensor) -> bool:
     """Whether an engine of an earlier call steps the parameter."""
     hooks = getattr(p, "_post_accumulate_grad_hooks", None) or {}
-    return any(
-        isinstance(getattr(hook, "__self__", None), BackwardEngine) for hook in hooks.values()
-    )
+    return any(getattr(hook, "engine", None) is BackwardEngine for hook in hooks.values())
 
 
 def _excluded(except_for: Iterable[Tensor], params: list[Tensor]) -> set[Tensor]:
