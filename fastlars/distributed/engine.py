@@ -101,14 +101,7 @@ class DdpEngine(Engine):
         self._buckets.clear()
 
     def choose_early_work(self) -> EarlyWork | None:
-        optimizer = self.optimizer
-        if self._watched < self.untouched_steps or self._early_sums_unused:
-            return None
-        try:
-            self.check_options()
-            rules = optimizer.planner.current_rules(optimizer.param_groups, optimizer.state)
-        except (RuntimeError, TypeError, ValueError):
-            return None  # step() raises the same, before anything is written
+        rules = self.planned_rules()
         if rules is None:
             return None
         if self._needs_norm():
@@ -116,7 +109,7 @@ class DdpEngine(Engine):
         if self._mode == "step":
             return "step"
         # step() may measure again, and would draw other seeds than those that were drawn early.
-        if any(group["stochastic_rounding"] for group in optimizer.param_groups):
+        if any(group["stochastic_rounding"] for group in self.optimizer.param_groups):
             return None
         return "measure" if any(r.adapt and not r.measure_writes for r in rules) else None
 

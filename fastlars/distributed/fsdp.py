@@ -48,7 +48,6 @@ class FsdpEngine(Arrivals):
         mode: str,
         debug: bool,
     ) -> None:
-        self._module = module
         # Shards that FSDP2 offloads to the CPU are not measured early: a copy may be under way.
         here = [p for p in params if _is_on_its_mesh(p)]
         self._owner = reduced_together(module)
@@ -62,9 +61,6 @@ class FsdpEngine(Arrivals):
         # Of each reduce-scatter, parameters still to arrive. Some may be frozen by now.
         self._missing = Counter(self._owner[p] for p in self._params if p.requires_grad)
 
-    def check_options(self) -> None:
-        pass
-
     def before_forward(self) -> None:
         if self._after_step is not None and not torch.compiler.is_compiling():
             self._after_step.tell()
@@ -77,16 +73,9 @@ class FsdpEngine(Arrivals):
         return super().may_write() and advances
 
     def choose_early_work(self) -> EarlyWork | None:
-        optimizer = self.optimizer
-        if self._watched < self.untouched_steps or self._early_sums_unused:
-            return None
         if is_capturing(plain_shard(self._params[0]).device):
             return None  # a CUDA graph cannot copy where sums lie, as KnownSums does
-        try:
-            rules = optimizer.planner.current_rules(optimizer.param_groups, optimizer.state)
-        except (RuntimeError, TypeError, ValueError):
-            return None  # step() raises the same, before anything is written
-        if rules is None:
+        if self.planned_rules() is None:
             return None
         return "clip" if self._needs_norm() else "measure"
 

@@ -17,6 +17,7 @@ from fastlars.in_backward.validation import has_scaler, raise_changed, raise_sca
 from fastlars.optim.base import FusedOptimizer
 from fastlars.optim.execute import BoundBatch, StepResults
 from fastlars.optim.planner import GroupSlice, slices_of
+from fastlars.rules import Rule
 
 # The first steps with a backward pass, in which an engine also runs checks that would be too slow
 # for every step.
@@ -96,7 +97,6 @@ class Engine:
 
     def check_options(self) -> None:
         """Raise where the options of a group do not go with this engine."""
-        raise NotImplementedError
 
     def loaded(self) -> None:
         """A state_dict was loaded: go on from there, also after a backward pass that failed."""
@@ -134,6 +134,18 @@ class Engine:
 
     def choose_early_work(self) -> EarlyWork | None:
         raise NotImplementedError
+
+    def planned_rules(self) -> list[Rule] | None:
+        """The rules of the groups as they were planned; None where the whole step is left to
+        ``optimizer.step()``, which raises what is wrong before it writes anything."""
+        optimizer = self.optimizer
+        if self._watched < self.untouched_steps or self._early_sums_unused:
+            return None
+        try:
+            self.check_options()
+            return optimizer.planner.current_rules(optimizer.param_groups, optimizer.state)
+        except (RuntimeError, TypeError, ValueError):
+            return None
 
     def wait(self) -> None:
         """Wait until the early work of every piece is done; raise what went wrong in it."""

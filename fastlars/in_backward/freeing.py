@@ -63,9 +63,6 @@ class BackwardEngine(Arrivals):
         self._scalars: Scalars | None = None  # of this step
         self._norm_pass = None
 
-    def check_options(self) -> None:
-        pass
-
     def before_forward(self) -> None:
         if not torch.compiler.is_compiling():
             check_no_ddp(self._model)
