@@ -169,7 +169,8 @@ PLANTED = {
 def _plant(monkeypatch: pytest.MonkeyPatch, name: str, what: str) -> None:
     method, plant, _ = PLANTED[what]
     backend = choose.instance(name)
-    monkeypatch.setattr(backend, method, plant(getattr(backend, method)))
+    # Not with setattr, which would leave the method itself in the process's one instance.
+    monkeypatch.setitem(vars(backend), method, plant(getattr(backend, method)))
 
 
 @each_backend
