@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,19 +49,29 @@ def assert_shows(run: Path) -> None:
         close(curves[f"trust_ratio/{name}"], points)
 
 
+def wait_for_the_next_second() -> None:
+    """TensorBoard reads files in the order of their names, which begin with the second in which
+    they were made. Within one second that order is arbitrary: "10" comes before "9". Real runs take
+    longer to start."""
+    time.sleep(1.01 - time.time() % 1.0)
+
+
 def test_a_resumed_run_shows_each_step_once(tmp_path: Path, train: Train) -> None:
     """The first part goes on after the checkpoint that the second starts from."""
     run = tmp_path / "run"
     flags = (*RUN, "--tensorboard", "--output", run)
     assert train(*flags, "--max-steps", 3).status == 0
     early = (run / "checkpoint.pt").read_bytes()
+    wait_for_the_next_second()
     assert train("--resume", "--tensorboard", "--output", run, "--max-steps", 6).status == 0
     assert max(step for step, _ in scalars(run)["loss/training"]) == 6
     (run / "checkpoint.pt").write_bytes(early)
     again = ("--resume", "--tensorboard", "--output", run)
+    wait_for_the_next_second()
     assert train(*again, "--max-steps", 5).status == 0
     assert_shows(run)
     assert max(step for step, _ in scalars(run)["loss/training"]) == 5
+    wait_for_the_next_second()
     assert train(*again, "--max-steps", 0).status == 0
     assert_shows(run)
 
