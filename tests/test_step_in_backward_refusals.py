@@ -17,6 +17,7 @@ from in_backward_cases import (
     Recomputing,
     both,
     change_weights,
+    early_of,
     early_pair,
     inputs,
     row_of,
@@ -369,6 +370,19 @@ def test_autograd_refuses_a_weight_that_it_needs() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(loss, list(net.parameters()))
+
+
+def test_compiled_autograd() -> None:
+    """It calls hooks on parameters, but none at the end of a backward pass."""
+    net, optimizer, _ = early_pair()
+    before = [p.detach().clone() for p in net.parameters()]
+    with (
+        torch._dynamo.config.patch(compiled_autograd=True),
+        pytest.raises(RuntimeError, match="do not go with compiled autograd"),
+    ):
+        torch.compile(lambda x: net(x).backward(), backend="eager")(inputs(0))
+    assert early_of(net) == 0
+    assert_same("weight", net.parameters(), before)
 
 
 def test_a_model_inside_ddp(tmp_path: Any) -> None:

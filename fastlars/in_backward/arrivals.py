@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 from weakref import WeakSet
 
@@ -49,6 +50,16 @@ class Arrivals(Engine):
         self._arrived: set[Tensor] = set()  # in this step
         self._waiting = Waiting()  # those that are in no piece yet
         self._running: WeakSet[RunningPass] = WeakSet()  # backward passes that have not ended
+
+    def begin(self) -> None:
+        dynamo = sys.modules.get("torch._dynamo.compiled_autograd")
+        if getattr(dynamo, "in_compiled_autograd_region", False):
+            raise RuntimeError(
+                "steps during backward do not go with compiled autograd, which calls no hook at "
+                "the end of a backward pass: set torch._dynamo.config.compiled_autograd = False, "
+                "or take ordinary steps"
+            )
+        super().begin()
 
     def arrive(self, p: Tensor) -> None:
         """The hook of a parameter."""

@@ -133,9 +133,9 @@ def step_in_backward(
             another optimizer steps during backward. Raised later, where it shows:
             ``max_grad_norm`` or ``skip_if`` without a ``norm_pass()``; a ``GradScaler``; a second
             backward pass before ``optimizer.step()`` without ``accumulate()``; a use of a gradient
-            that was freed; a backward pass that failed; a CUDA graph of a backward pass;
-            ``state_dict()`` before the step has ended; weights that backward reads late, and
-            weights, states or hyper-parameters that were changed between backward and
+            that was freed; a backward pass that failed; a CUDA graph of a backward pass; compiled
+            autograd; ``state_dict()`` before the step has ended; weights that backward reads late,
+            and weights, states or hyper-parameters that were changed between backward and
             ``optimizer.step()``.
 
     Example:
