@@ -17,7 +17,10 @@ import pytest
 import torch
 
 import emulated
+import interpreted
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreted.prepare_once()
 if emulated.VARIABLE in os.environ:
     # Before anything imports fastlars: its kernels for GPUs are then run on the CPU.
     emulated.load()
