@@ -5,7 +5,7 @@
 The ways train copies of a model in one process, and take turns round by round; medians are
 reported, after a check that all have the same bits. Memory is measured in a process for each way:
 how far the peak rises above what weights and states take, by torch's allocator on a GPU, by the
-resident size on a CPU (where glibc must give freed memory back: MALLOC_MMAP_THRESHOLD_ is set).
+resident size on a CPU. There both depend on what glibc does with freed memory: see GLIBC.
 """
 
 from __future__ import annotations
@@ -53,6 +53,13 @@ MODELS: dict[str, tuple[Any, tuple[int, int], Any]] = {
 }
 # Name of the way: MiB of gradients that are stepped together, or None for ordinary steps.
 WAYS = {"ordinary": None, "25 MiB": 25.0, "5 MiB": 5.0}
+
+# What glibc does with freed memory, and the environment in which it does so.
+GLIBC = {
+    "gives it back": {"MALLOC_MMAP_THRESHOLD_": "65536"},
+    "defaults": {},
+    "keeps it": {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"},
+}
 
 
 class Contender:
@@ -133,27 +140,28 @@ def _status(what: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
 
 
-def in_a_process(name: str, way: str, device: torch.device) -> dict[str, int]:
-    """:func:`peak`, in a process of its own."""
-    command = [sys.executable, __file__, "--peak", name, way, "--device", str(device)]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+def in_a_process(what: str, glibc: str, *arguments: str) -> dict[str, Any]:
+    """:func:`times` or :func:`peak`, in a process of its own."""
+    command = [sys.executable, __file__, "--only", what, *arguments]
+    environment = {**os.environ, **GLIBC[glibc]}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
-    found: dict[str, int] = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
-def measure(name: str, device: torch.device, rounds: int) -> list[dict[str, Any]]:
+def measure(name: str, glibc: str, device: torch.device, rounds: int) -> list[dict[str, Any]]:
     """One row for each way."""
-    peaks = {way: in_a_process(name, way, device) for way in WAYS}
-    seconds = times(name, device, rounds)
+    peaks = {way: in_a_process("peak", glibc, name, way, str(device)) for way in WAYS}
+    milliseconds = in_a_process("times", glibc, name, str(device), str(rounds))
     return [
         {
             "model": name,
             "optimizer": MODELS[name][2].__name__,
             "batch": " x ".join(map(str, MODELS[name][1])),
+            "glibc": glibc,
             "way": way,
-            "iteration_ms": f"{seconds[way]:.4g}",
-            "over_ordinary": f"{seconds[way] / seconds['ordinary']:.4f}",
+            "iteration_ms": f"{milliseconds[way]:.4g}",
+            "over_ordinary": f"{milliseconds[way] / milliseconds['ordinary']:.4f}",
             "kept_mb": f"{peaks[way]['kept'] / 1e6:.1f}",
             "gradients_mb": f"{peaks[way]['gradients'] / 1e6:.1f}",
             "rise_mb": f"{peaks[way]['rise'] / 1e6:.1f}",
@@ -164,14 +172,20 @@ def measure(name: str, device: torch.device, rounds: int) -> list[dict[str, Any]
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The table for people."""
+    """The table for people: a row for each model and setting of glibc."""
+    ways = " | ".join(WAYS)
     lines = [
-        "| model | way | iteration, ms | over ordinary | weights and states, MB | gradients, MB "
-        "| peak above weights and states, MB |",
-        "|---|---|--:|--:|--:|--:|--:|",
+        f"| model | gradients, MB | freed memory: glibc | peak, MB: {ways} "
+        f"| iteration: {ways.replace('ordinary', 'ordinary, ms')} |",
+        "|---|--:|---|" + "--:|" * 2 * len(WAYS),
     ]
-    names = ("model", "way", "iteration_ms", "over_ordinary", "kept_mb", "gradients_mb", "rise_mb")
-    lines += ["| " + " | ".join(str(row[n]) for n in names) + " |" for row in rows]
+    for i in range(0, len(rows), len(WAYS)):
+        each = rows[i : i + len(WAYS)]
+        first, *others = each
+        figures = [first["model"], first["gradients_mb"], first["glibc"]]
+        figures += [f"{float(row['rise_mb']):,.0f}" for row in each]
+        figures += [first["iteration_ms"], *(f"{float(r['over_ordinary']):.2f}" for r in others)]
+        lines.append("| " + " | ".join(figures) + " |")
     return "\n".join(lines)
 
 
@@ -183,13 +197,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--csv", type=Path)
-    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--glibc", type=lambda text: text.split(","), help="default: all")
+    parser.add_argument("--only", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.peak:
-        print(json.dumps(peak(*options.peak, options.device)))
+    if options.only:
+        what, name, *rest = options.only
+        if what == "peak":
+            found: Any = peak(name, rest[0], torch.device(rest[1]))
+        else:
+            found = times(name, torch.device(rest[0]), int(rest[1]))
+        print(json.dumps(found))
         return
     begin = time.perf_counter()
-    rows = [r for name in options.models for r in measure(name, options.device, options.rounds)]
+    on_gpu = options.device.type == "cuda"  # where torch's own allocator keeps what is freed
+    rows = [
+        row
+        for name in options.models
+        for glibc in options.glibc or (["defaults"] if on_gpu else GLIBC)
+        for row in measure(name, glibc, options.device, options.rounds)
+    ]
     where = describe() | {
         "device": torch.cuda.get_device_name() if options.device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),

@@ -374,7 +374,7 @@ def test_autograd_refuses_a_weight_that_it_needs() -> None:
 
 def test_compiled_autograd() -> None:
     """It calls hooks on parameters, but none at the end of a backward pass."""
-    net, optimizer, _ = early_pair()
+    net, _, _ = early_pair()
     before = [p.detach().clone() for p in net.parameters()]
     with (
         torch._dynamo.config.patch(compiled_autograd=True),
