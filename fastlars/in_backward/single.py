@@ -90,9 +90,10 @@ def step_in_backward(
 
     LARS, LAMB, LANS and RMSprop warm-up need nothing but a layer's own weights, gradients and
     states: weights and states have the same bits as after a backward pass and ``optimizer.step()``.
-    Gradients of ``bucket_mb`` and the next parameter exist at the same time, instead of all. (Only
-    stochastic rounding can differ: in steps in which some parameters get no gradient, and where
-    something else draws random numbers between a backward pass and its step.)
+    (Only stochastic rounding can differ: in steps in which some parameters get no gradient, and
+    where something else draws random numbers between a backward pass and its step.) Gradients of
+    ``bucket_mb`` and the next parameter exist at the same time, instead of all; on a CPU, glibc
+    gives their memory back where ``MALLOC_MMAP_THRESHOLD_=65536`` is set.
 
     Call it once, before the first backward pass; the training loop stays as it is.
     ``optimizer.step()`` steps what is left, counts the step, and makes the gradients None.
