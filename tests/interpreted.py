@@ -15,6 +15,8 @@ def prepare_once() -> None:
     from triton import language
     from triton.runtime import interpreter
 
+    if not hasattr(interpreter, "_LangPatchScope"):
+        return  # a release of Triton that prepares in another way
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched: set[Any] = set()  # modules, since the last launch began
 
