@@ -49,16 +49,17 @@ def _problem(name: str, sizes: list[int], steps: int) -> Problem:
 
 
 def _resnet18() -> list[int]:
-    """Elements of ResNet-18's tensors."""
+    """Elements of ResNet-18's tensors; on a CPU without the last stage, three quarters of them."""
+    stages = (64, 128, 256, 512) if torch.cuda.is_available() else (64, 128, 256)
     sizes = [3 * 64 * 49, 64, 64]
     before = 64
-    for width in (64, 128, 256, 512):
+    for width in stages:
         for block in range(2):
             sizes += [before * width * 9, width, width, width * width * 9, width, width]
             if before != width and block == 0:
                 sizes += [before * width, width, width]
             before = width
-    return [*sizes, 512 * 1000, 1000]
+    return [*sizes, before * 1000, 1000]
 
 
 # Chunks by tensor, and what is hard about them.
@@ -130,7 +131,7 @@ def test_awkward_lists(name: str, row: Row) -> None:
 def test_resnet18(row: Row) -> None:
     choices = [(1, 1), (12, 2), (5, MOST_SLOTS)]
     tested = Scheduled(row, _problem("ResNet-18", _resnet18(), len(choices)), "one-launch")
-    assert tested.layout.table.tensors == 62
+    assert tested.layout.table.tensors == (62 if torch.cuda.is_available() else 47)
     _compare(tested, choices.__getitem__)
 
 
