@@ -78,9 +78,8 @@ setup: $(READY)
 train: $(READY)
 	$(RUN) -m fastlars.trainer $(TRAIN_ARGS)
 
-# A cache for each environment: what the tests compile is kept there for the next run. Three workers for
-# two cores: tests of several processes often wait.
-PYTEST := -m pytest -n 3 --dist loadgroup --benchmark-disable $(if $(TORCH),-o cache_dir=$(VENV)/.pytest_cache)
+# A cache for each environment: what the tests compile is kept there for the next run.
+PYTEST := -m pytest -n 2 --dist loadgroup --benchmark-disable $(if $(TORCH),-o cache_dir=$(VENV)/.pytest_cache)
 
 test: $(READY)
 	$(RUN) $(PYTEST) -m 'not slow' $(PYTEST_ARGS)

@@ -26,7 +26,7 @@ from pathlib import Path
 from package.building import output, run
 from sources import ROOT
 
-FAST = ("-n", "3", "--dist", "loadgroup", "--benchmark-disable", "-m", "not slow")  # `make test`
+FAST = ("-n", "2", "--dist", "loadgroup", "--benchmark-disable", "-m", "not slow")  # `make test`
 # It would find every fault, because the text that it looks for is gone.
 LEFT_OUT = "tests/test_planted_faults.py"
 LONGEST = 3600.0  # seconds
