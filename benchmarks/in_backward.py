@@ -140,19 +140,20 @@ def _status(what: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
 
 
-def in_a_process(what: str, glibc: str, *arguments: str) -> dict[str, Any]:
+def in_a_process(glibc: str, *arguments: str) -> dict[str, Any]:
     """:func:`times` or :func:`peak`, in a process of its own."""
-    command = [sys.executable, __file__, "--only", what, *arguments]
-    environment = {**os.environ, **GLIBC[glibc]}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+    command = [sys.executable, __file__, *arguments]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    done = subprocess.run(command, env=kept | GLIBC[glibc], stdout=subprocess.PIPE, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
 def measure(name: str, glibc: str, device: torch.device, rounds: int) -> list[dict[str, Any]]:
     """One row for each way."""
-    peaks = {way: in_a_process("peak", glibc, name, way, str(device)) for way in WAYS}
-    milliseconds = in_a_process("times", glibc, name, str(device), str(rounds))
+    options = ("--device", str(device), "--rounds", str(rounds))
+    peaks = {way: in_a_process(glibc, "--peak", name, way, *options) for way in WAYS}
+    milliseconds = in_a_process(glibc, "--times", name, *options)
     return [
         {
             "model": name,
@@ -198,15 +199,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--glibc", type=lambda text: text.split(","), help="default: all")
-    parser.add_argument("--only", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--times", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.only:
-        what, name, *rest = options.only
-        if what == "peak":
-            found: Any = peak(name, rest[0], torch.device(rest[1]))
-        else:
-            found = times(name, torch.device(rest[0]), int(rest[1]))
-        print(json.dumps(found))
+    if options.peak:
+        name, way = options.peak
+        print(json.dumps(peak(name, way, options.device)))
+        return
+    if options.times:
+        print(json.dumps(times(options.times, options.device, options.rounds)))
         return
     begin = time.perf_counter()
     on_gpu = options.device.type == "cuda"  # where torch's own allocator keeps what is freed
