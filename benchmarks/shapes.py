@@ -1,7 +1,7 @@
 """Parameter shapes of the models that are stepped, in the order of their modules.
 
 Written down rather than asked of torchvision, which machines with a GPU may lack;
-tests/test_benchmarks.py compares the two.
+tests/benchmarks/test_benchmarks.py compares the two.
 """
 
 from __future__ import annotations

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 
-import emulated
+import cuda_emulation
 import interpreted
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     interpreted.prepare_once()
-if emulated.VARIABLE in os.environ:
+if cuda_emulation.VARIABLE in os.environ:
     # Before anything imports fastlars: its kernels for GPUs are then run on the CPU.
-    emulated.load()
+    cuda_emulation.load()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from gpu_proof.card import Card
 
 ROOT = Path(__file__).parents[2]
-SANITIZED = "tests/test_cuda_device.py::test_compute_sanitizer"
+SANITIZED = "tests/cuda/test_cuda_device.py::test_compute_sanitizer"
 MODELS = ("resnet50", "bert_large", "vit_b", "tiny", "giant")
 
 
@@ -130,10 +130,9 @@ def _pytest(
 
 def test_files(card: Card) -> list[str]:
     """Files that have tests for a GPU: others need packages that a GPU machine may lack."""
-    folders = ["", *([] if card.trainer_lacks else ["distributed", "trainer"])]
-    found = []
-    for folder in folders:
-        for path in sorted((ROOT / "tests" / folder).glob("test_*.py")):
-            if re.search(r'mark\.gpu|marks\("', path.read_text()):
-                found.append(str(path.relative_to(ROOT)))
-    return found
+    left_out = ("distributed", "trainer") if card.trainer_lacks else ()
+    return [
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        if path.parent.name not in left_out and re.search(r'mark\.gpu|marks\("', path.read_text())
+    ]

@@ -29,11 +29,11 @@ import zero
 from distributed.processes import run
 from distributed.sharded_cases import whole
 from distributed.torchrun import TWO, finish, resumed_at, start
-from sources import ROOT, python_blocks
+from repository_files import ROOT, python_blocks
 from tolerances import assert_close
 from trainer.helpers import assert_same
 
-DEADLY = Path(__file__).parent / "deadly.py"
+KILL = Path(__file__).parent / "kill_during_overlap.py"
 TEXT = (ROOT / "docs" / "distributed.md").read_text()
 SCRIPT = next(block for block in python_blocks(TEXT) if block.startswith("# train.py"))
 # The recipes, by the first word of the heading that they stand under.
@@ -50,7 +50,7 @@ def train(folder: Path, deaths: str) -> str:
     script.write_text(SCRIPT)
     log = folder / "log"
     started = start(
-        DEADLY, script, folder, launch=(*TWO, "--max-restarts=5"), log=log, DEATHS=deaths,
+        KILL, script, folder, launch=(*TWO, "--max-restarts=5"), log=log, DEATHS=deaths,
         TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
     )  # fmt: skip
     status = finish(started)

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sources import ROOT
+from repository_files import python_path
 from trainer.helpers import assert_same, load, records
 
-TRAINER = Path(__file__).parent / "mortal.py"
+TRAINER = Path(__file__).parent / "kill_trainer.py"
 SETTINGS = (
     "--recipe", "lars", "--epochs", 2, "--batch-size", 64, "--log-every", 1,
     "--checkpoint-every", 5,
@@ -34,12 +34,11 @@ def start(
 
     `inside` is a command that runs another one, such as ``ip netns exec``.
     """
-    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     with log.open("ab") as file:
         return subprocess.Popen(
             [*inside, sys.executable, "-m", "torch.distributed.run", *launch, str(script),
              *map(str, arguments)],
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment,
+            env=os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"} | environment,
             stdout=file,
             stderr=file,
             start_new_session=True,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from package.building import ADDED, build
-from sources import ROOT
+from building import ADDED, build
+from repository_files import ROOT
 
 
 @pytest.fixture(scope="session")

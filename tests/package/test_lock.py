@@ -8,7 +8,7 @@ import sys
 import pytest
 from packaging.requirements import Requirement
 
-from sources import ROOT
+from repository_files import ROOT
 
 if sys.version_info >= (3, 11):
     import tomllib

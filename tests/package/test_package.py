@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import fastlars
+from building import ADDED, output, run
 from fastlars import _C
-from package.building import ADDED, output, run
-from sources import CXX, ROOT, files
+from repository_files import CXX, ROOT, files
 
 # One worker builds the sdist and the wheel, not each of them.
 pytestmark = pytest.mark.xdist_group("package")

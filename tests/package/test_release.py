@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from package.building import output, run
-from sources import ROOT
+from building import output, run
+from repository_files import ROOT
 
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 WORKFLOW = (ROOT / ".github/workflows/release.yml").read_text()

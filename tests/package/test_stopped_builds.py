@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from package.building import SCRIPTS, run
+from building import SCRIPTS, run
 
 # One worker builds the sdist and the wheel, not each of them.
 pytestmark = pytest.mark.xdist_group("package")

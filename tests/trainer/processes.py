@@ -6,24 +6,19 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
+from repository_files import TESTS, python_path
 from trainer.helpers import Outcome
-
-HERE = Path(__file__).parent
 
 
 def start(*arguments: object, restarts: int = 0, **environment: str) -> subprocess.Popen[str]:
     """Two processes of the trainer with the tiny model."""
-    path = os.pathsep.join(
-        [str(HERE.parent), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
-    )
     return subprocess.Popen(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-            f"--max-restarts={restarts}", str(HERE / "run_tiny.py"), *map(str, arguments),
+            f"--max-restarts={restarts}", str(TESTS / "trainer/run_tiny.py"), *map(str, arguments),
         ],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -28,7 +28,7 @@ for name, undrawn in UNDRAWN.items():
 step = loop.step
 
 
-def mortal(context: TrainingContext, *arguments: Any, **options: Any) -> Any:
+def step_or_die(context: TrainingContext, *arguments: Any, **options: Any) -> Any:
     """A step that the process does not survive, once."""
     first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     if first and os.environ["RANK"] == "1" and context.progress.step == int(os.environ["DIE_AT"]):
@@ -42,7 +42,7 @@ def full(path: Path, _state: dict[str, Any]) -> None:
 
 
 if "DIE_AT" in os.environ:
-    loop.step = mortal  # type: ignore[assignment]
+    loop.step = step_or_die  # type: ignore[assignment]
 if "ELSEWHERE" in os.environ and os.environ["RANK"] == "1":
     os.chdir(os.environ["ELSEWHERE"])
 if "FULL" in os.environ:

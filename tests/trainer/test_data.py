@@ -14,21 +14,17 @@ import torch
 from torch.nn import functional
 
 from fastlars.trainer.data.dataset import Data
+from repository_files import TESTS, python_path
 from trainer.helpers import folder, load, records, tiny_net, write_images
-
-HERE = Path(__file__).parent
 
 
 def start(*arguments: object, processes: int = 0) -> subprocess.Popen[str]:
     """The trainer with the tiny model, in a process group of its own; under torchrun if asked."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
-    path = os.pathsep.join(
-        [str(HERE.parent), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
-    )
-    command = (*(torchrun if processes else ()), HERE / "run_tiny.py", *arguments)
+    command = (*(torchrun if processes else ()), TESTS / "trainer" / "run_tiny.py", *arguments)
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -20,7 +20,7 @@ import pytest
 
 import large_batch
 from large_batch_grid import FINAL, FIND_LR, SEARCH, Cell, Grid, Row, read
-from sources import ROOT
+from repository_files import ROOT
 from trainer.helpers import GRID, Outcome, write_images
 
 

@@ -10,7 +10,7 @@ import pytest
 import large_batch_figure
 from fastlars.trainer.config import command_line
 from large_batch_grid import FINAL, FIND_LR, MOST_BEYOND, SEARCH, Cell, Grid, Row, read, write
-from sources import ROOT
+from repository_files import ROOT
 from trainer.helpers import GRID
 
 

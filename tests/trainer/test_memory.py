@@ -20,11 +20,11 @@ from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.model import memory
 from fastlars.trainer.model.context import Progress, TrainingContext, build
 from fastlars.trainer.process.world import World
+from repository_files import ROOT
 from trainer.helpers import Outcome, files_below, write_images
 
 Train = Callable[..., Outcome]
 CPU = torch.device("cpu")
-HERE = Path(__file__).resolve().parents[1]
 # The most that the process had, of this program alone: what getrusage says of a child begins with
 # what its parent had.
 PEAK = """
@@ -107,7 +107,7 @@ def test_a_dry_run_says_what_a_run_takes(tmp_path: Path, flags: tuple[object, ..
 
     def number(pattern: str, *more: object) -> float:
         command = [sys.executable, "-c", PEAK, *map(str, (*common, *more))]
-        path = os.pathsep.join([str(HERE.parent), *sys.path])
+        path = os.pathsep.join([str(ROOT), *sys.path])
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2"}
         done = subprocess.run(
             command, check=False, capture_output=True, text=True, env=environment, timeout=300

@@ -23,20 +23,19 @@ from fastlars.trainer.model.context import TrainingContext
 from fastlars.trainer.output.tensorboard import TensorBoard
 from fastlars.trainer.process import console, packages
 from fastlars.trainer.run import loop
+from repository_files import TESTS, python_path
 from trainer.helpers import Outcome, disk_full_after, files_below, load, records
 
 Train = Callable[..., Outcome]
 SHORT = ("--epochs", 1, "--batch-size", 512)
-TESTS = Path(__file__).parents[1]
 
 
 def command(*arguments: object, before: str = "", after: str = "", **env: str) -> Outcome:
     """The trainer with the tiny model, as a shell starts it."""
     words = [sys.executable, str(TESTS / "trainer" / "run_tiny.py"), *map(str, arguments)]
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         ["bash", "-c", f'{before} "$@" {after}', "bash", *words],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | env,
+        env=os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"} | env,
         capture_output=True,
         text=True,
         timeout=300,
