@@ -31,7 +31,7 @@ from fastlars.backends.base import StepScalars, Tensors
 from fastlars.backends.choose import instance
 from fastlars.rules import GradientNorm, LarsRule
 from problems import PROBLEMS, Entry, Problem, place
-from repository_files import TESTS
+from repository_files import python_path
 from tolerances import assert_same_bits
 
 
@@ -105,10 +105,9 @@ print(len(os.listdir("/proc/self/task")) - before)
 
 # Run by a fresh process, for the instruction set is chosen once in a process.
 _PROBE = """
-import sys, torch
-sys.path[:0] = {path!r}
+import torch
 from fastlars.backends.cpu import instruction_set
-from test_determinism import everything
+from backends.test_determinism import everything
 torch.save((instruction_set(), everything()), {out!r})
 """
 
@@ -140,8 +139,8 @@ def test_avx2_equals_baseline(tmp_path: Path) -> None:
     results = {}
     for isa in ("", "baseline"):
         out = tmp_path / f"written-{isa}.pt"
-        code = _PROBE.format(path=[str(TESTS / "support")], out=str(out))
-        environment = {**os.environ, "FASTLARS_CPU": isa}
+        code = _PROBE.format(out=str(out))
+        environment = {**os.environ, "FASTLARS_CPU": isa, "PYTHONPATH": python_path()}
         subprocess.run([sys.executable, "-c", code], env=environment, check=True)
         name, written = torch.load(out)
         results[name] = written
