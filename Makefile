@@ -90,11 +90,11 @@ test-all: $(READY)
 bench: $(READY)
 	@mkdir -p .benchmarks
 	$(RUN) -m pytest benchmarks -m 'not gpu' --benchmark-json .benchmarks/run.json $(PYTEST_ARGS)
-	@$(RUN) benchmarks/report.py .benchmarks/run.json --csv $(BENCH_CSV) --pictures .benchmarks \
+	@$(RUN) -m benchmarks.step.report .benchmarks/run.json --csv $(BENCH_CSV) --pictures .benchmarks \
 	    $(if $(BENCH_COMPARE),--compare $(BENCH_COMPARE))
 
 triton-code: $(READY)
-	$(RUN) benchmarks/triton_code.py --out benchmarks/results/triton_code.csv
+	$(RUN) -m benchmarks.step.triton_code --out benchmarks/results/triton_code.csv
 
 docs: $(READY)
 	$(RUN) -m sphinx -q -W --keep-going docs .site
@@ -104,7 +104,7 @@ docs: $(READY)
 # what it has done before on this card with these sources.
 gpu gpu-first gpu-test gpu-counters gpu-bench:
 	@$(FIND_PYTHON)
-	@PYTHONPATH="benchmarks$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m gpu_proof $(or $(subst gpu-,,$(filter gpu-%,$@)),all) \
+	@$(PYTHON) -m benchmarks.gpu_proof $(or $(subst gpu-,,$(filter gpu-%,$@)),all) \
 	    --python $(PYTHON) --out $(GPU_OUT) --again '$(GPU_AGAIN)' -- $(PYTEST_ARGS)
 
 lint: $(READY)
