@@ -90,11 +90,11 @@ test-all: $(READY)
 bench: $(READY)
 	@mkdir -p .benchmarks
 	$(RUN) -m pytest benchmarks -m 'not gpu' --benchmark-json .benchmarks/run.json $(PYTEST_ARGS)
-	@$(RUN) benchmarks/report.py .benchmarks/run.json --csv $(BENCH_CSV) --pictures .benchmarks \
+	@$(RUN) -m benchmarks.step.report .benchmarks/run.json --csv $(BENCH_CSV) --pictures .benchmarks \
 	    $(if $(BENCH_COMPARE),--compare $(BENCH_COMPARE))
 
 triton-code: $(READY)
-	$(RUN) benchmarks/triton_code.py --out benchmarks/results/triton_code.csv
+	$(RUN) -m benchmarks.step.triton_code --out benchmarks/results/triton_code.csv
 
 docs: $(READY)
 	$(RUN) -m sphinx -q -W --keep-going docs .site
@@ -104,7 +104,7 @@ docs: $(READY)
 # what it has done before on this card with these sources.
 gpu gpu-first gpu-test gpu-counters gpu-bench:
 	@$(FIND_PYTHON)
-	@PYTHONPATH="benchmarks$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m gpu_proof $(or $(subst gpu-,,$(filter gpu-%,$@)),all) \
+	@$(PYTHON) -m benchmarks.gpu_proof $(or $(subst gpu-,,$(filter gpu-%,$@)),all) \
 	    --python $(PYTHON) --out $(GPU_OUT) --again '$(GPU_AGAIN)' -- $(PYTEST_ARGS)
 
 lint: $(READY)
@@ -142,40 +142,13 @@ clean:
 FIND_PYTHON = command -v $(PYTHON) >/dev/null || \
     { echo 'fastlars: $(PYTHON) was not found; choose a Python with make PYTHON=/path/to/python3' >&2; exit 1; }
 
-# Says in one line what is missing, before anything is downloaded. Runs on old Pythons too.
-define CHECK
-import os, shutil, subprocess, sys, sysconfig
-
-def stop(text):
-    sys.exit("fastlars: " + text)
-
-if sys.version_info < (3, 10):
-    stop("Python 3.10 or newer is needed, %s is %d.%d; choose another with make PYTHON=/path/to/python3"
-         % ((sys.executable,) + tuple(sys.version_info[:2])))
-try:
-    import ensurepip, venv
-except ImportError as error:
-    stop("%s cannot make virtual environments (%s); on Debian and Ubuntu: apt install python3-venv"
-         % (sys.executable, error))
-if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
-    stop("%s has no C headers (Python.h); on Debian and Ubuntu: apt install python3-dev" % sys.executable)
-names = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-compilers = [name for name in names if shutil.which(name)]
-if not compilers:
-    stop("no C++ compiler was found (looked for %s); on Debian and Ubuntu: apt install g++" % ", ".join(names))
-probe = [compilers[0], "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
-if subprocess.run(probe, input=b"#include <optional>\n", stderr=subprocess.DEVNULL).returncode:
-    stop("the C++ compiler %s does not compile C++17; choose another with CXX=/path/to/c++" % compilers[0])
-endef
-export CHECK
-
 # --no-deps: the lock names every package, and pip has nothing to choose. Python's own pip is old enough
 # to need no network for itself.
 INSTALL = -m pip install --disable-pip-version-check --no-deps --no-compile
 
 $(TESTED)/.packages: $(LOCK)
 	@$(FIND_PYTHON)
-	@$(PYTHON) -c "$$CHECK"
+	@$(PYTHON) .ci/doctor.py
 	@$(TESTED)/bin/python -c '' 2>/dev/null || { rm -rf $(TESTED) && $(PYTHON) -m venv $(TESTED); }
 	$(TESTED)/bin/python $(INSTALL) --require-hashes -r $(LOCK)
 	@touch $@

@@ -1,18 +1,35 @@
-"""The device whose work is timed: its clock, its caches, its memory."""
+"""The machine of a measurement: its name for the tables; a device's clock, caches and memory."""
 
 from __future__ import annotations
 
 import math
+import os
+import platform
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 
-from gpu_proof.card import driver
+from benchmarks import driver
 
 # Of the buffer whose copy is timed: far above any cache.
 COPY_BYTES = 2**30
+
+
+def describe() -> dict[str, str]:
+    """Processor, cores and torch of this machine, for the columns of every table."""
+    import cpuinfo  # comes with pytest-benchmark; timing a GPU's work does not need it
+
+    brand = cpuinfo.get_cpu_info().get("brand_raw", platform.machine())
+    return {"machine": f"{brand}, {os.cpu_count()} cores", "torch": torch.__version__}
+
+
+def free_bytes() -> int:
+    """Memory that can be had without swapping."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        facts = dict(line.split(":", 1) for line in file)
+    return int(facts["MemAvailable"].split()[0]) * 1024
 
 
 class Mark(Protocol):
@@ -125,6 +142,6 @@ class Gpu:
         return {
             "gpu": f"{self._properties.name}, {self.multiprocessors} SMs, "
             f"{self._properties.L2_cache_size / 2**20:.0f} MB L2",
-            "driver": driver(),
+            "driver": driver.version(),
             "cuda": str(torch.version.cuda),
         }

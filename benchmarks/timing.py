@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from machine import Machine, Mark
+from benchmarks.machine import Machine, Mark
 
 Calls = Mapping[str, Callable[[], object]]
 WARM_UP = 2

@@ -1,4 +1,4 @@
-"""``python -m gpu_proof first|test|counters|bench|all``, which `make gpu` and its parts call.
+"""``python -m benchmarks.gpu_proof PART``, which `make gpu` and its parts call.
 
 Builds for the GPU that is here, tries it and times it, stage by stage, without a network. Each
 stage has a limit that ends it, one that fails takes none from the next, and each result is written
@@ -17,11 +17,12 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 
-from gpu_proof import process
-from gpu_proof.card import Card, look
-from gpu_proof.page import Record, page, read, summary
-from gpu_proof.stages import PARTS, ROOT, Stage, stages
-from gpu_proof.writing import FOLDER, write_text
+from benchmarks import RESULTS, ROOT
+from benchmarks.gpu_proof import process
+from benchmarks.gpu_proof.card import Card, look
+from benchmarks.gpu_proof.page import Record, page, read, summary
+from benchmarks.gpu_proof.stages import FOLDER, PARTS, Stage, stages
+from benchmarks.results import write_text
 
 TRIED = ("csrc", "fastlars", "tests", "benchmarks", "pyproject.toml", "setup.py")
 SUFFIXES = (".py", ".pyi", ".toml", ".txt", ".cmake", ".h", ".cpp", ".cu", ".cuh")
@@ -91,7 +92,7 @@ class Proof:
         for old in self.folder.glob(f"{stage.name}.*"):
             old.unlink()
         limit = min(stage.limit_s, self.longest)
-        paths = [str(ROOT / "benchmarks"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+        paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
         kept = {k: v for k, v in os.environ.items() if not k.startswith(LEFT_OUT)}
         environment = {
             **kept,
@@ -151,10 +152,10 @@ class Proof:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a part."""
-    parser = argparse.ArgumentParser("python -m gpu_proof", description=__doc__)
+    parser = argparse.ArgumentParser("python -m benchmarks.gpu_proof", description=__doc__)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--python", default=sys.executable, help="the Python that has torch")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu")
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu")
     parser.add_argument("--again", default="", help="stages to run though they are known, or all")
     parser.add_argument("--seconds", type=float, help="for all stages together")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds for any one stage")

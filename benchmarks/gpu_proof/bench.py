@@ -1,6 +1,6 @@
 """All contenders of one model, through pytest-benchmark; then their table.
 
-``python -m gpu_proof.bench MODEL [ARGUMENTS OF PYTEST]``
+``python -m benchmarks.gpu_proof.bench MODEL [ARGUMENTS OF PYTEST]``
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-import report
-from gpu_proof.rows import tabulated
-from gpu_proof.writing import folder, write_csv, write_text
+from benchmarks.gpu_proof.rows import tabulated
+from benchmarks.gpu_proof.stages import folder
+from benchmarks.results import write_csv, write_text
+from benchmarks.step import report
 
 
 class Rows:
@@ -38,7 +39,7 @@ def measure(out: Path, model: str, arguments: list[str]) -> int:
     """Measure, and write the figures of those that have one though others failed."""
     rows = Rows(out, f"bench-{model}")
     options = ["--model", model, "-q", "-p", "no:cacheprovider", *arguments]
-    status = int(pytest.main(["benchmarks/test_gpu_step.py", *options], plugins=[rows]))
+    status = int(pytest.main(["benchmarks/step/test_gpu.py", *options], plugins=[rows]))
     print(report.markdown(rows.table))
     # With -k none of this model's may be left.
     return 0 if status == pytest.ExitCode.NO_TESTS_COLLECTED else status

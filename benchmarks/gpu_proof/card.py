@@ -8,6 +8,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+from benchmarks import driver
+
 LOOK_S = 120.0
 # Runs in the Python that has torch, before anything of this package is imported.
 LOOK = """
@@ -83,14 +85,4 @@ def look(python: str) -> Card:
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"{python} ended with {done.returncode}"]
         sys.exit(lines[-1])
-    return Card(**json.loads(done.stdout.strip().splitlines()[-1]), driver=driver())
-
-
-def driver() -> str:
-    """The version of the driver, which torch does not tell."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return lines.stdout.split("\n")[0].strip()
+    return Card(**json.loads(done.stdout.strip().splitlines()[-1]), driver=driver.version())

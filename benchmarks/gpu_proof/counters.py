@@ -1,6 +1,6 @@
 """ncu's hardware counters of a step by each CUDA path: bytes that reach the memory, L2 hits.
 
-``python -m gpu_proof.counters MODEL RULE`` takes a few steps, for ncu to look at.
+``python -m benchmarks.gpu_proof.counters MODEL RULE`` takes a few steps, for ncu to look at.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from cases import parameters
+from benchmarks.gpu_proof import process
+from benchmarks.gpu_proof.stages import folder
+from benchmarks.models import parameters
+from benchmarks.results import every_column, plain_table, write_csv, write_text
+from benchmarks.step.cases import TARGETS, Case, gpu_contenders
 from fastlars.backends.cuda import PATHS
-from gpu_cases import TARGETS, Case, contenders
-from gpu_proof import process
-from gpu_proof.writing import folder, table, write_csv, write_text
 
 LIMIT_S = 50.0
 # ncu's name: column, and by how much a value is multiplied
@@ -35,7 +36,7 @@ METRICS = {
 
 def steps(case: Case, device: torch.device, number: int = 3) -> None:
     """Some steps by each path; the first launches are not looked at."""
-    every = contenders(case)
+    every = gpu_contenders(case)
     optimizers = [
         every[f"fastlars cuda {path}"].started(parameters(case.shapes(), device)) for path in PATHS
     ]
@@ -49,7 +50,7 @@ def command(ncu: str, case: Case) -> list[str]:
     looked_at = ("-k", "regex:(^|::)(measure|apply|step)$", "--launch-skip", "6", "-c", "3")
     # What a launch finds in the L2 cache is asked for: it must not be emptied before.
     how = ("--csv", "--print-units", "base", "--clock-control", "none", "--cache-control", "none")
-    step = (sys.executable, "-m", "gpu_proof.counters", case.model, case.rule)
+    step = (sys.executable, "-m", "benchmarks.gpu_proof.counters", case.model, case.rule)
     return [ncu, *looked_at, *how, "--metrics", ",".join(METRICS), *step]
 
 
@@ -91,10 +92,10 @@ def measure(out: Path, cases: list[Case]) -> int:
             status = 1
             continue
         counted += found
-        write_csv(out / "counters.csv", counted)
-        write_text(out / "counters.md", table(counted))
+        write_csv(out / "counters.csv", counted, every_column(counted))
+        write_text(out / "counters.md", plain_table(counted))
     if counted:
-        print(table(counted))
+        print(plain_table(counted))
     return status
 
 

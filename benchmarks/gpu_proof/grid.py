@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
-import timing
-from cases import adamw, parameters, sgd
-from gpu_cases import TARGETS, Case, contenders
-from gpu_proof.writing import folder, table, write_csv, write_text
-from machine import Gpu, Machine
+from benchmarks import timing
+from benchmarks.gpu_proof.stages import folder
+from benchmarks.machine import Gpu, Machine
+from benchmarks.models import parameters
+from benchmarks.results import plain_table, write_csv, write_text
+from benchmarks.step.cases import TARGETS, Case, gpu_contenders
+from benchmarks.step.contenders import adamw, sgd
 
 CHUNK_BYTES = 2**14
 
@@ -61,18 +63,18 @@ def measure(
             place = {"case": case, "path": path, "blocks": blocks, "shared_slots": slots}
             rows.append(place | figures)
         write_csv(out / "grid.csv", rows)
-        write_text(out / "grid.md", table(rows))
+        write_text(out / "grid.md", plain_table(rows))
         del calls, named, fused, params
         gc.collect()
         torch.cuda.empty_cache()
-    print(table(rows))
+    print(plain_table(rows))
     return status
 
 
 def _step(
     case: Case, params: list[torch.nn.Parameter], path: str, blocks: int, slots: int
 ) -> Callable[[], object]:
-    optimizer = contenders(case)[f"fastlars cuda {path}"].started(params)
+    optimizer = gpu_contenders(case)[f"fastlars cuda {path}"].started(params)
     # Each contender has a back end of its own.
     with torch.no_grad():
         backend = optimizer.bind_groups()[0].backend

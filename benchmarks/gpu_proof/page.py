@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from gpu_proof.card import Card
-from gpu_proof.process import last_line, tail
-from gpu_proof.writing import write_text
+from benchmarks.gpu_proof.card import Card
+from benchmarks.gpu_proof.process import last_line, tail
+from benchmarks.results import write_text
 
 LINES = 30  # of the output of a stage that did not pass
 SHOWN = ("check", "first-step")  # whose output is their result

@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cases import CHECK_LR, gradients, parameters
+from benchmarks.gpu_proof.stages import folder
+from benchmarks.machine import Gpu, Machine
+from benchmarks.models import gradients, parameters
+from benchmarks.results import plain_table, write_text
+from benchmarks.step.cases import Case, fastlars_of, gpu_contenders
+from benchmarks.step.check import CHECK_LR
 from fastlars.backends.cuda import PATHS
-from gpu_cases import Case, contenders, fastlars_of
-from gpu_proof.writing import folder, table, write_text
-from machine import Gpu, Machine
 
 STEPS = {"resnet50": 200, "bert_large": 20}
 CASES = [Case(model, rule, "float32") for model in STEPS for rule in ("lars", "lamb", "lans")]
@@ -39,7 +41,7 @@ def started(case: Case, machine: Machine, path: str, *, graph: bool = False) -> 
     # By more than the last bits, and not beyond all bounds: 0.1% of a layer a step.
     build = fastlars_of(case, lr=CHECK_LR[case.rule] * 1e-2, capturable=graph)
     params = parameters(case.shapes(), machine.device)
-    optimizer = replace(contenders(case)[f"fastlars cuda {path}"], build=build).started(params)
+    optimizer = replace(gpu_contenders(case)[f"fastlars cuda {path}"], build=build).started(params)
     return Run(params, optimizer, machine.recorded(optimizer.step) if graph else optimizer.step)
 
 
@@ -76,7 +78,7 @@ def measure(machine: Machine, out: Path, cases: list[Case], steps: dict[str, int
         words = found or "the same bits"
         rows.append({"case": case, "ways": ways, "steps": steps[case.model], "result": words})
         print(f"{case}: {ways}: {words} after {steps[case.model]} steps", flush=True)
-        write_text(out / "paths.md", table(rows))
+        write_text(out / "paths.md", plain_table(rows))
         del runs
         gc.collect()
         torch.cuda.empty_cache()

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-import host
-import report
-from comparison import Comparison, Effort, UnavailableError
-from gpu_cases import TARGETS, Case
-from gpu_proof.writing import folder, write_csv, write_text
-from machine import Gpu, Machine
+from benchmarks.gpu_proof.stages import folder
+from benchmarks.machine import Gpu, Machine, describe
+from benchmarks.results import write_csv, write_text
+from benchmarks.step import report
+from benchmarks.step.cases import TARGETS, Case
+from benchmarks.step.comparison import Comparison, Effort, UnavailableError
 
 CASES = [*TARGETS, Case("resnet50", "lamb", "float32"), Case("bert_large", "lars", "float32")]
 EFFORT = Effort(rounds=41, limit_s=1.5, host_rounds=31, host_limit_s=0.5)
@@ -31,7 +31,7 @@ def is_wanted(name: str) -> bool:
 def tabulated(compared: Comparison, name: str) -> dict[str, Any]:
     """A contender's figures as a row of the table, measured now by what is installed."""
     common = {
-        **host.describe(),
+        **describe(),
         "group": str(compared.case),
         "version": version(compared.contenders[name].package),
         "python": platform.python_version(),

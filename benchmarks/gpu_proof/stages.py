@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gpu_proof.card import Card
+from benchmarks import ROOT
+from benchmarks.gpu_proof.card import Card
 
-ROOT = Path(__file__).parents[2]
+FOLDER = "FASTLARS_GPU_FOLDER"  # the variable that says where a stage writes
 SANITIZED = "tests/cuda/test_cuda_device.py::test_compute_sanitizer"
 MODELS = ("resnet50", "bert_large", "vit_b", "tiny", "giant")
+
+
+def folder() -> Path:
+    """Where this stage writes."""
+    return Path(os.environ[FOLDER])
 
 
 @dataclass(frozen=True)
@@ -66,19 +73,19 @@ def stages(card: Card, folder: Path, arguments: list[str]) -> list[Stage]:
             "rows",
             "what does a step of ResNet-50 and BERT-large take, against torch's fused optimizers",
             80,
-            ("-m", "gpu_proof.rows"),
+            ("-m", "benchmarks.gpu_proof.rows"),
         ),
         Stage(
             "grid",
             "which number of blocks and of chunks in shared memory is the fastest",
             75,
-            ("-m", "gpu_proof.grid"),
+            ("-m", "benchmarks.gpu_proof.grid"),
         ),
         Stage(
             "paths",
             "have both CUDA paths, and a CUDA graph, the same bits after many steps",
             60,
-            ("-m", "gpu_proof.paths"),
+            ("-m", "benchmarks.gpu_proof.paths"),
         ),
         Stage(
             "tests",
@@ -96,21 +103,21 @@ def stages(card: Card, folder: Path, arguments: list[str]) -> list[Stage]:
             "counters",
             "how many bytes reach the memory, how much does the L2 cache answer",
             110,
-            ("-m", "gpu_proof.counters"),
+            ("-m", "benchmarks.gpu_proof.counters"),
             {"FASTLARS_CHECK": "0"},  # whose launches would be counted
         ),
         Stage(
             "first-step",
             "what does the check at first use add to the first step",
             70,
-            ("benchmarks/first_step.py", "cuda", "lars"),
+            ("-m", "benchmarks.step.first_step", "cuda", "lars"),
         ),
         *(
             Stage(
                 f"bench-{model}",
                 f"what does a step take of every contender, {model}",
                 90,
-                ("-m", "gpu_proof.bench", model, *arguments),
+                ("-m", "benchmarks.gpu_proof.bench", model, *arguments),
             )
             for model in MODELS
         ),

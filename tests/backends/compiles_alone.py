@@ -15,8 +15,8 @@ from typing import Any
 
 import triton
 
+from benchmarks.step.triton_kernels import KERNELS, TARGETS, compiled
 from fastlars.backends.triton.compile_lock import alone
-from triton_kernels import KERNELS, TARGETS, compiled
 
 how, folder = sys.argv[1], Path(sys.argv[2])
 names = sys.argv[3:]

@@ -17,6 +17,7 @@ from subprocess_tests import passing, python
 
 triton = pytest.importorskip("triton")
 
+from benchmarks.step.triton_kernels import KERNELS, TARGETS, compiled  # noqa: E402
 from fastlars.backends import upload  # noqa: E402
 from fastlars.backends.triton import memory, table  # noqa: E402
 from fastlars.backends.triton.backend import Triton, kernels  # noqa: E402
@@ -24,7 +25,6 @@ from fastlars.backends.triton.launch import is_interpreted  # noqa: E402
 from fastlars.backends.triton.table import DeviceTables  # noqa: E402
 from fastlars.backends.upload import Uploader  # noqa: E402
 from fastlars.rules import LarsRule  # noqa: E402
-from triton_kernels import KERNELS, TARGETS, compiled  # noqa: E402
 
 BLOCK = memory.BLOCK.value
 

@@ -8,9 +8,9 @@ pytest.importorskip("triton")
 
 import triton
 
-import triton_code
-from triton_code import COUNTS, TABLE, Row
-from triton_kernels import TARGETS, every
+from benchmarks.step import triton_code
+from benchmarks.step.triton_code import COUNTS, TABLE, Row
+from benchmarks.step.triton_kernels import TARGETS, every
 
 # All mixes of types for one GPU of each maker, and float32 for the others: half the time of all
 # rows, which `make triton-code` compiles.

@@ -25,9 +25,9 @@ triton = pytest.importorskip("triton")
 
 from triton.runtime import driver  # noqa: E402
 
+from benchmarks.step.triton_host import NoLaunches  # noqa: E402
 from fastlars.backends.triton import launch  # noqa: E402
 from fastlars.backends.triton.common import NUMBER_OFFSET, encode  # noqa: E402
-from triton_host import NoLaunches  # noqa: E402
 
 NAMES = (
     "LARS momentum correction",

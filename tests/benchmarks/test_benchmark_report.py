@@ -10,17 +10,21 @@ from typing import Any
 import pytest
 import torch
 
-import changing
-import compare
-import figures
-import first_step
-import host_turns
-import iteration
-import report
-import sharded_host
-from cases import RULES, check
-from cpu_cases import CASES, Case, contenders, free_bytes
-from shapes import SWEEP
+from benchmarks.machine import free_bytes
+from benchmarks.models import SWEEP, BertLarge
+from benchmarks.step import (
+    changing,
+    compare,
+    figures,
+    first_step,
+    host_turns,
+    iteration,
+    report,
+    sharded_host,
+)
+from benchmarks.step.cases import CPU_CASES, Case, cpu_contenders
+from benchmarks.step.check import check
+from benchmarks.step.contenders import RULES
 
 
 def row(group: str, contender: str, ratio: float | str, **others: Any) -> dict[str, Any]:
@@ -91,8 +95,8 @@ def test_pictures_have_a_point_for_every_row(tmp_path: Path) -> None:
 def test_cases_cover_one_element_to_a_thousand_million() -> None:
     sizes = {Case(name, "lars", "float32").numel for name in SWEEP if name.startswith("1 x 1e")}
     assert (min(sizes), max(sizes)) == (1, 10**9)
-    assert len(set(map(str, CASES))) == len(CASES)
-    assert all(next(iter(contenders(case))) == "fastlars" for case in CASES)
+    assert len(set(map(str, CPU_CASES))) == len(CPU_CASES)
+    assert all(next(iter(cpu_contenders(case))) == "fastlars" for case in CPU_CASES)
 
 
 def test_memory_is_asked_for_what_two_optimizers_keep() -> None:
@@ -171,6 +175,6 @@ def test_sets_of_gradients_are_what_they_are_called(which: str) -> None:
 
 def test_bert_large_has_the_parameters_of_bert_large() -> None:
     with torch.device("meta"):
-        model = iteration.BertLarge()
+        model = BertLarge()
         assert model(torch.zeros(2, 5, dtype=torch.long)).shape == (2, 5, 30522)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(335e6, rel=0.01)

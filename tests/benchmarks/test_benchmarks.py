@@ -15,32 +15,31 @@ import pytest
 import torch
 from torch import nn
 
-import comparison
 import fastlars
-import in_backward
-import report
-import shapes
-import traffic
-from cases import LR, RULES, Contender, check
-from comparison import Comparison, Effort, UnavailableError
+from benchmarks import models
+from benchmarks.overlap import in_backward
+from benchmarks.step import comparison, report, traffic
+from benchmarks.step.cases import GPU_CASES, Case, gpu_contenders
+from benchmarks.step.check import check
+from benchmarks.step.comparison import Comparison, Effort, UnavailableError
+from benchmarks.step.contenders import LR, RULES, Contender
+from benchmarks.timing import interleave, interleave_device
 from fake_device import FakeDevice
 from fastlars.backends import choose, selfcheck
 from fastlars.backends.base import Dtypes
 from fastlars.backends.cpu import Cpu
 from fastlars.backends.upload import Uploader
-from gpu_cases import CASES, Case, contenders
 from repository_files import ROOT
-from timing import interleave, interleave_device
 
 QUICK = Effort(rounds=5, host_rounds=5, copy_bytes=2**12)
 
 
 @pytest.mark.parametrize(("name", "build"), [("resnet50", "resnet50"), ("vit_b", "vit_b_16")])
 def test_shapes_are_those_of_torchvision(name: str, build: str) -> None:
-    models = pytest.importorskip("torchvision.models")
+    networks = pytest.importorskip("torchvision.models")
     with torch.device("meta"):
-        expected = [tuple(p.shape) for p in getattr(models, build)().parameters()]
-    assert shapes.MODELS[name]() == expected
+        expected = [tuple(p.shape) for p in getattr(networks, build)().parameters()]
+    assert models.SHAPES[name]() == expected
 
 
 @pytest.mark.parametrize(
@@ -48,7 +47,7 @@ def test_shapes_are_those_of_torchvision(name: str, build: str) -> None:
     [("bert_large", 398, 336_226_108), ("tiny", 10_000, 640_000), ("giant", 1, 500_000_000)],
 )
 def test_models_have_the_sizes_that_are_published(name: str, tensors: int, elements: int) -> None:
-    found = shapes.MODELS[name]()
+    found = models.SHAPES[name]()
     assert (len(found), sum(torch.Size(s).numel() for s in found)) == (tensors, elements)
 
 
@@ -73,7 +72,7 @@ def test_bytes_are_those_of_the_documentation(
     rule: str, path: str, widths: traffic.Widths, least: int, touched: int
 ) -> None:
     assert traffic.elements(rule, path, widths) == traffic.Traffic(least, touched)
-    sizes = [torch.Size(shape).numel() for shape in shapes.resnet50()]
+    sizes = [torch.Size(shape).numel() for shape in models.resnet50_shapes()]
     moved = traffic.traffic(rule, path, sizes, widths)
     assert least < moved.least < 1.01 * least
     assert touched < moved.touched < 1.01 * touched
@@ -91,11 +90,11 @@ def test_chunks_are_counted_as_the_back_ends_cut_them() -> None:
     assert traffic.chunks(sizes) == cut.chunk_count
 
 
-@pytest.mark.parametrize("case", CASES[:4], ids=str)
+@pytest.mark.parametrize("case", GPU_CASES[:4], ids=str)
 def test_contenders_pass_the_check(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     # Compiling takes half a minute, and the rule is what is ours.
     monkeypatch.setattr(torch, "compile", lambda rule, **_: rule)
-    everyone = contenders(case)
+    everyone = gpu_contenders(case)
     for contender in everyone.values():
         # What serves GPUs alone is left to machines that have one; so is what a graph records.
         if contender.backend is None and not contender.graph:
@@ -181,9 +180,9 @@ def test_rounds_end_with_the_time_there_is() -> None:
 
 
 def _small(monkeypatch: pytest.MonkeyPatch, **others: Contender) -> Comparison:
-    monkeypatch.setitem(shapes.MODELS, "resnet50", lambda: [(64, 64), (5,)])
+    monkeypatch.setitem(models.SHAPES, "resnet50", lambda: [(64, 64), (5,)])
     known = {name: RULES["lars"][name] for name in ("fastlars", "torch SGD(fused)")}
-    monkeypatch.setattr(comparison, "contenders", lambda _: known | others)
+    monkeypatch.setattr(comparison, "gpu_contenders", lambda _: known | others)
     return Comparison(Case("resnet50", "lars", "float32"), FakeDevice(), QUICK)
 
 

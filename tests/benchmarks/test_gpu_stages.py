@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 import torch
 
-import shapes
-from comparison import Effort
+from benchmarks import models
+from benchmarks.gpu_proof import bench, card, counters, grid, page, paths, process, rows
+from benchmarks.step.cases import GPU_CASES, Case
+from benchmarks.step.comparison import Effort
 from device_cases import EMULATED
 from fake_device import FakeDevice
 from fastlars.backends.cuda import Cuda
-from gpu_cases import CASES, Case
-from gpu_proof import bench, card, counters, grid, page, paths, process, rows
 from repository_files import ROOT, python_path
 
 QUICK = Effort(rounds=5, host_rounds=5, copy_bytes=2**12)
@@ -36,7 +36,7 @@ needs_kernels = pytest.mark.skipif(not EMULATED, reason="test_cuda_on_cpu.py run
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("resnet50", "bert_large"):
-        monkeypatch.setitem(shapes.MODELS, name, lambda: [(80, 64), (4096,), (5,)])
+        monkeypatch.setitem(models.SHAPES, name, lambda: [(80, 64), (4096,), (5,)])
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     # The processor records nothing.
     monkeypatch.setattr(rows, "is_wanted", lambda name: WANTED(name) and "graph" not in name)
@@ -65,7 +65,7 @@ def test_rows_are_written_and_what_cannot_run_is_named(
 
 
 def test_every_contender_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    for case in CASES:
+    for case in GPU_CASES:
         compared = rows.Comparison(case, FakeDevice(), QUICK)
         monkeypatch.setattr(compared, "row", lambda name: {"contender": name})
         for name, contender in compared.contenders.items():
@@ -245,9 +245,9 @@ def test_steps_of_cuda_to_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU, on which this takes a while")
 def test_benchmarks_without_a_gpu_are_skipped_by_name(tmp_path: Path) -> None:
-    path = os.pathsep.join([str(ROOT / "benchmarks"), python_path()])
+    path = python_path()
     done = subprocess.run(
-        [sys.executable, "-m", "gpu_proof.bench", "resnet50", "-k", "two-launch"],
+        [sys.executable, "-m", "benchmarks.gpu_proof.bench", "resnet50", "-k", "two-launch"],
         env={
             **os.environ,
             "PYTHONPATH": path,

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpu_proof import card, stages
+from benchmarks.gpu_proof import card, stages
 from repository_files import ROOT, files
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
@@ -37,7 +37,7 @@ STAND_IN = """#!{python}
 import json, os, sys, time
 import signal
 arguments = sys.argv[1:]
-if arguments[:2] == ["-m", "gpu_proof"]:
+if arguments[:2] == ["-m", "benchmarks.gpu_proof"]:
     os.execv({python!r}, [{python!r}, *arguments])
 if arguments[0] == "-c":
     print(json.dumps({card}))
@@ -96,13 +96,13 @@ class StandIn:
         return self._run(self.command(part, *options), told)
 
     def command(self, part: str, *options: str) -> list[str]:
-        program = [sys.executable, "-m", "gpu_proof", part, f"--python={self.python}"]
+        program = [sys.executable, "-m", "benchmarks.gpu_proof", part, f"--python={self.python}"]
         return [*program, f"--out={self.out}", *options]
 
     def environment(self, told: dict[str, str]) -> dict[str, str]:
         # The tests may run inside of another make, whose variables would be taken over.
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
-        return {**kept, "STAND_IN": json.dumps(told), "PYTHONPATH": str(ROOT / "benchmarks")}
+        return {**kept, "STAND_IN": json.dumps(told), "PYTHONPATH": str(ROOT)}
 
     def _run(self, command: list[str], told: dict[str, str]) -> tuple[int, str]:
         done = subprocess.run(
@@ -122,7 +122,7 @@ class StandIn:
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):  # ended meanwhile
                 found.append(path.read_text().replace("\0", " "))
-        ours = (f"{self.python} -m gpu_proof.", f"{self.python} sleeps")
+        ours = (f"{self.python} -m benchmarks.gpu_proof.", f"{self.python} sleeps")
         return [line for line in found if any(own in line for own in ours)]
 
     @property
@@ -312,7 +312,7 @@ def test_an_output_that_cannot_be_written_is_said_in_one_line(stand_in: StandIn)
 def test_arguments_of_pytest_reach_tests_and_benchmarks(stand_in: StandIn) -> None:
     assert stand_in.make("gpu-bench", "PYTEST_ARGS=-k two-launch")[0] == 0
     first = stand_in.log("bench-resnet50").splitlines()[0]
-    assert first == "ran: -m gpu_proof.bench resnet50 -k two-launch"
+    assert first == "ran: -m benchmarks.gpu_proof.bench resnet50 -k two-launch"
 
 
 # The stages themselves.

@@ -1,4 +1,4 @@
-"""benchmarks/passes.py without a stopwatch: bytes, rates and rows; wrong passes have no time."""
+"""benchmarks.step.passes without a stopwatch: bytes, rates, rows; wrong passes have no time."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-import passes
+from benchmarks.step import passes
+from benchmarks.step.traffic import FLOAT32, elements
 from fastlars.backends.base import StepScalars
 from fastlars.backends.cpu import Cpu
 from repository_files import ROOT
-from traffic import FLOAT32, elements
 
 
 def test_rows_have_the_rates_of_their_times(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-import scaling
-from alphabeta import (
+from benchmarks.scaling import model
+from benchmarks.scaling.alphabeta import (
     CAST_BYTES,
     LAUNCH,
     STEP_BYTES,
@@ -168,7 +168,7 @@ def test_two_levels_and_one_ring() -> None:
 @pytest.mark.slow
 def test_the_papers() -> None:
     """Four figures set the free parameters; what the others come to stands in the docs."""
-    checks = scaling.validation(scaling.profile())
+    checks = model.validation(model.profile())
     fitted = [check for check in checks if check.fitted]
     held_out = [check for check in checks if not check.fitted]
     assert len(fitted) == 4
@@ -180,6 +180,6 @@ def test_the_papers() -> None:
 @pytest.mark.slow
 def test_the_documentation_shows_what_the_model_says() -> None:
     text = (ROOT / "docs" / "distributed.md").read_text()
-    gradients = scaling.profile()
-    assert scaling.checks_table(scaling.validation(gradients)) in text
-    assert scaling.worth_table(scaling.worth(gradients)) in text
+    gradients = model.profile()
+    assert model.checks_table(model.validation(gradients)) in text
+    assert model.worth_table(model.worth(gradients)) in text

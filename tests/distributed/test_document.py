@@ -23,9 +23,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import fastlars
-import overlap
-import overlap_fsdp
-import zero
+from benchmarks.overlap import fsdp, two_hosts, zero
 from distributed.processes import run
 from distributed.sharded_cases import whole
 from distributed.torchrun import TWO, finish, resumed_at, start
@@ -79,7 +77,7 @@ def test_the_script_is_killed_between_two_buckets(tmp_path: Path) -> None:
 
 def test_the_table_is_the_one_that_was_measured() -> None:
     with (ROOT / "benchmarks" / "results" / "overlap.csv").open() as file:
-        assert overlap.markdown(list(csv.DictReader(file))) in TEXT
+        assert two_hosts.markdown(list(csv.DictReader(file))) in TEXT
 
 
 Ends = dict[str, tuple[Tensor, float | None]]
@@ -193,16 +191,16 @@ def test_the_table_of_zero_is_the_one_that_was_measured() -> None:
 
 def test_the_table_of_overlap_under_fsdp_is_the_one_that_was_measured() -> None:
     with (ROOT / "benchmarks" / "results" / "overlap_fsdp.csv").open() as file:
-        assert overlap_fsdp.markdown(list(csv.DictReader(file))) in TEXT
+        assert fsdp.markdown(list(csv.DictReader(file))) in TEXT
 
 
 def measured_small() -> dict[str, str] | None:
     """The benchmark, of a few rounds of the small model; what the first process saw."""
     with TemporaryDirectory() as folder, ExitStack() as stack:
-        few = {name: overlap_fsdp.TRAINED[name] for name in ("200 small tensors",)}
+        few = {name: fsdp.TRAINED[name] for name in ("200 small tensors",)}
         for name, value in (("TRAINED", few), ("connect", lambda *_: None)):
-            stack.enter_context(mock.patch.object(overlap_fsdp, name, value))
-        overlap_fsdp.work(dist.get_rank(), folder, 1)
+            stack.enter_context(mock.patch.object(fsdp, name, value))
+        fsdp.work(dist.get_rank(), folder, 1)
         seen = Path(folder, "rows")
         return json.loads(seen.read_text()) if seen.exists() else None
 
@@ -211,8 +209,8 @@ def test_the_benchmark_of_overlap_under_fsdp() -> None:
     (seen, nothing) = run(2, measured_small)
     assert nothing is None
     assert [line["rule"] for line in seen] == ["LARS", "LAMB"]
-    assert overlap_fsdp.markdown(seen).count("\n") == 3
+    assert fsdp.markdown(seen).count("\n") == 3
     times = [((0.2, 0.1), (0.4, 0.05)), ((0.2, 0.1), (0.1, 0.02))]
-    found = overlap_fsdp.figures(times)
+    found = fsdp.figures(times)
     assert found["iteration_plain_ms"] == "200.00"
     assert (found["step_overlap_ms"], found["step_ratio"]) == ("35.00", "0.35")

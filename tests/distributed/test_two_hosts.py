@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import network
+from benchmarks.overlap import network
 from distributed.torchrun import (
     SETTINGS,
     STEPS,

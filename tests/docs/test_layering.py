@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from functools import cache
+from graphlib import TopologicalSorter
 
 import pytest
 from torch import nn
@@ -36,6 +37,15 @@ FORBIDDEN = {
 # commands __main__.py and plots.py are above them.
 ROOMS = ("process", "config", "data", "model", "output", "run")
 COMMANDS = ("fastlars.trainer.__main__", "fastlars.trainer.plots")
+# Subjects of the benchmarks import what they share, and not each other; commands import subjects.
+SUBJECTS = ("step", "overlap", "scaling", "accuracy")
+BENCH_COMMANDS = ("gpu_proof",)
+# The trainer's command line cannot check the flags of a whole grid before the first run.
+TRAINER_IN_BENCHMARKS = {
+    "benchmarks/accuracy/grid.py": {
+        "fastlars.trainer.config.command_line", "fastlars.trainer.errors.TrainerError",
+    }
+}  # fmt: skip
 # Where an address leaves Python: behind one check of layout and device.
 ADDRESSES = ("fastlars/backends/cpu.py", "fastlars/backends/cuda.py", "fastlars/backends/triton/")
 # folder of csrc: the folders that it may include
@@ -53,8 +63,8 @@ def module_name(path: str) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported(path: str) -> set[str]:
-    """All modules of fastlars that a file imports, at any depth of its code."""
+def imported(path: str, top: str = "fastlars") -> set[str]:
+    """All names below `top` that a file imports, at any depth of its code."""
     package = path.split("/")[:-1]
     names: set[str] = set()
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
@@ -64,7 +74,7 @@ def imported(path: str) -> set[str]:
             base = package[: len(package) - node.level + 1] if node.level else []
             origin = ".".join([*base, *([node.module] if node.module else [])])
             names.update(f"{origin}.{alias.name}" for alias in node.names)
-    return {name for name in names if name.split(".")[0] == "fastlars"}
+    return {name for name in names if name.split(".")[0] == top}
 
 
 def within(name: str, package: str) -> bool:
@@ -100,6 +110,42 @@ def test_rooms_of_the_trainer_import_only_lower_ones(path: str) -> None:
 def test_every_folder_of_the_trainer_is_a_room() -> None:
     folders = {path.split("/")[2] for path in PYTHON if path.count("/") > 2 and "trainer/" in path}
     assert folders == set(ROOMS)
+
+
+BENCHMARKS = files("benchmarks", suffixes=(".py",))
+
+
+@pytest.mark.parametrize("path", BENCHMARKS)
+def test_benchmarks_drive_the_trainer_by_its_command_line(path: str) -> None:
+    reached = {name for name in imported(path) if within(name, "fastlars.trainer")}
+    assert reached == TRAINER_IN_BENCHMARKS.get(path, set())
+
+
+@pytest.mark.parametrize("path", BENCHMARKS)
+def test_subjects_of_the_benchmarks_import_only_what_they_share(path: str) -> None:
+    own = path.split("/")[1]
+    if own not in BENCH_COMMANDS:
+        others = {name.split(".")[1] for name in imported(path, "benchmarks")} - {own}
+        assert not others & {*SUBJECTS, *BENCH_COMMANDS}, f"{path} imports {others}"
+
+
+def test_every_folder_of_the_benchmarks_is_a_subject_or_a_command() -> None:
+    folders = {path.split("/")[1] for path in BENCHMARKS if path.count("/") > 1}
+    assert folders == {*SUBJECTS, *BENCH_COMMANDS}
+
+
+def test_imports_among_the_benchmarks_have_no_circle() -> None:
+    modules = {module_name(path): path for path in BENCHMARKS}
+    uses = {
+        user: {
+            module
+            for module in modules
+            for name in imported(path, "benchmarks")
+            if name in (module, f"{module}.{name.rpartition('.')[2]}") and module != user
+        }
+        for user, path in modules.items()
+    }
+    tuple(TopologicalSorter(uses).static_order())  # a CycleError names the circle
 
 
 def package_of(path: str) -> str:

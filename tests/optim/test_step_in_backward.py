@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import fastlars
-import in_backward
 from backend_cases import NAMES
+from benchmarks.overlap import in_backward
 from fastlars.in_backward.released import is_released
 from optim.in_backward_cases import (
     TINY,

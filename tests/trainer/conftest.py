@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 if find_spec("torchvision") is not None:  # without it, tests/conftest.py skips these tests
+    from benchmarks.accuracy.grid import Grid
     from fastlars.trainer.__main__ import main
     from fastlars.trainer.model import resnet
     from fastlars.trainer.output import pictures
-    from large_batch_grid import Grid
     from trainer.helpers import GRID, UNDRAWN, Outcome, tiny_net, write_images
 
 
@@ -54,7 +54,7 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def grid(tmp_path: Path) -> Grid:
-    """A small grid of benchmarks/large_batch.py."""
+    """A small grid of benchmarks/accuracy."""
     path = tmp_path / "grid.ini"
     path.write_text(GRID)
     return Grid(path)

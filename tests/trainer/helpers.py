@@ -25,7 +25,7 @@ from fastlars.trainer.output import pictures
 CPU = torch.device("cpu")
 
 
-# A grid of benchmarks/large_batch.py: two optimizers and the linear rule, which has no search.
+# A grid of benchmarks/accuracy: two optimizers and the linear rule, which has no search.
 GRID = """
 [grid]
 images = 6 3

@@ -1,4 +1,4 @@
-"""The driver of benchmarks/large_batch.py: runs, their images, and sittings that are stopped."""
+"""The driver of benchmarks/accuracy: runs, their images, and sittings that are stopped."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-import large_batch
-from large_batch_grid import FINAL, FIND_LR, SEARCH, Cell, Grid, Row, read
+from benchmarks.accuracy import run
+from benchmarks.accuracy.grid import FINAL, FIND_LR, SEARCH, Cell, Grid, Row, read
 from repository_files import ROOT
 from trainer.helpers import GRID, Outcome, write_images
 
@@ -31,7 +31,7 @@ def test_how_a_run_ended_is_in_its_row(
     def row(cell: Cell, *flags: object) -> Row:
         outcome = train(*grid.command(cell).split(), *flags, "--output", tmp_path / cell.name)
         (tmp_path / f"{cell.name}.log").write_text(outcome.out + outcome.err)
-        return large_batch.result(grid, cell, tmp_path, outcome.status)
+        return run.result(grid, cell, tmp_path, outcome.status)
 
     cell = Cell(SEARCH, "sgd", 4, 0.2, 0)
     found = row(cell, "--max-steps", 0)
@@ -58,8 +58,8 @@ def test_the_images_to_train_on_are_never_measured_on(tmp_path: Path, grid: Grid
     for name in ("ant", "bee"):
         write_images(tmp_path / "all" / "train" / name, 10, 0)
         write_images(tmp_path / "all" / "test" / name, 2, 1)
-    folders = large_batch.image_folders(grid, tmp_path / "all", tmp_path)
-    assert folders == large_batch.image_folders(grid, tmp_path / "all", tmp_path)
+    folders = run.image_folders(grid, tmp_path / "all", tmp_path)
+    assert folders == run.image_folders(grid, tmp_path / "all", tmp_path)
     found = {
         kind: sorted(str(path.relative_to(root)) for path in root.glob("*/ant/*.png"))
         for kind, root in folders.items()
@@ -72,24 +72,24 @@ def test_the_images_to_train_on_are_never_measured_on(tmp_path: Path, grid: Grid
 
     shutil.copytree(tmp_path / "all", tmp_path / "other")
     with pytest.raises(SystemExit, match="was begun with other images"):
-        large_batch.image_folders(grid, tmp_path / "other", tmp_path)
+        run.image_folders(grid, tmp_path / "other", tmp_path)
     for path in sorted((tmp_path / "other" / "train" / "bee").iterdir())[:2]:
         path.unlink()
     (tmp_path / "else").mkdir()
     with pytest.raises(SystemExit, match="class bee has 8 images, not 9"):
-        large_batch.image_folders(grid, tmp_path / "other", tmp_path / "else")
+        run.image_folders(grid, tmp_path / "other", tmp_path / "else")
     with pytest.raises(SystemExit, match="has no folder test/"):
-        large_batch.image_folders(grid, tmp_path / "else", tmp_path / "else")
+        run.image_folders(grid, tmp_path / "else", tmp_path / "else")
     assert not list((tmp_path / "else").glob("images*"))
 
 
 def test_two_sittings_do_not_write_one_file(tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
-    with large_batch.alone(path):
-        second = large_batch.alone(path)
+    with run.alone(path):
+        second = run.alone(path)
         with pytest.raises(SystemExit, match="another sitting is writing"):
             second.__enter__()
-    with large_batch.alone(path):
+    with run.alone(path):
         pass
 
 
@@ -107,7 +107,7 @@ def sit(images: Path, tmp_path: Path) -> Callable[[], subprocess.Popen[str]]:
 
     def start() -> subprocess.Popen[str]:
         command = [
-            sys.executable, "benchmarks/large_batch.py", "--data", images, "--grid",
+            sys.executable, "-m", "benchmarks.accuracy.run", "--data", images, "--grid",
             tmp_path / "sit.ini", "--csv", tmp_path / "o.csv", "--runs", tmp_path / "runs",
         ]  # fmt: skip
         return subprocess.Popen(
@@ -126,7 +126,7 @@ def test_a_signal_that_comes_while_a_run_is_started(
     monkeypatch.setattr(signal, "signal", lambda _number, _handler: None)
     options = argparse.Namespace(data=images, csv=tmp_path / "o.csv", runs=tmp_path, jobs=1)
     with open(tmp_path / "lock", "w") as lock:
-        sitting = large_batch.Sitting(grid, options, lock)
+        sitting = run.Sitting(grid, options, lock)
         start = subprocess.Popen
 
         def interrupted(*arguments: Any, **settings: Any) -> subprocess.Popen[bytes]:
@@ -148,7 +148,7 @@ def test_an_error_leaves_no_run_alone(
     monkeypatch.setattr(Grid, "command", lambda _grid, _cell: "--epochs 100000")
     options = argparse.Namespace(data=images, csv=tmp_path / "o.csv", runs=tmp_path, jobs=2)
     with open(tmp_path / "lock", "w") as lock:
-        sitting = large_batch.Sitting(grid, options, lock)
+        sitting = run.Sitting(grid, options, lock)
         monkeypatch.setattr(time, "sleep", lambda _seconds: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             sitting.run()

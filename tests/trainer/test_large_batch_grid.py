@@ -1,4 +1,4 @@
-"""The grid of benchmarks/large_batch.py: its cells, its search for rates, its table."""
+"""The grid of benchmarks/accuracy: its cells, its search for rates, its table."""
 
 from __future__ import annotations
 
@@ -7,9 +7,19 @@ from pathlib import Path
 
 import pytest
 
-import large_batch_figure
+from benchmarks.accuracy import figure
+from benchmarks.accuracy.grid import (
+    FINAL,
+    FIND_LR,
+    MOST_BEYOND,
+    SEARCH,
+    Cell,
+    Grid,
+    Row,
+    read,
+    write,
+)
 from fastlars.trainer.config import command_line
-from large_batch_grid import FINAL, FIND_LR, MOST_BEYOND, SEARCH, Cell, Grid, Row, read, write
 from repository_files import ROOT
 from trainer.helpers import GRID
 
@@ -31,7 +41,7 @@ def rates(cells: list[Cell], name: str, batch: int, kind: str = SEARCH) -> list[
 
 
 def test_all_optimizers_of_the_published_grid_share_their_flags_and_number_of_rates() -> None:
-    grid = Grid(ROOT / "benchmarks" / "large_batch.ini")
+    grid = Grid(ROOT / "benchmarks" / "accuracy" / "grid.ini")
     cells = grid.missing([])
     counts = {
         place: len(rates(cells, *place)) for place in grid.places() if place[0] != "sgd-linear"
@@ -98,7 +108,7 @@ def test_what_failed_is_run_again_and_what_diverged_is_not(grid: Grid) -> None:
     final = [Cell(FINAL, "lars", 4, 2.0, seed) for seed in (1, 2)]
     rows += [ended(grid, final[0], 0.7), ended(grid, final[1], 0.0, "failed with exit status 1: x")]
     assert [c for c in grid.missing(rows) if c.kind == FINAL] == [final[1]]
-    assert large_batch_figure.accuracies(grid, rows, "lars", 4) == [pytest.approx(70)]
+    assert figure.accuracies(grid, rows, "lars", 4) == [pytest.approx(70)]
 
 
 def test_rows_of_other_seeds_count_for_nothing(grid: Grid) -> None:
@@ -153,7 +163,7 @@ def test_the_table_and_the_bars(grid: Grid, tmp_path: Path) -> None:
     rows = search(grid, "sgd", 4, {0.1: 0.5, 0.2: 0.7, 0.4: 0.6})
     rows += search(grid, "lars", 32, {1.0: 0.5, 2.0: 0.65, 4.0: 0.6})
     rows.append(replace(ended(grid, Cell(FIND_LR, "lars", 32, 2.0, 0)), suggested=2.25))
-    assert list(large_batch_figure.bars(grid, rows)) == []
+    assert list(figure.bars(grid, rows)) == []
     rows += [
         ended(grid, Cell(FINAL, name, batch, lr, seed), accuracy)
         for name, batch, lr, accuracies in (
@@ -164,13 +174,13 @@ def test_the_table_and_the_bars(grid: Grid, tmp_path: Path) -> None:
         for seed, accuracy in enumerate(accuracies, start=1)
     ]
     rows.append(ended(grid, Cell(FINAL, "lars", 32, 4.0, 1), 0.99))  # not the rate of the search
-    lines = large_batch_figure.table(grid, rows).splitlines()
+    lines = figure.table(grid, rows).splitlines()
     assert lines[2:] == [
         "| 4 | sgd | 0.1 0.2 0.4 | 0.2 |  | 70.0 | 64.0 | 63.0 65.0 |",
         "| 32 | sgd-linear | none | 1.6 |  |  | 59.5 | 58.0 61.0 |",
         "| 32 | lars | 1 2 4 | 2 | 2.2 | 65.0 | 62.0 | 60.0 64.0 |",
     ]
-    assert list(large_batch_figure.bars(grid, rows)) == [
+    assert list(figure.bars(grid, rows)) == [
         "lars at 32: +2.50 points from sgd-linear at 32, to be at least +1: met",
         "lars at 32: -2.00 points from sgd at 4, to be at least -0.5: missed",
     ]
@@ -181,19 +191,19 @@ def test_the_table_and_the_bars(grid: Grid, tmp_path: Path) -> None:
             else row
             for row in rows
         ]
-        found = [line.rpartition(" ")[2] for line in large_batch_figure.bars(grid, changed)]
+        found = [line.rpartition(" ")[2] for line in figure.bars(grid, changed)]
         assert tuple(found) == verdicts
     one_seed = [row for row in rows if row.seed != 2]
-    assert list(large_batch_figure.bars(grid, one_seed)) == []
-    large_batch_figure.draw(grid, rows, tmp_path / "o.png")
+    assert list(figure.bars(grid, one_seed)) == []
+    figure.draw(grid, rows, tmp_path / "o.png")
     assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_page_has_what_the_csv_has() -> None:
-    grid = Grid(ROOT / "benchmarks" / "large_batch.ini")
+    grid = Grid(ROOT / "benchmarks" / "accuracy" / "grid.ini")
     rows = read(ROOT / "benchmarks" / "results" / "large_batch.csv", grid)
     page = (ROOT / "docs" / "large-batches.md").read_text()
-    assert large_batch_figure.table(grid, rows) in page
-    bars = list(large_batch_figure.bars(grid, rows))
+    assert figure.table(grid, rows) in page
+    bars = list(figure.bars(grid, rows))
     assert len(bars) == 2
     assert "\n".join(bars) in page

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.accuracy.grid import SEARCH, Cell, Grid, read
 from fastlars.logging import layer_statistics
 from fastlars.trainer.config import command_line, recipes
 from fastlars.trainer.config.recipes import LARS, MLPERF, MLPERF_DEFAULT, NAMES
@@ -20,7 +21,6 @@ from fastlars.trainer.config.settings import Config
 from fastlars.trainer.data.order import BatchOrder
 from fastlars.trainer.errors import TrainerError
 from fastlars.trainer.model.optimizer import build_optimizer, build_schedule
-from large_batch_grid import SEARCH, Cell, Grid, read
 from repository_files import ROOT, python_blocks
 from trainer.helpers import Outcome, facts
 
@@ -194,7 +194,7 @@ def test_every_batch_gives_a_valid_run(name: str, data: str) -> None:
 @pytest.mark.parametrize("name", ["goyal", "lars", "lamb"])
 def test_small_images_have_rates_next_to_the_best_of_the_grid(name: str) -> None:
     """The grid's rates are factors of 2 apart, and no optimizer's best ones are a power law."""
-    grid = Grid(ROOT / "benchmarks" / "large_batch.ini")
+    grid = Grid(ROOT / "benchmarks" / "accuracy" / "grid.ini")
     rows = read(ROOT / "benchmarks" / "results" / "large_batch.csv", grid)
     for batch in grid.batches:
         optimizer = "sgd" if name == "goyal" else name

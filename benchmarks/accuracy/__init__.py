@@ -1,0 +1,1 @@
+"""Which accuracy does each optimizer reach as the batch grows?"""
