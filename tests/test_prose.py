@@ -15,7 +15,7 @@ PAGES = [p for p in sorted((ROOT / "docs").glob("*.md")) if p.name not in OTHERS
 PAGES += [ROOT / "CONTRIBUTING.md"]
 MOST_WORDS, MEAN_WORDS, MOST_LINES = 45, 25, 6
 IDIOMS = re.compile(
-    r"\b(beside|behind|dear|for ever|of ours|told|as it says|of the day|whom|whoever)\b"
+    r"\b(beside|behind|dear|for ever|of ours|told|as it says|of the day)\b"
     r"|\| the same (?=\|)"
 )
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -45,14 +45,14 @@ def test_the_first_paragraph_says_for_whom(page: Path) -> None:
     title, opening, *_ = re.split(r"\n\s*\n", page.read_text())
     assert title.startswith("# ")
     assert opening.startswith("For ")
-    assert "fterwards" in opening, "what the reader knows or can do after reading"
+    assert re.search("fterwards|fter this page", opening), "what the reader then knows or can do"
     assert opening.count("\n") < 3
 
 
 @each_page
 def test_sentences_are_short(page: Path) -> None:
     found = lengths(page.read_text())
-    assert len(found) > 20
+    assert len(found) > 5
     assert sum(found) / len(found) < MEAN_WORDS
     assert max(found) <= MOST_WORDS
 
