@@ -1,4 +1,4 @@
-"""FSDP2: weights, gradients and states are sharded; trust ratios are those of whole layers.
+"""LAMB with FSDP2: weights, gradients and states are sharded, trust ratios are of whole layers.
 
 ``torchrun --nproc-per-node=8 examples/fsdp2.py``
 """
@@ -20,7 +20,7 @@ import fastlars
 
 
 def main(arguments: list[str] | None = None) -> float:
-    """Train a transformer on random sequences; the last loss."""
+    """Train a transformer on random sequences; return the last loss."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--width", type=int, default=1024)
@@ -43,8 +43,8 @@ def main(arguments: list[str] | None = None) -> float:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
-    # The only line that is fastlars': sharded parameters are passed as they are. A step adds up
-    # the shards' sums of squares in one small all-reduce, and gathers nothing.
+    # Only this line is new: pass the sharded parameters as they are. A step adds up the shards'
+    # sums of squares in one small all-reduce, and gathers nothing.
     optimizer = fastlars.LAMB(fastlars.parameter_groups(model, weight_decay=0.01), lr=2e-3)
 
     saved = options.checkpoint and os.path.exists(options.checkpoint)

@@ -1,4 +1,4 @@
-"""LAMB in Hugging Face's Trainer, or through Accelerate: ``hugging_face.py [--accelerate]``."""
+"""LAMB in Hugging Face's Trainer, or with Accelerate: ``hugging_face.py [--accelerate]``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastlars.logging import layer_statistics, summary
 
 
 class TrustRatios(transformers.TrainerCallback):
-    """Smallest, median and largest trust ratio, every ``logging_steps`` steps, as the loss."""
+    """Log the smallest, median and largest trust ratio whenever the loss is logged."""
 
     def __init__(self, trainer: transformers.Trainer) -> None:
         self.trainer = trainer
@@ -22,7 +22,7 @@ class TrustRatios(transformers.TrainerCallback):
     def on_step_end(self, _args, _state, control, model=None, optimizer=None, **_) -> None:  # type: ignore
         if control.should_log:
             self.trainer.log(summary(layer_statistics(model, optimizer)))
-            control.should_log = True  # log() has unset it, but the loss is to follow
+            control.should_log = True  # log() has unset it, but the loss comes next
 
 
 def sequences(count: int) -> list[dict[str, torch.Tensor]]:
@@ -32,14 +32,14 @@ def sequences(count: int) -> list[dict[str, torch.Tensor]]:
 
 
 def optimizer_and_schedule(model: torch.nn.Module, steps: int) -> tuple[Any, Any]:
-    """What both ways share: LAMB, warm-up over a tenth of the steps, linear decay."""
+    """For Trainer and Accelerate: LAMB, warm-up over a tenth of the steps, linear decay."""
     optimizer = fastlars.LAMB(fastlars.parameter_groups(model, weight_decay=0.01), lr=5e-3)
     shape = {"steps": steps, "power": 1.0, "warmup_steps": steps // 10}
     return optimizer, fastlars.schedules.polynomial(optimizer, **shape)
 
 
 def with_trainer(model: Any, data: Any, batch: int, epochs: int) -> float:
-    """Trainer takes a pair of optimizer and schedule; by default it clips gradients to 1."""
+    """Pass Trainer a pair of optimizer and schedule. By default it clips gradients to 1."""
     options = transformers.TrainingArguments(
         "runs/hugging_face", per_device_train_batch_size=batch, num_train_epochs=epochs,
         save_strategy="no", report_to=[], logging_steps=20,
@@ -51,7 +51,7 @@ def with_trainer(model: Any, data: Any, batch: int, epochs: int) -> float:
 
 
 def with_accelerate(model: Any, data: Any, batch: int, epochs: int) -> float:
-    """accelerator.prepare wraps the optimizer; step and zero_grad are called as ever."""
+    """accelerator.prepare wraps the optimizer; call step and zero_grad as usual."""
     accelerator = Accelerator()
     optimizer, schedule = optimizer_and_schedule(model, epochs * (len(data) // batch))
     batches: Any = torch.utils.data.DataLoader(data, batch, shuffle=True)
@@ -67,7 +67,7 @@ def with_accelerate(model: Any, data: Any, batch: int, epochs: int) -> float:
 
 
 def main(accelerate: bool) -> float:
-    """Train; the loss."""
+    """Train; return the loss."""
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.BertConfig(vocab_size=100, intermediate_size=128, **sizes)
     model = transformers.BertForSequenceClassification(config)

@@ -1,4 +1,4 @@
-"""Lightning with LARS: the optimizer and its schedule go into configure_optimizers.
+"""LARS in Lightning: configure_optimizers returns the optimizer and its schedule.
 
 ``python examples/lightning_module.py [--batch-size 4096]``
 """
@@ -21,7 +21,7 @@ from fastlars.logging import layer_statistics, summary
 
 
 class TrustRatios(lightning.Callback):
-    """Smallest, median and largest trust ratio, every ``log_every_n_steps`` steps."""
+    """Log the smallest, median and largest trust ratio every ``log_every_n_steps`` steps."""
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         if trainer.global_step % trainer.log_every_n_steps == 0:
@@ -39,14 +39,14 @@ class Classifier(lightning.LightningModule):
         self.net.maxpool = nn.Identity()
 
     def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:
-        """The loss; Lightning runs backward and steps the optimizer."""
+        """Return the loss; Lightning runs backward and steps the optimizer."""
         images, labels = batch
         loss = functional.cross_entropy(self.net(images), labels)
         self.log("loss", loss, prog_bar=True)
         return loss
 
     def configure_optimizers(self) -> Any:
-        """LARS with linear scaling; the schedule moves every step, not every epoch."""
+        """LARS with linear scaling; the schedule is stepped every iteration, not every epoch."""
         groups = fastlars.parameter_groups(self.net, weight_decay=1e-4)
         lr = fastlars.schedules.linear_scaling(0.4, self.batch_size)
         optimizer = fastlars.LARS(groups, lr=lr, momentum=0.9)
@@ -56,7 +56,7 @@ class Classifier(lightning.LightningModule):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train; curves are in runs/lightning_logs."""
+    """Train, and write curves to runs/lightning_logs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch-size", type=int, default=4096)
     parser.add_argument("--epochs", type=int, default=10)

@@ -1,4 +1,4 @@
-"""BERT-like masked language modelling with LAMB; large batches by accumulating gradients.
+"""BERT-like masked language modelling with LAMB; large batches by gradient accumulation.
 
 ``python examples/masked_lm.py --text FILE [--batch-size 4096]``; without --text, on this file.
 """
@@ -13,17 +13,17 @@ from transformers import BertConfig, BertForMaskedLM
 
 import fastlars
 
-MASK, VOCABULARY = 256, 257  # bytes, and what hides them
+MASK, VOCABULARY = 256, 257  # the bytes, and the token that hides them
 
 
 def masked(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hide 15% of [n, length] tokens; labels are -100 where nothing is to be guessed."""
+    """Hide 15% of [n, length] tokens; labels are -100 at all other places."""
     hidden = torch.rand(tokens.shape) < 0.15
     return tokens.masked_fill(hidden, MASK), tokens.masked_fill(~hidden, -100)
 
 
 def main(arguments: list[str] | None = None) -> float:
-    """Train; the last loss."""
+    """Train; return the last loss."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", default=__file__)
     parser.add_argument("--steps", type=int, default=1000)

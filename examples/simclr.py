@@ -1,4 +1,4 @@
-"""SimCLR-style pretraining with LARS: two views of each image find each other in the batch.
+"""SimCLR-style pretraining with LARS: match two views of each image within a batch.
 
 ``python examples/simclr.py --data FOLDER [--batch-size 4096]``; without --data, on noise.
 """
@@ -19,7 +19,7 @@ import fastlars
 
 
 def contrast(one: Tensor, other: Tensor, temperature: float) -> Tensor:
-    """NT-Xent (Chen et al. 2020) of two [n, d] views: each picks its partner out of 2n - 1."""
+    """NT-Xent (Chen et al. 2020) of two [n, d] views: each row has 1 partner among 2n - 1."""
     features = functional.normalize(torch.cat([one, other]), dim=1)
     similarity = (features @ features.T / temperature).fill_diagonal_(float("-inf"))
     count = len(one)
@@ -28,7 +28,7 @@ def contrast(one: Tensor, other: Tensor, temperature: float) -> Tensor:
 
 
 def main(arguments: list[str] | None = None) -> float:
-    """Train; the last loss."""
+    """Train; return the last loss."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", help="folder with one folder of images a class")
     parser.add_argument("--batch-size", type=int, default=4096)
