@@ -195,7 +195,7 @@ def slow_start(
 
     Akiba et al. 2017 (arXiv:1711.04325) have the defaults, for 90 epochs, and for the peak the
     linear scaling rule, 0.1 * batch / 256. There is no warm-up: the RMSprop phase of
-    :class:`fastlars.RMSpropWarmup` takes its place.
+    ``fastlars.RMSpropWarmup`` takes its place.
 
     Args:
         optimizer: any optimizer of torch; the ``lr`` of each group, a number or a tensor, is the

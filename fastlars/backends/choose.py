@@ -88,7 +88,7 @@ def find_compiled(
     weight: Tensor, dtypes: Dtypes, rule: Rule | GradientNorm | None = None, rounds: bool = False
 ) -> tuple[str | None, dict[str, str]]:
     """The fastest compiled back end that can serve a weight, or None; and for each faster one, why
-    it cannot. The arguments are those of :func:`choose`."""
+    it cannot. The arguments are those of ``choose``."""
     demanded = demanded_backend()
     names = COMPILED.get(weight.device.type, ("triton",)) if demanded is None else (demanded,)
     reasons: dict[str, str] = {}
@@ -139,7 +139,7 @@ def choose(
 
 
 class ChoiceCache:
-    """:func:`choose`, called once for all weights with the same device, types and density."""
+    """``choose``, called once for all weights with the same device, types and density."""
 
     def __init__(self, rule: Rule | GradientNorm, rounds: bool = False) -> None:
         self._rule = rule

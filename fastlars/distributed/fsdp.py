@@ -219,7 +219,7 @@ def _current_stream(p: Tensor) -> Any:
 
 
 def overlap_fsdp(module: Any, optimizer: FusedOptimizer, mode: str, debug: bool) -> FsdpEngine:
-    """See :func:`fastlars.distributed.overlap`."""
+    """See ``fastlars.distributed.overlap``."""
     optimizer, params = shared_parameters(optimizer, module, "overlap")
     engine = FsdpEngine(module, optimizer, params, mode, debug)
     attach(engine, module)

@@ -18,7 +18,7 @@ MIB = 2**20
 
 
 class BackwardHandle(Handle):
-    """Returned by :func:`fastlars.step_in_backward`. A copied or unpickled handle does nothing."""
+    """Returned by ``fastlars.step_in_backward``. A copied or unpickled handle does nothing."""
 
     _engine: BackwardEngine | None
 
@@ -104,14 +104,14 @@ def step_in_backward(
 
     Args:
         model: a module on one device, not inside DDP or FSDP; for those see
-            :func:`fastlars.distributed.overlap`. It must be the one that is called, as
-            ``model(...)``, and return tensors, or lists, dicts or dataclasses of tensors: else
-            mistakes of the backward pass may go unnoticed. (In Lightning, the module that
-            ``training_step`` calls.) It may be compiled: gradients that one graph computes are
-            complete at the same time, at the end of its backward pass.
-        optimizer: the :class:`fastlars.LARS`, :class:`fastlars.LAMB`, :class:`fastlars.LANS` or
-            :class:`fastlars.RMSpropWarmup` that steps parameters of ``model``; it may have others
-            as well. Or a wrapper around one, as of Lightning, Fabric and Accelerate.
+            ``fastlars.distributed.overlap``. It must be the one that is called, as ``model(...)``,
+            and return tensors, or lists, dicts or dataclasses of tensors: else mistakes of the
+            backward pass may go unnoticed. (In Lightning, the module that ``training_step`` calls.)
+            It may be compiled: gradients that one graph computes are complete at the same time, at
+            the end of its backward pass.
+        optimizer: the ``fastlars.LARS``, ``fastlars.LAMB``, ``fastlars.LANS`` or
+            ``fastlars.RMSpropWarmup`` that steps parameters of ``model``; it may have others as
+            well. Or a wrapper around one, as of Lightning, Fabric and Accelerate.
         bucket_mb: how many MiB of gradients are gathered, above 0, before one call steps their
             parameters. Default 25. Less frees more memory; each call costs the host some 30 us.
         except_for: parameters of ``model`` that ``optimizer.step()`` steps, and whose gradients
