@@ -34,7 +34,6 @@ extensions = [
     "docstrings",
 ]
 exclude_patterns = ["_ext"]
-smartquotes_action = "qe"  # no dashes: two hyphens begin a flag
 maximum_signature_line_length = 90
 html_theme = "furo"
 html_title = f"fastlars {release}"

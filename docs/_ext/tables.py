@@ -64,9 +64,13 @@ def names_for(device_type: str, weight: torch.dtype) -> tuple[str, ...]:
 
 
 def devices() -> str:
+    """Types with the same back ends on every device share a column."""
+    columns: dict[tuple[str, ...], list[torch.dtype]] = {}
+    for weight in WEIGHTS:
+        column = tuple(code(names_for(kind, weight)) for kind in DEVICES.values())
+        columns.setdefault(column, []).append(weight)
     return table(
-        ["parameters on", *(f"`{str(w).removeprefix('torch.')}`" for w in WEIGHTS)],
-        [[name, *(code(names_for(kind, w)) for w in WEIGHTS)] for name, kind in DEVICES.items()],
+        ["parameters on", *map(code, columns.values())], zip(DEVICES, *columns, strict=True)
     )
 
 
@@ -77,7 +81,7 @@ def backends() -> str:
         reads = choose.instance(name).reads_device
         return [f"`{name}`", weights, states, "yes" if reads else "no"]
 
-    head = ["back end", "weights and gradients", "states", "`capturable=True`, CUDA graphs"]
+    head = ["back end", "weights and gradients", "states", "`capturable`"]
     return table(head, map(row, choose.NAMES))
 
 
@@ -111,6 +115,9 @@ def conventions() -> str:
     return "".join(f"\n## {c.name}\n\n```text\n{c}\n```\n" for c in by_name.values())
 
 
+_FLAGS = "```{rst-class} flags\n```\n\n"  # a class that site.css keeps from breaking flags
+
+
 def flags() -> str:
     """The settings of the trainer, a table for each subject."""
 
@@ -127,7 +134,7 @@ def flags() -> str:
     for setting in reversed(fields(Config)):
         rows.insert(0, row(setting))
         if setting.name in GROUPS:
-            text = f"\n### {GROUPS[setting.name].capitalize()}\n\n{table(head, rows)}{text}"
+            text = f"\n### {GROUPS[setting.name].capitalize()}\n\n{_FLAGS}{table(head, rows)}{text}"
             rows = []
     return text
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -57,6 +58,10 @@ def cells(table: str) -> list[list[str]]:
     return [re.split(r"(?<!\\) \| ", line.strip("| ")) for line in lines]
 
 
+def named(cell: str) -> list[str]:
+    return re.findall(r"`(\w+)`", cell)
+
+
 def weight(dtype: torch.dtype = torch.float32) -> Tensor:
     p = nn.Parameter(torch.ones(4, 4, dtype=dtype))
     p.grad = torch.ones_like(p)
@@ -73,10 +78,13 @@ def served_by(row: Row, p: Tensor) -> str:
 
 @pytest.mark.parametrize("row", SIMPLE, ids=repr)
 def test_a_step_takes_the_back_end_of_the_table(row: Row, tables: ModuleType) -> None:
-    (cpu,) = [line[1:] for line in cells(tables.devices()) if line[0] == "CPU"]
-    assert len(cpu) == len(tables.WEIGHTS) == 4
-    for dtype, cell in zip(tables.WEIGHTS, cpu, strict=True):
-        assert served_by(row, weight(dtype)) == re.findall(r"`(\w+)`", cell)[0], dtype
+    head, _, cpu, *_ = [line.split(" | ")[1:] for line in tables.devices().splitlines()]
+    served = {
+        t: named(cell)[0] for types, cell in zip(head, cpu, strict=True) for t in named(types)
+    }
+    assert served.keys() == {"float32", "bfloat16", "float16", "float64"}
+    for dtype, name in served.items():
+        assert served_by(row, weight(getattr(torch, dtype))) == name, dtype
     gaps = nn.Parameter(torch.ones(4, 8)[:, ::2])
     gaps.grad = torch.ones_like(gaps)
     assert served_by(row, gaps) == "reference"
@@ -86,19 +94,15 @@ def test_kernels_take_every_mix_of_the_table(tables: ModuleType) -> None:
     by_name = {line[0].strip("`"): line[1:] for line in cells(tables.backends())}
     weights, states, capturable = by_name["cpu"]
     assert capturable == "no"
-    named = [[getattr(torch, n) for n in re.findall(r"`(\w+)`", c)] for c in (weights, states)]
-    tried = 0
-    for of_weight in named[0]:
-        for of_grad in named[0]:
-            for of_state in named[1]:
-                p = nn.Parameter(torch.ones(4, dtype=of_weight))
-                # torch lets a parameter have a gradient of another type only by this attribute
-                p.grad_dtype = None
-                p.grad = torch.ones(4, dtype=of_grad)
-                row = Row("mix", fastlars.LARS, {"lr": 1.0, "state_dtype": of_state})
-                assert served_by(row, p) == "cpu"
-                tried += 1
-    assert tried == 18
+    types = [[getattr(torch, name) for name in named(cell)] for cell in (weights, states)]
+    mixes = [*product(types[0], types[0], types[1])]
+    assert len(mixes) == 18
+    for of_weight, of_grad, of_state in mixes:
+        p = nn.Parameter(torch.ones(4, dtype=of_weight))
+        p.grad_dtype = None  # torch then lets the gradient have another type
+        p.grad = torch.ones(4, dtype=of_grad)
+        row = Row("mix", fastlars.LARS, {"lr": 1.0, "state_dtype": of_state})
+        assert served_by(row, p) == "cpu"
 
 
 @pytest.mark.parametrize("row", SIMPLE, ids=repr)
@@ -110,7 +114,7 @@ def test_states_are_those_of_the_table(row: Row, tables: ModuleType) -> None:
     optimizer.step()
     whole = {name: v for name, v in optimizer.state[p].items() if v.shape == p.shape}
     told = rows["states, each of the parameter's shape"]
-    assert {*re.findall(r"`(\w+)`", told)} == {*whole}
+    assert {*named(told)} == {*whole}
     size = sum(v.nbytes for v in whole.values()) / p.numel()
     assert float(rows["bytes of float32 states for each weight"]) == size
 
@@ -232,9 +236,9 @@ def test_trainer_page_has_every_flag(tables: ModuleType) -> None:
     assert len(flags) > 50
     rows = [line for line in cells(tables.flags()) if line[0].startswith("`--")]
     of_table = {line[0].split(",")[0].strip("`") for line in rows}
-    named = set(re.findall(r"`(--[a-z-]+)`", TRAINER[TRAINER.index("## Flags") :]))
+    others = set(re.findall(r"`(--[a-z-]+)`", TRAINER[TRAINER.index("## Flags") :]))
     assert len(of_table) == len(fields(Config))
-    assert flags == of_table | (named & flags)
+    assert flags == of_table | (others & flags)
 
 
 def test_trainer_page_has_the_exit_codes() -> None:
