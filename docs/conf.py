@@ -53,7 +53,7 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 myst_heading_anchors = 4
 
-# Empty until [project.urls] has it; `-D repository=...` sets another. See docs/_ext/pages.py.
+# Empty until [project.urls] has it. See docs/_ext/pages.py.
 repository = PROJECT.get("urls", {}).get("Repository", "").rstrip("/")
 
 

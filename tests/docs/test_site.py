@@ -42,11 +42,11 @@ PLANTED_LOOKS = {
 }
 
 
-def build(source: Path, folder: Path, *options: str) -> Path:
+def build(source: Path, folder: Path, conf: Path = ROOT / "docs") -> Path:
     """A folder of pages, built as `make docs` does."""
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-E", *options]
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-E"]
     done = subprocess.run(
-        [*command, "-c", "docs", "-d", folder / "cache", source, folder / "html"],
+        [*command, "-c", conf, "-d", folder / "cache", source, folder / "html"],
         cwd=ROOT, capture_output=True, text=True, timeout=600,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
@@ -71,9 +71,23 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def project(folder: Path, urls: str) -> Path:
+    """docs/conf.py with what it needs, in a project whose pyproject.toml ends in ``urls``."""
+    for name in ("docs/conf.py", "setup.py", "README.md"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    for name in ("_ext", "_static"):
+        shutil.copytree(ROOT / "docs" / name, folder / "docs" / name)
+    whole = (ROOT / "pyproject.toml").read_text()
+    own = re.sub(r"^\[project\.urls\]\n(.+\n)*", "", whole, flags=re.MULTILINE)
+    (folder / "pyproject.toml").write_text(own + urls)
+    return folder / "docs"
+
+
 @pytest.fixture(scope="module")
 def small_site(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(small, tmp_path_factory.mktemp("small_site"))
+    folder = tmp_path_factory.mktemp("small_site")
+    return build(small, folder, project(folder, ""))
 
 
 def text(page: Path) -> str:
@@ -144,7 +158,8 @@ def test_without_a_repository_nothing_leads_to_one(small_site: Path) -> None:
 
 def test_with_a_repository_pages_lead_to_it(small: Path, tmp_path: Path) -> None:
     address = "https://github.com/someone/fastlars"
-    folder = build(small, tmp_path, "-D", f"repository={address}")
+    conf = project(tmp_path, f'[project.urls]\nRepository = "{address}"\n')
+    folder = build(small, tmp_path / "site", conf)
     page = (folder / "index.html").read_text(encoding="utf-8")
     for link in (
         f"{address}/blob/main/setup.py",

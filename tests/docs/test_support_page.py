@@ -113,8 +113,7 @@ def test_states_are_those_of_the_table(row: Row, tables: ModuleType) -> None:
     optimizer = row.make([p])
     optimizer.step()
     whole = {name: v for name, v in optimizer.state[p].items() if v.shape == p.shape}
-    told = rows["states, each of the parameter's shape"]
-    assert {*named(told)} == {*whole}
+    assert {*named(rows["states, each of the parameter's shape"])} == {*whole}
     size = sum(v.nbytes for v in whole.values()) / p.numel()
     assert float(rows["bytes of float32 states for each weight"]) == size
 
