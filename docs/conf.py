@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
-import re
+import sys
 from pathlib import Path
+from typing import Any
 
 from sphinx.application import Sphinx
-from sphinx.errors import ExtensionError
 
 import fastlars
-from fastlars.conventions import Convention
 
-ROOT = Path(__file__).resolve().parent.parent
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE / "_ext"))
+PROJECT = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]
 
 project = "fastlars"
-author = "fastlars developers"
+author = PROJECT["authors"][0]["name"]
 version = release = fastlars.__version__
+project_copyright = f"2026, {author}. fastlars {release}, licence {PROJECT['license']}"
 language = "en"
 
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
+    "pages",
+    "docstrings",
 ]
+exclude_patterns = ["_ext"]
+maximum_signature_line_length = 90
 html_theme = "furo"
 html_title = f"fastlars {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+# No language for a literal block of a docstring: it holds equations.
+highlight_language = "none"
 nitpicky = True
 # Types of annotations whose documentation lies with others.
 _OTHERS = "torch|nn|Tensor|Optimizer|LambdaLR|collections|Any|ProcessGroup|DeviceMesh|NormGroup"
@@ -38,31 +53,22 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 myst_heading_anchors = 4
 
-# Pages link to files of the repository, which are no pages: their names stay, the links go.
-_OUTSIDE = re.compile(r"\[([^\]]+)\]\((\.\./[^)#\s]+)(#[^)\s]*)?\)")
+# Empty until [project.urls] has it. See docs/_ext/pages.py.
+repository = PROJECT.get("urls", {}).get("Repository", "").rstrip("/")
 
 
-def _without_links(text: str) -> str:
-    def name(match: re.Match[str]) -> str:
-        if not (ROOT / "docs" / match[2]).exists():
-            raise ExtensionError(f"a page links to {match[2]}, which is not there")
-        return match[1]
-
-    return _OUTSIDE.sub(name, text)
-
-
-def _conventions() -> str:
-    """A section for each: they are mappings, which autodoc has nothing to say about."""
-    found = [c for c in vars(fastlars.conventions).values() if isinstance(c, Convention)]
-    return "".join(f"\n## {c.name}\n\n```text\n{c}\n```\n" for c in found)
-
-
-def _read(_app: Sphinx, name: str, source: list[str]) -> None:
-    source[0] = _without_links(source[0])
-    if name == "api/conventions":
-        source[0] += _conventions()
+def _link_repository(_app: Sphinx, config: Any) -> None:
+    """Edit links and an icon, where there is a repository that they can lead to."""
+    if config.repository:
+        config.html_theme_options = {
+            "source_repository": config.repository,
+            "source_branch": "main",
+            "source_directory": "docs/",
+            "footer_icons": [
+                {"name": "Repository", "url": config.repository, "html": "Repository"}
+            ],
+        }
 
 
 def setup(app: Sphinx) -> None:
-    """Hooks."""
-    app.connect("source-read", _read)
+    app.connect("config-inited", _link_repository)

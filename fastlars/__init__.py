@@ -1,11 +1,10 @@
 """LARS, LAMB, LANS and RMSprop warm-up for PyTorch: a whole step in one call of a compiled kernel.
 
-:class:`LARS`, :class:`LAMB`, :class:`LANS` and :class:`RMSpropWarmup` are ``torch.optim``
-optimizers, and :func:`parameter_groups` makes groups in which biases and norms are not adapted.
-There are modules for learning rates (:mod:`fastlars.schedules`), for the variants of LARS, LAMB and
-LANS in other libraries (:mod:`fastlars.conventions`), for loading their checkpoints
-(:mod:`fastlars.migrate`), for logs of trust ratios (:mod:`fastlars.logging`) and for the overlap
-with DDP (:mod:`fastlars.distributed`).
+``LARS``, ``LAMB``, ``LANS`` and ``RMSpropWarmup`` are ``torch.optim`` optimizers, and
+``parameter_groups`` makes groups in which biases and norms are not adapted. There are modules for
+learning rates (``fastlars.schedules``), for the variants of LARS, LAMB and LANS in other libraries
+(``fastlars.conventions``), for loading their checkpoints (``fastlars.migrate``), for logs of trust
+ratios (``fastlars.logging``) and for the overlap with DDP (``fastlars.distributed``).
 ``python -m fastlars`` says what was built, ``python -m fastlars.trainer`` trains.
 """
 

@@ -14,8 +14,8 @@ Example:
     >>> dict(conventions.vicreg_lars)
     {'ratio': 'combined', 'buffer': 'scaled', 'momentum': 0.9}
 
-The symbols in :attr:`Convention.equation` are those of docs/numerics.md, "Notation". In all
-equations a ratio is 1 where one of its norms is 0.
+The symbols in ``Convention.equation`` are those of docs/numerics.md, "Notation". In all equations a
+ratio is 1 where one of its norms is 0.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Convention(Mapping[str, Any]):
     """Keywords for an optimizer of fastlars; ``**`` unpacks them.
 
     Attributes:
-        name: its name in this module, a str; :func:`fastlars.migrate.load` takes it as ``source``.
+        name: its name in this module, a str; ``fastlars.migrate.load`` takes it as ``source``.
         optimizer: ``"LARS"``, ``"LAMB"`` or ``"LANS"``, the class that the keywords are for.
         keywords: keywords of that class, by name: those that make it compute the equation, and the
             other library's defaults where fastlars has others. The learning rate is never among

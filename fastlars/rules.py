@@ -1,8 +1,8 @@
 """The rules' hyper-parameters: only this module has their words, ranges and defaults.
 
 What changes from step to step is not here. Everything else derives from the fields: the structs of
-the compiled kernels and Triton's constants (:attr:`_Rule.constants`), the rule of a parameter group
-(``rule_of`` of the optimizers), the values of the check at first use (:meth:`_Rule.probe`).
+the compiled kernels and Triton's constants (``_Rule.constants``), the rule of a parameter group
+(``rule_of`` of the optimizers), the values of the check at first use (``_Rule.probe``).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def number(
     """A field that holds a real number.
 
     Args:
-        check: a function of :mod:`fastlars.ranges` that converts it, or refuses it.
+        check: a function of ``fastlars.ranges`` that converts it, or refuses it.
         probe: a value whose effect shows in two steps, for the check at first use.
         default: the field's default; without one the field must be given.
         off: whether 0 switches a state off, so that a probe must leave it at 0.
@@ -119,7 +119,7 @@ class _Rule:
 
 @dataclass(frozen=True)
 class LarsRule(_Rule):
-    r"""LARS (You, Gitman, Ginsburg 2017). The fields are arguments of :class:`fastlars.LARS`, with
+    r"""LARS (You, Gitman, Ginsburg 2017). The fields are arguments of ``fastlars.LARS``, with
     ``ratio_bounds`` as two fields.
 
     Example:
@@ -174,7 +174,7 @@ class LarsRule(_Rule):
 
 @dataclass(frozen=True)
 class LambRule(_Rule):
-    r"""LAMB (You et al. 2020). The fields are arguments of :class:`fastlars.LAMB`, with ``betas``,
+    r"""LAMB (You et al. 2020). The fields are arguments of ``fastlars.LAMB``, with ``betas``,
     ``phi`` and ``ratio_bounds`` as two fields each.
 
     Example:
@@ -226,7 +226,7 @@ class LambRule(_Rule):
 
 @dataclass(frozen=True)
 class LansRule(_Rule):
-    r"""LANS (Zheng et al. 2020). The fields are arguments of :class:`fastlars.LANS`, with ``betas``
+    r"""LANS (Zheng et al. 2020). The fields are arguments of ``fastlars.LANS``, with ``betas``
     and ``phi`` as two fields each.
 
     Example:
@@ -265,7 +265,7 @@ class LansRule(_Rule):
 @dataclass(frozen=True)
 class RmspropWarmupRule(_Rule):
     r"""RMSprop warm-up (Akiba et al. 2017). The fields are arguments of
-    :class:`fastlars.RMSpropWarmup`.
+    ``fastlars.RMSpropWarmup``.
 
     Example:
         >>> rule = RmspropWarmupRule(center_steps=100.0, period_steps=50.0)

@@ -23,7 +23,9 @@ __all__ = ["linear_scaling", "polynomial", "slow_start", "step_decay", "time_var
 def linear_scaling(base_lr: float, batch_size: int, base_batch_size: int = 256) -> float:
     """Learning rate for a batch, by the linear scaling rule.
 
-    lr = base_lr * batch_size / base_batch_size (Goyal et al. 2017, arXiv:1706.02677, section 2.1).
+    It is, as in Goyal et al. 2017 (arXiv:1706.02677), section 2.1::
+
+        lr = base_lr * batch_size / base_batch_size
 
     Args:
         base_lr: the learning rate that suits ``base_batch_size``; at least 0. 0.1 is usual for SGD.
@@ -57,12 +59,12 @@ def polynomial(
 ) -> LambdaLR:
     """Linear warm-up, a constant rate if asked for, then polynomial decay.
 
-    With W = warmup_steps, H = W + hold_steps and T = steps,
+    With W = warmup_steps, H = W + hold_steps and T = steps::
 
-    * i < W:       lr(i) = warmup_from + (peak - warmup_from) * i / W
-    * W <= i < H:  lr(i) = peak
-    * H <= i <= T: lr(i) = end_lr + (peak - end_lr) * (1 - (i - H) / (T - H))^power
-    * i > T:       lr(i) = end_lr
+        lr(i) = warmup_from + (peak - warmup_from) * i / W                     while i < W
+        lr(i) = peak                                                           while i < H
+        lr(i) = end_lr + (peak - end_lr) * (1 - (i - H) / (T - H))^power       while i < T
+        lr(i) = end_lr                                                         from there on
 
     ``power=2`` is LARS's schedule (You et al. 2017, arXiv:1708.03888, Algorithm 1), ``power=1``
     LAMB's (You et al. 2019, arXiv:1904.00962), and with ``hold_steps`` that of LANS (Zheng et al.
@@ -127,10 +129,10 @@ def step_decay(
 ) -> LambdaLR:
     """Linear warm-up, then a constant rate that is cut at given iterations.
 
-    With W = warmup_steps, and k the number of milestones that are at most i,
+    With W = warmup_steps, and k the number of milestones that are at most i::
 
-    * i < W:  lr(i) = warmup_from + (peak - warmup_from) * i / W
-    * i >= W: lr(i) = peak * gamma^k
+        lr(i) = warmup_from + (peak - warmup_from) * i / W    while i < W
+        lr(i) = peak * gamma^k                                from there on
 
     Goyal et al. 2017 (arXiv:1706.02677) have 5 epochs of warm-up from the unscaled base rate, and
     gamma = 0.1 at epochs 30, 60 and 80 of 90.
@@ -190,12 +192,14 @@ def slow_start(
 ) -> LambdaLR:
     """A constant rate that changes at given epochs: half the peak for long, then far less.
 
-    lr(i) = peak * factors[k], where k is the number of entries of ``epochs`` whose iteration,
-    round(epoch * steps_per_epoch), is at most i.
+    With k the number of entries of ``epochs`` whose iteration, round(epoch * steps_per_epoch), is
+    at most i::
+
+        lr(i) = peak * factors[k]
 
     Akiba et al. 2017 (arXiv:1711.04325) have the defaults, for 90 epochs, and for the peak the
     linear scaling rule, 0.1 * batch / 256. There is no warm-up: the RMSprop phase of
-    :class:`fastlars.RMSpropWarmup` takes its place.
+    ``fastlars.RMSpropWarmup`` takes its place.
 
     Args:
         optimizer: any optimizer of torch; the ``lr`` of each group, a number or a tensor, is the
@@ -244,7 +248,9 @@ def time_varying(
 ) -> LambdaLR:
     """TVLARS's schedule: no warm-up, but a high rate that falls along a sigmoid.
 
-    lr(i) = peak * (1 / (alpha + exp(steepness * (i - delay_steps))) + end_factor)
+    The rate of iteration i is::
+
+        lr(i) = peak * (1 / (alpha + exp(steepness * (i - delay_steps))) + end_factor)
 
     Do et al. 2023 (arXiv:2309.14053) multiply the ratios of LARS by this factor, phi(t) = 1 /
     (alpha + exp(lambda (t - d_e))) + gamma_min, in place of warm-up. As a factor of the rate it

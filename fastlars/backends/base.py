@@ -219,8 +219,8 @@ def with_gradient_sums(
 class Backend(Protocol):
     """Measures and applies a rule over a list of tensors.
 
-    The caller keeps the result of :meth:`layout` for as long as it steps the same parameters.
-    :meth:`bind` returns what ``measure``, ``apply`` and ``step`` take.
+    The caller keeps the result of ``layout`` for as long as it steps the same parameters. ``bind``
+    returns what ``measure``, ``apply`` and ``step`` take.
     """
 
     name: str
@@ -228,7 +228,7 @@ class Backend(Protocol):
     """Whether ``StepScalars.device`` is read. Otherwise all scalars must be known to the host."""
 
     def layout(self, weights: list[Tensor]) -> Any:
-        """The shapes, strides and devices that :meth:`bind` compares tensors with."""
+        """The shapes, strides and devices that ``bind`` compares tensors with."""
         ...
 
     def bind(self, tensors: Tensors, layout: Any) -> Any:

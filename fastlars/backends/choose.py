@@ -20,6 +20,7 @@ from fastlars.rules import GradientNorm, Rule
 NAMES = ("cpu", "cuda", "triton", "reference")
 # type of device: the compiled back ends that can serve it, fastest first
 COMPILED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+COMPILED_ELSEWHERE = ("triton",)  # on any other type of device
 
 
 @cache
@@ -61,13 +62,20 @@ def why_no_triton(device_type: str) -> str:
     return ""
 
 
-def why_not(name: str, weight: Tensor, dtypes: Dtypes) -> str:
-    """Why a compiled back end has no kernels for a weight and these types; empty if it has."""
+def why_no_kernels(dtypes: Dtypes) -> str:
+    """Why compiled back ends have no kernels for these types; empty if they have."""
     for what, dtype in (("weights", dtypes.copy or dtypes.weight), ("gradients", dtypes.grad)):
         if dtype not in DTYPES:
             return f"compiled back ends have no {dtype} {what}"
     if dtypes.state not in STATE_DTYPES:
         return f"compiled back ends have no {dtypes.state} states"
+    return ""
+
+
+def why_not(name: str, weight: Tensor, dtypes: Dtypes) -> str:
+    """Why a compiled back end has no kernels for a weight and these types; empty if it has."""
+    if reason := why_no_kernels(dtypes):
+        return reason
     if not is_dense(weight):
         return "compiled back ends need weights without gaps in memory"
     if name == "triton":
@@ -88,9 +96,10 @@ def find_compiled(
     weight: Tensor, dtypes: Dtypes, rule: Rule | GradientNorm | None = None, rounds: bool = False
 ) -> tuple[str | None, dict[str, str]]:
     """The fastest compiled back end that can serve a weight, or None; and for each faster one, why
-    it cannot. The arguments are those of :func:`choose`."""
+    it cannot. The arguments are those of ``choose``."""
     demanded = demanded_backend()
-    names = COMPILED.get(weight.device.type, ("triton",)) if demanded is None else (demanded,)
+    able = COMPILED.get(weight.device.type, COMPILED_ELSEWHERE)
+    names = able if demanded is None else (demanded,)
     reasons: dict[str, str] = {}
     for name in names:
         reason = why_not(name, weight, dtypes)
@@ -139,7 +148,7 @@ def choose(
 
 
 class ChoiceCache:
-    """:func:`choose`, called once for all weights with the same device, types and density."""
+    """``choose``, called once for all weights with the same device, types and density."""
 
     def __init__(self, rule: Rule | GradientNorm, rounds: bool = False) -> None:
         self._rule = rule

@@ -31,7 +31,7 @@ def widest(device: torch.device) -> torch.dtype:
 
 
 def to_widest(sums: Tensor, device: torch.device) -> Tensor:
-    """Sums of squares on another device, in its :func:`widest` type."""
+    """Sums of squares on another device, in its ``widest`` type."""
     # torch converts on the device that a copy starts from, which may have no float64 either.
     if has_float64(device):
         return sums.to(device).to(torch.float64)

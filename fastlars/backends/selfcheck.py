@@ -181,7 +181,7 @@ def _tensors(tested: Combination) -> Tensors:
 
 def _in_float64(tensors: Tensors) -> Tensors:
     """The same values in float64, for the reference. bfloat16 states stay bfloat16: their rounding
-    is part of the rule. The rounding of weights is not: :data:`TOLERANCES` allows for it."""
+    is part of the rule. The rounding of weights is not: ``TOLERANCES`` allows for it."""
     dtypes = tensors.dtypes
     state = F64 if dtypes.state == torch.float32 else dtypes.state
     copies = tensors.copies

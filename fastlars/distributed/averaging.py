@@ -23,8 +23,7 @@ def compress(gradients: Tensor, size: int, into: Tensor) -> Tensor:
     """Divide by the number of processes, then round to the type of ``into``.
 
     Because the division comes first, the sum of any number of gradients that fit float16 also fits
-    float16. Akiba, Suzuki, Fukuda 2017 (`arXiv:1711.04325 <https://arxiv.org/abs/1711.04325>`_)
-    also send gradients in half precision.
+    float16. Akiba, Suzuki, Fukuda 2017 (arXiv:1711.04325) also send gradients in half precision.
 
     Args:
         gradients: this process's gradients, of any shape.

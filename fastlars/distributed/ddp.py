@@ -23,7 +23,7 @@ def overlap_ddp(
     mode: str,
     debug: bool,
 ) -> DdpEngine:
-    """See :func:`fastlars.distributed.overlap`; ``dtype`` is that of the compression."""
+    """See ``fastlars.distributed.overlap``; ``dtype`` is that of the compression."""
     check_ddp(ddp)
     optimizer, _ = shared_parameters(optimizer, ddp, "overlap")
     check_groups(optimizer)

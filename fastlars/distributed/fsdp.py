@@ -19,6 +19,7 @@ from fastlars.optim.dtensor import local_tensor, mesh_of, placed_alike, plain_sh
 from fastlars.optim.execute import BoundBatch, StepResults
 from fastlars.optim.scalars import scalars_for
 from fastlars.optim.wrapped import is_plain
+from fastlars.rules import Rule
 
 
 def reduced_together(module: nn.Module) -> dict[Tensor, int]:
@@ -28,6 +29,15 @@ def reduced_together(module: nn.Module) -> dict[Tensor, int]:
     for number, each in enumerate(m for m in module.modules() if isinstance(m, FSDPModule)):
         owner.update(dict.fromkeys(each.parameters(), number))
     return owner
+
+
+def work_on_shards(rule: Rule, mode: str) -> EarlyWork | None:
+    """What is measured of a rule's shards during backward: "clip", the norms of the gradients;
+    "measure", the norms of the trust ratios; or nothing."""
+    if rule.normalize_grad:
+        return "clip"  # the norms of whole gradients come first
+    may_measure = rule.adapt and not (rule.measure_writes and mode == "norms")
+    return "measure" if may_measure else None
 
 
 class FsdpEngine(Arrivals):
@@ -82,12 +92,8 @@ class FsdpEngine(Arrivals):
     def _work_on(self, b: BoundBatch) -> EarlyWork | None:
         if self._early_work == "clip":
             return "clip"
-        if b.batch.rows is None:
-            return None  # step() need not wait for other shards
-        if b.rule.normalize_grad:
-            return "clip"  # the norms of whole gradients come first
-        may_measure = b.rule.adapt and not (b.rule.measure_writes and self._mode == "norms")
-        return "measure" if may_measure else None
+        # Without rows, step() need not wait for other shards.
+        return None if b.batch.rows is None else work_on_shards(b.rule, self._mode)
 
     def is_full(self, p: Tensor) -> bool:
         owner = self._owner[p]
@@ -219,7 +225,7 @@ def _current_stream(p: Tensor) -> Any:
 
 
 def overlap_fsdp(module: Any, optimizer: FusedOptimizer, mode: str, debug: bool) -> FsdpEngine:
-    """See :func:`fastlars.distributed.overlap`."""
+    """See ``fastlars.distributed.overlap``."""
     optimizer, params = shared_parameters(optimizer, module, "overlap")
     engine = FsdpEngine(module, optimizer, params, mode, debug)
     attach(engine, module)

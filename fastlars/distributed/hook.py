@@ -18,7 +18,7 @@ class HookState:
     """State of the hook. DDP cannot remove its hook, so the state outlives the engines.
 
     A copied or unpickled DDP module lists the hook without having registered it. Its copy of the
-    state therefore has no averager, and :func:`fastlars.distributed.overlap` registers a new hook.
+    state therefore has no averager, and ``fastlars.distributed.overlap`` registers a new hook.
     """
 
     averager: Optional[BucketAverager] = None  # noqa: UP045

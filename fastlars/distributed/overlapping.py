@@ -42,9 +42,9 @@ def overlap(
         module: the DDP module whose gradients are reduced; all of its options work except those
             listed under Raises. With ``static_graph=True``, parameters may stay unused. Or the
             root of a model that ``torch.distributed.fsdp.fully_shard`` has sharded.
-        optimizer: the :class:`fastlars.LARS`, :class:`fastlars.LAMB`, :class:`fastlars.LANS` or
-            :class:`fastlars.RMSpropWarmup` that steps parameters of ``module``; it may have others
-            as well. Or a wrapper around one, as of Lightning, Fabric and Accelerate.
+        optimizer: the ``fastlars.LARS``, ``fastlars.LAMB``, ``fastlars.LANS`` or
+            ``fastlars.RMSpropWarmup`` that steps parameters of ``module``; it may have others as
+            well. Or a wrapper around one, as of Lightning, Fabric and Accelerate.
         compression: type in which gradients travel. ``"fp16"`` and ``"bf16"`` divide them by the
             number of processes, round them to that type and add them up in it, which halves the
             traffic of float32 gradients; buckets of 16 bits stay as they are. Default None, no

@@ -28,7 +28,7 @@ class Engine:
     """Does a part of the steps of one optimizer during the backward passes of one module.
 
     A subclass learns when gradients are complete: from DDP's buckets (fastlars.distributed), or
-    from hooks on parameters (:mod:`fastlars.in_backward.arrivals`). It puts what it does early into
+    from hooks on parameters (``fastlars.in_backward.arrivals``). It puts what it does early into
     ``in_flight``. What is done with a piece before ``optimizer.step()`` is chosen when the first
     gradients of a step are complete: "step" (it is stepped), "measure" (its sums of squares are
     taken), "clip" (those of its gradients alone are taken, for the global norm), or None:
@@ -257,7 +257,7 @@ class Engine:
 
     def update_watch(self) -> None:
         """After a step with a backward pass: note which parameters later steps must not step early,
-        and end the watch after :data:`WATCHED_STEPS`."""
+        and end the watch after ``WATCHED_STEPS``."""
         self._watched = min(self._watched + 1, WATCHED_STEPS)
         reads = self.reads
         if reads is None:

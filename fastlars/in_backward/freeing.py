@@ -160,7 +160,7 @@ class BackwardEngine(Arrivals):
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """See :meth:`BackwardHandle.norm_pass`."""
+        """See ``BackwardHandle.norm_pass``."""
         if self._begun:
             raise RuntimeError("norm_pass() comes before the backward pass that steps")
         stepped = {p for g in self.optimizer.param_groups for p in g["params"] if p.requires_grad}

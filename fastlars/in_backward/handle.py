@@ -1,14 +1,16 @@
-"""attach(): lets an engine take the steps of its optimizer, until the handle is removed."""
+"""Handles, and attach(): an engine takes the steps of its optimizer until one is removed."""
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastlars.in_backward.engine import Engine
+from fastlars.in_backward.freeing import BackwardEngine
 
 
 class Handle:
@@ -38,6 +40,67 @@ class Handle:
         with suppress(Exception):  # backward itself has raised the error
             engine.wait()  # else buckets of a failed backward pass could be stepped later
         engine.release()
+
+
+class BackwardHandle(Handle):
+    """Returned by ``fastlars.step_in_backward``. A copied or unpickled handle does nothing."""
+
+    _engine: BackwardEngine | None
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Let gradients add up in ``p.grad``, in all backward passes of a step but the last.
+
+        Example:
+            >>> import torch, fastlars
+            >>> w = torch.nn.Linear(4, 1, bias=False)
+            >>> _ = torch.nn.init.ones_(w.weight)
+            >>> optimizer = fastlars.LARS(w.parameters(), lr=5.0)
+            >>> handle = fastlars.step_in_backward(w, optimizer)
+            >>> with handle.accumulate():
+            ...     w(torch.ones(4)).backward()
+            >>> w.weight.grad.tolist()
+            [[1.0, 1.0, 1.0, 1.0]]
+            >>> w(torch.ones(4)).backward()
+            >>> optimizer.step()
+        """
+        engine = self._engine
+        if engine is None:
+            yield
+            return
+        engine.check_accumulates()
+        before, engine.accumulates = engine.accumulates, True
+        try:
+            yield
+        finally:
+            engine.accumulates = before
+
+    @contextmanager
+    def norm_pass(self) -> Iterator[None]:
+        """Only measure the norm of the gradients in the backward pass inside, and free them.
+
+        ``max_grad_norm`` and ``skip_if`` need the norm of all gradients before the first weight
+        is written. A second pass through the same graph then steps, and measures nothing::
+
+            with handle.norm_pass():
+                loss.backward(retain_graph=True)
+            loss.backward()
+            optimizer.step()
+
+        It costs one more backward pass, and saves the memory that gradients of all layers need.
+        Where nothing needs the norm, the pass inside only frees the gradients. A model inside
+        ``torch.compile`` needs ``torch._functorch.config.donated_buffer = False``, without which
+        torch refuses a second pass.
+
+        Raises:
+            RuntimeError: a parameter has a gradient already, which the norm would not include: a
+                clip and accumulated gradients do not go together here.
+        """
+        engine = self._engine
+        if engine is None:
+            raise RuntimeError("norm_pass() needs step_in_backward, which was removed")
+        with engine.measuring():
+            yield
 
 
 class ForwardHooks:

@@ -32,7 +32,7 @@ class LateReads(TorchFunctionMode):
     """Records the parameters that are read after their gradients were accumulated.
 
     Attributes:
-        arrived: parameters whose gradients were accumulated since :meth:`forget`.
+        arrived: parameters whose gradients were accumulated since ``forget``.
         late: parameters that were read later in the same backward pass.
         paused: True while code of fastlars runs, whose reads do not count.
     """

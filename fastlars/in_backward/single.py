@@ -2,80 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 
 from fastlars.in_backward.freeing import BackwardEngine, check_no_ddp
-from fastlars.in_backward.handle import Handle, attach
+from fastlars.in_backward.handle import BackwardHandle, attach
 from fastlars.in_backward.validation import shared_parameters
 from fastlars.optim.base import FusedOptimizer
 from fastlars.optim.dtensor import is_dtensor
 from fastlars.ranges import real
 
 MIB = 2**20
-
-
-class BackwardHandle(Handle):
-    """Returned by :func:`fastlars.step_in_backward`. A copied or unpickled handle does nothing."""
-
-    _engine: BackwardEngine | None
-
-    @contextmanager
-    def accumulate(self) -> Iterator[None]:
-        """Let gradients add up in ``p.grad``, in all backward passes of a step but the last.
-
-        Example:
-            >>> import torch, fastlars
-            >>> w = torch.nn.Linear(4, 1, bias=False)
-            >>> _ = torch.nn.init.ones_(w.weight)
-            >>> optimizer = fastlars.LARS(w.parameters(), lr=5.0)
-            >>> handle = fastlars.step_in_backward(w, optimizer)
-            >>> with handle.accumulate():
-            ...     w(torch.ones(4)).backward()
-            >>> w.weight.grad.tolist()
-            [[1.0, 1.0, 1.0, 1.0]]
-            >>> w(torch.ones(4)).backward()
-            >>> optimizer.step()
-        """
-        engine = self._engine
-        if engine is None:
-            yield
-            return
-        engine.check_accumulates()
-        before, engine.accumulates = engine.accumulates, True
-        try:
-            yield
-        finally:
-            engine.accumulates = before
-
-    @contextmanager
-    def norm_pass(self) -> Iterator[None]:
-        """Only measure the norm of the gradients in the backward pass inside, and free them.
-
-        ``max_grad_norm`` and ``skip_if`` need the norm of all gradients before the first weight
-        is written. A second pass through the same graph then steps, and measures nothing::
-
-            with handle.norm_pass():
-                loss.backward(retain_graph=True)
-            loss.backward()
-            optimizer.step()
-
-        It costs one more backward pass, and saves the memory that gradients of all layers need.
-        Where nothing needs the norm, the pass inside only frees the gradients. A model inside
-        ``torch.compile`` needs ``torch._functorch.config.donated_buffer = False``, without which
-        torch refuses a second pass.
-
-        Raises:
-            RuntimeError: a parameter has a gradient already, which the norm would not include: a
-                clip and accumulated gradients do not go together here.
-        """
-        engine = self._engine
-        if engine is None:
-            raise RuntimeError("norm_pass() needs step_in_backward, which was removed")
-        with engine.measuring():
-            yield
 
 
 def step_in_backward(
@@ -104,14 +42,14 @@ def step_in_backward(
 
     Args:
         model: a module on one device, not inside DDP or FSDP; for those see
-            :func:`fastlars.distributed.overlap`. It must be the one that is called, as
-            ``model(...)``, and return tensors, or lists, dicts or dataclasses of tensors: else
-            mistakes of the backward pass may go unnoticed. (In Lightning, the module that
-            ``training_step`` calls.) It may be compiled: gradients that one graph computes are
-            complete at the same time, at the end of its backward pass.
-        optimizer: the :class:`fastlars.LARS`, :class:`fastlars.LAMB`, :class:`fastlars.LANS` or
-            :class:`fastlars.RMSpropWarmup` that steps parameters of ``model``; it may have others
-            as well. Or a wrapper around one, as of Lightning, Fabric and Accelerate.
+            ``fastlars.distributed.overlap``. It must be the one that is called, as ``model(...)``,
+            and return tensors, or lists, dicts or dataclasses of tensors: else mistakes of the
+            backward pass may go unnoticed. (In Lightning, the module that ``training_step`` calls.)
+            It may be compiled: gradients that one graph computes are complete at the same time, at
+            the end of its backward pass.
+        optimizer: the ``fastlars.LARS``, ``fastlars.LAMB``, ``fastlars.LANS`` or
+            ``fastlars.RMSpropWarmup`` that steps parameters of ``model``; it may have others as
+            well. Or a wrapper around one, as of Lightning, Fabric and Accelerate.
         bucket_mb: how many MiB of gradients are gathered, above 0, before one call steps their
             parameters. Default 25. Less frees more memory; each call costs the host some 30 us.
         except_for: parameters of ``model`` that ``optimizer.step()`` steps, and whose gradients

@@ -63,7 +63,7 @@ class TensorSnapshot:
     """Parameters, their gradients and states at the end of backward.
 
     Attributes:
-        unseen: whether :meth:`changed` has found a write of which autograd knows nothing.
+        unseen: whether ``changed`` has found a write of which autograd knows nothing.
     """
 
     def __init__(

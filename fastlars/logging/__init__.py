@@ -1,8 +1,8 @@
 """Trust ratios, and the norms that made them, by the names of the layers: for logs and pictures.
 
-:func:`layer_statistics` reads what the last step measured; :func:`scalars` and :func:`summary` make
-of it what loggers take; :func:`heat_map` draws several steps. A step costs the same with and
-without them: what they read is there after every step, and stays on the device until it is read.
+``layer_statistics`` reads what the last step measured; ``scalars`` and ``summary`` make of it what
+loggers take; ``heat_map`` draws several steps. A step costs the same with and without them: what
+they read is there after every step, and stays on the device until it is read.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def layer_statistics(model: nn.Module, optimizer: Optimizer) -> dict[str, LayerS
     Returns:
         A dict from names to statistics, without the parameters that have no ratio, such as those
         with ``adapt=False``. It is empty before the first step, after a step that was skipped, and
-        for :class:`fastlars.RMSpropWarmup`. Where a ``GradScaler`` did not call ``step``, and after
-        a step inside ``torch.compile``, it still describes the step before.
+        for ``fastlars.RMSpropWarmup``. Where a ``GradScaler`` did not call ``step``, and after a
+        step inside ``torch.compile``, it still describes the step before.
 
     Raises:
         TypeError: the optimizer is not one of fastlars.
@@ -103,7 +103,7 @@ def scalars(statistics: Mapping[str, LayerStatistics]) -> dict[str, float]:
     """A flat dict for a logger, with a trust ratio and the norms of every layer.
 
     Args:
-        statistics: what :func:`layer_statistics` returned.
+        statistics: what ``layer_statistics`` returned.
 
     Returns:
         Keys such as ``trust_ratio/NAME``, ``weight_norm/NAME`` and ``gradient_norm/NAME``, which
@@ -123,7 +123,7 @@ def summary(statistics: Mapping[str, LayerStatistics]) -> dict[str, float]:
     """The smallest, the median and the largest trust ratio, as a flat dict for a logger.
 
     Args:
-        statistics: what :func:`layer_statistics` returned.
+        statistics: what ``layer_statistics`` returned.
 
     Returns:
         ``trust_ratio_min``, ``trust_ratio_median`` (of an even number of layers, the smaller one
@@ -152,7 +152,7 @@ def heat_map(
     which ``pip install 'fastlars[trainer]'`` brings.
 
     Args:
-        history: pairs of a step and what :func:`layer_statistics` returned after it, or a dict of
+        history: pairs of a step and what ``layer_statistics`` returned after it, or a dict of
             ratios by name, in the order of the steps. A layer may be missing at some of them.
         title: stands above the picture; default none.
 

@@ -1,7 +1,7 @@
 """Continue a run with LARS, LAMB or LANS from the optimizer states of another library.
 
-A convention (:mod:`fastlars.conventions`) makes a new run compute what another library computes;
-:func:`load` continues a run that another library has begun. Only exact continuations are loaded: a
+A convention (``fastlars.conventions``) makes a new run compute what another library computes;
+``load`` continues a run that another library has begun. Only exact continuations are loaded: a
 buffer that holds something else than the optimizer's would is refused, and nothing is changed.
 docs/migrating.md has an example for every library.
 """
@@ -46,8 +46,8 @@ def load(
     masters, if asked for, start from the weights.
 
     Args:
-        optimizer: the :class:`fastlars.LARS`, :class:`fastlars.LAMB` or :class:`fastlars.LANS` to
-            load into, usually made with the convention of ``source``.
+        optimizer: the ``fastlars.LARS``, ``fastlars.LAMB`` or ``fastlars.LANS`` to load into,
+            usually made with the convention of ``source``.
         state: the other optimizer's ``state_dict()``; for ``optax_*`` its ``opt_state``; for
             ``mlperf_*`` a tree with the momentum of every variable.
         source: where the state comes from: a convention, its name, ``"bitsandbytes_lars"`` or

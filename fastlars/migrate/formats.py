@@ -19,7 +19,7 @@ class Format:
             ``"LANS"``.
         names: the names of states, from the library's to fastlars'.
         buffer: what the library's momentum buffer holds, as one of the values of ``buffer`` of
-            :class:`fastlars.LARS`. Default empty, for a library without such a buffer.
+            ``fastlars.LARS``. Default empty, for a library without such a buffer.
         sign: the sign of that buffer, 1 (default), or -1 where the library adds it to the weights.
         step: where the library counts steps, ``"group"`` for each parameter group, ``"state"`` for
             each parameter. Default empty, no count.

@@ -159,7 +159,7 @@ class FusedOptimizer(TracedStep, StepReadings, torch.optim.Optimizer):
         """Add a parameter group; ValueError or TypeError if its values are out of range.
 
         Unlike in torch, groups with names and groups without may be mixed:
-        :func:`fastlars.parameter_groups` always names parameters.
+        ``fastlars.parameter_groups`` always names parameters.
         """
         names = pop_param_names(param_group)
         hidden = [(g, g.pop("param_names")) for g in self.param_groups if "param_names" in g]

@@ -9,7 +9,7 @@ parameters, and an optimizer takes DTensors like any other parameters::
     optimizer = fastlars.LAMB(fastlars.parameter_groups(model, weight_decay=0.01), lr=2e-3)
 
 Each rank measures its own shards, all-reduces their sums of squares with the ranks that hold the
-other shards (:func:`all_reduce_sums`), and applies the rule to its shards. The sums are one float64
+other shards (``all_reduce_sums``), and applies the rule to its shards. The sums are one float64
 array [tensors, sums] for each mesh and each set of its dimensions over which parameters are
 sharded; float32 on a device without float64. With ``max_grad_norm`` there is one more all-reduce,
 because LAMB's update depends on the clipped gradient. No parameter, gradient or state is gathered,
@@ -50,7 +50,7 @@ def is_dtensor(value: Any) -> bool:
 
 
 def path_to_plain(tensor: Tensor) -> Path:
-    """The attributes that lead from a tensor to :func:`plain_shard`."""
+    """The attributes that lead from a tensor to ``plain_shard``."""
     return (LOCAL if is_dtensor(tensor) else ()) + path_inside(local_tensor(tensor))
 
 
@@ -63,7 +63,7 @@ def plain_shard(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor: its shard of a DTensor, all of any other tensor.
 
     The result is a plain tensor, also where a subclass keeps its numbers in one
-    (:mod:`fastlars.optim.wrapped`).
+    (``fastlars.optim.wrapped``).
     """
     local = local_tensor(tensor)
     return local if is_plain(local) else at_path([local], path_inside(local))[0]
@@ -136,7 +136,7 @@ class SumsTable:
 
 @dataclass(frozen=True, eq=False)
 class TableRows:
-    """The rows of one batch's parameters in the :class:`SumsTable` of their group."""
+    """The rows of one batch's parameters in the ``SumsTable`` of their group."""
 
     table: SumsTable
     rows: Tensor

@@ -16,7 +16,7 @@ def pop_param_names(group: Any) -> list[str] | None:
     """Take the parameters' names out of a group that is to be added, and make ``params`` a list.
 
     torch refuses an optimizer in which some groups have names and others have none, and
-    :func:`fastlars.parameter_groups` adds names without being asked.
+    ``fastlars.parameter_groups`` adds names without being asked.
     """
     if not isinstance(group, dict):
         return None

@@ -37,78 +37,72 @@ def _word(name: str, value: Any) -> str:
 
 @documented
 class LAMB(FusedOptimizer):
-    r"""LAMB: Adam's direction, every layer's step in proportion to the norm of its weights.
+    """LAMB: Adam's direction, every layer's step in proportion to the norm of its weights.
 
-    .. math::
-        m &= \beta_1 m + (1 - \beta_1) g, \quad v = \beta_2 v + (1 - \beta_2) g^2 \\
-        r &= \frac{m}{1 - \beta_1^t} \Big/
-             \Big(\sqrt{\frac{v}{1 - \beta_2^t}} + \epsilon\Big), \quad
-        u = r + \mathrm{wd} \, w \\
-        q &= \phi(|w|) / |u|, \quad w = w - \mathrm{lr} \, q u
+    A step computes::
+
+        m = beta1 m + (1 - beta1) g
+        v = beta2 v + (1 - beta2) g^2
+        r = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+        u = r + wd w
+        q = phi(|w|) / |u|
+        w = w - lr q u
 
     You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", ICLR 2020
-    (`arXiv:1904.00962 <https://arxiv.org/abs/1904.00962>`_). w is a weight, g its gradient, m and v
-    the moments, q the trust ratio; ``|x|`` is the 2-norm of one parameter tensor. Where a norm is
-    0, q is 1. t is ``state[p]["step"]``, the steps of each parameter by itself. docs/numerics.md
-    explains all symbols, :mod:`fastlars.conventions` has the forms of other libraries.
+    (arXiv:1904.00962). w is a weight, g its gradient, m and v the moments, q the trust ratio;
+    ``|x|`` is the 2-norm of one parameter tensor. Where a norm is 0, q is 1. t is
+    ``state[p]["step"]``, the steps of each parameter by itself. docs/numerics.md explains all
+    symbols; ``fastlars.conventions`` has the forms of other libraries.
 
     ``param_groups[i]["step"]`` is the number of steps that a group has taken, an int, for scripts
     that read it there. It is a tensor with ``capturable`` or where the device alone knows whether a
     step was skipped, and stands still inside ``torch.compile``.
 
     Args:
-        params: parameters, or parameter groups such as :func:`fastlars.parameter_groups` makes, in
+        params: parameters, or parameter groups such as ``fastlars.parameter_groups`` makes, in
             which biases and norms have neither decay nor ratio.
-        lr: :math:`\mathrm{lr}`, the learning rate, a number or a 1-element tensor, at least 0,
-            default 1e-3: the length of a step relative to the weights. The paper scales it with the
-            square root of the batch.
-        betas: :math:`(\beta_1, \beta_2)`, the shares of m and v that a step keeps, each in [0, 1),
-            default (0.9, 0.999). Lower :math:`\beta_2`, to 0.95 for example, where the scale of
-            gradients changes quickly.
-        eps: :math:`\epsilon`, outside the square root, at least 0, default 1e-6. Raise it to damp
-            the direction where v is tiny.
-        weight_decay: :math:`\mathrm{wd}`, the pull of weights towards 0, at least 0, default 0.
-            0.01 is usual for BERT; raise it against overfitting.
+        lr: the learning rate, a number or a 1-element tensor, at least 0, default 1e-3: the length
+            of a step relative to the weights. The paper scales it with the square root of the
+            batch.
+        betas: (beta1, beta2), the shares of m and v that a step keeps, each in [0, 1), default
+            (0.9, 0.999). Lower beta2, to 0.95 for example, where the scale of gradients changes
+            quickly.
+        eps: outside the square root, at least 0, default 1e-6. Raise it to damp the direction where
+            v is tiny.
+        weight_decay: wd, the pull of weights towards 0, at least 0, default 0. 0.01 is usual for
+            BERT; raise it against overfitting.
         bias_correction: True (default) as above. False leaves both corrections out, so that first
-            steps are not those of Adam. ``"rate"`` divides lr by :math:`1 - \beta_1^t` instead, as
+            steps are not those of Adam. ``"rate"`` divides lr by 1 - beta1^t instead, as
             pytorch_optimizer does.
-        grad_averaging: False lets g enter m with weight 1 instead of :math:`1 - \beta_1`. Default
-            True. Change it only to match a run of apex or timm that has it.
+        grad_averaging: False lets g enter m with weight 1 instead of 1 - beta1. Default True.
+            Change it only to match a run of apex or timm that has it.
         nesterov: True is N-LAMB, ``"both"`` NN-LAMB, of the paper's appendix: the first moment, or
-            both, look one step ahead, as in Nadam. Default False. In r they are, for N-LAMB,
+            both, look one step ahead, as in Nadam. Default False. In r they are::
 
-            .. math::
-                \hat m = \frac{\beta_1 m}{1 - \beta_1^{t+1}}
-                         + \frac{(1 - \beta_1) g}{1 - \beta_1^t}, \quad
-                \hat v = \frac{\beta_2 v}{1 - \beta_2^t}
+                m^ = beta1 m / (1 - beta1^(t+1)) + (1 - beta1) g / (1 - beta1^t)
+                v^ = beta2 v / (1 - beta2^t)                                           N-LAMB
+                v^ = beta2 v / (1 - beta2^(t+1)) + (1 - beta2) g^2 / (1 - beta2^t)     NN-LAMB
 
-            and for NN-LAMB the same :math:`\hat m`, and
-
-            .. math::
-                \hat v = \frac{\beta_2 v}{1 - \beta_2^{t+1}}
-                         + \frac{(1 - \beta_2) g^2}{1 - \beta_2^t}
-
-            The appendix has :math:`\beta_1 = 0.975`. ``bias_correction=False`` leaves out all
+            The appendix has beta1 = 0.975. ``bias_correction=False`` leaves out all
             denominators, and ``"rate"`` is refused, as one factor cannot correct both terms; with
             ``grad_averaging=False`` g has weight 1 here too; with ``decay="gradient"`` it is the
             decayed gradient. A step reads the gradients once more where it takes two passes.
         decay: where weight decay enters. ``"update"`` (default): in u, as above. ``"decoupled"``:
-            :math:`w = (1 - \mathrm{lr} \, \mathrm{wd}) w` before all else, and u = r.
-            ``"gradient"``: :math:`g + \mathrm{wd} \, w` in place of g, as apex with
-            ``adam_w_mode=False``.
-        phi: (lower, upper), the bounds of :math:`\phi(z) = \min(\max(z, lower), upper)`, lower at
-            least 0, upper above 0 and at least lower. Default (0, infinity), no bounds. Some
-            libraries have (0, 10), against long steps of large layers.
+            w = (1 - lr wd) w before all else, and u = r. ``"gradient"``: g + wd w in place of g, as
+            apex with ``adam_w_mode=False``.
+        phi: (lower, upper), the bounds of phi(z) = min(max(z, lower), upper), lower at least 0,
+            upper above 0 and at least lower. Default (0, infinity), no bounds. Some libraries have
+            (0, 10), against long steps of large layers.
         ratio_eps: added to ``|u|`` in q, at least 0, default 0. Change it only to match
             pytorch_optimizer, which has 1e-6.
         ratio_bounds: (floor, ceiling) of q, floor at least 0, ceiling above 0 and at least floor.
             Default (0, infinity), no bounds. The q of 1 where a norm is 0 stays. DeepSpeed has
-            (0.01, 10). (0, ceiling) is LAMBC (Fong et al. 2020, `arXiv:2011.05556
-            <https://arxiv.org/abs/2011.05556>`_), against long steps where u is short.
+            (0.01, 10). (0, ceiling) is LAMBC (Fong et al. 2020, arXiv:2011.05556), against long
+            steps where u is short.
         trust_clip: True is LAMBC with a ceiling of 1, as timm has it: no q above 1, whatever the
             floor. Default False. Set it where early steps diverge.
         adapt: False sets q = 1, which is AdamW. Default True. Usually set for a group, as
-            :func:`fastlars.parameter_groups` does for biases and norms.
+            ``fastlars.parameter_groups`` does for biases and norms.
         always_adapt: False sets q = 1 in groups without weight decay, as apex and timm do. Default
             True. NVLAMB is ``always_adapt=True, max_grad_norm=1.0``.
         {shared options}

@@ -21,56 +21,57 @@ if TYPE_CHECKING:
 
 @documented
 class LANS(FusedOptimizer):
-    r"""LANS: LAMB with each gradient divided by its norm, and a Nesterov-like update.
+    """LANS: LAMB with each gradient divided by its norm, and a Nesterov-like update.
 
-    .. math::
-        \tilde g &= \frac{g}{|g| + \epsilon_g}, \quad m = \beta_1 m + (1 - \beta_1) \tilde g, \quad
-        v = \beta_2 v + (1 - \beta_2) \tilde g^2 \\
-        d &= \sqrt{\frac{v}{1 - \beta_2^t}} + \epsilon, \quad
-        r = \frac{m}{1 - \beta_1^t} \Big/ d + \mathrm{wd} \, w, \quad
-        c = \tilde g / d + \mathrm{wd} \, w \\
-        w &= w - \mathrm{lr} \left( \beta_1 \frac{\phi(|w|)}{|r|} r +
-             (1 - \beta_1) \frac{\phi(|w|)}{|c|} c \right)
+    A step computes::
+
+        g = g / (|g| + norm_eps)
+        m = beta1 m + (1 - beta1) g
+        v = beta2 v + (1 - beta2) g^2
+        d = sqrt(v / (1 - beta2^t)) + eps
+        r = (m / (1 - beta1^t)) / d + wd w
+        c = g / d + wd w
+        q_r = phi(|w|) / |r|
+        q_c = phi(|w|) / |c|
+        w = w - lr (beta1 q_r r + (1 - beta1) q_c c)
 
     Zheng, Lin, Zha, Li, "Accelerated Large Batch Optimization of BERT Pretraining in 54 minutes",
-    2020 (`arXiv:2006.13484 <https://arxiv.org/abs/2006.13484>`_). w is a weight, g its gradient, m
-    and v the moments, r the direction of the momentum and c that of the gradient; ``|x|`` is the
-    2-norm of one parameter tensor. Each direction has a trust ratio of its own, which is 1 where
-    one of its norms is 0. t is ``state[p]["step"]``, the steps of each parameter by itself.
-    docs/numerics.md explains all symbols.
+    2020 (arXiv:2006.13484). w is a weight, g its gradient, m and v the moments, r the direction of
+    the momentum and c that of the gradient; ``|x|`` is the 2-norm of one parameter tensor. Each
+    direction has a trust ratio, q_r and q_c, which is 1 where one of its norms is 0. t is
+    ``state[p]["step"]``, the steps of each parameter by itself. docs/numerics.md explains all
+    symbols.
 
     The gradient's scale drops out of a step, unless ``norm_eps`` is above 0 or ``normalize_grad``
     is False: a clip or a loss scale changes only roundings. ``trust_ratios()`` has the momentum's
-    ratio, ``phi(|w|) / |r|``. ``param_groups[i]["step"]`` is the number of steps that a group has
-    taken, as in :class:`fastlars.LAMB`, which cannot take over LANS's states: these moments are of
-    normalized gradients.
+    ratio, q_r. ``param_groups[i]["step"]`` is the number of steps that a group has taken, as in
+    ``fastlars.LAMB``, which cannot take over LANS's states: these moments are of normalized
+    gradients.
 
     Args:
-        params: parameters, or parameter groups such as :func:`fastlars.parameter_groups` makes, in
+        params: parameters, or parameter groups such as ``fastlars.parameter_groups`` makes, in
             which biases and norms have neither decay nor ratios; their gradients are normalized.
-        lr: :math:`\mathrm{lr}`, the learning rate, a number or a 1-element tensor, at least 0,
-            default 1e-3: the length of a step relative to the weights.
-        betas: :math:`(\beta_1, \beta_2)`, the shares of m and v that a step keeps, each in [0, 1),
-            default (0.9, 0.999). :math:`\beta_1` also weighs the two directions.
-        eps: :math:`\epsilon`, outside the square root, at least 0, default 1e-6. An element of a
-            normalized gradient is about one over the square root of the tensor's size: keep eps
-            well below that.
-        weight_decay: :math:`\mathrm{wd}`, the pull of weights towards 0, at least 0, default 0.
-            0.01 is usual for BERT.
-        normalize_grad: False leaves gradients as they are: :math:`\tilde g = g`. Default True.
-        norm_eps: :math:`\epsilon_g`, added to ``|g|`` in :math:`\tilde g`, at least 0, default 0.
-            Change it only to match gluon-nlp, which has 1e-6.
+        lr: the learning rate, a number or a 1-element tensor, at least 0, default 1e-3: the length
+            of a step relative to the weights.
+        betas: (beta1, beta2), the shares of m and v that a step keeps, each in [0, 1), default
+            (0.9, 0.999). beta1 also weighs the two directions.
+        eps: outside the square root, at least 0, default 1e-6. An element of a normalized gradient
+            is about one over the square root of the tensor's size: keep eps well below that.
+        weight_decay: wd, the pull of weights towards 0, at least 0, default 0. 0.01 is usual for
+            BERT.
+        normalize_grad: False leaves gradients as they are. Default True.
+        norm_eps: added to ``|g|``, at least 0, default 0. Change it only to match gluon-nlp, which
+            has 1e-6.
         bias_correction: True (default) as above. False leaves both corrections out.
-        grad_averaging: False lets :math:`\tilde g` enter m, and c the update, with weight 1 instead
-            of :math:`1 - \beta_1`. Default True. Change it only to match a run of gluon-nlp that
-            has it.
+        grad_averaging: False lets g enter m, and c the update, with weight 1 instead of 1 - beta1.
+            Default True. Change it only to match a run of gluon-nlp that has it.
         decay: where weight decay enters. ``"update"`` (default): in r and c, as above.
-            ``"gradient"``: :math:`\tilde g + \mathrm{wd} \, w` in place of :math:`\tilde g`, as
-            gluon-nlp with ``adam_w_mode=False``.
-        phi: (lower, upper), the bounds of :math:`\phi(z) = \min(\max(z, lower), upper)`, lower at
-            least 0, upper above 0 and at least lower. Default (0, infinity), no bounds.
+            ``"gradient"``: g + wd w in place of the normalized g, as gluon-nlp with
+            ``adam_w_mode=False``.
+        phi: (lower, upper), the bounds of phi(z) = min(max(z, lower), upper), lower at least 0,
+            upper above 0 and at least lower. Default (0, infinity), no bounds.
         adapt: False sets both ratios to 1. Default True. Usually set for a group, as
-            :func:`fastlars.parameter_groups` does for biases and norms.
+            ``fastlars.parameter_groups`` does for biases and norms.
         always_adapt: False sets both ratios to 1 in groups without weight decay. Default True, as
             in gluon-nlp.
         {shared options}

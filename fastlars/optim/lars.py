@@ -34,55 +34,56 @@ def _sgd_incompatibility(group: dict[str, Any]) -> str:
 
 @documented
 class LARS(FusedOptimizer):
-    r"""LARS: every layer takes a step in proportion to the norm of its weights.
+    """LARS: every layer takes a step in proportion to the norm of its weights.
 
-    .. math::
-        q &= \eta \, |w| / (|g| + \mathrm{wd} \, |w| + \epsilon) \\
-        b &= \mu b + \mathrm{lr} \, q \, (g + \mathrm{wd} \, w) \\
-        w &= w - b
+    A step computes::
+
+        q = eta |w| / (|g| + wd |w| + eps)
+        b = mu b + lr q (g + wd w)
+        w = w - b
 
     You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks", 2017
-    (`arXiv:1708.03888 <https://arxiv.org/abs/1708.03888>`_), Algorithm 1 with the coefficient of
-    eq. 6. w is a weight, g its gradient, b the momentum buffer, q the trust ratio; ``|x|`` is the
-    2-norm of one parameter tensor. Where a norm is 0, q is 1. docs/numerics.md explains all
-    symbols, :mod:`fastlars.conventions` has the forms of other libraries.
+    (arXiv:1708.03888), Algorithm 1 with the coefficient of eq. 6. w is a weight, g its gradient, b
+    the momentum buffer, q the trust ratio; ``|x|`` is the 2-norm of one parameter tensor. Where a
+    norm is 0, q is 1. docs/numerics.md explains all symbols; ``fastlars.conventions`` has the forms
+    of other libraries.
 
     Args:
-        params: parameters, or parameter groups such as :func:`fastlars.parameter_groups` makes, in
+        params: parameters, or parameter groups such as ``fastlars.parameter_groups`` makes, in
             which biases and norms have neither decay nor ratio.
-        lr: :math:`\mathrm{lr}`, the learning rate, a number or a 1-element tensor, at least 0. It
-            is large, since q is small: 5 to 30 is usual with the default ``trust_coefficient``.
-            Default None, where every group has an ``lr``; a group without one is a TypeError.
-        momentum: :math:`\mu`, the share of b that a step keeps, in [0, 1), default 0.9. MLPerf has
-            about 0.95 for batches of 32K and more. With 0 there is no buffer.
-        dampening: :math:`\tau`, in [0, 1], default 0: from the second step on, what enters b is
-            multiplied by :math:`1 - \tau`, as in :class:`torch.optim.SGD`. Leave it at 0 unless a
-            run to be reproduced has it.
-        weight_decay: :math:`\mathrm{wd}`, the pull of weights towards 0, at least 0, default 0. The
-            paper has 1e-4 for ResNet-50; raise it against overfitting.
-        nesterov: True steps along :math:`\mathrm{lr} \, q d + \mu b` instead of b, where
-            :math:`d = g + \mathrm{wd} \, w`. Default False. Needs a momentum and no dampening.
-        trust_coefficient: :math:`\eta`, how long a step is relative to the weights at lr 1, at
-            least 0, default 1e-3. Without ``trust_clip``, adapted layers depend only on
-            :math:`\mathrm{lr} \, \eta`: leave it at the default, and tune ``lr``.
-        eps: :math:`\epsilon`, in the denominator of q, at least 0, default 0. Raise it (1e-8 is
-            usual) to bound q where gradients vanish.
+        lr: the learning rate, a number or a 1-element tensor, at least 0. It is large, since q is
+            small: 5 to 30 is usual with the default ``trust_coefficient``. Default None, where
+            every group has an ``lr``; a group without one is a TypeError.
+        momentum: mu, the share of b that a step keeps, in [0, 1), default 0.9. MLPerf has about
+            0.95 for batches of 32K and more. With 0 there is no buffer.
+        dampening: tau, in [0, 1], default 0: from the second step on, what enters b is multiplied
+            by 1 - tau, as in ``torch.optim.SGD``. Leave it at 0 unless a run to be reproduced has
+            it.
+        weight_decay: wd, the pull of weights towards 0, at least 0, default 0. The paper has 1e-4
+            for ResNet-50; raise it against overfitting.
+        nesterov: True steps along lr q d + mu b instead of b, where d = g + wd w. Default False.
+            Needs a momentum and no dampening.
+        trust_coefficient: eta, how long a step is relative to the weights at lr 1, at least 0,
+            default 1e-3. Without ``trust_clip``, adapted layers depend only on the product lr eta:
+            leave it at the default, and tune ``lr``.
+        eps: in the denominator of q, at least 0, default 0. Raise it (1e-8 is usual) to bound q
+            where gradients vanish.
         ratio: ``"separate"`` (default) as above, or ``"combined"``, whose denominator is
-            :math:`|g + \mathrm{wd} \, w| + \epsilon`. Change it to match another library.
-        buffer: what b holds: ``"step"`` (default) :math:`\mathrm{lr} \, q d`, as above;
-            ``"scaled"`` :math:`q d`, with lr outside, so that a new lr acts on old gradients too;
-            ``"gradient"`` :math:`d`, with lr and q outside. Change it to match another library.
+            ``|g + wd w| + eps``. Change it to match another library.
+        buffer: what b sums up. ``"step"`` (default): lr q d, as above. ``"scaled"``: q d, with lr
+            outside, so that a new lr acts on old gradients too. ``"gradient"``: d, with lr and q
+            outside. Change it to match another library.
         momentum_correction: True multiplies a ``"step"`` buffer by the new lr over the old one when
             lr changes (Goyal et al. 2017, remark 2). Default False. It makes ``"step"`` equal to
             ``"scaled"``, as long as no lr is 0, which empties the buffer.
         ratio_bounds: (floor, ceiling) of q, floor at least 0, ceiling above 0 and at least floor.
             Default (0, infinity), no bounds. A ceiling keeps layers with tiny gradients from long
             steps, a floor keeps layers with large ones moving. The q of 1 where a norm is 0 stays.
-        trust_clip: True is LARC: :math:`q = \min(q / \mathrm{lr}, 1)`, so that no layer's rate
-            exceeds lr, whatever the floor: it comes after ``ratio_bounds``. Default False. Set it
-            where early steps diverge.
+        trust_clip: True is LARC: q = min(q / lr, 1), so that no layer's rate exceeds lr, whatever
+            the floor: it comes after ``ratio_bounds``. Default False. Set it where early steps
+            diverge.
         adapt: False sets q = 1, which is stochastic gradient descent with momentum. Default True.
-            Usually set for a group, as :func:`fastlars.parameter_groups` does for biases and norms.
+            Usually set for a group, as ``fastlars.parameter_groups`` does for biases and norms.
         always_adapt: False sets q = 1 in groups without weight decay, as timm does. Default True.
         {shared options}
 

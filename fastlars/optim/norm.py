@@ -40,7 +40,7 @@ def owner_from_stack() -> str | None:
 def check_norm(what: str, owner: str | None, norm_group: Any) -> None:
     """Raise if ``what``, an argument that needs the global norm, would get only a part of it.
 
-    ``owner`` is the result of :func:`owner_from_stack`.
+    ``owner`` is the result of ``owner_from_stack``.
     """
     if owner is not None and norm_group is None:
         raise RuntimeError(

@@ -49,11 +49,11 @@ fused_unscale: True lets the step take the scale and the verdict of a ``GradScal
     schedulers do not see a skipped step. False leaves both to the ``GradScaler``. Default
     None: True only with float16 parameters or ``capturable``, where a ``GradScaler`` cannot
     do it. True has an effect only if all groups have it.
-norm_group: process group or :class:`~torch.distributed.device_mesh.DeviceMesh` over which
-    the squares of the norm are summed, for ``max_grad_norm`` and ``skip_if``. Default None:
-    this process alone. Set it where processes hold different parameters: the stages of a
-    pipeline, or the processes of a ``ZeroRedundancyOptimizer``. All its processes must step
-    together. It is not part of ``state_dict()``.
+norm_group: process group or ``DeviceMesh`` over which the squares of the norm are summed, for
+    ``max_grad_norm`` and ``skip_if``. Default None: this process alone. Set it where processes
+    hold different parameters: the stages of a pipeline, or the processes of a
+    ``ZeroRedundancyOptimizer``. All its processes must step together. It is not part of
+    ``state_dict()``.
 skip_if: skip steps by the norm of all gradients, before the clip. Default None, no step is
     skipped. A number skips steps whose norm is above it or not finite; ``math.inf`` only
     those that are not finite. A callable skips those for which it returns true, a bool or a
@@ -66,13 +66,13 @@ skip_if: skip steps by the norm of all gradients, before the clip. Default None,
 """
 RAISES = """
 Raises:
-    ValueError, TypeError: a value is out of range, parameters share memory, or a tensor cannot be
-        stepped. The message names the group and the parameter, and nothing is changed.
+    ValueError, TypeError: a value is out of range, parameters share memory, or a tensor cannot
+        be stepped. The message names the group and the parameter, and nothing is changed.
 """
 
 
 def documented(kind: Kind) -> Kind:
-    """Put :data:`DESCRIBED` into the docstring of an optimizer, in place of its marker."""
+    """Put ``DESCRIBED`` into the docstring of an optimizer, in place of its marker."""
     if kind.__doc__ is not None:  # python -OO
         text = inspect.cleandoc(kind.__doc__)  # from Python 3.13 on, the compiler does that
         assert "{shared options}" in text, f"{kind.__name__}: no place for the shared options"

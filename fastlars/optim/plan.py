@@ -45,7 +45,7 @@ from fastlars.rules import Rule
 
 @dataclass
 class TensorBatch:
-    """Parameters of a group that one call steps: those with the same :class:`BatchKey`."""
+    """Parameters of a group that one call steps: those with the same ``BatchKey``."""
 
     indices: list[int]  # in the plan's parameters
     weights: list[Tensor]
@@ -69,7 +69,7 @@ def plan_options(group: dict[str, Any], rule: Rule) -> tuple[Any, ...]:
 class GroupPlan:
     """The batches of one group, for one set of parameters with gradients.
 
-    Making a plan checks everything and writes nothing; :meth:`prepare` then makes the states.
+    Making a plan checks everything and writes nothing; ``prepare`` then makes the states.
     """
 
     def __init__(

@@ -130,7 +130,7 @@ class Planner:
             Mismatch: a tensor is not as it was when the group was planned.
             KeyError: a state is gone, or the group has no plan.
 
-        After either, :meth:`bind_slices` plans the group anew.
+        After either, ``bind_slices`` plans the group anew.
         """
         group = groups[part.number]
         rule = self._rule(part.number, group)

@@ -19,30 +19,28 @@ if TYPE_CHECKING:
 
 @documented
 class RMSpropWarmup(FusedOptimizer):
-    r"""RMSprop for the first epochs, then little by little SGD with momentum.
+    """RMSprop for the first epochs, then little by little SGD with momentum.
 
-    .. math::
-        d &= g + \mathrm{wd} \, w, \quad v = \beta_2 v + (1 - \beta_2) d^2 \\
-        b &= \mu b + \Big( a + (1 - a) \,
-             \frac{\mathrm{lr}_\text{RMSprop} / \mathrm{lr}}{\sqrt v + \epsilon} \Big) d, \quad
-        w = w - \mathrm{lr} \, b
+    A step computes::
+
+        d = g + wd w
+        v = beta2 v + (1 - beta2) d^2
+        b = mu b + a d + (1 - a) (lr_rmsprop / lr) d / (sqrt(v) + eps)
+        w = w - lr b
 
     Akiba, Suzuki, Fukuda, "Extremely Large Minibatch SGD: Training ResNet-50 on ImageNet in 15
-    Minutes", 2017 (`arXiv:1711.04325 <https://arxiv.org/abs/1711.04325>`_). w is a weight, g its
-    gradient, v the mean of squares, b the momentum buffer, which is minus the paper's
-    :math:`\Delta`. The share a of SGD, the paper's :math:`\alpha_\text{SGD}`, depends on t, the
-    number of the parameter's step, counted from 1, and on c = ``center_steps`` and
-    p = ``period_steps``:
+    Minutes", 2017 (arXiv:1711.04325). w is a weight, g its gradient, v the mean of squares, b the
+    momentum buffer, which is minus the paper's Delta. The share a of SGD, the paper's alpha_SGD,
+    depends on t, the number of the parameter's step, counted from 1, and on c = ``center_steps``
+    and p = ``period_steps``::
 
-    .. math::
-        a = \begin{cases}
-            \frac12 \exp(2 (t - 1 - c) / p) & t - 1 < c \\
-            \frac12 + (t - 1 - c) / p & c \le t - 1 < c + p / 2 \\
-            1 & \text{otherwise} \end{cases}
+        a = exp(2 (t - 1 - c) / p) / 2    while t - 1 < c
+        a = 1/2 + (t - 1 - c) / p         while t - 1 < c + p / 2
+        a = 1                             from there on
 
-    Once a is 1, v is neither read nor written, and a step is that of :class:`torch.optim.SGD`, with
-    b for its momentum buffer. All parameters have the same rate: there is no trust ratio. The
-    paper does not say whether g includes weight decay; here it does, as in its authors' framework,
+    Once a is 1, v is neither read nor written, and a step is that of ``torch.optim.SGD``, with b
+    for its momentum buffer. All parameters have the same rate: there is no trust ratio. The paper
+    does not say whether g includes weight decay; here it does, as in its authors' framework,
     Chainer. v starts at 0 and is not corrected for that. docs/numerics.md explains all symbols.
 
     ``param_groups[i]["step"]`` is the number of steps that a group has taken, an int, for scripts
@@ -50,31 +48,28 @@ class RMSpropWarmup(FusedOptimizer):
     step was skipped, and stands still inside ``torch.compile``. t is ``state[p]["step"]``.
 
     Args:
-        params: parameters, or parameter groups such as :func:`fastlars.parameter_groups` makes, in
+        params: parameters, or parameter groups such as ``fastlars.parameter_groups`` makes, in
             which biases and norms have no decay.
-        lr: :math:`\mathrm{lr}`, the learning rate of SGD, a number or a 1-element tensor, at least
-            0, default 0.1; the paper has 0.1 times batch / 256, times
-            :func:`fastlars.schedules.slow_start`. At 0 the step has no RMSprop term. b holds
-            RMSprop's terms divided by past rates, so that a rate which grows many times over within
-            a few steps makes them too long; the paper's only falls.
-        momentum: :math:`\mu`, the share of b that a step keeps, in [0, 1), default 0.9 as in the
-            paper.
-        weight_decay: :math:`\mathrm{wd}`, the pull of weights towards 0, at least 0, default 0.
-            1e-4 is usual for ResNet-50; raise it against overfitting.
+        lr: the learning rate of SGD, a number or a 1-element tensor, at least 0, default 0.1; the
+            paper has 0.1 times batch / 256, times ``fastlars.schedules.slow_start``. At 0 the step
+            has no RMSprop term. b holds RMSprop's terms divided by past rates, so that a rate which
+            grows many times over within a few steps makes them too long; the paper's only falls.
+        momentum: mu, the share of b that a step keeps, in [0, 1), default 0.9 as in the paper.
+        weight_decay: wd, the pull of weights towards 0, at least 0, default 0. 1e-4 is usual for
+            ResNet-50; raise it against overfitting.
         center_steps: c, after how many steps both terms have half the weight, finite and at least
             0. In the paper 10 epochs; raise it where training still diverges when SGD sets in.
         period_steps: p, the width of the transition in steps, finite and above 0: its linear part
-            takes p / 2. In the paper 5 epochs. The transition must end within :math:`2^{24}` steps.
-        lr_rmsprop: :math:`\mathrm{lr}_\text{RMSprop}`, the learning rate of RMSprop, at least 0,
-            default 3e-4, the paper's. Lower it where the first epochs diverge.
-        square_decay: :math:`\beta_2`, the share of v that a step keeps, in [0, 1), default 0.99.
-            Raise it to average over more steps.
-        eps: :math:`\epsilon`, outside the square root, above 0, default 1e-8. Raise it to damp the
-            RMSprop term where v is tiny.
+            takes p / 2. In the paper 5 epochs. The transition must end within 2^24 steps.
+        lr_rmsprop: the learning rate of RMSprop, at least 0, default 3e-4, the paper's. Lower it
+            where the first epochs diverge.
+        square_decay: beta2, the share of v that a step keeps, in [0, 1), default 0.99. Raise it to
+            average over more steps.
+        eps: outside the square root, above 0, default 1e-8. Raise it to damp the RMSprop term where
+            v is tiny.
         transition: ``"smooth"`` (default) as above, where value and slope of a are continuous, or
-            ``"printed"``, with :math:`2 (t - 1 - c) / p` in the second line, as in the paper. There
-            a goes on to 1.5, and 1 - a below 0, before it falls back to 1; here it ends at 1, after
-            p / 4.
+            ``"printed"``, with 2 (t - 1 - c) / p in the second line, as in the paper. There a goes
+            on to 1.5, and 1 - a below 0, before it falls back to 1; here it ends at 1, after p / 4.
         {shared options}
 
     Example:

@@ -43,7 +43,7 @@ def same_objects(known: Sequence[Any], current: Sequence[Any]) -> bool:
 
 
 def unchanged(known: Any, current: Any) -> bool:
-    """Whether values equal those of which :func:`comparable_copy` was taken."""
+    """Whether values equal those of which ``comparable_copy`` was taken."""
     try:
         return bool(known == current)
     except (RuntimeError, ValueError):

@@ -28,7 +28,7 @@ NUMBER_OFFSET = tl.constexpr(2**52 + 1)
 
 
 def encode(value: float) -> int:
-    """A float of at least 0 as an integer that :func:`decoded` turns back into a float64.
+    """A float of at least 0 as an integer that ``decoded`` turns back into a float64.
 
     Triton makes a float32 of every float in a tuple, so integers are passed. It compiles a kernel
     anew for an integer that is 1, a multiple of 16, or fits 32 bits. 2 * bits + 1 + 2^52, wrapped
@@ -95,7 +95,7 @@ def step_scalars(
 
 @triton.jit
 def decoded(encoded: tl.tensor) -> tl.tensor:
-    """The float64 that was passed to :func:`encode`."""
+    """The float64 that was passed to ``encode``."""
     return ((encoded.to(tl.uint64) - NUMBER_OFFSET) >> 1).to(tl.float64, bitcast=True)
 
 

@@ -138,7 +138,7 @@ def scaled(c: LansCoefficients, w: tl.tensor, g: tl.tensor) -> tl.tensor:
 def moments(
     c: LansCoefficients, g: tl.tensor, m: tl.tensor, v: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The advanced moments; g is what :func:`scaled` returns."""
+    """The advanced moments; g is what ``scaled`` returns."""
     m = c.beta1 * m + c.gradient_weight * g
     v = c.beta2 * v + c.square_weight * (g * g)
     return m, v

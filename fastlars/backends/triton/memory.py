@@ -159,7 +159,7 @@ def store_raw(
     WHOLE: tl.constexpr,
     LAST: tl.constexpr,
 ) -> None:
-    """Store a value that is already in the stored type; WHOLE and LAST as for :func:`read`."""
+    """Store a value that is already in the stored type; WHOLE and LAST as for ``read``."""
     POLICY: tl.constexpr = "evict_first" if LAST else ""
     narrow = pointers(base, chunk, DTYPE, False)
     if WHOLE:

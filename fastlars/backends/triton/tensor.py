@@ -48,7 +48,7 @@ def store_coefficients(
     scalars: StepScalars,
     values: tl.tuple,
 ) -> None:
-    """Store what :func:`load_coefficients` returns for the tensor's chunks; and how many of the
+    """Store what ``load_coefficients`` returns for the tensor's chunks; and how many of the
     tensor's elements are stepped: none if the step is skipped."""
     tl.static_assert(len(values) <= COEFFICIENTS)
     tl.store(sizes + tensor, tl.where(scalars.step_taken, tl.load(numel + tensor), 0))

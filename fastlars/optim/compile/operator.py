@@ -38,7 +38,7 @@ def encode(rule: Rule) -> str:
 
 @lru_cache(maxsize=1024)  # a schedule of momentum or weight decay makes a new rule every step
 def decode(text: str) -> Rule:
-    """The rule that :func:`encode` wrote."""
+    """The rule that ``encode`` wrote."""
     name, values = json.loads(text)
     return _RULES[name](**values)
 

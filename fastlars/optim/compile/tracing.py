@@ -21,7 +21,7 @@ Lists: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor],
 
 
 class TracedStep:
-    """The part of :class:`FusedOptimizer` that runs inside a compiled region."""
+    """The part of ``FusedOptimizer`` that runs inside a compiled region."""
 
     param_groups: list[dict[str, Any]]
     state: Any

@@ -121,23 +121,30 @@ def _add_actions(group: argparse._ArgumentGroup) -> None:
     group.add_argument("-h", "--help", action="help", help="print this help and exit")
 
 
+def shown_default(setting: Field[Any]) -> str:
+    """A setting's default in words; "" where its help says what the default is."""
+    if setting.name in _SET_BY_RECIPES:
+        return "the recipe's"
+    if isinstance(setting.default, bool):
+        return "on" if setting.default else "off"
+    return f"{setting.default:g}" if isinstance(setting.default, float) else str(setting.default)
+
+
 def _argument(setting: Field[Any]) -> dict[str, Any]:
     """The arguments of add_argument for a setting; a bool becomes --name and --no-name."""
-    meta, default = setting.metadata, setting.default
-    is_switch = isinstance(default, bool)
-    shown = f"{default:g}" if isinstance(default, float) else str(default)
-    if setting.name in _SET_BY_RECIPES:
-        shown = "the recipe's"
-    elif is_switch:
-        shown = "on" if default else "off"
+    meta, shown = setting.metadata, shown_default(setting)
     text = meta["help"]
     if shown:
         text += _note("; ".join(part for part in (meta["bounds"], f"default: {shown}") if part))
-    if is_switch:
+    if isinstance(setting.default, bool):
         return {"action": argparse.BooleanOptionalAction, "help": text}
     if meta["choices"]:
         return {"choices": meta["choices"], "help": text}
-    return {"type": type(default), "metavar": (meta["unit"] or "number").upper(), "help": text}
+    return {
+        "type": type(setting.default),
+        "metavar": (meta["unit"] or "number").upper(),
+        "help": text,
+    }
 
 
 def _note(text: str) -> str:

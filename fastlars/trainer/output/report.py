@@ -21,7 +21,7 @@ _LABEL = 10  # characters
 _WIDEST = 100  # characters: longer lines are hard to read
 
 # What may lie in a run directory, in the order in which it is listed.
-_FILES = {
+FILES = {
     "checkpoint.pt": "the latest state; --resume goes on from it",
     "checkpoint-*.pt": "the state after that step (--keep-last)",
     "best.pt": "the state of the highest test accuracy",
@@ -158,6 +158,6 @@ def conclusion(context: TrainingContext, directory: RunDirectory, seconds: float
         f"best {progress.best_accuracy:.2%} after epoch {progress.best_epoch}; {seconds:.0f} s"
     )
     yield f"files in {printable(str(directory.path))}:"
-    for pattern, purpose in _FILES.items():
+    for pattern, purpose in FILES.items():
         for path in sorted(directory.path.glob(pattern)):
             yield f"  {path.name:<22}{purpose}"
