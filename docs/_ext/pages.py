@@ -18,7 +18,8 @@ _PICTURE = re.compile(
     re.MULTILINE,
 )
 _FILE = re.compile(r"\[([^\]]+)\]\(\.\./([^)#\s]+)(#[^)\s]*)?\)")
-_TABLE = re.compile(r"^<!-- table: (\w+) -->$", re.MULTILINE)
+# The table of the page that is committed ends where its second comment stands.
+_TABLE = re.compile(r"^<!-- table: (\w+) -->\n(?:\n.*?\n<!-- end -->\n)?", re.MULTILINE | re.DOTALL)
 
 
 def both_pictures(text: str) -> str:
@@ -49,10 +50,20 @@ def linked_files(text: str, repository: str) -> str:
     return _FILE.sub(link, text)
 
 
+def with_tables(text: str) -> str:
+    """A page with its tables as the code has them now, between the comments that name them."""
+
+    def made(match: re.Match[str]) -> str:
+        # Imported only for a page with tables: it imports torch and the trainer.
+        table = import_module("tables").TABLES[match[1]]()
+        return f"<!-- table: {match[1]} -->\n\n{table.strip()}\n\n<!-- end -->\n"
+
+    return _TABLE.sub(made, text)
+
+
 def read(app: Sphinx, _name: str, source: list[str]) -> None:
     """Called for every page."""
-    # Imported only for a page with tables: it imports torch and the trainer.
-    text = _TABLE.sub(lambda match: import_module("tables").TABLES[match[1]](), source[0])
+    text = re.sub(r"^<!-- .* -->$", "", with_tables(source[0]), flags=re.MULTILINE)
     source[0] = linked_files(both_pictures(text), app.config.repository)
 
 

@@ -1,13 +1,18 @@
-"""Tables of the pages, made from what the code itself decides by."""
+"""Tables of the pages, made from what the code itself decides by.
+
+python docs/_ext/tables.py     # writes them into docs/support.md and docs/trainer.md
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
+from pages import with_tables
 
 import fastlars
 from fastlars.backends import choose
@@ -20,6 +25,7 @@ from fastlars.trainer.config.command_line import shown_default
 from fastlars.trainer.config.settings import GROUPS, Config, fixed_on_resume, flag
 from fastlars.trainer.output.report import FILES
 
+DOCS = Path(__file__).resolve().parent.parent
 DEVICES = {
     "CPU": "cpu",
     "GPUs that torch calls `cuda`: NVIDIA's, and AMD's under ROCm": "cuda",
@@ -115,9 +121,6 @@ def conventions() -> str:
     return "".join(f"\n## {c.name}\n\n```text\n{c}\n```\n" for c in by_name.values())
 
 
-_FLAGS = "```{rst-class} flags\n```\n\n"  # a class that site.css keeps from breaking flags
-
-
 def flags() -> str:
     """The settings of the trainer, a table for each subject."""
 
@@ -134,7 +137,7 @@ def flags() -> str:
     for setting in reversed(fields(Config)):
         rows.insert(0, row(setting))
         if setting.name in GROUPS:
-            text = f"\n### {GROUPS[setting.name].capitalize()}\n\n{_FLAGS}{table(head, rows)}{text}"
+            text = f"\n### {GROUPS[setting.name].capitalize()}\n\n{table(head, rows)}{text}"
             rows = []
     return text
 
@@ -149,3 +152,10 @@ TABLES: dict[str, Callable[[], str]] = {
     each.__name__: each
     for each in (devices, backends, optimizers, conventions, flags, run_directory)
 }
+
+# Pages that have their tables without the site too. The conventions are too many for that.
+COMMITTED = ("support.md", "trainer.md")
+
+if __name__ == "__main__":
+    for page in map(DOCS.joinpath, COMMITTED):
+        page.write_text(with_tables(page.read_text()))

@@ -76,6 +76,13 @@ def served_by(row: Row, p: Tensor) -> str:
     return bound.backend.name
 
 
+def test_the_committed_tables_are_those_of_the_code(tables: ModuleType) -> None:
+    for name in tables.COMMITTED:
+        page = (DOCS / name).read_text()
+        assert page.count("<!-- end -->") == page.count("<!-- table: ") > 1
+        assert tables.with_tables(page) == page, "run python docs/_ext/tables.py"
+
+
 @pytest.mark.parametrize("row", SIMPLE, ids=repr)
 def test_a_step_takes_the_back_end_of_the_table(row: Row, tables: ModuleType) -> None:
     head, _, cpu, *_ = [line.split(" | ")[1:] for line in tables.devices().splitlines()]
