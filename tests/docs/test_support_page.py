@@ -112,6 +112,11 @@ def test_kernels_take_every_mix_of_the_table(tables: ModuleType) -> None:
         assert served_by(row, p) == "cpu"
 
 
+def test_the_oldest_gpu_is_that_of_the_build() -> None:
+    (oldest,) = re.findall(r"compute capability (\d)\.5 and newer", SUPPORT)
+    assert f"set(default_architectures {oldest}5 " in (ROOT / "csrc" / "cuda.cmake").read_text()
+
+
 @pytest.mark.parametrize("row", SIMPLE, ids=repr)
 def test_states_are_those_of_the_table(row: Row, tables: ModuleType) -> None:
     number = [kind.__name__ for kind in tables.OPTIMIZERS].index(row.kind.__name__) + 1
