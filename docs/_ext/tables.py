@@ -29,7 +29,7 @@ DOCS = Path(__file__).resolve().parent.parent
 DEVICES = {
     "CPU": "cpu",
     "GPUs that torch calls `cuda`: NVIDIA's, and AMD's under ROCm": "cuda",
-    "every other device, such as `xpu` and `mps`": "",
+    "every other device, such as `xpu`": "",
 }
 WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OPTIMIZERS: tuple[type[FusedOptimizer], ...] = (
@@ -108,8 +108,8 @@ def optimizers() -> str:
         "states, each of the parameter's shape",
         "bytes of float32 states for each weight",
         "sums that a sharded parameter (DTensor) adds over its ranks",
-        'FSDP2 with `overlap`, `mode="step"`: measured during backward',
-        'FSDP2 with `overlap`, `mode="norms"`: measured during backward',
+        'FSDP2, `overlap(mode="step")`, the default: computed during backward',
+        'FSDP2, `overlap(mode="norms")`: computed during backward',
     ]
     columns = [column(kind) for kind in OPTIMIZERS]
     head = ["", *(f"`{kind.__name__}`" for kind in OPTIMIZERS)]

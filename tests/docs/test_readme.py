@@ -59,7 +59,7 @@ def test_it_is_short_and_says_once_that_no_gpu_was_there() -> None:
 
 
 def test_the_number_of_conventions_is_right() -> None:
-    assert f"reproduce {len(by_name)} implementations" in " ".join(TEXT.split())
+    assert f"there are {len(by_name)} conventions" in " ".join(TEXT.split())
 
 
 def test_times_are_those_of_the_results() -> None:
