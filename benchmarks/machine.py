@@ -6,6 +6,7 @@ import math
 import os
 import platform
 from collections.abc import Callable
+from datetime import date
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -18,11 +19,12 @@ COPY_BYTES = 2**30
 
 
 def describe() -> dict[str, str]:
-    """Processor, cores and torch of this machine, for the columns of every table."""
+    """Processor, cores and torch of this machine, and today's date: columns of every table."""
     import cpuinfo  # comes with pytest-benchmark; timing a GPU's work does not need it
 
     brand = cpuinfo.get_cpu_info().get("brand_raw", platform.machine())
-    return {"machine": f"{brand}, {os.cpu_count()} cores", "torch": torch.__version__}
+    facts = {"machine": f"{brand}, {os.cpu_count()} cores", "torch": torch.__version__}
+    return facts | {"date": date.today().isoformat()}
 
 
 def free_bytes() -> int:

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from benchmarks import results
 from benchmarks.accuracy.grid import FIND_LR, Grid, Row
 
 LOWEST = 50  # %
@@ -30,10 +31,7 @@ def accuracies(grid: Grid, rows: Sequence[Row], optimizer: str, batch: int) -> l
 
 def table(grid: Grid, rows: Sequence[Row]) -> str:
     """Markdown: a line for every batch and optimizer."""
-    lines = [
-        "| batch | optimizer | rates tried | best | `--find-lr` | held out, % | test, % | seeds |",
-        "|--:|---|---|--:|--:|--:|--:|---|",
-    ]
+    lines = []
     for name, batch in grid.places():
         lr, found = grid.best_rate(rows, name, batch), accuracies(grid, rows, name, batch)
         if lr is None or not found:
@@ -46,11 +44,13 @@ def table(grid: Grid, rows: Sequence[Row]) -> str:
             suggested = f"{sweeps[0]:.2g}" if any(sweeps) else ""
         tried = " ".join(f"{rate:g}" for rate in searched) or "none"
         seeds = " ".join(f"{accuracy:.1f}" for accuracy in found)
-        lines.append(
-            f"| {batch:,} | {name} | {tried} | {lr:g} | {suggested} | {held_out} | "
-            f"{mean(found):.1f} | {seeds} |"
-        )
-    return "\n".join(lines)
+        average = f"{mean(found):.1f}"
+        lines.append([f"{batch:,}", name, tried, f"{lr:g}", suggested, held_out, average, seeds])
+    return results.markdown(
+        "batch | optimizer | rates tried | best | `--find-lr` | held out, % | test, % | seeds",
+        "rllrrrrl",
+        lines,
+    )
 
 
 def bars(grid: Grid, rows: Sequence[Row]) -> Iterator[str]:

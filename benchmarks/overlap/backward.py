@@ -7,17 +7,14 @@ benchmarks.scaling.model needs the order and the shares; seconds are those of th
 
 from __future__ import annotations
 
-import argparse
-import csv
-import datetime
 import statistics
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from benchmarks import results
 from benchmarks.machine import describe
 
 
@@ -56,7 +53,6 @@ def profile(model: nn.Module, images: torch.Tensor, rounds: int) -> list[dict[st
         "backward_s": f"{statistics.median(backwards):.4g}",
         "rounds": rounds,
         **describe(),
-        "date": datetime.date.today().isoformat(),
     }
     return [
         {"parameter": name, "elements": sizes[name], "ready": f"{ready[name]:.4f}", **common}
@@ -66,22 +62,16 @@ def profile(model: nn.Module, images: torch.Tensor, rounds: int) -> list[dict[st
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, and write the CSV."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--csv", type=Path, required=True, help="where the rows go")
+    parser = results.parser(__doc__, rounds=3)  # one more comes first
     parser.add_argument("--images", type=int, default=32, help="of a worker; the papers' number")
-    parser.add_argument("--rounds", type=int, default=3, help="one more comes first")
     arguments = parser.parse_args(argv)
     from torchvision.models import resnet50
 
     torch.manual_seed(0)
     images = torch.randn(arguments.images, 3, 224, 224)
     rows = profile(resnet50(), images, arguments.rounds)
-    arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"{len(rows)} gradients, backward {rows[0]['backward_s']} s: {arguments.csv}")
+    said = f"{len(rows)} gradients, backward {rows[0]['backward_s']} s"
+    results.publish(said, rows, arguments.csv)
     return 0
 
 

@@ -9,24 +9,18 @@ round.
 
 from __future__ import annotations
 
-import argparse
-import csv
-import datetime
 import json
 import statistics
-import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 
 import fastlars.distributed
-from benchmarks.machine import describe
-from benchmarks.overlap.zero import PROCESSES, RULES, TRAINED, Contender, connect
+from benchmarks import results
+from benchmarks.overlap.zero import RULES, TRAINED, Contender, connect, run
 from fastlars.in_backward.engine import WATCHED_STEPS
 
 KINDS = ("plain_ms", "overlap_ms", "ratio")
@@ -69,34 +63,13 @@ def figures(times: Sequence[Sequence[Sequence[float]]]) -> dict[str, str]:
 
 def markdown(lines: Sequence[dict[str, Any]]) -> str:
     """The table for people."""
-    out = [
-        "| model | rule | step, ms | with overlap | ratio | iteration, ms | with overlap | ratio |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
-    ]
     columns = ("model", "rule", *(f"{w}_{k}" for w in ("step", "iteration") for k in KINDS))
-    out += ["| " + " | ".join(line[column] for column in columns) + " |" for line in lines]
-    return "\n".join(out)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--csv", type=Path, help="write the rows here")
-    parser.add_argument("--rounds", type=int, default=31)
-    arguments = parser.parse_args(argv)
-    print(*describe().values(), f"{PROCESSES} gloo processes", sep=", ", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(work, (folder, arguments.rounds), PROCESSES)
-        lines = json.loads(Path(folder, "rows").read_text())
-    print(markdown(lines))
-    if arguments.csv:
-        common = describe() | {"date": datetime.date.today().isoformat()}
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*lines[0], *common])
-            writer.writeheader()
-            writer.writerows(line | common for line in lines)
-    return 0
+    return results.markdown(
+        "model | rule | step, ms | with overlap | ratio | iteration, ms | with overlap | ratio",
+        "llr",
+        ([line[column] for column in columns] for line in lines),
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(__doc__, work, markdown)

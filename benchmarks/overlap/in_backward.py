@@ -11,7 +11,6 @@ resident size on a CPU. There both depend on what glibc does with freed memory: 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import subprocess
@@ -25,10 +24,9 @@ import torch
 from torch import nn
 
 import fastlars
-from benchmarks import ROOT
+from benchmarks import ROOT, results
 from benchmarks.machine import describe
 from benchmarks.models import BertLarge, bert_large, resnet50
-from benchmarks.results import write_csv
 from benchmarks.timing import interleave
 from fastlars.in_backward.engine import WATCHED_STEPS
 
@@ -177,30 +175,28 @@ def measure(name: str, glibc: str, device: torch.device, rounds: int) -> list[di
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table for people: a row for each model and setting of glibc."""
-    ways = " | ".join(WAYS)
-    lines = [
-        f"| model | gradients, MB | freed memory: glibc | peak, MB: {ways} "
-        f"| iteration: {ways.replace('ordinary', 'ordinary, ms')} |",
-        "|---|--:|---|" + "--:|" * 2 * len(WAYS),
-    ]
+    ways, lines = " | ".join(WAYS), []
     for i in range(0, len(rows), len(WAYS)):
         each = rows[i : i + len(WAYS)]
         first, *others = each
         figures = [first["model"], first["gradients_mb"], first["glibc"]]
         figures += [f"{float(row['rise_mb']):,.0f}" for row in each]
         figures += [first["iteration_ms"], *(f"{float(r['over_ordinary']):.2f}" for r in others)]
-        lines.append("| " + " | ".join(figures) + " |")
-    return "\n".join(lines)
+        lines.append(figures)
+    return results.markdown(
+        f"model | gradients, MB | freed memory: glibc | peak, MB: {ways} "
+        f"| iteration: {ways.replace('ordinary', 'ordinary, ms')}",
+        "lrlr",
+        lines,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and write the CSV where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = results.parser(__doc__, rounds=9)
     usual = [name for name in MODELS if name != "small"]
     parser.add_argument("--models", type=lambda text: text.split(","), default=usual)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--csv", type=Path)
     parser.add_argument("--glibc", type=lambda text: text.split(","), help="default: all")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--times", help=argparse.SUPPRESS)
@@ -223,11 +219,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     where = describe() | {
         "device": torch.cuda.get_device_name() if options.device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "date": datetime.date.today().isoformat(),
     }
-    print(markdown(rows), f"\n{where}, {time.perf_counter() - begin:.0f} s")
-    if options.csv:
-        write_csv(options.csv, [row | where for row in rows])
+    table = f"{markdown(rows)}\n\n{where}, {time.perf_counter() - begin:.0f} s"
+    results.publish(table, [row | where for row in rows], options.csv)
 
 
 if __name__ == "__main__":

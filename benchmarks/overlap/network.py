@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 from contextlib import suppress
-from types import TracebackType
 
 NAMES = ("first", "second")
 CABLE = "cable"  # the name of the network interface on both hosts
@@ -54,12 +53,7 @@ class Hosts:
             raise
         return self
 
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -10,7 +10,6 @@ are in the same processes and take turns, round by round; medians are reported.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import json
 import os
@@ -35,7 +34,7 @@ from torchvision.models import resnet50
 
 import fastlars
 import fastlars.distributed
-from benchmarks import ROOT
+from benchmarks import ROOT, results
 from benchmarks.machine import describe
 from benchmarks.overlap import network
 from fastlars.distributed.engine import DdpEngine
@@ -215,25 +214,22 @@ def rows(link: str, seen: dict[str, list[dict[str, Any]]]) -> list[dict[str, obj
 
 def markdown(lines: Sequence[Mapping[str, object]]) -> str:
     """The table for people."""
-    out = [
-        "| cable | | ms, median | 20% .. 80% | over DDP | step after the last bucket, ms "
-        "| of DDP's | MB sent |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
-    ]
-    for line in lines:
-        out.append(
-            f"| {line['link']} | {line['contender']} | {line['p50_ms']} | {line['p20_ms']} .. "
+    return results.markdown(
+        "cable | | ms, median | 20% .. 80% | over DDP | step after the last bucket, ms "
+        "| of DDP's | MB sent",
+        "llr",
+        (
+            f"{line['link']} | {line['contender']} | {line['p50_ms']} | {line['p20_ms']} .. "
             f"{line['p80_ms']} | {line['over_ddp']} | {line['visible_step_ms']} "
-            f"| {float(str(line['visible_share'])):.0%} | {line['megabytes_sent']} |"
-        )
-    return "\n".join(out)
+            f"| {float(str(line['visible_share'])):.0%} | {line['megabytes_sent']}"
+            for line in lines
+        ),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure over every link."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--csv", type=Path, help="write the rows here")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = results.parser(__doc__, rounds=7)
     parser.add_argument("--pixels", type=int, default=64, help="side of an image")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--store", help=argparse.SUPPRESS)
@@ -246,13 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if reason:
         print(f"two hosts are needed: {reason}", file=sys.stderr)
         return 2
-    common = {
-        "model": "ResNet-50",
-        "images": 32,
-        "pixels": arguments.pixels,
-        **describe(),
-        "date": datetime.date.today().isoformat(),
-    }
+    common = {"model": "ResNet-50", "images": 32, "pixels": arguments.pixels, **describe()}
     table: list[dict[str, object]] = []
     with network.Hosts() as hosts, tempfile.TemporaryDirectory() as folder:
         for link, gigabits in LINKS.items():
@@ -262,12 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             on_hosts(hosts, MODULE, "--rounds", arguments.rounds, "--pixels",
                      arguments.pixels, "--out", out, seconds=900)  # fmt: skip
             table += [line | common for line in rows(link, json.loads(out.read_text()))]
-    print(markdown(table))
-    if arguments.csv:
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(table[0]))
-            writer.writeheader()
-            writer.writerows(table)
+    results.publish(markdown(table), table, arguments.csv)
     return 0
 
 

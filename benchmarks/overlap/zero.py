@@ -9,11 +9,8 @@ ZeroRedundancyOptimizer makes for 16 processes.
 
 from __future__ import annotations
 
-import argparse
-import csv
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fastlars
+from benchmarks import results
 from benchmarks.machine import describe
 from benchmarks.models import SHAPES, Shapes
 
@@ -215,18 +213,17 @@ def rows_balance(shapes: Shapes, processes: int) -> float:
 
 def markdown(lines: Sequence[dict[str, Any]]) -> str:
     """The table for people."""
-    out = [
-        "| model | rule | | iteration, ms | over DDP's | step, ms | over DDP's | weights, "
-        "gradients, states of a process, MB |",
-        "|---|---|---|--:|--:|--:|--:|--:|",
-    ]
-    for x in lines:
-        held = f"{x['weights_mb']}, {x['gradients_mb']}, {x['states_mb']}"
-        out.append(
-            f"| {x['model']} | {x['rule']} | {x['way']} | {x['iteration_ms']} "
-            f"| {x['iteration_over_ddp']} | {x['step_ms']} | {x['step_over_ddp']} | {held} |"
-        )
-    return "\n".join(out)
+    return results.markdown(
+        "model | rule | | iteration, ms | over DDP's | step, ms | over DDP's | weights, "
+        "gradients, states of a process, MB",
+        "lllr",
+        (
+            f"{x['model']} | {x['rule']} | {x['way']} | {x['iteration_ms']} "
+            f"| {x['iteration_over_ddp']} | {x['step_ms']} | {x['step_over_ddp']} "
+            f"| {x['weights_mb']}, {x['gradients_mb']}, {x['states_mb']}"
+            for x in lines
+        ),
+    )
 
 
 def balances() -> str:
@@ -234,35 +231,26 @@ def balances() -> str:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=16)
-    out = ["| largest share of a process over the mean | 2 | 8 | 16 |", "|---|--:|--:|--:|"]
+    out = []
     ways = {"ZeroRedundancyOptimizer": balance, "FSDP2": rows_balance}
     for name in ("resnet50", "vit_b", "bert_large"):
         for way, of in ways.items():
             found = [f"{of(SHAPES[name](), processes):.2f}" for processes in (2, 8, 16)]
-            out.append(f"| {name}, {way} | {' | '.join(found)} |")
+            out.append([f"{name}, {way}", *found])
     dist.destroy_process_group()
-    return "\n".join(out)
+    return results.markdown("largest share of a process over the mean | 2 | 8 | 16", "lr", out)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, and print two tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--csv", type=Path, help="write the rows here")
-    parser.add_argument("--rounds", type=int, default=31)
-    arguments = parser.parse_args(argv)
-    print(*describe().values(), f"{PROCESSES} gloo processes", sep=", ", flush=True)
+def run(doc: str, work: Callable[..., None], markdown: Callable[..., str]) -> None:
+    """Measure in PROCESSES processes, print a table, and write the CSV where asked."""
+    options, where = results.parser(doc, rounds=31).parse_args(), describe()
+    print(*where.values(), f"{PROCESSES} gloo processes", sep=", ", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(work, (folder, arguments.rounds), PROCESSES)
+        torch.multiprocessing.spawn(work, (folder, options.rounds), PROCESSES)
         lines = json.loads(Path(folder, "rows").read_text())
-    print(markdown(lines), balances(), sep="\n\n")
-    if arguments.csv:
-        with arguments.csv.open("w", newline="") as file:
-            table = [line | describe() for line in lines]
-            writer = csv.DictWriter(file, list(table[0]))
-            writer.writeheader()
-            writer.writerows(table)
-    return 0
+    results.publish(markdown(lines), [line | where for line in lines], options.csv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(__doc__, work, markdown)
+    print(f"\n{balances()}")

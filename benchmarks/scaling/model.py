@@ -7,13 +7,12 @@ beside the papers' figures, and what it says of 256, 1,024 and 8,192 GPUs traini
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks import RESULTS
+from benchmarks import RESULTS, results
 from benchmarks.scaling.alphabeta import (
     Cluster,
     Gradient,
@@ -47,9 +46,7 @@ INFINIBAND = 6e-6  # seconds a message, between GPUs of two machines
 
 def profile(path: Path = PROFILE) -> list[Gradient]:
     """The gradients of ResNet-50 as benchmarks.overlap.backward saw them come."""
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
-    return [Gradient(int(row["elements"]), float(row["ready"])) for row in rows]
+    return [Gradient(int(row["elements"]), float(row["ready"])) for row in results.read_csv(path)]
 
 
 def latency_from_speedup(
@@ -223,29 +220,30 @@ def worth(gradients: Sequence[Gradient]) -> list[Worth]:
 
 def checks_table(checks: Sequence[Check]) -> str:
     """Markdown: the model beside the papers."""
-    lines = ["| figure | paper | model | |", "|---|--:|--:|---|"]
+    lines = []
     for check in checks:
         note = "sets a parameter" if check.fitted else f"{check.model / check.paper - 1:+.1%}"
-        lines.append(f"| {check.what} | {check.paper:.3g} | {check.model:.3g} | {note} |")
-    return "\n".join(lines)
+        lines.append([check.what, f"{check.paper:.3g}", f"{check.model:.3g}", note])
+    return results.markdown("figure | paper | model |", "lrrl", lines)
 
 
 def worth_table(lines: Sequence[Worth]) -> str:
     """Markdown: milliseconds of an iteration, and what each change adds to it."""
-    out = [
-        "| machines | GPUs | plain, ms | efficiency | ring | nothing overlaps | step overlaps "
-        "| half precision | both | both, best bucket |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    out = []
     for line in lines:
         changes = (line.ring, line.nothing_overlaps, line.step_overlaps, line.half, line.both)
         cells = " | ".join(f"{1e3 * change:+.2f}" for change in changes)
         size = "one" if math.isinf(line.bucket) else f"{line.bucket:.0f} MiB"
         out.append(
-            f"| {line.machines} | {line.gpus:,} | {1e3 * line.plain:.1f} | {line.efficiency:.0%} "
-            f"| {cells} | {1e3 * line.best_bucket:+.2f} ({size}) |"
+            f"{line.machines} | {line.gpus:,} | {1e3 * line.plain:.1f} | {line.efficiency:.0%} | "
+            f"{cells} | {1e3 * line.best_bucket:+.2f} ({size})"
         )
-    return "\n".join(out)
+    return results.markdown(
+        "machines | GPUs | plain, ms | efficiency | ring | nothing overlaps | step overlaps "
+        "| half precision | both | both, best bucket",
+        "lr",
+        out,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -257,13 +255,11 @@ def main(argv: list[str] | None = None) -> int:
     lines = worth(gradients)
     print(checks_table(validation(gradients)), worth_table(lines), sep="\n\n")
     if arguments.csv:
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(vars(lines[0]))
-            writer.writerows(
-                [f"{v:.6g}" if isinstance(v, float) else v for v in vars(line).values()]
-                for line in lines
-            )
+        shown = [
+            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in vars(line).items()}
+            for line in lines
+        ]
+        results.write_csv(arguments.csv, shown)
     return 0
 
 

@@ -16,6 +16,7 @@ import sys
 import torch
 from torch import nn
 
+from benchmarks import results
 from benchmarks.machine import describe
 from benchmarks.step import contenders
 from benchmarks.step.contenders import Build
@@ -65,8 +66,6 @@ def main(tensors: str = "400", rounds: str = "200") -> int:
     """Print a table."""
     torch.set_num_threads(1)
     print(*describe().values(), f"{tensors} tensors", sep=", ")
-    print("| optimizer |", " | ".join(SETS), "|")
-    print("|---" + "|--:" * len(SETS) + "|")
     runs = {
         f"{name}, {which}": Run(build, which, int(tensors))
         for name, build in BUILDS.items()
@@ -81,14 +80,14 @@ def main(tensors: str = "400", rounds: str = "200") -> int:
         int(rounds),
         between={name: run.next for name, run in runs.items()},
     )
+    lines = []
     for name in BUILDS:
         times = [found[f"{name}, {which}"].median * 1e6 for which in SETS]
         lars = name in contenders.LARS or name.endswith(("LARS", "SGD(foreach)"))
         ours = "fastlars LARS, all" if lars else "fastlars LAMB, all"
         base = found[ours].median * 1e6
-        print(
-            f"| {name} |", " | ".join(f"{t:.0f} ({t / base:.2f})" for t in times), "|", flush=True
-        )
+        lines.append([name, *(f"{t:.0f} ({t / base:.2f})" for t in times)])
+    print(results.markdown(" | ".join(["optimizer", *SETS]), "lr", lines))
     return 0
 
 

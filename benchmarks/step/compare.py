@@ -6,20 +6,12 @@ same peer in the same rounds does.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 Rows = Iterable[Mapping[str, Any]]
 # On the VM of cpu.csv the same build's ratios differ by up to a tenth from run to run.
 TOLERANCE = 1.15
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows that report.py wrote."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def _ratios(rows: Rows) -> dict[tuple[str, str], float]:

@@ -16,7 +16,7 @@ import time
 
 import torch
 
-from benchmarks import ROOT
+from benchmarks import ROOT, results
 from benchmarks.machine import describe
 from benchmarks.models import parameters
 from benchmarks.step.contenders import RULES
@@ -63,8 +63,7 @@ def measured(rule: str, device: str, check: str) -> list[float]:
 def main(device: str = "cpu", *rules: str) -> int:
     """Print a table."""
     print(*describe().values(), device, sep=", ")
-    print("| rule | first step | without the check | difference | second step |")
-    print("|---|--:|--:|--:|--:|")
+    lines = []
     for rule in rules or RULES_TRIED:
         runs: dict[str, list[list[float]]] = {"1": [], "0": []}
         for _ in range(PROCESSES):
@@ -72,10 +71,9 @@ def main(device: str = "cpu", *rules: str) -> int:
                 found.append(measured(rule, device, check))
         first, without = (statistics.median(run[0] for run in runs[check]) for check in "10")
         second = statistics.median(run[1] for found in runs.values() for run in found)
-        print(
-            f"| {rule} | {first:.1f} | {without:.1f} | {first - without:.1f} | {second:.1f} |",
-            flush=True,
-        )
+        lines.append([rule, *(f"{t:.1f}" for t in (first, without, first - without, second))])
+    headings = "rule | first step | without the check | difference | second step"
+    print(results.markdown(headings, "lr", lines))
     return 0
 
 

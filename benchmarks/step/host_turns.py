@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ROOT
+from benchmarks import ROOT, results
 
 TENSORS, BLOCK, WARM_UP = 161, 50, 2
 # Times of two processes of one checkout differ by up to a twentieth, whatever the rounds.
@@ -121,12 +121,14 @@ def pair(other: Path, rounds: int) -> dict[str, tuple[float, float, float]]:
 def main(other: str, rounds: str = "30") -> int:
     """Print a table."""
     found = [pair(Path(other).resolve(), int(rounds)) for _ in range(PAIRS)]
-    print("| step | this, us | other, us | this / other | of the pairs |\n|---|--:|--:|--:|--:|")
+    lines = []
     for name in found[0]:
         this, that, ratios = zip(*(each[name] for each in found), strict=True)
         middle = [statistics.median(x) for x in (this, that, ratios)]
-        print(f"| {name} | {middle[0]:.1f} | {middle[1]:.1f} | {middle[2]:.3f} |", end="")
-        print(f" {min(ratios):.3f} to {max(ratios):.3f} |")
+        numbers = (f"{middle[0]:.1f}", f"{middle[1]:.1f}", f"{middle[2]:.3f}")
+        lines.append([name, *numbers, f"{min(ratios):.3f} to {max(ratios):.3f}"])
+    headings = "step | this, us | other, us | this / other | of the pairs"
+    print(results.markdown(headings, "lr", lines))
     return 0
 
 

@@ -10,20 +10,17 @@ medians are reported.
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import importlib.metadata
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import results
 from benchmarks.machine import describe
 from benchmarks.models import bert_large, resnet50
-from benchmarks.results import write_csv
 from benchmarks.step.contenders import RULES
 from benchmarks.timing import Sample, interleave
 
@@ -95,25 +92,22 @@ def _row(
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table for people."""
-    lines = [
-        "| model | batch | optimizer | forward and backward ms | step ms | step's share |",
-        "|---|---|---|--:|--:|--:|",
-    ]
-    lines += [
-        f"| {r['model']} | {r['batch']} | {r['contender']} {r['version']} | {r['passes_ms']} | "
-        f"{r['step_ms']} | {float(r['share_of_iteration']):.1%} |"
-        for r in rows
-    ]
-    return "\n".join(lines)
+    return results.markdown(
+        "model | batch | optimizer | forward and backward ms | step ms | step's share",
+        "lllr",
+        (
+            f"{r['model']} | {r['batch']} | {r['contender']} {r['version']} | {r['passes_ms']} | "
+            f"{r['step_ms']} | {float(r['share_of_iteration']):.1%}"
+            for r in rows
+        ),
+    )
 
 
 def main() -> None:
     """Measure, print, and write the CSV where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = results.parser(__doc__, rounds=9)
     parser.add_argument("--models", type=lambda text: text.split(","), default=list(MODELS))
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     begin = time.perf_counter()
     rows = list(
@@ -124,11 +118,9 @@ def main() -> None:
     where = describe() | {
         "device": torch.cuda.get_device_name() if options.device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "date": datetime.date.today().isoformat(),
     }
-    print(markdown(rows), f"\n{where}, {time.perf_counter() - begin:.0f} s")
-    if options.csv:
-        write_csv(options.csv, [row | where for row in rows])
+    table = f"{markdown(rows)}\n\n{where}, {time.perf_counter() - begin:.0f} s"
+    results.publish(table, [row | where for row in rows], options.csv)
 
 
 if __name__ == "__main__":

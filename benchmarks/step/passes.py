@@ -9,18 +9,15 @@ is bound by the one that is the same in all rows of a size.
 
 from __future__ import annotations
 
-import argparse
-import datetime
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks import results
 from benchmarks.machine import describe
 from benchmarks.models import gradients, parameters
-from benchmarks.results import write_csv
 from benchmarks.step.check import CHECK_ERROR, CHECK_LR
 from benchmarks.step.check import check as step_check
 from benchmarks.step.contenders import DECAY, LR, RULES
@@ -31,7 +28,6 @@ from fastlars.backends.reference import Reference
 from fastlars.rules import LambRule, LarsRule
 
 SIZES = (200_000, 660_000, 2_200_000, 7_300_000, 24_000_000, 80_000_000)
-ROUNDS = 41
 LIMIT_S = 20.0
 CHECK_SIZE = 100_003  # several chunks, the last one ragged
 RULE = {"lars": LarsRule(weight_decay=DECAY), "lamb": LambRule(weight_decay=DECAY)}
@@ -145,24 +141,21 @@ def measure(size: int, rounds: int) -> list[dict[str, object]]:
 
 def markdown(table: Sequence[dict[str, object]]) -> str:
     """The table for people."""
-    lines = [
-        "| elements | of | pass | ms | 20% .. 80% | bytes read + written | GB/s read | of both |",
-        "|--:|---|---|--:|--:|--:|--:|--:|",
-    ]
-    for r in table:
-        lines.append(
-            f"| {r['elements']:,} | {r['what']} | {r['pass']} | {r['p50_ms']} "
-            f"| {r['p20_ms']} .. {r['p80_ms']} | {r['read_bytes']} + {r['written_bytes']} "
-            f"| {r['read_gb_s']} | {r['moved_gb_s']} |"
-        )
-    return "\n".join(lines)
+    return results.markdown(
+        "elements | of | pass | ms | 20% .. 80% | bytes read + written | GB/s read | of both",
+        "rllr",
+        (
+            f"{r['elements']:,} | {r['what']} | {r['pass']} | {r['p50_ms']} | {r['p20_ms']} .. "
+            f"{r['p80_ms']} | {r['read_bytes']} + {r['written_bytes']} | {r['read_gb_s']} | "
+            f"{r['moved_gb_s']}"
+            for r in table
+        ),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check, measure, print; write the CSV where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--csv", type=Path, help="write the rows here")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser = results.parser(__doc__, rounds=41)
     parser.add_argument(
         "--sizes", type=lambda text: [int(float(size)) for size in text.split(",")], default=SIZES
     )
@@ -170,15 +163,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(2)
     for name in RULE:
         check(name)
-    common = {
-        "threads": torch.get_num_threads(),
-        **describe(),
-        "date": datetime.date.today().isoformat(),
-    }
+    common = {"threads": torch.get_num_threads(), **describe()}
     table = [line | common for size in options.sizes for line in measure(size, options.rounds)]
-    print(markdown(table), f"\n{common}")
-    if options.csv:
-        write_csv(options.csv, table)
+    results.publish(f"{markdown(table)}\n\n{common}", table, options.csv)
     return 0
 
 

@@ -7,12 +7,12 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import results
 from benchmarks.step import compare, figures
 
 COLUMNS = [
@@ -93,52 +93,50 @@ def _percent(share: str) -> str:
 
 
 def _cpu(table: list[dict[str, Any]]) -> str:
-    lines = [
-        "| case | optimizer | median ms | 20% .. 80% | kernel ms | fastlars / this | GB/s "
-        "| of memory |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row in table:
-        lines.append(
-            f"| {row['group']} | {row['contender']} {row['version']} | {row['p50_ms']} "
+    lines = results.markdown(
+        "case | optimizer | median ms | 20% .. 80% | kernel ms | fastlars / this | GB/s "
+        "| of memory",
+        "llr",
+        (
+            f"{row['group']} | {row['contender']} {row['version']} | {row['p50_ms']} "
             f"| {_spread(row)} | {row['kernel_ms']} | {row['fastlars_over_this']} | {row['gb_s']} "
-            f"| {_percent(row['share_of_memory'])} |"
-        )
+            f"| {_percent(row['share_of_memory'])}"
+            for row in table
+        ),
+    )
     first = table[0]
     rates = sorted(float(row["memory_gb_s"]) for row in table if row["memory_gb_s"])
     memory = f"; memory: {rates[0]:.3g} to {rates[-1]:.3g} GB/s" if rates else ""
     threads = max(int(row["threads"] or 0) for row in table)
-    lines.append("")
-    lines.append(
-        f"{first['machine']}, {threads} threads, torch {first['torch']}, Python "
+    return (
+        f"{lines}\n\n{first['machine']}, {threads} threads, torch {first['torch']}, Python "
         f"{first['python']}, {first['date']}, commit {first['commit']}{memory}"
     )
-    return "\n".join(lines)
 
 
 def _gpu(table: list[dict[str, Any]]) -> str:
-    lines = [
-        "| case | optimizer | device ms | 20% .. 80% | host ms | fastlars / this "
-        "| bytes a parameter | GB/s | of copy | extra memory |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    lines = []
     for row in table:
         name = f"{row['contender']} {row['version']}"
         if row["backend"]:
             name += f" ({row['backend']})"
         lines.append(
-            f"| {row['group']} | {name} | {row['p50_ms']} | {_spread(row)} | {row['host_ms']} "
+            f"{row['group']} | {name} | {row['p50_ms']} | {_spread(row)} | {row['host_ms']} "
             f"| {row['fastlars_over_this']} | {row['bytes_per_parameter']} | {row['gb_s']} "
-            f"| {_percent(row['share_of_memory'])} | {float(row['extra_memory']):.2%} |"
+            f"| {_percent(row['share_of_memory'])} | {float(row['extra_memory']):.2%}"
         )
     first = table[-1]
-    lines.append("")
-    lines.append(
-        f"{first['gpu']}, driver {first['driver']}, CUDA {first['cuda']}, torch {first['torch']}, "
-        f"Python {first['python']}, {first['date']}, commit {first['commit']}; copy: "
-        f"{first['memory_gb_s']} GB/s"
+    shown = results.markdown(
+        "case | optimizer | device ms | 20% .. 80% | host ms | fastlars / this "
+        "| bytes a parameter | GB/s | of copy | extra memory",
+        "llr",
+        lines,
     )
-    return "\n".join(lines)
+    return (
+        f"{shown}\n\n{first['gpu']}, driver {first['driver']}, CUDA {first['cuda']}, "
+        f"torch {first['torch']}, Python {first['python']}, {first['date']}, "
+        f"commit {first['commit']}; copy: {first['memory_gb_s']} GB/s"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -159,12 +157,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{run}: not a pytest-benchmark run: {error!r}", file=sys.stderr)
             return 2
     if arguments.csv:
-        columns = max([COLUMNS, *map(list, table)], key=len)
-        arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(table)
+        results.write_csv(arguments.csv, table, max([COLUMNS, *map(list, table)], key=len))
     print(markdown(table))
     if arguments.pictures:
         figures.draw(table, arguments.pictures)
@@ -173,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _compare(committed: Path, table: list[dict[str, Any]]) -> int:
     """Say which ratios are worse than the committed ones; the exit status."""
-    old = compare.read(committed)
+    old = results.read_csv(committed)
     lost = compare.regressions(old, table)
     print(
         f"\n{compare.shared(old, table)} ratios compared with {committed}, {len(lost)} worse by "

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fastlars
+from benchmarks import results
 from benchmarks.machine import describe
 from benchmarks.timing import interleave
 
@@ -53,8 +54,7 @@ def main(tensors: str = "161", rounds: str = "1000") -> int:
     """Print a table."""
     torch.set_num_threads(1)
     print(*describe().values(), f"{tensors} DTensors", sep=", ")
-    print("| mesh |", " | ".join(OPTIMIZERS), "|")
-    print("|---" + "|--:" * len(OPTIMIZERS) + "|")
+    lines = []
     for name, (shape, placements) in MESHES.items():
         world = torch.Size(shape).numel()
         dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
@@ -66,7 +66,8 @@ def main(tensors: str = "161", rounds: str = "1000") -> int:
         found = interleave(steps, int(rounds))
         dist.destroy_process_group()
         cells = [f"{s.median * 1e6:.0f} ({s.quantile(0.2) * 1e6:.0f})" for s in found.values()]
-        print(f"| {name} |", " | ".join(cells), "|", flush=True)
+        lines.append([name, *cells])
+    print(results.markdown(" | ".join(["mesh", *OPTIMIZERS]), "lr", lines))
     return 0
 
 

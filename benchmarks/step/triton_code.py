@@ -10,11 +10,9 @@ memory that move 16 bytes at once.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,7 +21,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks import RESULTS
+from benchmarks import RESULTS, results
 
 NAMES = ("kernel", "types", "target", "triton")
 COUNTS = ("registers", "spills", "stack", "shared", "instructions", "float64", "wide")
@@ -126,11 +124,10 @@ def rows(jobs: Sequence[Job], processes: int = 2) -> list[Row]:
 
 def read(path: Path) -> list[Row]:
     """The rows of a written table."""
-    with path.open(newline="") as file:
-        return [
-            {key: int(value) if key in COUNTS else value for key, value in each.items()}
-            for each in csv.DictReader(file)
-        ]
+    return [
+        {key: int(value) if key in COUNTS else value for key, value in each.items()}
+        for each in results.read_csv(path)
+    ]
 
 
 def main() -> None:
@@ -142,11 +139,10 @@ def main() -> None:
     given = parser.parse_args()
     jobs = [(name, mix, target) for target, (name, mix) in product(given.targets, every())]
     found = rows(jobs)
-    file = sys.stdout if given.out is None else given.out.open("w", newline="")
-    with file:
-        writer = csv.DictWriter(file, (*NAMES, *COUNTS), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(found)
+    if given.out:
+        results.write_csv(given.out, found)
+    else:
+        print(results.plain_table(found))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import fastlars
+from benchmarks import results
 from benchmarks.step.host_turns import BLOCK, median_us, parameters
 from fastlars import _C
 from fastlars.backends import choose, cuda
@@ -105,9 +106,11 @@ def main(rounds: str = "40") -> int:
         before = len(notes.launched)
         times[name].append(median_us(optimizer))
         launches[name] = (len(notes.launched) - before) // BLOCK
-    print("| step | us | launches of Triton |\n|---|--:|--:|")
-    for name, each in times.items():
-        print(f"| {name} | {statistics.median(each):.0f} | {launches[name] or ''} |")
+    lines = [
+        [name, f"{statistics.median(each):.0f}", launches[name] or ""]
+        for name, each in times.items()
+    ]
+    print(results.markdown("step | us | launches of Triton", "lr", lines))
     return 0
 
 
