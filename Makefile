@@ -49,7 +49,7 @@ endif
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all bench triton-code docs gpu gpu-first gpu-test gpu-counters gpu-bench lint format lock dist wheels clean
+.PHONY: help setup train test test-all bench triton-code pictures docs gpu gpu-first gpu-test gpu-counters gpu-bench lint format lock dist wheels clean
 .NOTPARALLEL:
 # Only what is complete counts as made.
 .DELETE_ON_ERROR:
@@ -60,6 +60,7 @@ help:
 	@echo 'make test-all  run all tests, as CI does'
 	@echo 'make bench   time the optimizers beside others, and print one table'
 	@echo 'make triton-code  compile the Triton kernels for GPUs that are not here, and write down what their code needs'
+	@echo 'make pictures  draw the pictures of the documentation again, from benchmarks/results'
 	@echo 'make docs    build the documentation site in .site'
 	@echo 'make gpu     build for the GPU that is here, try, test and time it, without .venv or network,'
 	@echo '             in 10 minutes; its parts: gpu-first (4 minutes), gpu-test, gpu-counters, gpu-bench'
@@ -95,6 +96,9 @@ bench: $(READY)
 
 triton-code: $(READY)
 	$(RUN) -m benchmarks.step.triton_code --out benchmarks/results/triton_code.csv
+
+pictures: $(READY)
+	$(RUN) -m benchmarks.pictures
 
 docs: $(READY)
 	$(RUN) -m sphinx -q -W --keep-going docs .site

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import cycle
-from pathlib import Path
 from statistics import mean
+from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
-
-from benchmarks import results
+from benchmarks import drawing, results
 from benchmarks.accuracy.grid import FIND_LR, Grid, Row
 
 LOWEST = 50  # %
-COLOURS = ("tab:cyan", "tab:blue", "tab:red", "tab:green", "tab:purple", "tab:brown")
 
 
 def accuracies(grid: Grid, rows: Sequence[Row], optimizer: str, batch: int) -> list[float]:
@@ -73,50 +67,56 @@ def bars(grid: Grid, rows: Sequence[Row]) -> Iterator[str]:
             )
 
 
-def draw(grid: Grid, rows: Sequence[Row], path: Path) -> None:
-    """Write the PNG: accuracy against batch; below it, the search for a rate at each batch."""
-    figure = Figure(figsize=(8, 7.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    places = figure.add_gridspec(2, len(grid.batches), height_ratios=(1.4, 1))
-    _against_batch(figure.add_subplot(places[0, :]), grid, rows)
-    first = None
-    for number, batch in enumerate(grid.batches):
-        panel = figure.add_subplot(places[1, number], sharey=first)
+def figure(grid: Grid, rows: Sequence[Row]) -> Any:
+    """Accuracy against batch; below it, the search for a rate at each batch."""
+    made, (top, *others) = drawing.panels([2.4, *(1.3 for _ in grid.batches)], right=1.0)
+    _against_batch(top, grid, rows)
+    for panel, batch in zip(others, grid.batches, strict=True):
         _against_rate(panel, grid, rows, batch)
-        first = first or panel
-    figure.axes[1].set_ylabel("accuracy, held-out images, %")
-    figure.savefig(path, dpi=110)
+    others[-1].set_xlabel("rate / the best rate")
+    return made
 
 
-def _against_batch(axis: Axes, grid: Grid, rows: Sequence[Row]) -> None:
+def _style(grid: Grid) -> Iterator[tuple[str, str, str, str]]:
+    """Of each optimizer: name, colour, line and marker."""
+    kinds = (("C3", ":", "D"), ("C0", "-", "o"), ("C1", "--", "s"), ("C2", "-.", "^"))
+    for name, kind in zip(grid.optimizers, cycle(kinds), strict=False):
+        yield name, *kind
+
+
+def _against_batch(axis: Any, grid: Grid, rows: Sequence[Row]) -> None:
     """The means over the seeds as lines, all runs as points.
 
-    Means below LOWEST are given in the legend: on the axis, they would leave no room for the rest.
+    Means below LOWEST stand next to the names: on the axis, they would leave no room for the rest.
     """
-    for name, colour in zip(grid.optimizers, cycle(COLOURS), strict=False):
+    ends = []
+    for name, colour, line, marker in _style(grid):
         runs = {batch: accuracies(grid, rows, name, batch) for batch in grid.batches}
         for batch, found in runs.items():
-            axis.plot([batch] * len(found), found, ".", color=colour)
+            axis.plot([batch] * len(found), found, marker, color=colour, markersize=2.5, alpha=0.6)
         means = {batch: mean(found) for batch, found in runs.items() if found}
-        low = [f"{value:.0f}% at {batch:,}" for batch, value in means.items() if value < LOWEST]
-        label = ", ".join([name, *low])
-        axis.plot(list(means), list(means.values()), color=colour, label=label)
+        if not means:
+            continue
+        axis.plot(list(means), list(means.values()), line, color=colour)
+        last, value = max(means.items())
+        low = [f"\n{m:.0f}% at {batch:,}" for batch, m in means.items() if m < LOWEST]
+        ends.append(("".join([name, *low]), last, max(value, LOWEST), colour))
+    drawing.log_axes(axis, xs=grid.batches)
+    axis.set(xlabel="batch", title="accuracy, test images, %")
     axis.set_ylim(bottom=max(axis.get_ylim()[0], LOWEST))
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(grid.batches, [f"{batch:,}" for batch in grid.batches])
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.set(xlabel="batch", ylabel="accuracy, test images, %")
-    axis.grid(alpha=0.3)
-    axis.legend()
+    drawing.name_ends(axis, ends, lines=1 + max((e[0].count("\n") for e in ends), default=0))
 
 
-def _against_rate(axis: Axes, grid: Grid, rows: Sequence[Row], batch: int) -> None:
+def _against_rate(axis: Any, grid: Grid, rows: Sequence[Row], batch: int) -> None:
     """A line for each optimizer; rates in units of its best one, because they differ in kind."""
-    for name, colour in zip(grid.optimizers, cycle(COLOURS), strict=False):
+    ends = []
+    for name, colour, line, marker in _style(grid):
         searched, best = grid.searched(rows, name, batch), grid.best_rate(rows, name, batch)
         if searched and best:
-            relative = [lr / best for lr in searched]
-            axis.plot(relative, [100 * a for a in searched.values()], ".-", color=colour)
-    axis.set_xscale("log", base=2)
-    axis.set(title=f"batch {batch:,}", xlabel="rate / the best rate")
-    axis.grid(alpha=0.3)
+            found = [(lr / best, 100 * accuracy) for lr, accuracy in searched.items()]
+            axis.plot(*zip(*found, strict=True), line, marker=marker, color=colour)
+            ends.append((name, *found[-1], colour))
+    drawing.log_axes(axis, xs=[1 / 8, 1 / 4, 1 / 2, 1, 2, 4])
+    axis.set_title(f"batch {batch:,}: held-out images, %")
+    if ends:
+        drawing.name_ends(axis, ends)

@@ -32,8 +32,8 @@ import torch
 from torchvision.datasets import ImageFolder
 
 import fastlars
-from benchmarks import RESULTS, ROOT
-from benchmarks.accuracy.figure import bars, draw, table
+from benchmarks import RESULTS, ROOT, drawing
+from benchmarks.accuracy.figure import bars, figure, table
 from benchmarks.accuracy.grid import FINAL, FIND_LR, SEARCH, Cell, Grid, Row, read, write
 from benchmarks.machine import describe
 
@@ -202,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ and test/")
     parser.add_argument("--grid", type=Path, default=GRID, help="grid file")
     parser.add_argument("--csv", type=Path, help="default: results/large_batch.csv, or GRID.csv")
-    parser.add_argument("--picture", type=Path, help="default: GRID.png, next to the CSV")
+    parser.add_argument("--picture", type=Path, help="default: an SVG next to the CSV")
     parser.add_argument("--runs", type=Path, help="logs and checkpoints; default: runs/CSV")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     options = parser.parse_args(arguments)
@@ -210,14 +210,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--jobs must be at least 1")
     name = "large_batch" if options.grid == GRID else options.grid.stem
     options.csv = options.csv or RESULTS / f"{name}.csv"
-    options.picture = options.picture or options.csv.with_suffix(".png")
+    options.picture = options.picture or options.csv.with_suffix(".svg")
     options.runs = options.runs or ROOT / "runs" / options.csv.stem
     options.runs.mkdir(parents=True, exist_ok=True)
     grid = Grid(options.grid)
     with alone(options.csv) as lock:
         sitting = Sitting(grid, options, lock)
         sitting.run()
-    draw(grid, sitting.rows, options.picture)
+    drawing.save(lambda: figure(grid, sitting.rows), options.picture)
     print(table(grid, sitting.rows), *bars(grid, sitting.rows), sep="\n")
 
 

@@ -1,6 +1,6 @@
-"""Draws one iteration with and one without overlap from traces of torch's profiler.
+"""What one iteration does when, with overlap and without: from traces of torch's profiler.
 
-``python -m benchmarks.overlap.timeline docs/images/overlap.png``
+``python -m benchmarks.overlap.timeline --csv benchmarks/results/timeline.csv``
 
 The setting of two_hosts.py, over a cable of 2.5 Gbit/s; one of the processes is profiled.
 """
@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from benchmarks import results
+from benchmarks.machine import describe
 from benchmarks.overlap import network
 from benchmarks.overlap.two_hosts import CONTENDERS, WARM_UP, Contender, connect, on_hosts
 from fastlars.distributed.engine import DdpEngine
@@ -29,13 +29,9 @@ from fastlars.distributed.engine import DdpEngine
 MODULE = "benchmarks.overlap.timeline"
 GIGABITS = 2.5
 SHOWN = ("DDP", "overlap", "overlap, fp16")
-ROUNDS = 9  # the quickest is drawn: it is the one that others on the machine disturbed least
 BUCKET = "step of a bucket"
-ROWS = ("forward", "backward", "all-reduce", "step")
-COLORS = {
-    "forward": "C7", "backward": "C0", "all-reduce": "C1", BUCKET: "C3", "optimizer.step()": "C2",
-}  # fmt: skip
-Bar = tuple[str, float, float]  # what, from, for how long: milliseconds
+JOINED_MS = 0.3  # two parts of the backward pass that are no further apart are one bar
+Bar = tuple[str, float, float]  # what, from when, until when: milliseconds
 
 
 def mark(contender: Contender) -> None:
@@ -75,7 +71,7 @@ def parts(contender: Contender) -> Iterator[None]:
         torch.Tensor.backward = backward  # type: ignore[method-assign]
 
 
-def work(rank: int, store: str, pixels: int, out: Path) -> None:
+def work(rank: int, store: str, rounds: int, pixels: int, out: Path) -> None:
     """One of the two processes; the first writes a trace of every iteration."""
     connect(rank, store)
     contenders = [CONTENDERS[name](pixels) for name in SHOWN]
@@ -84,7 +80,7 @@ def work(rank: int, store: str, pixels: int, out: Path) -> None:
         mark(contender)
         for _ in range(WARM_UP):
             contender.iterate()
-    for round_ in range(ROUNDS):
+    for round_ in range(rounds):
         for number, contender in enumerate(contenders):
             trace = profile(activities=[ProfilerActivity.CPU], experimental_config=threads)
             with trace, parts(contender):
@@ -96,14 +92,15 @@ def work(rank: int, store: str, pixels: int, out: Path) -> None:
 
 
 def bars(trace: Path) -> list[Bar]:
-    """What is drawn of the iteration in a trace."""
+    """The parts of the iteration in a trace."""
     events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("ph") == "X"]
     events.sort(key=lambda e: e["ts"])
     (begin,) = [e["ts"] for e in events if e["name"] == "forward"]
     (end,) = [e["ts"] + e["dur"] for e in events if e["name"] == "optimizer.step()"]
     inside = [e for e in events if begin <= e["ts"] < end]
     steps = [e for e in inside if e["name"] == BUCKET]
-    found = []
+    found: list[Bar] = []
+    backward: int | None = None  # the place of the latest bar of that name
     for event in inside:
         name, stop = event["name"], event["ts"] + event["dur"]
         if name == "gloo:all_reduce":
@@ -114,52 +111,32 @@ def bars(trace: Path) -> list[Bar]:
             name = "backward"  # the part that computes; tensor.backward() waits for buckets too
         elif name not in (BUCKET, "forward", "optimizer.step()"):
             continue
-        found.append((name, (event["ts"] - begin) / 1e3, (stop - event["ts"]) / 1e3))
+        start, stop = (event["ts"] - begin) / 1e3, (stop - begin) / 1e3
+        if name == "backward" and backward is not None:
+            _, first, last = found[backward]
+            if start - last < JOINED_MS:
+                found[backward] = (name, first, max(last, stop))
+                continue
+        backward = len(found) if name == "backward" else backward
+        found.append((name, start, stop))
     return found
 
 
 def length(drawn: Sequence[Bar]) -> float:
     """Milliseconds until the last bar ends."""
-    return max(begin + duration for _, begin, duration in drawn)
-
-
-def draw(path: Path, iterations: Sequence[Sequence[Bar]]) -> None:
-    """One panel a contender, on one scale."""
-    figure = Figure(figsize=(10, 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(len(iterations), 1, sharex=True)
-    for panel, name, drawn in zip(panels, SHOWN, iterations, strict=True):
-        for what, begin, duration in drawn:
-            row = ROWS.index("step" if "step" in what else what)
-            panel.broken_barh(
-                [(begin, max(duration, 0.5))], (row - 0.4, 0.8), facecolors=COLORS[what],
-                edgecolor="white" if what == "all-reduce" else "none", linewidth=0.5,
-            )  # fmt: skip
-        end = length(drawn)
-        panel.axvline(end, color="black", linewidth=0.8, linestyle=":")
-        panel.set_yticks(range(len(ROWS)), ROWS)
-        panel.invert_yaxis()
-        panel.set_title(f"{name}: {end:.0f} ms", fontsize=10, loc="left")
-    panels[-1].set_xlabel(
-        f"ms; one of two gloo processes, ResNet-50, 32 images, cable of {GIGABITS:g} Gbit/s; "
-        "red: a bucket, green: optimizer.step()"
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    return max(end for _, _, end in drawn)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, and draw."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("png", type=Path, nargs="?")
+    """Run, and write the bars of the quickest iteration of each contender."""
+    parser = results.parser(__doc__, rounds=9)
     parser.add_argument("--pixels", type=int, default=32, help="side of an image")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--store", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--keep", type=Path, help="a folder for the traces")
     arguments = parser.parse_args(argv)
     if arguments.worker is not None:
-        work(arguments.worker, arguments.store, arguments.pixels, arguments.out)
+        work(arguments.worker, arguments.store, arguments.rounds, arguments.pixels, arguments.out)
         return 0
     reason = network.why_not()
     if reason:
@@ -167,13 +144,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     with network.Hosts() as hosts, tempfile.TemporaryDirectory() as folder:
         hosts.limit(GIGABITS)
-        out = arguments.keep or Path(folder)
-        on_hosts(hosts, MODULE, "--pixels", arguments.pixels, "--out", out, seconds=300)
-        iterations = [
-            min((bars(out / f"{number}-{r}.json") for r in range(ROUNDS)), key=length)
-            for number in range(len(SHOWN))
-        ]
-    draw(arguments.png, iterations)
+        on_hosts(hosts, MODULE, "--rounds", arguments.rounds, "--pixels", arguments.pixels,
+                 "--out", folder, seconds=900)  # fmt: skip
+        # The quickest is the one that others on the machine disturbed least.
+        quickest = {
+            name: min(
+                (bars(Path(folder, f"{number}-{r}.json")) for r in range(arguments.rounds)),
+                key=length,
+            )
+            for number, name in enumerate(SHOWN)
+        }
+    rows = [
+        {"contender": name, "what": what, "from_ms": f"{begin:.2f}", "until_ms": f"{end:.2f}"}
+        | {"rounds": arguments.rounds, **describe()}
+        for name, drawn in quickest.items()
+        for what, begin, end in drawn
+    ]
+    said = [f"{name}: {length(drawn):.0f} ms" for name, drawn in quickest.items()]
+    results.publish(", ".join(said), rows, arguments.csv)
     return 0
 
 

@@ -1,7 +1,4 @@
-"""Pictures of what report.py tabulates: the roofline, and cost against number and size of tensors.
-
-matplotlib is asked for only when one is drawn: machines with GPUs may lack it.
-"""
+"""Pictures of report.py's rows: the roofline, and cost against number and size of tensors."""
 
 from __future__ import annotations
 
@@ -11,34 +8,35 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks import drawing
 from benchmarks.models import SHAPES, SWEEP
 
 Rows = Sequence[Mapping[str, Any]]
 Points = dict[str, list[tuple[float, float]]]  # by name: x, milliseconds
 # Least bytes a parameter of a rule, where an implementation's own were not counted.
 _LEAST = {"lars": 20.0, "lamb": 28.0}
+_MODELS = {
+    "tiny": "10,000 small", "resnet50": "ResNet-50", "vit_b": "ViT-B",
+    "bert_large": "BERT-large", "giant": "500M in one",
+}  # fmt: skip
+# By the start of a contender's name: its short name, marker and colour.
+_MARKS = {
+    "fastlars": ("fastlars", "o", "C0"),
+    "torch": ("torch, fused", "s", "C1"),
+    "timm": ("timm", "^", "C2"),
+    "pytorch_optimizer": ("pytorch_optimizer", "v", "C3"),
+    "optax": ("optax", "D", "C4"),
+}
 
 
 def draw(rows: Rows, folder: Path) -> list[Path]:
-    """Write roofline.png and, of a run that has the sweep, cost.png."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the roofline and, of a run that has the sweep, the cost; both for light and dark."""
     drawn = []
-    for name, make in (("roofline", _roofline), ("cost", _cost)):
-        figure = make(rows)
-        if figure is not None:
-            path = folder / f"{name}.png"
-            figure.savefig(path, dpi=110)
-            drawn.append(path)
+    if _of_models(rows):
+        drawn += drawing.save(lambda: roofline(rows), folder / "roofline.svg")
+    if all(_sweeps(rows)):
+        drawn += drawing.save(lambda: cost(rows), folder / "cost.svg")
     return drawn
-
-
-def _figure(panels: int) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.2 * panels, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
 def rule_of(row: Mapping[str, Any]) -> str:
@@ -52,44 +50,70 @@ def gigabytes(row: Mapping[str, Any]) -> float:
     return least * float(row["parameters"]) / 1e9
 
 
-def _roofline(rows: Rows) -> Any:
+def _of_models(rows: Rows) -> list[Mapping[str, Any]]:
+    return [row for row in rows if rule_of(row) and " x " not in str(row["group"])]
+
+
+def roofline(rows: Rows) -> Any:
     """Bytes that must be moved against time, a point for each implementation and model."""
-    models = [row for row in rows if rule_of(row) and " x " not in str(row["group"])]
-    if not models:
-        return None
-    figure, axes = _figure(2)
+    models = _of_models(rows)
+    rate = median(float(row["memory_gb_s"]) for row in models)
+    figure, axes = drawing.panels([2.5, 2.5])
     for axis, rule in zip(axes, _LEAST, strict=True):
         points: Points = defaultdict(list)
+        names: dict[float, str] = {}
         for row in models:
             if rule_of(row) == rule:
-                low = ", bfloat16" if "bf16" in str(row["group"]) else ""
-                name = f"{row['contender']}{low}"
-                points[name].append((gigabytes(row), float(row["p50_ms"])))
-        _panel(axis, points, line="o")
+                half = ", bf16" if "bf16" in str(row["group"]) else ""
+                points[f"{str(row['contender']).split()[0]}{half}"].append(
+                    (gigabytes(row), float(row["p50_ms"]))
+                )
+                if not half:
+                    names[gigabytes(row)] = _MODELS.get(str(row["group"]).split()[0], "")
         xs = [x for series in points.values() for x, _ in series]
-        rate = median(float(row["memory_gb_s"]) for row in models)
-        ends = [min(xs, default=1e-3) / 2, max(xs, default=1.0) * 2]
-        axis.plot(
-            ends, [1e3 * x / rate for x in ends], "k--", lw=1, label=f"memory, {rate:.0f} GB/s"
-        )
-        axis.set(title=rule.upper(), xlabel="GB that a step must move at least", ylabel="step, ms")
-        axis.legend(fontsize=7)
+        line = [min(xs) / 2, max(xs) * 2]
+        axis.plot(line, [1e3 * x / rate for x in line], "--", color=drawing.GREY, lw=1)
+        drawing.log_axes(axis, xs=[0.01, 0.1, 1, 10], ys=[0.1, 1, 10, 100, 1000])
+        axis.set(xlim=line, ylim=(0.1, 4000), title=f"{rule.upper()}: a step, ms")
+        axis.text(0.06, 0.2, f"memory,\n{rate:.0f} GB/s", color=drawing.GREY)
+        ends = []
+        for name, series in points.items():
+            series.sort()
+            short, marker, colour = _MARKS[name.split(",")[0]]
+            half = name.endswith("bf16")
+            fill = "none" if half else "full"
+            axis.plot(*zip(*series, strict=True), marker, color=colour, fillstyle=fill)
+            ends.append((f"{short.split(',')[0]}, bf16" if half else short, *series[-1], colour))
+        drawing.name_ends(axis, ends)
+        for x, name in names.items():
+            y = 100 if x < 0.1 else 0.14  # where no point is
+            axis.text(x, y, name, rotation=90, ha="center", va="bottom", color=drawing.GREY)
+    axes[-1].set_xlabel("GB that a step must move at least")
     return figure
 
 
-def _cost(rows: Rows) -> Any:
-    """The sweep: one tensor that grows, tensors of 64 elements that become more."""
+def _sweeps(rows: Rows) -> tuple[Points, Points]:
     sizes = _sweep(rows, lambda name: name.startswith("1 x 1e"), by_tensors=False)
     counts = _sweep(rows, lambda name: name == "tiny" or name.endswith(" x 64"), by_tensors=True)
-    if not sizes or not counts:
-        return None
-    figure, (left, right) = _figure(2)
-    _panel(left, sizes, line="o-")
-    left.set(title="one tensor", xlabel="elements", ylabel="step, ms")
-    _panel(right, counts, line="o-")
-    right.set(title="tensors of 64 elements", xlabel="tensors", ylabel="step, ms")
-    for axis in (left, right):
-        axis.legend(fontsize=7)
+    return sizes, counts
+
+
+def cost(rows: Rows) -> Any:
+    """The sweep: one tensor that grows, tensors of 64 elements that become more."""
+    figure, axes = drawing.panels([2.2, 2.2])
+    titles = (("one tensor", "elements"), ("tensors of 64 elements", "tensors"))
+    for axis, points, (title, xlabel) in zip(axes, _sweeps(rows), titles, strict=True):
+        ends = []
+        for name, series in points.items():
+            series.sort()
+            colour, marker = ("C0", "o") if name.endswith(("LARS", "SGD")) else ("C1", "s")
+            style = "-" if name.startswith("fastlars") else "--"
+            axis.plot(*zip(*series, strict=True), style, marker=marker, color=colour)
+            ends.append((name, *series[-1], colour))
+        xs = sorted({x for series in points.values() for x, _ in series})
+        drawing.log_axes(axis, xs=xs, ys=[0.01, 0.1, 1, 10, 100])
+        axis.set(title=f"{title}: a step, ms", xlabel=xlabel)
+        drawing.name_ends(axis, ends)
     return figure
 
 
@@ -103,16 +127,5 @@ def _sweep(rows: Rows, chosen: Callable[[str], bool], *, by_tensors: bool) -> Po
             x = len(shapes) if by_tensors else float(row["parameters"])
             ours = row["contender"] == "fastlars"
             label = f"fastlars {rule_of(row).upper()}" if ours else str(row["contender"])
-            points[label].append((x, float(row["p50_ms"])))
+            points[label.removesuffix("(fused)")].append((x, float(row["p50_ms"])))
     return points
-
-
-def _panel(axis: Any, points: Points, *, line: str) -> None:
-    """Both axes logarithmic: what is proportional is a line of slope 1."""
-    for name, series in points.items():
-        series.sort()
-        hollow = {"fillstyle": "none"} if "bfloat16" in name else {}
-        axis.plot(*zip(*series, strict=True), line, label=name, markersize=5, alpha=0.8, **hollow)
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    axis.grid(alpha=0.3, which="both")

@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--compare", type=Path, help="committed rows; exit with 1 where fastlars has lost ground"
     )
-    parser.add_argument("--pictures", type=Path, help="folder for roofline.png and cost.png")
+    parser.add_argument("--pictures", type=Path, help="folder for roofline.svg and cost.svg")
     arguments = parser.parse_args(argv)
     table = []
     for run in arguments.runs:

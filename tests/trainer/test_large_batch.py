@@ -204,7 +204,8 @@ def test_a_sitting_that_is_stopped_goes_on(
     assert {row.status for row in rows} == {"done"}
     # A resumed log has no longer that it was stopped.
     assert log.read_text().startswith(before[: before.index('{"kind": "end"')])
-    assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "o.svg").exists()
+    assert (tmp_path / "o-dark.svg").exists()
     assert not list(tmp_path.glob("runs/*/*.pt"))
 
     out, errors = sit().communicate(timeout=600)

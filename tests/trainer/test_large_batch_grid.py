@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.accuracy import figure
@@ -195,8 +196,12 @@ def test_the_table_and_the_bars(grid: Grid, tmp_path: Path) -> None:
         assert tuple(found) == verdicts
     one_seed = [row for row in rows if row.seed != 2]
     assert list(figure.bars(grid, one_seed)) == []
-    figure.draw(grid, rows, tmp_path / "o.png")
-    assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
+    top, first, last = figure.figure(grid, rows).axes
+    curves = [list(line.get_ydata()) for line in top.lines if len(line.get_xdata()) == 2]
+    assert curves == pytest.approx(np.array([[58.0, 61.0], [63.0, 65.0], [60.0, 64.0]]))
+    assert list(first.lines[0].get_ydata()) == pytest.approx([50.0, 70.0, 60.0])
+    assert len(first.lines) == 1
+    assert [list(line.get_xdata()) for line in last.lines] == [[0.5, 1.0, 2.0]]
 
 
 def test_the_page_has_what_the_csv_has() -> None:
