@@ -14,7 +14,7 @@ import pytest
 from benchmarks import drawing, pictures
 from benchmarks.accuracy import trust
 from benchmarks.overlap import timeline
-from sources import ROOT
+from repository_files import ROOT
 
 IMAGES = ROOT / "docs" / "images"
 NAMES = sorted(f"{name}{suffix}.svg" for name in pictures.PICTURES for suffix in ("", "-dark"))
@@ -95,7 +95,7 @@ def test_pages_show_every_picture_for_light_and_dark() -> None:
     pages = [path.read_text() for path in (ROOT / "docs").glob("*.md")]
     found = [match for page in pages for match in re.findall(form, page, re.MULTILINE)]
     assert Counter(name for name, _ in found) == Counter(list(pictures.PICTURES))
-    assert sum(page.count("images/") for page in pages) == 2 * len(found)
+    assert sum(len(re.findall(r"[\"(]images/", page)) for page in pages) == 2 * len(found)
 
 
 def test_names_at_the_ends_of_curves_do_not_touch() -> None:
