@@ -61,7 +61,8 @@ def _svg(make: Callable[[], Any], text: str, colours: list[str]) -> str:
         about = {"Date": None, "Creator": None}
         make().savefig(file, format="svg", transparent=True, metadata=about)
     # The reader's own font; matplotlib's, by which places were computed, is wider than most.
-    return re.sub(r"'DejaVu Sans'", "sans-serif", file.getvalue())
+    drawn = file.getvalue().replace("'DejaVu Sans'", "sans-serif")
+    return re.sub(r" +$", "", drawn, flags=re.MULTILINE)
 
 
 def panels(
