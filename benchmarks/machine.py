@@ -27,6 +27,12 @@ def describe() -> dict[str, str]:
     return facts | {"date": date.today().isoformat()}
 
 
+def describe_run(device: torch.device) -> dict[str, str | int]:
+    """The machine, and what of it a training loop used."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    return {**describe(), "device": name, "threads": torch.get_num_threads()}
+
+
 def free_bytes() -> int:
     """Memory that can be had without swapping."""
     with open("/proc/meminfo", encoding="ascii") as file:

@@ -92,7 +92,9 @@ class Proof:
         for old in self.folder.glob(f"{stage.name}.*"):
             old.unlink()
         limit = min(stage.limit_s, self.longest)
-        paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+        # Those of pythonpath in pyproject.toml, for processes that tests start.
+        own = (ROOT, ROOT / "tests", ROOT / "tests/support")
+        paths = [*map(str, own), os.environ.get("PYTHONPATH", "")]
         kept = {k: v for k, v in os.environ.items() if not k.startswith(LEFT_OUT)}
         environment = {
             **kept,

@@ -25,7 +25,7 @@ from torch import nn
 
 import fastlars
 from benchmarks import ROOT, results
-from benchmarks.machine import describe
+from benchmarks.machine import describe_run
 from benchmarks.models import BertLarge, bert_large, resnet50
 from benchmarks.timing import interleave
 from fastlars.in_backward.engine import WATCHED_STEPS
@@ -216,10 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for glibc in options.glibc or (["defaults"] if on_gpu else GLIBC)
         for row in measure(name, glibc, options.device, options.rounds)
     ]
-    where = describe() | {
-        "device": torch.cuda.get_device_name() if options.device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-    }
+    where = describe_run(options.device)
     table = f"{markdown(rows)}\n\n{where}, {time.perf_counter() - begin:.0f} s"
     results.publish(table, [row | where for row in rows], options.csv)
 

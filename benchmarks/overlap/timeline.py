@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks import results
 from benchmarks.machine import describe
 from benchmarks.overlap import network
-from benchmarks.overlap.two_hosts import CONTENDERS, WARM_UP, Contender, connect, on_hosts
+from benchmarks.overlap.two_hosts import (
+    CONTENDERS,
+    WARM_UP,
+    Contender,
+    command,
+    connect,
+    on_hosts,
+)
 from fastlars.distributed.engine import DdpEngine
 
 MODULE = "benchmarks.overlap.timeline"
@@ -127,23 +133,10 @@ def length(drawn: Sequence[Bar]) -> float:
     return max(end for _, _, end in drawn)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run, and write the bars of the quickest iteration of each contender."""
-    parser = results.parser(__doc__, rounds=9)
-    parser.add_argument("--pixels", type=int, default=32, help="side of an image")
-    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--store", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
-    if arguments.worker is not None:
-        work(arguments.worker, arguments.store, arguments.rounds, arguments.pixels, arguments.out)
-        return 0
-    reason = network.why_not()
-    if reason:
-        print(f"two hosts are needed: {reason}", file=sys.stderr)
-        return 2
-    with network.Hosts() as hosts, tempfile.TemporaryDirectory() as folder:
-        hosts.limit(GIGABITS)
+def measure(hosts: network.Hosts, arguments: argparse.Namespace) -> None:
+    """Write the bars of the quickest iteration of each contender."""
+    hosts.limit(GIGABITS)
+    with tempfile.TemporaryDirectory() as folder:
         on_hosts(hosts, MODULE, "--rounds", arguments.rounds, "--pixels", arguments.pixels,
                  "--out", folder, seconds=900)  # fmt: skip
         # The quickest is the one that others on the machine disturbed least.
@@ -154,15 +147,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             for number, name in enumerate(SHOWN)
         }
+    where = {"rounds": arguments.rounds, **describe()}
     rows = [
         {"contender": name, "what": what, "from_ms": f"{begin:.2f}", "until_ms": f"{end:.2f}"}
-        | {"rounds": arguments.rounds, **describe()}
+        | where
         for name, drawn in quickest.items()
         for what, begin, end in drawn
     ]
     said = [f"{name}: {length(drawn):.0f} ms" for name, drawn in quickest.items()]
     results.publish(", ".join(said), rows, arguments.csv)
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run, and write the CSV where asked."""
+    return command(__doc__, argv, rounds=9, pixels=32, work=work, measure=measure)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -227,10 +227,18 @@ def markdown(lines: Sequence[Mapping[str, object]]) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure over every link."""
-    parser = results.parser(__doc__, rounds=7)
-    parser.add_argument("--pixels", type=int, default=64, help="side of an image")
+def command(
+    doc: str,
+    argv: Sequence[str] | None,
+    *,
+    rounds: int,
+    pixels: int,
+    work: Callable[[int, str, int, int, Path], None],
+    measure: Callable[[network.Hosts, argparse.Namespace], None],
+) -> int:
+    """The exit status of a benchmark on two hosts, each of which starts it again as a worker."""
+    parser = results.parser(doc, rounds=rounds)
+    parser.add_argument("--pixels", type=int, default=pixels, help="side of an image")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--store", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
@@ -242,9 +250,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if reason:
         print(f"two hosts are needed: {reason}", file=sys.stderr)
         return 2
+    with network.Hosts() as hosts:
+        measure(hosts, arguments)
+    return 0
+
+
+def measure(hosts: network.Hosts, arguments: argparse.Namespace) -> None:
+    """Measure over every link."""
     common = {"model": "ResNet-50", "images": 32, "pixels": arguments.pixels, **describe()}
     table: list[dict[str, object]] = []
-    with network.Hosts() as hosts, tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         for link, gigabits in LINKS.items():
             if gigabits:
                 hosts.limit(gigabits)
@@ -253,7 +268,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                      arguments.pixels, "--out", out, seconds=900)  # fmt: skip
             table += [line | common for line in rows(link, json.loads(out.read_text()))]
     results.publish(markdown(table), table, arguments.csv)
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print a table, and write the CSV where asked."""
+    return command(__doc__, argv, rounds=7, pixels=64, work=work, measure=measure)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import results
-from benchmarks.machine import describe
+from benchmarks.machine import describe_run
 from benchmarks.models import bert_large, resnet50
 from benchmarks.step.contenders import RULES
 from benchmarks.timing import Sample, interleave
@@ -115,10 +115,7 @@ def main() -> None:
             measure(model, options.device, options.rounds) for model in options.models
         )
     )
-    where = describe() | {
-        "device": torch.cuda.get_device_name() if options.device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-    }
+    where = describe_run(options.device)
     table = f"{markdown(rows)}\n\n{where}, {time.perf_counter() - begin:.0f} s"
     results.publish(table, [row | where for row in rows], options.csv)
 

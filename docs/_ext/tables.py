@@ -21,6 +21,7 @@ from fastlars.backends.cpu import DTYPES, STATE_DTYPES
 from fastlars.conventions import by_name
 from fastlars.distributed.fsdp import work_on_shards
 from fastlars.optim.base import FusedOptimizer
+from fastlars.rules import RULES
 from fastlars.trainer.config.command_line import shown_default
 from fastlars.trainer.config.settings import GROUPS, Config, fixed_on_resume, flag
 from fastlars.trainer.output.report import FILES
@@ -32,11 +33,10 @@ DEVICES = {
     "every other device, such as `xpu`": "",
 }
 WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-OPTIMIZERS: tuple[type[FusedOptimizer], ...] = (
-    fastlars.LARS,
-    fastlars.LAMB,
-    fastlars.LANS,
-    fastlars.RMSpropWarmup,
+PUBLIC = [getattr(fastlars, name) for name in fastlars.__all__]
+OPTIMIZERS: list[type[FusedOptimizer]] = sorted(
+    (each for each in PUBLIC if isinstance(each, type) and issubclass(each, FusedOptimizer)),
+    key=lambda kind: RULES.index(kind.rule),
 )
 EARLY_WORK = {
     "measure": "the norms of its ratio",

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from fastlars.in_backward.engine import Engine
-from fastlars.in_backward.freeing import BackwardEngine
+
+if TYPE_CHECKING:
+    from fastlars.in_backward.freeing import BackwardEngine
 
 
 class Handle:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import time
 from collections import defaultdict
@@ -18,6 +17,7 @@ from torch import nn
 import fastlars
 from benchmarks import models
 from benchmarks.overlap import in_backward
+from benchmarks.results import read_csv
 from benchmarks.step import comparison, report, traffic
 from benchmarks.step.cases import GPU_CASES, Case, gpu_contenders
 from benchmarks.step.check import check
@@ -253,8 +253,7 @@ def test_figures_reach_table_and_csv(
     run.write_text(json.dumps(_as_run(*rows)))
     assert report.main([str(run), "--csv", str(out)]) == 0
     printed = capsys.readouterr().out
-    with out.open(newline="") as file:
-        table = list(csv.DictReader(file))
+    table = read_csv(out)
     assert [row["contender"] for row in table] == ["fastlars", "torch SGD(fused)"]
     empty = {"kernel_ms", "threads"}
     assert {name for name, value in table[0].items() if not value} == empty
@@ -280,8 +279,7 @@ def test_steps_inside_backward_are_measured(
     out = tmp_path / "in_backward.csv"
     options = ["--models", "small", "--rounds", "5", "--glibc", "gives it back"]
     in_backward.main([*options, "--csv", str(out)])
-    with out.open(newline="") as file:
-        table = list(csv.DictReader(file))
+    table = read_csv(out)
     assert [row["way"] for row in table] == list(in_backward.WAYS)
     assert {row["gradients_mb"] for row in table} == {"4.2"}
     assert {row["kept_mb"] for row in table} == {"12.6"}  # weights, and LAMB's two moments

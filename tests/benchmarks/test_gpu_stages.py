@@ -5,7 +5,6 @@ Names with "cuda" run again where the CUDA kernels are compiled for the CPU: tes
 
 from __future__ import annotations
 
-import csv
 import os
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import torch
 
 from benchmarks import models
 from benchmarks.gpu_proof import bench, card, counters, grid, page, paths, process, rows
+from benchmarks.results import read_csv
 from benchmarks.step.cases import GPU_CASES, Case
 from benchmarks.step.comparison import Effort
 from device_cases import EMULATED
@@ -42,16 +42,11 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "is_wanted", lambda name: WANTED(name) and "graph" not in name)
 
 
-def _csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_rows_are_written_and_what_cannot_run_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert rows.measure(FakeDevice(), tmp_path, [LARS, LAMB], QUICK) == 0
-    table = _csv(tmp_path / "rows.csv")
+    table = read_csv(tmp_path / "rows.csv")
     if not EMULATED:
         assert {row["contender"] for row in table} == {
             "fastlars", "torch SGD(fused)", "torch AdamW(fused)",
@@ -89,7 +84,7 @@ def test_rows_that_are_wrong_fail_the_stage(
 @needs_kernels
 def test_rows_of_cuda(tmp_path: Path) -> None:
     assert rows.measure(FakeDevice(), tmp_path, [LARS, LAMB], QUICK) == 0
-    ours = {row["contender"]: row["backend"] for row in _csv(tmp_path / "rows.csv")}
+    ours = {row["contender"]: row["backend"] for row in read_csv(tmp_path / "rows.csv")}
     assert ours["fastlars cuda two-launch"] == "cuda two-launch"
     assert ours["fastlars cuda one-launch"] == "cuda one-launch"
 
@@ -97,7 +92,7 @@ def test_rows_of_cuda(tmp_path: Path) -> None:
 @needs_kernels
 def test_grid_of_cuda(tmp_path: Path) -> None:
     assert grid.measure(FakeDevice(), LAUNCHES, tmp_path, [LARS, LAMB], limit_s=0.0) == 0
-    table = _csv(tmp_path / "grid.csv")
+    table = read_csv(tmp_path / "grid.csv")
     assert len(table) == 2 * (1 + len(LAUNCHES))
     assert {row["path"] for row in table} == {"torch fused", "two-launch", "one-launch"}
     assert {row["over torch fused"] for row in table} == {"1.000"}  # this clock stands still
@@ -118,7 +113,7 @@ def test_grid_of_cuda_goes_on_after_a_launch_that_fails(
     monkeypatch.setattr(Cuda, "step", step)
     assert grid.measure(FakeDevice(), LAUNCHES, tmp_path, [LARS], limit_s=0.0) == 1
     assert "one-launch, 2 blocks, 13 slots: too much shared memory" in capsys.readouterr().out
-    assert len(_csv(tmp_path / "grid.csv")) == len(LAUNCHES)
+    assert len(read_csv(tmp_path / "grid.csv")) == len(LAUNCHES)
 
 
 @needs_kernels
@@ -195,7 +190,7 @@ def test_counters_are_written_case_by_case(
     _ncu(tmp_path, monkeypatch, script)
     assert counters.measure(tmp_path, [LARS, LAMB]) == 1
     assert "resnet50 lamb: ncu failed with status 1, and counted nothing" in capsys.readouterr().out
-    assert [row["kernel"] for row in _csv(tmp_path / "counters.csv")] == ["measure", "step"]
+    assert [row["kernel"] for row in read_csv(tmp_path / "counters.csv")] == ["measure", "step"]
 
 
 def test_an_ncu_that_hangs_costs_its_case(
@@ -269,7 +264,7 @@ def test_figures_of_benchmarks_are_written_row_by_row(tmp_path: Path) -> None:
         plugin.pytest_runtest_teardown(
             SimpleNamespace(funcargs={"compared": compared, "name": name})
         )
-        written = _csv(tmp_path / "bench-resnet50.csv")
+        written = read_csv(tmp_path / "bench-resnet50.csv")
         assert len(written) == (1, 1, 2)[number]
     plugin.pytest_runtest_teardown(SimpleNamespace(funcargs={}))
     assert "torch SGD(fused)" in (tmp_path / "bench-resnet50.md").read_text()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import RESULTS
+from benchmarks.results import read_csv
 from benchmarks.step import passes
 from benchmarks.step.traffic import FLOAT32, elements
 from fastlars.backends.base import StepScalars
@@ -19,8 +20,7 @@ from repository_files import ROOT
 def test_rows_have_the_rates_of_their_times(tmp_path: Path) -> None:
     out = tmp_path / "passes.csv"
     assert passes.main(["--sizes", "4e4,7", "--rounds", "5", "--csv", str(out)]) == 0
-    with out.open(newline="") as file:
-        table = list(csv.DictReader(file))
+    table = read_csv(out)
     assert [row["elements"] for row in table] == ["40000"] * 12 + ["7"] * 12
     for row in table:
         assert all(row.values())
@@ -60,8 +60,7 @@ def test_wrong_passes_have_no_time(name: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_committed_figures_are_those_of_the_documentation() -> None:
-    with (ROOT / "benchmarks" / "results" / "passes.csv").open(newline="") as file:
-        table = list(csv.DictReader(file))
+    table = read_csv(RESULTS / "passes.csv")
     written = {(r["what"], r["pass"]): r for r in passes.measure(7, rounds=5)}
     assert {(row["what"], row["pass"]) for row in table} == written.keys()
     page = (ROOT / "docs" / "performance.md").read_text()

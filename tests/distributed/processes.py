@@ -24,7 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_ROOT = Path(__file__).resolve().parents[2]
+from repository_files import ROOT
+
 # A server imports torch once, and forks every process from there: it starts in a moment, and has
 # nothing of this process but the arguments.
 _context = get_context("forkserver")
@@ -222,5 +223,5 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if not module.startswith("tests."):
             return super().find_class(module, name)
-        _load(str(_ROOT / (module.replace(".", "/") + ".py")), module)
+        _load(str(ROOT / (module.replace(".", "/") + ".py")), module)
         return _member(module, name)

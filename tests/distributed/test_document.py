@@ -5,7 +5,6 @@ The training script also survives kills.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -23,7 +22,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import fastlars
+from benchmarks import RESULTS
 from benchmarks.overlap import fsdp, two_hosts, zero
+from benchmarks.results import read_csv
 from distributed.processes import run
 from distributed.sharded_cases import whole
 from distributed.torchrun import TWO, finish, resumed_at, start
@@ -76,8 +77,7 @@ def test_the_script_is_killed_between_two_buckets(tmp_path: Path) -> None:
 
 
 def test_the_table_is_the_one_that_was_measured() -> None:
-    with (ROOT / "benchmarks" / "results" / "overlap.csv").open() as file:
-        assert two_hosts.markdown(list(csv.DictReader(file))) in TEXT
+    assert two_hosts.markdown(read_csv(RESULTS / "overlap.csv")) in TEXT
 
 
 Ends = dict[str, tuple[Tensor, float | None]]
@@ -185,13 +185,11 @@ def test_the_balance_is_the_one_that_the_benchmark_computes() -> None:
 
 
 def test_the_table_of_zero_is_the_one_that_was_measured() -> None:
-    with (ROOT / "benchmarks" / "results" / "zero.csv").open() as file:
-        assert zero.markdown(list(csv.DictReader(file))) in TEXT
+    assert zero.markdown(read_csv(RESULTS / "zero.csv")) in TEXT
 
 
 def test_the_table_of_overlap_under_fsdp_is_the_one_that_was_measured() -> None:
-    with (ROOT / "benchmarks" / "results" / "overlap_fsdp.csv").open() as file:
-        assert fsdp.markdown(list(csv.DictReader(file))) in TEXT
+    assert fsdp.markdown(read_csv(RESULTS / "overlap_fsdp.csv")) in TEXT
 
 
 def measured_small() -> dict[str, str] | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,8 +23,7 @@ from distributed.processes import run
 from fastlars.distributed import overlap
 from fastlars.in_backward.engine import WATCHED_STEPS
 from optimizers import Snapshot
-
-ROOT = Path(__file__).parents[2]
+from repository_files import ROOT
 
 
 def pair(kind: str, options: dict[str, Any] | None = None) -> tuple[Any, Any, list[nn.Parameter]]:

@@ -184,7 +184,7 @@ def borrowed_names(path: str) -> list[tuple[int, str]]:
     return [(line, name) for line, name in found if is_private(name)]
 
 
-@pytest.mark.parametrize("path", [*PYTHON, *files("benchmarks", suffixes=(".py",))])
+@pytest.mark.parametrize("path", [*PYTHON, *BENCHMARKS])
 def test_private_names_stay_in_their_package(path: str) -> None:
     own = package_of(path)
     others = {name for p in PYTHON if package_of(p) != own for name in private_names(p)}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import RESULTS
+from benchmarks.results import read_csv
 from fastlars.conventions import by_name
 from repository_files import ROOT, python_blocks
 
@@ -49,8 +50,7 @@ def test_blocks_run() -> None:
 
 def measured(results: str) -> dict[tuple[str, str], dict[str, str]]:
     """The rows of a file of results, by group and contender."""
-    with open(ROOT / "benchmarks" / "results" / results, newline="") as file:
-        return {(row["group"], row["contender"]): row for row in csv.DictReader(file)}
+    return {(row["group"], row["contender"]): row for row in read_csv(RESULTS / results)}
 
 
 def test_it_is_short_and_says_once_that_no_gpu_was_there() -> None:

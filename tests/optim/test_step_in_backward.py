@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,9 @@ from torch import Tensor, nn
 
 import fastlars
 from backend_cases import NAMES
+from benchmarks import RESULTS
 from benchmarks.overlap import in_backward
+from benchmarks.results import read_csv
 from fastlars.in_backward.released import is_released
 from optim.in_backward_cases import (
     TINY,
@@ -226,6 +227,5 @@ def test_the_blocks_of_the_page() -> None:
 
 
 def test_the_table_is_the_one_that_was_measured() -> None:
-    with (ROOT / "benchmarks" / "results" / "in_backward.csv").open(newline="") as file:
-        table = in_backward.markdown(list(csv.DictReader(file)))
+    table = in_backward.markdown(read_csv(RESULTS / "in_backward.csv"))
     assert table in (ROOT / "docs" / "distributed.md").read_text()
